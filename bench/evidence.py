@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.harness import DATA
 from fastpeft import CompareConfig
 from fastpeft.comparison.cells import CELLS, Cell
-from fastpeft.comparison.executors import Ended
+from fastpeft.comparison.executors import ProcessExit
 from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, TextData, load_data, load_rows
@@ -296,7 +296,7 @@ class Keeping(Comparison):
         super().__init__(config, f"fastpeft.compare({config})")
         self._finish = finish
 
-    def _end(self, cell: Cell, ended: Ended) -> None:
+    def _end(self, cell: Cell, ended: ProcessExit) -> None:
         super()._end(cell, ended)
         self._finish(cell.folder.path.parent)
 

@@ -24,7 +24,7 @@ from fastpeft.cli_options import (
     run_options,
     typed,
 )
-from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items, told_of
+from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items, variant_message
 from fastpeft.data.names import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS
@@ -381,8 +381,8 @@ def compare(
     if dry_run:
         failing = console.show_plan(comparison, known, memory_budget)
         for variant, error in failing.items():
-            told = FastpeftError(told_of(variant, FastpeftError(error))).told(typed)
-            typer.echo(f"{variant} would fail: {told}", err=True)
+            message = FastpeftError(variant_message(variant, FastpeftError(error))).message_for(typed)
+            typer.echo(f"{variant} would fail: {message}", err=True)
         raise typer.Exit(1 if failing else 0)
     try:
         with console.live_comparison(comparison, quiet):

@@ -30,7 +30,7 @@ class Group(TyperGroup):
                     backends.choices()  # raises where it asks for a back end that is not there
                 return super().invoke(ctx)
         except FastpeftError as error:
-            typer.echo(f"Error: {error.told(typed)}", err=True)
+            typer.echo(f"Error: {error.message_for(typed)}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
             typer.echo(str(interrupt) or "Interrupted.", err=True)

@@ -41,7 +41,7 @@ class _Typed(logging.Formatter):
     """Messages that name options as the command line has them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return FastpeftError(super().format(record)).told(typed)
+        return FastpeftError(super().format(record)).message_for(typed)
 
 
 def show_messages(quiet: bool) -> None:

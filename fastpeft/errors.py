@@ -17,9 +17,9 @@ class FastpeftError(ValueError):
     """
 
     def __str__(self) -> str:
-        return self.told(str)
+        return self.message_for(str)
 
-    def told(self, named: Callable[[str], str]) -> str:
+    def message_for(self, named: Callable[[str], str]) -> str:
         """The message, in which `named` writes the name of an option."""
         return re.sub(r"`(\w+)`", lambda found: named(found[1]), super().__str__())
 

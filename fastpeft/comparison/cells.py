@@ -12,7 +12,7 @@ import numpy as np
 
 from fastpeft.comparison import significance
 from fastpeft.comparison.variants import ZERO_SHOT
-from fastpeft.data.problems import ACCURACY, CLASSIFICATION, best_step, get_problem
+from fastpeft.data.problems import ACCURACY, CLASSIFICATION, best_of, get_problem
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 from fastpeft.training.config import TrainConfig
@@ -179,14 +179,14 @@ def _best(cells: Sequence[Cell], purpose: str) -> Cell | None:
     Raises:
         FastpeftError: all have failed.
     """
-    finished = [(index, metrics) for index, cell in enumerate(cells) if (metrics := cell.metrics())]
+    finished = [(cell, metrics) for cell in cells if (metrics := cell.metrics())]
     failed = [cell.name for cell in cells if cell.error()]
     if cells and len(failed) == len(cells):
         raise FastpeftError(f"{' and '.join(failed)}, {purpose}, {'has' if len(failed) == 1 else 'have'} failed.")
     if not finished or len(finished) + len(failed) < len(cells):
         return None
     metric = get_problem(finished[0][1].get("problem_type", CLASSIFICATION.name)).chosen_by
-    return cells[best_step([(index, metrics[metric]) for index, metrics in finished], metric)]
+    return best_of([(cell, metrics[metric]) for cell, metrics in finished], metric)
 
 
 def _unless_chance(best: Cell, tried: Sequence[Cell]) -> Cell:

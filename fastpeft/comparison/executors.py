@@ -31,11 +31,11 @@ _PATIENCE_S = 10.0  # for a cluster to answer
 _PASSED_ON = ("FASTPEFT_", "HF_", "WANDB_", "MLFLOW_")  # how variables begin that a node is given
 
 
-class Ended(NamedTuple):
-    """The end of a process: the seconds that it took, and how it ended, in words that follow `the process ended`."""
+class ProcessExit(NamedTuple):
+    """The end of a process: the seconds that it took, and the reason, in words that follow `the process ended`."""
 
     seconds: float
-    how: str
+    reason: str
 
 
 class Executor(ABC):
@@ -63,7 +63,7 @@ class Executor(ABC):
         self._pool.shutdown()
         self._close()
 
-    def start(self, arguments: Sequence[str], log: Path, kept: Sequence[int] = ()) -> Future[Ended]:
+    def start(self, arguments: Sequence[str], log: Path, kept: Sequence[int] = ()) -> Future[ProcessExit]:
         """Start a process of Python.
 
         Args:
@@ -78,7 +78,7 @@ class Executor(ABC):
         """Prepare, and set `jobs` and `threads`."""
 
     @abstractmethod
-    def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], Ended]:
+    def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], ProcessExit]:
         """Start a process, and return what waits for its end."""
 
     @abstractmethod
@@ -103,16 +103,16 @@ class Local(Executor):
         self.jobs = jobs
         self.threads = max(1, torch.get_num_threads() // jobs)
         self._cards = _cards() if jobs > 1 else []
-        self._places = list(range(jobs))  # that are free
-        self._running: dict[subprocess.Popen[bytes], int] = {}  # and their places
+        self._slots = list(range(jobs))  # that are free
+        self._running: dict[subprocess.Popen[bytes], int] = {}  # and their slots
 
     def _open(self) -> None:
         if 0 < len(self._cards) < self.jobs:
             shared = f"{len(self._cards)} GPUs" if len(self._cards) > 1 else "one GPU"
             logger.warning("%d cells at once share %s and the memory there", self.jobs, shared)
 
-    def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], Ended]:
-        place, began = self._places.pop(0), time.monotonic()
+    def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], ProcessExit]:
+        slot, began = self._slots.pop(0), time.monotonic()
         with log.open("ab") as out:
             process = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -120,23 +120,23 @@ class Local(Executor):
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 pass_fds=() if os.name == "nt" else kept,
-                env={**os.environ, **self._environment(place)},
+                env={**os.environ, **self._environment(slot)},
             )
-        self._running[process] = place
+        self._running[process] = slot
 
-        def wait() -> Ended:
+        def wait() -> ProcessExit:
             code = process.wait()
-            self._places.append(self._running.pop(process))
-            return Ended(time.monotonic() - began, _how(code))
+            self._slots.append(self._running.pop(process))
+            return ProcessExit(time.monotonic() - began, _reason(code))
 
         return wait
 
-    def _environment(self, place: int) -> dict[str, str]:
+    def _environment(self, slot: int) -> dict[str, str]:
         if self.jobs == 1:
             return {}
         own = _threads_environment(self.threads, self.jobs)
         if len(self._cards) > 1:
-            own["CUDA_VISIBLE_DEVICES"] = self._cards[place % len(self._cards)]
+            own["CUDA_VISIBLE_DEVICES"] = self._cards[slot % len(self._cards)]
         return own
 
     def stop(self) -> None:
@@ -189,12 +189,12 @@ class Ray(Executor):
             threads: [min(cpu // threads, card) if any(cards) else cpu // threads for cpu, card in zip(cpus, cards)]
             for threads in range(1, 1 + min(limit, max(cpus, default=0)))
         }
-        enough = [threads for threads, places in room.items() if sum(places) >= self.jobs]
+        enough = [threads for threads, slots in room.items() if sum(slots) >= self.jobs]
         self.threads = max(enough, default=1)
-        places = room.get(self.threads, [0])
-        self._beside = min(self.jobs, max(1, *places))
+        slots = room.get(self.threads, [0])
+        self._beside = min(self.jobs, max(1, *slots))
         if not enough:
-            logger.warning("Ray has room for %d cells at once; others wait in its queue", sum(places))
+            logger.warning("Ray has room for %d cells at once; others wait in its queue", sum(slots))
         self._task = ray.remote(
             max_retries=_RETRIES, num_cpus=self.threads, num_gpus=int(any(cards)), scheduling_strategy="SPREAD"
         )(_remote())
@@ -232,7 +232,7 @@ class Ray(Executor):
         if self._own_folder:
             shutil.rmtree(self._own_folder, ignore_errors=True)
 
-    def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], Ended]:
+    def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], ProcessExit]:
         environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
         environment |= _threads_environment(self.threads, self._beside)
         given = (list(arguments), str(Path.cwd()), str(log.absolute()), environment, _WATCH, _RETRIES)
@@ -240,15 +240,15 @@ class Ray(Executor):
         self._running.add(task)
         began = time.monotonic()
 
-        def wait() -> Ended:
+        def wait() -> ProcessExit:
             try:
                 seconds, code = self._ray.get(task)
-                return Ended(seconds, _how(code))
+                return ProcessExit(seconds, _reason(code))
             except self._ray.exceptions.RayError as error:
-                how = f"with its worker ({first_line(error)})"
+                reason = f"with its worker ({first_line(error)})"
                 if cause := getattr(error, "cause", None):
-                    how = f"before it began ({cause}). All nodes need the working folder and the output in one place"
-                return Ended(time.monotonic() - began, how)
+                    reason = f"before it began ({cause}). All nodes need the working folder and the output in one place"
+                return ProcessExit(time.monotonic() - began, reason)
             finally:
                 self._running.discard(task)
 
@@ -292,7 +292,7 @@ def _cards() -> list[str]:
     return [str(number) for number in range(count)] if named is None else named.split(",")[:count]
 
 
-def _how(code: int) -> str:
+def _reason(code: int) -> str:
     if code >= 0:
         return f"with exit code {code}"
     return f"by signal {-code}{' (perhaps for lack of memory)' if -code == getattr(signal, 'SIGKILL', 9) else ''}"
@@ -306,7 +306,7 @@ def _remote() -> Callable[[list[str], str, str, dict[str, str], str, int], tuple
     """What a worker of Ray does. Ray sends its code, since it has no module: a worker need not load this package."""
 
     def cell(
-        arguments: list[str], place: str, log: str, environment: dict[str, str], watch: str, retries: int
+        arguments: list[str], cwd: str, log: str, environment: dict[str, str], watch: str, retries: int
     ) -> tuple[float, int]:
         import os
         import platform
@@ -327,7 +327,7 @@ def _remote() -> Callable[[list[str], str, str, dict[str, str], str, int], tuple
             began = time.monotonic()
             process = subprocess.Popen(
                 [sys.executable, *arguments],
-                cwd=place,
+                cwd=cwd,
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=out,

@@ -19,7 +19,7 @@ from fastpeft.comparison.variants import (
     ZERO_SHOT,
     parse_variant,
     partition_chain,
-    told_of,
+    variant_message,
     with_prompts,
 )
 from fastpeft.data.problems import Problem
@@ -165,7 +165,7 @@ class CompareConfig:
             names = tuple(cell.name for cell in tried)
             return [*tried, *(dataclasses.replace(cell, rates=names, row=row) for cell in results)]
         except FastpeftError as error:
-            raise FastpeftError(f"the variant {variant!r} cannot be used: {told_of(variant, error)}") from None
+            raise FastpeftError(f"the variant {variant!r} cannot be used: {variant_message(variant, error)}") from None
 
     def _trained_cells(self, variant: str) -> tuple[list[Cell], list[Cell]]:
         """The cells that try learning rates for a variant, and those that train it, one for each seed."""

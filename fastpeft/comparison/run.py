@@ -16,12 +16,12 @@ import torch
 
 from fastpeft.comparison import executors
 from fastpeft.comparison.cells import Cell
-from fastpeft.comparison.executors import Ended
+from fastpeft.comparison.executors import ProcessExit
 from fastpeft.comparison.learning_rates import slice_sizes, take_slice, write_rows
 from fastpeft.comparison.plan import ROWS, CompareConfig, Plan
 from fastpeft.comparison.report import output
 from fastpeft.comparison.schedule import next_ready, seconds_of_all
-from fastpeft.comparison.variants import ZERO_SHOT, told_of
+from fastpeft.comparison.variants import ZERO_SHOT, variant_message
 from fastpeft.data.examples import TextData
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.errors import FastpeftError
@@ -207,7 +207,7 @@ class Comparison:
     def _run_cells(self, lock: BinaryIO) -> None:
         """Run what is not finished, each cell after those that it needs. On an exception the running ones end too."""
         waiting = [cell for cell in self.plan.wanted if cell.state != "finished"]
-        running: dict[Future[Ended], Cell] = {}
+        running: dict[Future[ProcessExit], Cell] = {}
         try:
             while waiting or running:
                 while len(running) < self.executor.jobs and (cell := next_ready(waiting, self.running)):
@@ -230,7 +230,7 @@ class Comparison:
                 self.running.clear()
             raise
 
-    def _start(self, cell: Cell, lock: BinaryIO, running: dict[Future[Ended], Cell]) -> None:
+    def _start(self, cell: Cell, lock: BinaryIO, running: dict[Future[ProcessExit], Cell]) -> None:
         """Start a cell's process, and add it to those that run. It holds the folder's lock as well, so that it keeps
         other comparisons out if this one is killed.
         """
@@ -250,13 +250,13 @@ class Comparison:
             self.running[cell.name] = time.monotonic()
             running[self.executor.start(_arguments(cell), cell.log, (lock.fileno(),))] = cell
 
-    def _end(self, cell: Cell, ended: Ended) -> None:
+    def _end(self, cell: Cell, ended: ProcessExit) -> None:
         """Keep what a cell's process has left. Where it failed, its log's last line is then `Error: ...`."""
         del self.running[cell.name]
         metrics = cell.metrics()
         if metrics is None:
             with self._saving():
-                _mark_failed(cell.log, ended.how)
+                _mark_failed(cell.log, ended.reason)
             logger.warning("%s: failed: %s", cell.name, cell.error())
         else:
             with self._saving():
@@ -303,7 +303,7 @@ def _check(plan: Plan, option: str) -> TextData | None:
         except FastpeftError as error:
             how = _words_option(config, loaded[rows], option)
             raise FastpeftError(
-                f"the variant {cell.variant!r} cannot be used: {told_of(cell.variant, error)}{how}"
+                f"the variant {cell.variant!r} cannot be used: {variant_message(cell.variant, error)}{how}"
             ) from None
     fingerprints = {rows: data.fingerprint for rows, data in loaded.items()}
     for cell in plan.cells:
@@ -349,12 +349,12 @@ def _arguments(cell: Cell) -> list[str]:
     return ["-m", "fastpeft", "train", "--config", str(cell.config_file), "--resume"]
 
 
-def _mark_failed(log: Path, how: str) -> None:
+def _mark_failed(log: Path, reason: str) -> None:
     """Add a last line `Error: ...` to the log of a failed process that has none."""
     text = log.read_text(encoding="utf-8", errors="replace").rstrip()
     last = text.rpartition("\n")[2]
     if not last.startswith("Error: "):
-        files.write_text(log, f"{text}\nError: the process ended {how}{f': {last}' if last else '.'}\n".lstrip())
+        files.write_text(log, f"{text}\nError: the process ended {reason}{f': {last}' if last else '.'}\n".lstrip())
 
 
 def _lock(folder: Path) -> BinaryIO:

@@ -56,10 +56,10 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
     return method, values, earlier if chain else None
 
 
-def told_of(variant: str, error: FastpeftError) -> str:
+def variant_message(variant: str, error: FastpeftError) -> str:
     """An error's message, where options that the variant does not write itself stay in backticks."""
     own = re.findall(r":(\w+)=", variant)
-    return error.told(lambda name: name if name in own else f"`{name}`")
+    return error.message_for(lambda name: name if name in own else f"`{name}`")
 
 
 def split_items(text: str) -> list[str]:

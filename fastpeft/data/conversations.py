@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastpeft.data.values import Place
+from fastpeft.data.values import RowRef
 from fastpeft.errors import FastpeftError
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -39,12 +39,12 @@ def is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 
-def as_conversation(value: Any, column: str, place: Place, *, answered: bool = True) -> Conversation:
+def as_conversation(value: Any, column: str, at: RowRef, *, answered: bool = True) -> Conversation:
     """The conversation of a cell: a list of `{"role": ..., "content": ...}`.
 
     Args:
         value: of the cell.
-        column, place: where it stands, for messages.
+        column, at: where it stands, for messages.
         answered: whether the assistant must have a turn, as to learn from it.
 
     Raises:
@@ -53,7 +53,7 @@ def as_conversation(value: Any, column: str, place: Place, *, answered: bool = T
     """
 
     def refuse(what: str, remedy: str) -> FastpeftError:
-        return FastpeftError(f"{place} has {what} in column {column!r}. {remedy}")
+        return FastpeftError(f"{at} has {what} in column {column!r}. {remedy}")
 
     if not is_conversation(value):
         raise refuse(repr(value), f"{_FORM[:-1]}, as jsonl and parquet files can hold.")

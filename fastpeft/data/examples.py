@@ -20,7 +20,7 @@ from fastpeft.data.names import DEMO
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, TAGGING, Problem, get_problem
 from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, prompt_key, shuffled, stratified, text_key
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
-from fastpeft.data.values import SEPARATOR, Place, as_class, as_flag, as_labels, as_score, as_tags, as_text, as_words
+from fastpeft.data.values import SEPARATOR, RowRef, as_class, as_flag, as_labels, as_score, as_tags, as_text, as_words
 from fastpeft.errors import FastpeftError, install
 from fastpeft.support.files import path_of
 
@@ -81,8 +81,8 @@ class TextData:
             column; none where the texts alone are learned.
         description: where the rows came from, for a model card.
         problem: what the labels are.
-        apart: rows that are neither learned from nor measured on, to choose a threshold by; None where none were asked
-            for.
+        threshold_data: rows that are neither learned from nor measured on, to choose a threshold by; None where none
+            were asked for.
     """
 
     train: Examples
@@ -90,12 +90,12 @@ class TextData:
     labels: list[str]
     description: str
     problem: Problem
-    apart: Examples | None = None
+    threshold_data: Examples | None = None
 
     @property
     def fingerprint(self) -> str:
         """Tells these rows and their parts from others: 16 hex digits of the SHA-256 of all texts and labels."""
-        parts = [part for part in (self.train, self.dev, self.apart) if part is not None]
+        parts = [part for part in (self.train, self.dev, self.threshold_data) if part is not None]
         rows = [(list(map(text_key, part.texts)), part.labels) for part in parts]
         return hashlib.sha256(json.dumps([self.labels, rows]).encode()).hexdigest()[:16]
 
@@ -108,7 +108,7 @@ def load_data(
     label_column: str | None = None,
     split_seed: int = 0,
     split: str | None = STRATIFIED,
-    keep_apart: bool = False,
+    hold_out: bool = False,
 ) -> TextData:
     """Load the rows of `data` to train on and to measure on.
 
@@ -129,7 +129,7 @@ def load_data(
         split: how they are chosen: `stratified`, by class, by bins of the numbers or by tags, and equal texts on one
             side, see `fastpeft.data.splitting.stratified`; or `shuffled`, at random. None: all rows are both parts, for
             what learns nothing.
-        keep_apart: keep a tenth of the training rows, chosen in the same way, apart from both parts.
+        hold_out: hold out a tenth of the training rows too, chosen in the same way, to choose a threshold by.
 
     Raises:
         FastpeftError: data is missing, empty or broken, a column is missing, a text (an empty one is one) or a
@@ -158,7 +158,7 @@ def load_data(
         dev_rows = len(parts[1])
         description += f", {dev_rows:,} rows held out by seed {split_seed}"
         logger.info("no dev part: %d of %d rows held out (%s, seed %d)", dev_rows, len(seen), split, split_seed)
-    if keep_apart:
+    if hold_out:
         rest, held = _split(parts[0], problem, split or STRATIFIED, split_seed)
         parts = [rest, parts[1], held]
         description += f", {len(held):,} more kept apart to choose a threshold by"
@@ -342,21 +342,21 @@ def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence
         # of SNLI, whose annotators did not agree; or of a hidden test part
         if (columns.label == "gold_label" and value == "-") or (value == -1 and columns.label in table.class_names):
             continue
-        place = Place(table.name, number)
+        at = RowRef(table.name, number)
         if problem.per_token:
-            words = as_words(row.get(columns.texts[0]), columns.texts[0], place)
-            part.append((words, as_tags(value, columns.label, len(words), names, place)))
+            words = as_words(row.get(columns.texts[0]), columns.texts[0], at)
+            part.append((words, as_tags(value, columns.label, len(words), names, at)))
             continue
-        texts = tuple(as_text(row.get(name), name, place) for name in columns.texts)
+        texts = tuple(as_text(row.get(name), name, at) for name in columns.texts)
         text = texts if len(texts) == 2 else texts[0]
         if problem is REGRESSION:
-            part.append((text, as_score(value, columns.label, place)))
+            part.append((text, as_score(value, columns.label, at)))
         elif columns.flags:
-            part.append((text, [name for name in columns.flags if as_flag(row.get(name), name, place)]))
+            part.append((text, [name for name in columns.flags if as_flag(row.get(name), name, at)]))
         elif problem is MULTI_LABEL:
-            part.append((text, as_labels(value, columns.label, names, place)))
+            part.append((text, as_labels(value, columns.label, names, at)))
         else:
-            part.append((text, as_class(value, columns.label, names, place)))
+            part.append((text, as_class(value, columns.label, names, at)))
     if not part:
         raise FastpeftError(f"no row of {table.name} has a label in column {columns.labels}. Choose other data.")
     if len(part) < len(table.rows):
@@ -377,20 +377,20 @@ def _read_texts(table: Table, columns: Sequence[str], problem: Problem) -> list[
             "both into one column, as messages: what the assistant says is learned."
         )
     for number, row in enumerate(table.rows, start=1):
-        place = Place(table.name, number)
+        at = RowRef(table.name, number)
         if chats:
-            texts.append(as_conversation(row.get(columns[0]), columns[0], place))
+            texts.append(as_conversation(row.get(columns[0]), columns[0], at))
             continue
         parts = [
-            " ".join(as_words(value, name, place))
+            " ".join(as_words(value, name, at))
             if isinstance(value := row.get(name), list)
-            else as_text(value, name, place)
+            else as_text(value, name, at)
             for name in columns
         ]
         if problem is NEXT_WORDS and len(parts) == 2:
             for name, part in zip(columns, parts):
                 if not part.strip():
-                    raise FastpeftError(f"{place} says nothing in column {name!r}. Write it, or remove the row.")
+                    raise FastpeftError(f"{at} says nothing in column {name!r}. Write it, or remove the row.")
         if any(part.strip() for part in parts):
             texts.append(tuple(parts) if len(parts) == 2 else parts[0])
     if not texts:

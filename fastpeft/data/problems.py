@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastpeft.data.names import LOSS, UNLABELLED
 from fastpeft.errors import FastpeftError
@@ -18,6 +18,8 @@ from fastpeft.errors import FastpeftError
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+T = TypeVar("T")
 
 LESS_IS_BETTER = (LOSS, "mse", "perplexity")  # of what is measured
 _MOST_IN_MATRIX = 200  # classes of a confusion matrix
@@ -129,8 +131,8 @@ class Problem:
             )
 
 
-def best_step(measured: Sequence[tuple[int, float]], metric: str) -> int:
-    """The step, the earliest of several, at which `metric` was best, given steps and values."""
+def best_of(measured: Sequence[tuple[T, float]], metric: str) -> T:
+    """What had the best value of `metric`, the first of equals, given what was measured and the values."""
     choose = min if metric in LESS_IS_BETTER else max
     return choose(measured, key=lambda point: point[1])[0]
 

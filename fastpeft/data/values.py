@@ -18,7 +18,7 @@ _CODE = re.compile(r"[+-]?0\d+|\d+[eE]\d+")  # 01 is another class than 1, and 1
 _FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
-class Place(NamedTuple):
+class RowRef(NamedTuple):
     """Where a value stands, for messages."""
 
     table: str
@@ -28,11 +28,11 @@ class Place(NamedTuple):
         return f"row {self.row} of {self.table}"
 
 
-def as_text(value: Any, column: str, place: Place) -> str:
+def as_text(value: Any, column: str, at: RowRef) -> str:
     """A text, as it is; an empty one is one."""
     if not isinstance(value, str):
         raise FastpeftError(
-            f"{place} has {reprlib.repr(value)} in column {column!r}, which must be text. Correct it or name another "
+            f"{at} has {reprlib.repr(value)} in column {column!r}, which must be text. Correct it or name another "
             "column with --text-column."
         )
     return value
@@ -44,73 +44,72 @@ def refuse_empty(*texts: str) -> None:
         raise EmptyTextError("the text is empty. Give one, or leave it out.")
 
 
-def as_words(value: Any, column: str, place: Place) -> list[str]:
+def as_words(value: Any, column: str, at: RowRef) -> list[str]:
     """A list of words, none of them empty."""
     if not isinstance(value, list) or not value or not all(isinstance(word, str) and word.strip() for word in value):
         raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, which must be a list of words, none of them empty, as jsonl "
+            f"{at} has {value!r} in column {column!r}, which must be a list of words, none of them empty, as jsonl "
             "and parquet files can hold. Correct it or name another column with --text-column."
         )
     return value
 
 
-def as_tags(value: Any, column: str, words: int, names: Sequence[str] | None, place: Place) -> list[str]:
+def as_tags(value: Any, column: str, words: int, names: Sequence[str] | None, at: RowRef) -> list[str]:
     """The names of the tags of so many `words`, each as `as_class` reads it."""
     if not isinstance(value, list) or len(value) != words:
         what = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
         raise FastpeftError(
-            f"{place} has {what} in column {column!r}, which must be a list of one tag for each of the {words} words. "
+            f"{at} has {what} in column {column!r}, which must be a list of one tag for each of the {words} words. "
             "Correct it or name another column with --label-column."
         )
-    return [as_class(tag, column, names, place) for tag in value]
+    return [as_class(tag, column, names, at) for tag in value]
 
 
-def as_labels(value: Any, column: str, names: Sequence[str] | None, place: Place) -> list[str]:
+def as_labels(value: Any, column: str, names: Sequence[str] | None, at: RowRef) -> list[str]:
     """The names of a text's labels, each as `as_class` reads it: a list, or a text with `|` between them; or none."""
     if isinstance(value, str):
         value = value.split(SEPARATOR) if value.strip() else []
     if value is None or value != value:
         raise FastpeftError(
-            f"{place} says nothing of its labels in column {column!r}. Write an empty list, or in csv and tsv files an "
+            f"{at} says nothing of its labels in column {column!r}. Write an empty list, or in csv and tsv files an "
             "empty text, where no label applies; or leave the row out."
         )
-    labels = [as_class(label, column, names, place) for label in (value if isinstance(value, list) else [value])]
+    labels = [as_class(label, column, names, at) for label in (value if isinstance(value, list) else [value])]
     for label in labels:
         if SEPARATOR in label:
             raise FastpeftError(
-                f"{place} has the label {label!r} in column {column!r}, but {SEPARATOR} stands between labels. Rename "
-                "it."
+                f"{at} has the label {label!r} in column {column!r}, but {SEPARATOR} stands between labels. Rename it."
             )
     return list(dict.fromkeys(labels))
 
 
-def as_flag(value: Any, column: str, place: Place) -> bool:
+def as_flag(value: Any, column: str, at: RowRef) -> bool:
     """Whether a text has the label that its column is named after."""
     flag = _FLAGS.get(str(value).strip().lower())
     if flag is None:
         raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, which must be 1 where the text has that label and 0 where "
+            f"{at} has {value!r} in column {column!r}, which must be 1 where the text has that label and 0 where "
             "not. Correct it, or name other columns with --label-column."
         )
     return flag
 
 
-def as_score(value: Any, column: str, place: Place) -> float:
+def as_score(value: Any, column: str, at: RowRef) -> float:
     """A finite number."""
     number = as_number(str(value).strip())
     if number is None or abs(number) == float("inf"):
         raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, which must be a number for regression, with a decimal "
+            f"{at} has {value!r} in column {column!r}, which must be a number for regression, with a decimal "
             "point, as 1.5, and no comma. Correct it or name another column with --label-column."
         )
     return float(number)
 
 
-def as_class(value: Any, column: str, names: Sequence[str] | None, place: Place) -> str:
+def as_class(value: Any, column: str, names: Sequence[str] | None, at: RowRef) -> str:
     """A class as a name: words and codes as they are, whole numbers by `names` or without a decimal point."""
     if not isinstance(value, (str, int, float, NoneType)):
         raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, but a class is one word or whole number. Give one; learn "
+            f"{at} has {value!r} in column {column!r}, but a class is one word or whole number. Give one; learn "
             "several labels of a text by --problem-type multi-label; or name another column with --label-column."
         )
     absent = value is None or value != value  # NaN, as some writers mark what is missing
@@ -119,7 +118,7 @@ def as_class(value: Any, column: str, names: Sequence[str] | None, place: Place)
     if not text or (isinstance(number, float) and not number.is_integer()):
         what = f"the class {text!r}" if text else "no class"
         raise FastpeftError(
-            f"{place} has {what} in column {column!r}; classes are words or whole numbers. Correct it, name another "
+            f"{at} has {what} in column {column!r}; classes are words or whole numbers. Correct it, name another "
             "column with --label-column, or learn numbers (fastpeft train --problem-type regression)."
         )
     if number is None:
@@ -128,7 +127,7 @@ def as_class(value: Any, column: str, names: Sequence[str] | None, place: Place)
         return str(int(number))
     if not 0 <= number < len(names):
         raise FastpeftError(
-            f"{place} has the class {text!r} in column {column!r}; classes are numbered from 0 to {len(names) - 1} "
+            f"{at} has the class {text!r} in column {column!r}; classes are numbered from 0 to {len(names) - 1} "
             "here. Correct it."
         )
     return names[int(number)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from fastpeft.data.problems import LOSS, best_step
+from fastpeft.data.problems import LOSS, best_of
 from fastpeft.ops.autotune import timings
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.launcher import is_first
@@ -84,7 +84,7 @@ class Patience(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         measured = logged(state, f"eval_{self.metric}")
-        best = best_step(measured, self.metric) if measured else 0
+        best = best_of(measured, self.metric) if measured else 0
         if not control.should_training_stop and sum(step > best for step, _ in measured) >= self.checkpoints:
             logger.info("ends at step %d: the best %s was that of step %d", state.global_step, self.metric, best)
             control.should_training_stop = True
@@ -102,7 +102,7 @@ class WholeCheckpoints(TrainerCallback):
         staged = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         best = None
         if self.chosen_by is not None and (measured := logged(state, f"eval_{self.chosen_by}")):
-            best = best_step(measured, self.chosen_by)  # a run that was stopped before has measured nothing
+            best = best_of(measured, self.chosen_by)  # a run that was stopped before has measured nothing
         self.ranks.wait()  # each process writes its random state into it
         self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best))
 

@@ -16,7 +16,7 @@ from fastpeft.data.conversations import USER, Conversation, as_conversation, is_
 from fastpeft.data.next_words import completion, end_tokens, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.data.splitting import prompt_key
-from fastpeft.data.values import Place, refuse_empty
+from fastpeft.data.values import RowRef, refuse_empty
 from fastpeft.errors import FastpeftError, install
 from fastpeft.prompts.template import is_text
 from fastpeft.support.stages import report
@@ -87,7 +87,7 @@ class TextGenerator:
             return text
         if is_conversation(text):
             self.run.check_conversations()
-            return as_conversation(text, "messages", Place("the given texts", 1), answered=False)
+            return as_conversation(text, "messages", RowRef("the given texts", 1), answered=False)
         if is_text(text):
             refuse_empty(text)
             return Conversation(((USER, text),)) if self.run.chats else text

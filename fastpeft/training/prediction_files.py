@@ -23,7 +23,7 @@ from fastpeft.data.columns import named_labels, own_columns, pick_columns, promp
 from fastpeft.data.conversations import as_conversation, is_conversation
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
-from fastpeft.data.values import SEPARATOR, Place, as_text, as_words
+from fastpeft.data.values import SEPARATOR, RowRef, as_text, as_words
 from fastpeft.errors import EmptyTextError, FastpeftError
 from fastpeft.support.files import path_of, publish, saving
 from fastpeft.support.interrupts import uninterrupted
@@ -145,19 +145,19 @@ class Predictions:
             )
         return texts
 
-    def _read_cells(self, row: Record, place: Place) -> Any:
+    def _read_cells(self, row: Record, at: RowRef) -> Any:
         values = [(name, row.get(name)) for name in self._names]
         if self._generates and is_conversation(values[0][1]):
-            return as_conversation(values[0][1], self._names[0], place, answered=False)
+            return as_conversation(values[0][1], self._names[0], at, answered=False)
         if self._predictor.run.problem.per_token and isinstance(values[0][1], list):
-            return as_words(values[0][1], values[0][0], place)
-        texts = tuple(as_text(value, name, place) for name, value in values)
+            return as_words(values[0][1], values[0][0], at)
+        texts = tuple(as_text(value, name, at) for name, value in values)
         for name, text in zip(self._names, texts):
             if not text.strip():
-                raise FastpeftError(f"{place} has an empty text in column {name!r}. Give one, or remove the row.")
+                raise FastpeftError(f"{at} has an empty text in column {name!r}. Give one, or remove the row.")
         return texts if len(texts) == 2 else texts[0]
 
-    def _read_line(self, row: Record, place: Place) -> Any:
+    def _read_line(self, row: Record, at: RowRef) -> Any:
         return row["text"].strip()
 
     def __iter__(self) -> Iterator[tuple[list[Prediction], list[FastpeftError]]]:
@@ -197,12 +197,12 @@ class Predictions:
             return EmptyTextError(f"text {number}: {error}")
 
     def _encode(self, number: int, row: Record) -> EncodedText:
-        place = Place(self._name, number)
-        given = self._read(row, place)
+        at = RowRef(self._name, number)
+        given = self._read(row, at)
         try:
             return self._predictor.encode(given)
         except FastpeftError as error:
-            raise FastpeftError(f"{place}: {error}") from None
+            raise FastpeftError(f"{at}: {error}") from None
 
     @property
     def warnings(self) -> list[str]:

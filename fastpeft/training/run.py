@@ -22,7 +22,7 @@ from fastpeft.data.problems import (
     CLASSIFICATION,
     LOSS,
     MASKED_WORDS,
-    best_step,
+    best_of,
     best_threshold,
     describe,
     most_frequent,
@@ -255,8 +255,8 @@ def _finish(
     # before anything is measured again, which is logged too
     points = {name: [(0, before[name]), *trainer.points(f"eval_{name}")] for name in {task.metric: None, LOSS: None}}
     threshold = None
-    if task.apart_rows:
-        trainer.measure(task.apart_rows)
+    if task.threshold_rows:
+        trainer.measure(task.threshold_rows)
         threshold = best_threshold(data.problem, *trainer.answers())
     after = trainer.measure(task.dev_rows)
     if chosen is None:
@@ -278,7 +278,7 @@ def _finish(
             *_missing(task),
             *task.warnings,
             *trainer.warnings_of_head(),
-            *result_warnings.of_threshold(len(task.apart_rows)),
+            *result_warnings.of_threshold(len(task.threshold_rows)),
             *result_warnings.of_training_loss(trainer.points("loss"), before_lowered),
         ],
     }
@@ -309,7 +309,7 @@ def _take_best(trainer: RunTrainer, task: Task, folder: RunFolder) -> int | None
     """Give the model the weights of its best checkpoint, where one is to be chosen, and tell its step."""
     if task.config.metric is None:
         return None
-    best = best_step(trainer.points(f"eval_{task.metric}"), task.metric)
+    best = best_of(trainer.points(f"eval_{task.metric}"), task.metric)
     logger.info("the best checkpoint by %s is that of step %d", task.metric, best)
     if best != trainer.state.global_step:
         task.method.load_checkpoint(trainer.model, folder.checkpoint(best))
@@ -393,7 +393,7 @@ def _metrics(
         "metric": config.metric,
         "best_step": chosen,
         "threshold": threshold,
-        "threshold_rows": len(task.apart_rows) or None,
+        "threshold_rows": len(task.threshold_rows) or None,
         "train_rows": sum(map(texts_of, task.train_rows)),
         "dev_rows": len(task.dev_rows),
         "trainable_parameters": trainable,

@@ -41,7 +41,7 @@ class Task:
         data: texts and labels.
         train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, they are hidden in the
             dev rows and not yet in the others; with `packing` those to train on are joined.
-        apart_rows: likewise those to choose a threshold by; none where there are none.
+        threshold_rows: likewise those to choose a threshold by; none where there are none.
         max_length: where texts were cut, in tokens.
         warnings: what is to be said of these texts, with the result too.
     """
@@ -52,7 +52,7 @@ class Task:
     data: TextData
     train_rows: list[Row]
     dev_rows: list[Row]
-    apart_rows: list[Row]
+    threshold_rows: list[Row]
     max_length: int
     warnings: list[str]
 
@@ -77,7 +77,7 @@ class Task:
         own_tokens = setup.method.own_tokens(setup.preparation)
         max_length = _max_length(config, usual, classifier.max_length, own_tokens)
         report("encoding texts")
-        parts = [part for part in (data.train, data.dev, data.apart) if part is not None]
+        parts = [part for part in (data.train, data.dev, data.threshold_data) if part is not None]
         encoded = [encode_counted(classifier.tokenizer, part, max_length, prompt, data.problem) for part in parts]
         train_rows, dev_rows, *kept = [rows for rows, _ in encoded]
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
@@ -111,8 +111,8 @@ class Task:
             fuse_head(model)
         if best_device() == "cpu" or not config.pack_weights:
             pack_frozen(model, config.pack_weights)
-        apart_rows = kept[0] if kept else []
-        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, apart_rows, max_length, warnings)
+        threshold_rows = kept[0] if kept else []
+        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, threshold_rows, max_length, warnings)
 
     @property
     def config(self) -> TrainConfig:
@@ -151,7 +151,7 @@ def data_for(config: TrainConfig) -> TextData:
         label_column=config.label_column,
         split_seed=config.split_seed,
         split=config.split,
-        keep_apart=config.threshold is not None,
+        hold_out=config.threshold is not None,
     )
 
 

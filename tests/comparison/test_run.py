@@ -342,7 +342,7 @@ def test_a_cell_that_outlives_its_comparison_keeps_the_folder() -> None:
         with pytest.raises(FastpeftError, match="or a cell that it left, still runs in 'out'"):
             compare(config("head"))
         Path("off").touch()
-        assert cell.result().how == "with exit code 0"
+        assert cell.result().reason == "with exit code 0"
     assert compare(config("head")).failed == {}
 
 

@@ -26,7 +26,7 @@ from unprivileged import bound_by_modes
 
 from fastpeft import CompareConfig, FastpeftError, TrainConfig, compare, train
 from fastpeft.cli import app
-from fastpeft.comparison.executors import Ended
+from fastpeft.comparison.executors import ProcessExit
 from fastpeft.support import files
 from fastpeft.training.export import export
 from fastpeft.training.run_folder import RunFolder
@@ -248,7 +248,7 @@ def test_a_comparison_whose_report_does_not_fit(place: Path, tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fastpeft.comparison.report.output.write", full)
-    monkeypatch.setattr("fastpeft.comparison.executors.Local._begin", lambda *_: lambda: Ended(0.0, "well"))
+    monkeypatch.setattr("fastpeft.comparison.executors.Local._begin", lambda *_: lambda: ProcessExit(0.0, "well"))
     common = {"model": str(place / "model"), "data": str(place / "reviews.csv"), "max_steps": 1}
     with pytest.raises(FastpeftError, match=r"\(No space left on device\)\. Finished cells are kept\. Make room"):
         compare(CompareConfig(output=str(tmp_path / "out"), methods=["head"], common=common))

@@ -232,10 +232,10 @@ def test_a_threshold_is_chosen_on_rows_apart_and_used_after(config: TrainConfig)
     config = replace(config, threshold="auto", max_steps=2, learning_rate=1e-4)
     result = train(config)
     metrics, data = result.metrics, data_for(config)
-    assert data.apart is not None
-    assert not set(data.apart.texts) & {*data.train.texts, *data.dev.texts}
-    assert (metrics["train_rows"], metrics["threshold_rows"]) == (len(data.train), len(data.apart))
-    assert len(data.train) + len(data.apart) == len(load_data(config.data).train.texts)
+    assert data.threshold_data is not None
+    assert not set(data.threshold_data.texts) & {*data.train.texts, *data.dev.texts}
+    assert (metrics["train_rows"], metrics["threshold_rows"]) == (len(data.train), len(data.threshold_data))
+    assert len(data.train) + len(data.threshold_data) == len(load_data(config.data).train.texts)
     assert metrics["threshold"] != 0.5
     found = evaluate(result.folder)
     for name in ("accuracy", "f1", "loss", "threshold"):
@@ -250,7 +250,7 @@ def test_a_threshold_is_chosen_on_rows_apart_and_used_after(config: TrainConfig)
         shown = CliRunner().invoke(app, ["predict", str(result.folder), "a dull film"])
         assert shown.output.startswith(f"{name}\t"), shown.output
     shown = CliRunner().invoke(app, ["eval", str(result.folder)])
-    assert f"chosen on {len(data.apart)} training rows" in " ".join(shown.output.replace("│", " ").split())
+    assert f"chosen on {len(data.threshold_data)} training rows" in " ".join(shown.output.replace("│", " ").split())
     card = (result.folder / "README.md").read_text()
     answered = f"positive where its probability is above {metrics['threshold']:.3f}, chosen on"
     assert answered in card
