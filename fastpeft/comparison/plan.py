@@ -27,6 +27,7 @@ from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.registry import METHODS, get_method
 from fastpeft.support import files
 from fastpeft.training.config import FOR_LABELS, TrainConfig, options
+from fastpeft.training.lineage import check_output
 from fastpeft.training.setup import resolve
 
 _ZERO_SHOT_FIELDS = ("model", "data", "split", "prompt", "label_words", "text_column", "label_column")
@@ -292,7 +293,7 @@ class Plan:
             try:
                 if cell.rates and cell.name in unsearched:
                     raise FastpeftError("its learning rate was not searched, and is now to be. Give another output.")
-                cell.folder.check(cell.values, resume=True, overwrite=False, moved=cell.own_paths(cell.values))
+                check_output(cell.folder, cell.values, resume=True, overwrite=False, moved=cell.own_paths(cell.values))
             except FastpeftError as error:
                 raise FastpeftError(
                     f"the cell {cell.name!r} cannot be run in {str(folder)!r}: "
@@ -406,7 +407,9 @@ def _of_another_protocol(config: CompareConfig, cell: Cell, by_name: Mapping[str
             if any(name not in by_name for name in other.rates):  # no rate was searched for it
                 continue
             filled = _filled_in(other, by_name)
-            filled.folder.check(filled.values, resume=True, overwrite=False, moved=cell.own_paths(filled.values))
+            check_output(
+                filled.folder, filled.values, resume=True, overwrite=False, moved=cell.own_paths(filled.values)
+            )
         except (StopIteration, FastpeftError):
             continue
         before, now = (f"the protocol {name}" if name else "no protocol" for name in (protocol, config.protocol))

@@ -23,7 +23,8 @@ from fastpeft.methods.side_network import SIVA_LAYERS
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import HEADS, Prompt, is_text
 from fastpeft.support.files import parse_json, path_of
-from fastpeft.training.run_folder import earlier_run, read_config
+from fastpeft.training.lineage import earlier_run
+from fastpeft.training.run_folder import read_config
 
 # without sense for an objective
 FOR_LABELS = (

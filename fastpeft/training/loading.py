@@ -21,7 +21,8 @@ from fastpeft.support.environment import best_device
 from fastpeft.support.files import read_json
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.run_folder import RunFolder, earlier_run
+from fastpeft.training.lineage import check_start, earlier_run
+from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import Head, RunSetup, setup_of_run
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def assemble(folder: RunFolder) -> FinishedRun:
     setup, metrics = setup_of_run(folder), folder.metrics()
 
     def start() -> Classifier:
-        folder.check_start()
+        check_start(folder)
         return load_start(setup)
 
     classifier: Classifier = setup.method.load(folder.path, start, lambda: load_model(str(folder.path), setup.head))

@@ -48,6 +48,7 @@ from fastpeft.training.arguments import compute_dtype, recipe_used, refusing, tr
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import count_parameters, simulated_peak_mb
+from fastpeft.training.lineage import check_output
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
 from fastpeft.training.run_folder import CURVES, PREDICTIONS, ROW_SCORES, TIMINGS, TRAINED_ON, RunFolder
@@ -106,7 +107,7 @@ def train(
         >>> result.metrics["accuracy"]  # doctest: +SKIP
     """
     folder = RunFolder(config.output)
-    folder.check(config.values(), resume=resume, overwrite=overwrite)
+    check_output(folder, config.values(), resume=resume, overwrite=overwrite)
     if resume and folder.finished:
         logger.info("the run in %s is finished; nothing to do", folder.path)
         folder.clear_lock()
@@ -130,7 +131,7 @@ def train(
         def open_folder() -> None:
             values = task.config.values()
             held.enter_context(folder.held())
-            folder.check(values, resume=resume, overwrite=overwrite)  # another run may have ended there since
+            check_output(folder, values, resume=resume, overwrite=overwrite)  # another run may have ended there since
             folder.open(values, task.data.fingerprint, overwrite=overwrite, recipe=recipe_used(trainer.args))
 
         trainer.ranks.first_does(open_folder)

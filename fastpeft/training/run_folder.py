@@ -45,13 +45,13 @@ LOGS = "logs"
 TRAINED_ON = "trained_on.txt"
 _VERSION_KEY = "fastpeft_version"
 _RECIPE_KEY = "recipe"
-_START_KEY = "init_from_weights"
+START_KEY = "init_from_weights"
 _ROWS_KEY = "rows"
-_MODEL_KEY = "model_weights"
+MODEL_KEY = "model_weights"
 _FOUND = ("found_prompt", "bf16")  # what a run finds out where nobody says it; one that goes on keeps it
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of a model; the first kind that is there
 _SAMPLES, _SAMPLE = 64, 1 << 20  # of each file, and the bytes of one
-_NOTES = (_VERSION_KEY, _RECIPE_KEY, _START_KEY, _ROWS_KEY, _MODEL_KEY)  # what run.json says beside the configuration
+_NOTES = (_VERSION_KEY, _RECIPE_KEY, START_KEY, _ROWS_KEY, MODEL_KEY)  # what run.json says beside the configuration
 _KEPT_CHECKPOINTS = 2
 
 # What a run writes, in the order of its deletion: a half-deleted run is no finished one, and still looks like a run.
@@ -142,6 +142,11 @@ class RunFolder:
         """What `run.json` holds."""
         return read_config(self.config_file)
 
+    def notes(self) -> dict[str, Any]:
+        """What `run.json` says beside the configuration."""
+        values = files.read_json(self.config_file)
+        return {name: values[name] for name in _NOTES if name in values}
+
     def found(self) -> dict[str, Any]:
         """What the run that was started here found out, as `run.json` holds it."""
         config = self.config()
@@ -185,7 +190,7 @@ class RunFolder:
     def trained_on(self) -> set[str]:
         """Digests, as `fastpeft.data.splitting.digest` makes them, of the texts that the result was trained on.
 
-        None where the file is missing.
+        Empty where the file is missing.
 
         Raises:
             FastpeftError: the file holds anything else.
@@ -201,11 +206,10 @@ class RunFolder:
             )
         return found
 
-    def check(self, config: Mapping[str, Any], *, resume: bool, overwrite: bool, moved: Collection[str] = ()) -> None:
-        """Raise `FastpeftError` unless a run with `config` may and can write here. Changes nothing.
-
-        `moved` are names of paths in `config` that run.json may have otherwise: they moved along with the folder.
-        """
+    def check_files(
+        self, config: Mapping[str, Any], *, resume: bool, overwrite: bool, moved: Collection[str] = ()
+    ) -> None:
+        """The part of `lineage.check_output` that looks at this folder alone."""
         if resume and overwrite:
             raise FastpeftError("resume and overwrite exclude each other: the one keeps what the other deletes.")
         if not (resume and self.finished):
@@ -224,8 +228,6 @@ class RunFolder:
                 f"the output folder {str(self.path)!r} is not empty and not of a run of fastpeft, so it is left alone. "
                 "Give another one."
             )
-        if overwrite:
-            self._check_outside(config)
         before = self.config()
         free = {"output", *moved}
         free |= {name for name in _FOUND if config.get(name) is None}
@@ -238,13 +240,10 @@ class RunFolder:
                 f"the run in {str(self.path)!r} was started with other values: {differences}. Resume it with its own, "
                 "or give another output folder."
             )
-        if resume:
-            self.check_start(config["init_from"] if "init_from" in moved else None)
-            self._check_model(config["model"])
-            if self.journal.exists():
-                from fastpeft.mezo.journal import Journal
+        if resume and self.journal.exists():
+            from fastpeft.mezo.journal import Journal
 
-                Journal.open(self.journal)  # refuses one that cannot be read
+            Journal.open(self.journal)  # refuses one that cannot be read
 
     def _check_place(self) -> None:
         """Raise `FastpeftError` where the folder, if it is not there, cannot be made, or can hold no files."""
@@ -258,49 +257,15 @@ class RunFolder:
             ):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    def _check_outside(self, config: Mapping[str, Any]) -> None:
-        """Raise `FastpeftError` where a run with `config` needs what it would delete here."""
-        own = self.path.resolve()
-        needed = [(name, config[name]) for name in ("model", "data")]
-        needed += [("run to start from", str(folder.path)) for folder in _earlier_runs(config)]
-        for name, path in needed:
-            if Path(path).is_relative_to(own):
-                raise FastpeftError(
-                    f"the {name} {path!r} lies in the run that --overwrite would delete. Give another output folder."
-                )
-
     def note_moved(self, paths: Mapping[str, str]) -> None:
         """Let run.json name `paths`, which moved along with the folder, where they lie now."""
         values = files.read_json(self.config_file)
         if any(values.get(name) != path for name, path in paths.items()):
             files.write_json(self.config_file, {**values, **paths})
 
-    def check_start(self, start: str | None = None) -> None:
-        """Raise `FastpeftError` where the run that this one started from holds other weights now, or is gone.
-
-        Args:
-            start: where that lies now; None: where run.json says.
-        """
-        values = files.read_json(self.config_file)
-        start = start or values.get("init_from")
-        if _START_KEY in values and (start is None or values[_START_KEY] != earlier_run(start).fingerprint()):
-            raise FastpeftError(
-                f"the run in {str(self.path)!r} started from that in {start!r}, which holds other "
-                "weights now. Restore them, or train anew with --overwrite."
-            )
-
-    def _check_model(self, model: str) -> None:
-        """Raise `FastpeftError` where the folder of the model that the run began with holds other weights now."""
-        noted = files.read_json(self.config_file).get(_MODEL_KEY)
-        if noted is not None and noted != (now := model_fingerprint(model)) and now is not None:
-            raise FastpeftError(
-                f"the model in {model!r} has other weights now than when the run in {str(self.path)!r} was started. "
-                "Restore them, or train anew with --overwrite."
-            )
-
     def has_rows(self, fingerprint: str) -> bool:
         """Whether the run that was started here has rows of this `TextData.fingerprint`, or noted none."""
-        return bool(files.read_json(self.config_file).get(_ROWS_KEY, fingerprint) == fingerprint)
+        return bool(self.notes().get(_ROWS_KEY, fingerprint) == fingerprint)
 
     def check_rows(self, fingerprint: str) -> None:
         """Raise `FastpeftError` where the run that was started here has other rows than those of this fingerprint."""
@@ -359,11 +324,11 @@ class RunFolder:
         """
         notes: dict[str, Any] = {_VERSION_KEY: __version__, _ROWS_KEY: rows}
         if (weights := model_fingerprint(config["model"])) is not None:
-            notes[_MODEL_KEY] = weights
+            notes[MODEL_KEY] = weights
         if recipe is not None:
             notes[_RECIPE_KEY] = dict(recipe)
         if config.get("init_from") is not None:
-            notes[_START_KEY] = RunFolder(config["init_from"]).fingerprint()
+            notes[START_KEY] = RunFolder(config["init_from"]).fingerprint()
         with files.saving(f"to the output folder {str(self.path)!r}", lambda: "Give one that can be written."):
             files.clear_unfinished(self.path)
             if overwrite:
@@ -459,39 +424,6 @@ def model_fingerprint(model: str) -> str | None:
                 stream.seek(place * (size - _SAMPLE) // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()[:16] if weights else None
-
-
-def earlier_run(folder: str) -> RunFolder:
-    """The finished run in `folder`, for another to start from.
-
-    Raises:
-        FastpeftError: there is none.
-    """
-    run = RunFolder(folder)
-    try:
-        run.metrics()
-    except FastpeftError as error:
-        raise FastpeftError(f"the run to start from is not there: {error}") from None
-    _check_beginning(run)
-    return run
-
-
-def _check_beginning(run: RunFolder) -> None:
-    """Raise `FastpeftError` where the runs that one started from, each from the next, have no first."""
-    passed: set[Path] = set()
-    while run.started and isinstance(start := run.config().get("init_from"), str):
-        passed.add(run.path.resolve())
-        run = RunFolder(start)
-        if run.path.resolve() in passed:
-            raise FastpeftError(f"the run in {start!r} says that it started from itself. Restore its run.json.")
-
-
-def _earlier_runs(config: Mapping[str, Any]) -> Iterator[RunFolder]:
-    """The runs that one with `config` starts from, the latest first."""
-    while config["init_from"] is not None:
-        run = earlier_run(config["init_from"])
-        yield run
-        config = {"init_from": None, **run.config()}
 
 
 def _counts(child: Path) -> bool:

@@ -15,6 +15,7 @@ from fastpeft.comparison import suites
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.variants import parse_variant, split_items
 from fastpeft.training.config import TrainConfig
+from fastpeft.training.lineage import check_output, check_start
 from fastpeft.training.run_folder import RunFolder
 
 
@@ -417,14 +418,14 @@ def test_a_folder_that_moved_goes_on(tmp_path: Path) -> None:
         assert str(old / "slice") not in file.read_text()
         assert f'"init_from": "{old}' not in file.read_text()
     for cell in moved.cells:
-        cell.folder.check_start()
+        check_start(cell.folder)
     assert not old.exists()
     (new / "cells" / "lst-init_from=mezo-seed0" / "metrics.json").unlink()
     again = Plan.make(config(*methods[1:], output=str(new), protocol="full", seeds=1), "command")
     cell = again.fill_in(again.results[1])
     assert (cell.name, cell.state) == ("lst-init_from=mezo-seed0", "waiting")
     assert cell.values["init_from"] == str(new / "cells" / "mezo-seed0")
-    cell.folder.check(cell.config.values(), resume=True, overwrite=False)  # as its process does
+    check_output(cell.folder, cell.config.values(), resume=True, overwrite=False)  # as its process does
 
 
 def test_a_rate_that_failed_is_not_taken(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from fastpeft.prompts.template import Prompt
 from fastpeft.support.fingerprints import fingerprints_agree
 from fastpeft.support.safe_paths import check_named_files
 from fastpeft.training.config import TrainConfig, parse_value
+from fastpeft.training.lineage import check_start
 from fastpeft.training.run_folder import RunFolder
 
 
@@ -49,7 +50,7 @@ def _run(path: Path) -> None:
     path.with_name("run.json").write_bytes(path.read_bytes())
     folder = RunFolder(path.parent)
     folder.metrics()
-    folder.check_start()
+    check_start(folder)
 
 
 def _journal(path: Path) -> None:
