@@ -149,8 +149,8 @@ def plain_logging() -> None:
 @pytest.fixture(autouse=True)
 def curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs leave an empty file for their curves, which are slow to draw: that is in training/test_curves.py."""
-    if run := sys.modules.get("fastpeft.training.run"):
-        monkeypatch.setattr(run, "draw_curves", lambda file, *curves: file.touch())
+    if outcome := sys.modules.get("fastpeft.training.outcome"):
+        monkeypatch.setattr(outcome, "draw_curves", lambda file, *curves: file.touch())
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,42 +16,27 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from fastpeft.data import result_warnings
-from fastpeft.data.examples import count_labels, labels_in_words
-from fastpeft.data.packed_rows import texts_of
+from fastpeft.data.examples import labels_in_words
 from fastpeft.data.problems import (
-    CLASSIFICATION,
     LOSS,
-    MASKED_WORDS,
-    best_of,
-    best_threshold,
-    describe,
-    most_frequent,
-    title_of,
 )
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.ladder.cache import DTYPES
-from fastpeft.models import resolve_model
 from fastpeft.ops.autotune import timings
 from fastpeft.prompts.model import inside_prompt
-from fastpeft.prompts.template import is_of_decoder
 from fastpeft.support import files
-from fastpeft.support.environment import best_device, device_name, versions
+from fastpeft.support.environment import best_device
 from fastpeft.support.interrupts import noting_stops
-from fastpeft.support.launcher import is_first, jobs
-from fastpeft.support.model_card import model_card
+from fastpeft.support.launcher import is_first
 from fastpeft.support.nonfinite import is_finite
 from fastpeft.support.processes import Ranks, noticing_losses
 from fastpeft.support.processor import has_bfloat16
-from fastpeft.support.stages import report
-from fastpeft.training.arguments import compute_dtype, recipe_used, refusing, training_arguments
+from fastpeft.training.arguments import recipe_used, refusing, training_arguments
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.curves import draw_curves
-from fastpeft.training.estimates import count_parameters, simulated_peak_mb
 from fastpeft.training.lineage import check_output
-from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
-from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
-from fastpeft.training.run_folder import CURVES, PREDICTIONS, ROW_SCORES, TIMINGS, TRAINED_ON, RunFolder
+from fastpeft.training.outcome import Beginning, finish, of_absent_classes, save_model
+from fastpeft.training.run_folder import TIMINGS, RunFolder
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer, trainer_class
 
@@ -124,9 +109,10 @@ def train(
             logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)
         if is_first():  # while there is time to stop
-            for warning in (*result_warnings.seen_rows(task.data.dev.texts, trained_on), *_missing(task)):
+            for warning in (*result_warnings.seen_rows(task.data.dev.texts, trained_on), *of_absent_classes(task)):
                 logger.warning("%s", warning)
-        trainer, before, before_lowered = _prepare(task, folder, callbacks)
+        trainer, measured, lowered = _prepare(task, folder, callbacks)
+        before = Beginning(measured, lowered, trained_on, command or f"fastpeft train --config {folder.config_file}")
 
         def open_folder() -> None:
             values = task.config.values()
@@ -142,7 +128,7 @@ def train(
         try:
             with noting_stops(trainer.stop, _NOTICE), noticing_losses():
                 _run(trainer, task, folder, resume)
-                metrics = _finish(trainer, task, folder, before, before_lowered, trained_on, command)
+                metrics = finish(trainer, task, folder, before)
         except LostProcessError as error:
             raise LostProcessError(f"{error} {folder.going_on()}") from error
         except KeyboardInterrupt:
@@ -204,11 +190,6 @@ def _trained_on(task: Task) -> set[str]:
     return earlier.union(map(digest, task.data.train.texts))
 
 
-def _missing(task: Task) -> list[str]:
-    """What is to be said of classes or labels that no training row has."""
-    return result_warnings.of_train_rows(task.data.problem, count_labels(task.data), task.data.labels)
-
-
 def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> None:
     """Train, with `resume` from where the run has come to; of one that cannot go on, keep the last good weights."""
     checkpoint = folder.newest_checkpoint() if resume else None
@@ -240,83 +221,6 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
         raise KeyboardInterrupt
 
 
-def _finish(
-    trainer: RunTrainer,
-    task: Task,
-    folder: RunFolder,
-    before: Mapping[str, float],
-    before_lowered: float,
-    trained_on: Set[str],
-    command: str | None,
-) -> dict[str, Any]:
-    """Measure the result and write it; what `metrics.json` then holds."""
-    config, data = task.config, task.data
-    trainer.check_same()
-    chosen = _take_best(trainer, task, folder)
-    # before anything is measured again, which is logged too
-    points = {name: [(0, before[name]), *trainer.points(f"eval_{name}")] for name in {task.metric: None, LOSS: None}}
-    threshold = None
-    if task.threshold_rows:
-        trainer.measure(task.threshold_rows)
-        threshold = best_threshold(data.problem, *trainer.answers())
-    after = trainer.measure(task.dev_rows)
-    if chosen is None:
-        for name, curve in points.items():
-            curve.append((trainer.state.global_step, after[name]))
-    kind = config.own_loss or ("smoothed" if trainer.args.label_smoothing_factor else "")
-    loss_title = f"{kind} training loss".strip()  # one of another kind is not to be compared
-    curves = {loss_title: trainer.points("loss"), **{f"dev {name}": curve for name, curve in points.items()}}
-    command = command or f"fastpeft train --config {folder.config_file}"
-    outputs, labels = trainer.answers()
-    if threshold is not None:
-        outputs = data.problem.decided(outputs, threshold)
-        after |= data.problem.score(outputs, labels, data.labels)
-    metrics = {
-        **_metrics(trainer, task, before, after, chosen, threshold, command),
-        **describe(data.problem, outputs, labels, data.labels, most_frequent(data.train.labels, data.problem)),
-        "warnings": [
-            *result_warnings.of_dev_rows(data.problem, data.dev.texts, trained_on, outputs, labels, data.labels),
-            *_missing(task),
-            *task.warnings,
-            *trainer.warnings_of_head(),
-            *result_warnings.of_threshold(len(task.threshold_rows)),
-            *result_warnings.of_training_loss(trainer.points("loss"), before_lowered),
-        ],
-    }
-    staged = folder.staging / "result"
-    report("saving")
-
-    def write() -> None:
-        with folder.saving("the result"):
-            _save(trainer, task, staged)
-            files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(trainer.args)))
-            files.write_json(staged / CURVES, curves)
-            files.write_text(staged / TRAINED_ON, "".join(f"{text}\n" for text in sorted(trained_on)))
-            if data.problem is CLASSIFICATION:
-                predictions = {"labels": data.dev.labels, "predictions": trainer.classes(task.dev_rows, threshold)}
-                files.write_json(staged / PREDICTIONS, predictions)
-            elif data.problem.tested is not None:
-                above, below = zip(*trainer.parts(task.dev_rows, threshold))
-                files.write_json(staged / ROW_SCORES, {"metric": data.problem.tested, "above": above, "below": below})
-            title, shown = f"{task.method.title} on {config.data}", title_of(task.metric)
-            draw_curves(staged / "curves.png", title, curves[loss_title], points[task.metric], loss_title, shown)
-            folder.close(metrics, staged)
-
-    trainer.ranks.first_does(write)
-    return metrics
-
-
-def _take_best(trainer: RunTrainer, task: Task, folder: RunFolder) -> int | None:
-    """Give the model the weights of its best checkpoint, where one is to be chosen, and tell its step."""
-    if task.config.metric is None:
-        return None
-    best = best_of(trainer.points(f"eval_{task.metric}"), task.metric)
-    logger.info("the best checkpoint by %s is that of step %d", task.metric, best)
-    if best != trainer.state.global_step:
-        task.method.load_checkpoint(trainer.model, folder.checkpoint(best))
-    return best
-
-
 def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
     """Save the weights before a step that failed, and say where."""
     saved = folder.newest_in_words()
@@ -328,18 +232,10 @@ def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
         kept = "The weights, of which those with the first gradients may have made that step,"
     if trainer.ranks.is_first:
         with folder.saving("the weights before that step"):
-            _save(trainer, task, staged)
+            save_model(trainer, task, staged)
             files.discard(target, folder.staging)
             files.publish(staged, target)
     return f"{kept} are in {target}. {saved}"
-
-
-def _save(trainer: RunTrainer, task: Task, folder: Path) -> None:
-    """Write adapter or model, and the tokenizer, as `from_pretrained` reads them, and the prompt."""
-    trainer.model.save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
-    if task.setup.prompt is not None:
-        task.setup.prompt.save(folder)
 
 
 @contextmanager
@@ -353,119 +249,3 @@ def _determinism(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
-
-
-def _metrics(
-    trainer: RunTrainer,
-    task: Task,
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    chosen: int | None,
-    threshold: float | None,
-    command: str,
-) -> dict[str, Any]:
-    """What `metrics.json` holds."""
-    config, device, seconds = task.config, trainer.args.device, trainer.clock.seconds
-    problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
-    trainable, total = count_parameters(trainer.model)
-    longest = max(trainer.order.lengths)
-    report("simulating memory")
-    estimate = peak = simulated_peak_mb(task, trainer.args, longest)
-    if device.type == "cuda":
-        peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
-    elif trainer.longest_seen not in (0, longest):
-        peak = simulated_peak_mb(task, trainer.args, trainer.longest_seen)
-    return {
-        "method": config.method,
-        "model": config.model,
-        "data": config.data,
-        "problem_type": problem.name,
-        "labels": task.data.labels,
-        "pairs": task.data.train.is_pair,
-        "conversations": task.data.train.are_conversations,
-        "max_length": task.max_length,
-        **after,
-        f"{problem.primary}_before": before[problem.primary],
-        "samples_per_second": round(trainer.samples_seen / seconds, 2) if seconds else None,
-        "train_seconds": round(seconds, 2),
-        "steps": trainer.state.global_step,
-        "processes": trainer.ranks.size,
-        "found_prompt": config.found_prompt,
-        "metric": config.metric,
-        "best_step": chosen,
-        "threshold": threshold,
-        "threshold_rows": len(task.threshold_rows) or None,
-        "train_rows": sum(map(texts_of, task.train_rows)),
-        "dev_rows": len(task.dev_rows),
-        "trainable_parameters": trainable,
-        "parameters": total,
-        "peak_memory_mb": peak,
-        "estimated_memory_mb": estimate,
-        "peak_memory_source": "CUDA allocator" if device.type == "cuda" else SIMULATED,
-        "peak_rss_mb": peak_rss_mb(),
-        "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},
-        "learning_rate": trainer.args.learning_rate,
-        "compute_dtype": compute_dtype(trainer.args),
-        "seed": config.seed,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "jobs": jobs(),
-        "versions": versions(),
-        "command": command,
-    }
-
-
-def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Mapping[str, Any]) -> str:
-    """The model card of the run."""
-    config, problem, prompt = task.config, task.data.problem, task.setup.prompt
-    shown = (
-        "objective",
-        "problem_type",
-        "class_weights",
-        "focal_gamma",
-        "metric",
-        "patience",
-        "prompt",
-        "label_words",
-        "prompt_head",
-        "init_from",
-        "batch_size",
-        "targets",
-        "rank",
-        "window",
-        "reduction",
-        "cache_dtype",
-        "seed",
-        "bf16",
-    )
-    settings = {name: value for name, value in config.values().items() if name in shown and value is not None}
-    if config.found_prompt is not None:
-        settings |= found_settings(config.found_prompt)
-    return model_card(
-        base_model=config.model,
-        method=task.method.title,
-        snippet=task.method.loading_snippet(
-            str(folder.path),
-            chained=config.init_from is not None,
-            base_model=resolve_model(config.model),
-            task_type=problem.task_type,
-            labels=task.data.labels,
-            prompt_head=None if prompt is None else prompt.head,
-            masked_words=problem is MASKED_WORDS,
-            decoder=is_of_decoder(task.tokenizer),
-            tokenizer=True,
-        ),
-        library=task.method.library,
-        data=task.data.description,
-        labels=task.data.labels,
-        labels_are=problem.labels,
-        answers=answers_in_words(metrics),
-        chosen_by=chosen_by(metrics),
-        metrics=results(metrics),
-        settings={
-            **recipe,
-            "max_length": task.max_length,
-            **settings,
-            **config.settings,
-        },
-    )

@@ -1,0 +1,300 @@
+"""The result of a run: measured, described, and written into its folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastpeft.data import result_warnings
+from fastpeft.data.examples import count_labels
+from fastpeft.data.packed_rows import texts_of
+from fastpeft.data.problems import (
+    CLASSIFICATION,
+    LOSS,
+    MASKED_WORDS,
+    best_of,
+    best_threshold,
+    describe,
+    most_frequent,
+    title_of,
+)
+from fastpeft.models import resolve_model
+from fastpeft.prompts.model import inside_prompt
+from fastpeft.prompts.template import is_of_decoder
+from fastpeft.support import files
+from fastpeft.support.environment import device_name, versions
+from fastpeft.support.launcher import jobs
+from fastpeft.support.model_card import model_card
+from fastpeft.support.stages import report
+from fastpeft.training.arguments import compute_dtype, recipe_used
+from fastpeft.training.curves import draw_curves
+from fastpeft.training.estimates import count_parameters, simulated_peak_mb
+from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
+from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
+from fastpeft.training.run_folder import CURVES, PREDICTIONS, ROW_SCORES, TRAINED_ON, RunFolder
+from fastpeft.training.task import Task
+from fastpeft.training.trainer import RunTrainer
+
+logger = logging.getLogger(__name__)
+
+Points = list[tuple[int, float]]  # steps and values
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is known of a run before it trains.
+
+    Attributes:
+        scores: what its dev rows measured.
+        lowered: of what training lowers, the loss of these rows.
+        trained_on: digests of the texts that it trains on, and of those that what it starts from was trained on.
+        command: how it was started.
+    """
+
+    scores: Mapping[str, float]
+    lowered: float
+    trained_on: Set[str]
+    command: str
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured after training.
+
+    Attributes:
+        chosen: the step whose weights were kept as the best; None: the last weights are.
+        threshold: above which probability the second class, or a label, is answered; None where none was chosen.
+        scores: of the dev rows.
+        outputs, labels: of the dev rows, the outputs by the threshold.
+        points: by name, what dev rows measured before, during and after training.
+    """
+
+    chosen: int | None
+    threshold: float | None
+    scores: dict[str, float]
+    outputs: np.ndarray
+    labels: np.ndarray
+    points: dict[str, Points]
+
+
+def finish(trainer: RunTrainer, task: Task, folder: RunFolder, before: Beginning) -> dict[str, Any]:
+    """Measure the result and write it; what `metrics.json` then holds."""
+    trainer.check_same()
+    data, after = task.data, _measure(trainer, task, folder, before)
+    frequent = most_frequent(data.train.labels, data.problem)
+    metrics = {
+        **_metrics(trainer, task, before, after),
+        **describe(data.problem, after.outputs, after.labels, data.labels, frequent),
+        "warnings": _warnings(trainer, task, before, after),
+    }
+    report("saving")
+    trainer.ranks.first_does(lambda: _write(trainer, task, folder, before, after, metrics))
+    return metrics
+
+
+def _measure(trainer: RunTrainer, task: Task, folder: RunFolder, before: Beginning) -> _Measured:
+    """Measure the dev rows, with the weights and by the threshold that are to be kept."""
+    data, chosen = task.data, _take_best(trainer, task, folder)
+    # before anything is measured again, which is logged too
+    points = {
+        name: [(0, before.scores[name]), *trainer.points(f"eval_{name}")] for name in {task.metric: None, LOSS: None}
+    }
+    threshold = None
+    if task.threshold_rows:
+        trainer.measure(task.threshold_rows)
+        threshold = best_threshold(data.problem, *trainer.answers())
+    scores = trainer.measure(task.dev_rows)
+    if chosen is None:
+        for name, curve in points.items():
+            curve.append((trainer.state.global_step, scores[name]))
+    outputs, labels = trainer.answers()
+    if threshold is not None:
+        outputs = data.problem.decided(outputs, threshold)
+        scores |= data.problem.score(outputs, labels, data.labels)
+    return _Measured(chosen, threshold, scores, outputs, labels, points)
+
+
+def _take_best(trainer: RunTrainer, task: Task, folder: RunFolder) -> int | None:
+    """Give the model the weights of its best checkpoint, where one is to be chosen, and tell its step."""
+    if task.config.metric is None:
+        return None
+    best = best_of(trainer.points(f"eval_{task.metric}"), task.metric)
+    logger.info("the best checkpoint by %s is that of step %d", task.metric, best)
+    if best != trainer.state.global_step:
+        task.method.load_checkpoint(trainer.model, folder.checkpoint(best))
+    return best
+
+
+def _metrics(trainer: RunTrainer, task: Task, before: Beginning, after: _Measured) -> dict[str, Any]:
+    """What `metrics.json` holds."""
+    config, device, seconds = task.config, trainer.args.device, trainer.clock.seconds
+    problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
+    trainable, total = count_parameters(trainer.model)
+    longest = max(trainer.order.lengths)
+    report("simulating memory")
+    estimate = peak = simulated_peak_mb(task, trainer.args, longest)
+    if device.type == "cuda":
+        peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
+    elif trainer.longest_seen not in (0, longest):
+        peak = simulated_peak_mb(task, trainer.args, trainer.longest_seen)
+    return {
+        "method": config.method,
+        "model": config.model,
+        "data": config.data,
+        "problem_type": problem.name,
+        "labels": task.data.labels,
+        "pairs": task.data.train.is_pair,
+        "conversations": task.data.train.are_conversations,
+        "max_length": task.max_length,
+        **after.scores,
+        f"{problem.primary}_before": before.scores[problem.primary],
+        "samples_per_second": round(trainer.samples_seen / seconds, 2) if seconds else None,
+        "train_seconds": round(seconds, 2),
+        "steps": trainer.state.global_step,
+        "processes": trainer.ranks.size,
+        "found_prompt": config.found_prompt,
+        "metric": config.metric,
+        "best_step": after.chosen,
+        "threshold": after.threshold,
+        "threshold_rows": len(task.threshold_rows) or None,
+        "train_rows": sum(map(texts_of, task.train_rows)),
+        "dev_rows": len(task.dev_rows),
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "peak_memory_mb": peak,
+        "estimated_memory_mb": estimate,
+        "peak_memory_source": "CUDA allocator" if device.type == "cuda" else SIMULATED,
+        "peak_rss_mb": peak_rss_mb(),
+        "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},
+        "learning_rate": trainer.args.learning_rate,
+        "compute_dtype": compute_dtype(trainer.args),
+        "seed": config.seed,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "jobs": jobs(),
+        "versions": versions(),
+        "command": before.command,
+    }
+
+
+def _warnings(trainer: RunTrainer, task: Task, before: Beginning, after: _Measured) -> list[str]:
+    """What makes these figures doubtful."""
+    data = task.data
+    return [
+        *result_warnings.of_dev_rows(
+            data.problem, data.dev.texts, before.trained_on, after.outputs, after.labels, data.labels
+        ),
+        *of_absent_classes(task),
+        *task.warnings,
+        *trainer.warnings_of_head(),
+        *result_warnings.of_threshold(len(task.threshold_rows)),
+        *result_warnings.of_training_loss(trainer.points("loss"), before.lowered),
+    ]
+
+
+def of_absent_classes(task: Task) -> list[str]:
+    """What is to be said of classes or labels that no training row has."""
+    return result_warnings.of_train_rows(task.data.problem, count_labels(task.data), task.data.labels)
+
+
+def _write(
+    trainer: RunTrainer,
+    task: Task,
+    folder: RunFolder,
+    before: Beginning,
+    after: _Measured,
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write the result into its folder, which marks the run as finished."""
+    config, problem, staged = task.config, task.data.problem, folder.staging / "result"
+    kind = config.own_loss or ("smoothed" if trainer.args.label_smoothing_factor else "")
+    loss_title = f"{kind} training loss".strip()  # one of another kind is not to be compared
+    losses = trainer.points("loss")
+    curves = {loss_title: losses, **{f"dev {name}": curve for name, curve in after.points.items()}}
+    with folder.saving("the result"):
+        save_model(trainer, task, staged)
+        files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(trainer.args)))
+        files.write_json(staged / CURVES, curves)
+        files.write_text(staged / TRAINED_ON, "".join(f"{text}\n" for text in sorted(before.trained_on)))
+        if problem is CLASSIFICATION:
+            predictions = {
+                "labels": task.data.dev.labels,
+                "predictions": trainer.classes(task.dev_rows, after.threshold),
+            }
+            files.write_json(staged / PREDICTIONS, predictions)
+        elif problem.tested is not None:
+            above, below = zip(*trainer.parts(task.dev_rows, after.threshold))
+            files.write_json(staged / ROW_SCORES, {"metric": problem.tested, "above": above, "below": below})
+        title, shown = f"{task.method.title} on {config.data}", title_of(task.metric)
+        draw_curves(staged / "curves.png", title, losses, after.points[task.metric], loss_title, shown)
+        folder.close(metrics, staged)
+
+
+def save_model(trainer: RunTrainer, task: Task, folder: Path) -> None:
+    """Write adapter or model, and the tokenizer, as `from_pretrained` reads them, and the prompt."""
+    trainer.model.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    if task.setup.prompt is not None:
+        task.setup.prompt.save(folder)
+
+
+def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Mapping[str, Any]) -> str:
+    """The model card of the run."""
+    config, problem, prompt = task.config, task.data.problem, task.setup.prompt
+    shown = (
+        "objective",
+        "problem_type",
+        "class_weights",
+        "focal_gamma",
+        "metric",
+        "patience",
+        "prompt",
+        "label_words",
+        "prompt_head",
+        "init_from",
+        "batch_size",
+        "targets",
+        "rank",
+        "window",
+        "reduction",
+        "cache_dtype",
+        "seed",
+        "bf16",
+    )
+    settings = {name: value for name, value in config.values().items() if name in shown and value is not None}
+    if config.found_prompt is not None:
+        settings |= found_settings(config.found_prompt)
+    return model_card(
+        base_model=config.model,
+        method=task.method.title,
+        snippet=task.method.loading_snippet(
+            str(folder.path),
+            chained=config.init_from is not None,
+            base_model=resolve_model(config.model),
+            task_type=problem.task_type,
+            labels=task.data.labels,
+            prompt_head=None if prompt is None else prompt.head,
+            masked_words=problem is MASKED_WORDS,
+            decoder=is_of_decoder(task.tokenizer),
+            tokenizer=True,
+        ),
+        library=task.method.library,
+        data=task.data.description,
+        labels=task.data.labels,
+        labels_are=problem.labels,
+        answers=answers_in_words(metrics),
+        chosen_by=chosen_by(metrics),
+        metrics=results(metrics),
+        settings={
+            **recipe,
+            "max_length": task.max_length,
+            **settings,
+            **config.settings,
+        },
+    )
