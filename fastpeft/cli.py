@@ -170,7 +170,7 @@ def evaluate(
         metavar="TEMPLATE|NAME|auto",
         help="The prompt, with --model; auto finds one on the training rows of --data.",
     ),
-    label_words: str | None = typer.Option(None, help="Its words, as for train."),
+    label_words: str | None = typer.Option(None, help="The words of --prompt, as for train."),
     calibrate: bool = typer.Option(
         False, "--calibrate", help="With --model: subtract what the words score for an empty text."
     ),

@@ -1,1 +1,4 @@
-"""What everything stands on: files, the model hub, processes, signals. Knows nothing of models, data or methods."""
+"""What everything stands on: files, the model hub, processes, signals, small helpers for models and their cards.
+
+Of this library it imports errors and the version alone.
+"""

@@ -103,7 +103,7 @@ class Ranks:
         self.rank = 0 if alone else dist.get_rank(group)
         if self.rank < 0:
             raise FastpeftError(
-                "MeZO: this process is not in process_group, so it has no part in the training. Make the optimizer in "
+                "this process is not in the process group that was given, so it has no part in the training. Train in "
                 "the processes of the group only."
             )
 

@@ -222,7 +222,7 @@ class TrainConfig:
     )
     split: str = option(
         DATA,
-        "How these are chosen, by class with equal texts on one side, or at random",
+        "How dev rows are chosen: by class with equal texts on one side, or at random",
         SPLITS[0],
         choices=SPLITS,
         metavar="HOW",
