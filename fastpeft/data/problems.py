@@ -27,26 +27,38 @@ _TINY = 1e-15  # the least probability that is a threshold
 
 ACCURACY = "accuracy"
 
-# what is measured beside the loss, by the names in `metrics.json`, in words
-TITLES = {
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "micro_f1": "micro F1",
-    "macro_f1": "macro F1",
-    "subset_accuracy": "subset accuracy",
-    "ranking_precision": "ranking precision",
-    "word_f1": "F1 of words",
-    "entity_f1": "F1 of entities",
-    "matthews": "Matthews correlation",
-    "pearson": "Pearson correlation",
-    "spearman": "Spearman correlation",
-    "mse": "mean squared error",
-    "masked_accuracy": "accuracy of masked words",
-    "next_accuracy": "accuracy of next words",
-    "perplexity": "perplexity",
-    "bleu": "BLEU",
-    "rouge_l": "ROUGE-L",
+
+@dataclass(frozen=True)
+class Metric:
+    """How what is measured is shown: its title, one for a column, its format, and what a report says of it."""
+
+    title: str
+    column: str = ""
+    format: str = ".3f"
+    note: str = ""
+
+
+# what is measured beside the loss, by the names in `metrics.json`, in the order of a report's columns
+METRICS = {
+    ACCURACY: Metric("accuracy", note="on all dev rows, with the final weights of the run"),
+    "f1": Metric("F1", note="of the second class where there are two, else the mean over classes"),
+    "micro_f1": Metric("micro F1", note="over all answers of all labels"),
+    "macro_f1": Metric("macro F1", note="the mean over labels"),
+    "subset_accuracy": Metric("subset accuracy", note="the share of rows with all labels right"),
+    "ranking_precision": Metric("ranking precision", note="the label ranking average precision"),
+    "word_f1": Metric("F1 of words", note="the mean over tags but for O"),
+    "entity_f1": Metric("F1 of entities", note="over whole entities of all kinds"),
+    "matthews": Metric("Matthews correlation", "Matthews"),
+    "pearson": Metric("Pearson correlation", "Pearson"),
+    "spearman": Metric("Spearman correlation", "Spearman"),
+    "mse": Metric("mean squared error", "MSE", ".3g"),
+    "masked_accuracy": Metric("accuracy of masked words", note="of the words hidden in the dev texts"),
+    "next_accuracy": Metric("accuracy of next words", note="of those that are learned, in the dev texts"),
+    "perplexity": Metric("perplexity", format=".3g", note="of the same words"),
+    "bleu": Metric("BLEU"),
+    "rouge_l": Metric("ROUGE-L"),
 }
+TITLES = {name: metric.title for name, metric in METRICS.items()}
 
 
 @dataclass(frozen=True)

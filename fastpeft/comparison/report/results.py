@@ -13,7 +13,7 @@ import numpy as np
 from fastpeft.comparison import significance, suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report.document import Table
-from fastpeft.data.problems import ACCURACY, CLASSIFICATION, TITLES, get_problem
+from fastpeft.data.problems import CLASSIFICATION, METRICS, get_problem
 
 MARK = "†"  # after the name of a variant with a warning
 
@@ -37,21 +37,7 @@ class Column:
 
 
 COLUMNS = (
-    Column(ACCURACY, "accuracy", ".3f", "on all dev rows, with the final weights of the run"),
-    Column("f1", "F1", ".3f", "of the second class where there are two, else the mean over classes"),
-    Column("micro_f1", "micro F1", ".3f", "over all answers of all labels"),
-    Column("macro_f1", "macro F1", ".3f", "the mean over labels"),
-    Column("subset_accuracy", "subset accuracy", ".3f", "the share of rows with all labels right"),
-    Column("ranking_precision", "ranking precision", ".3f", "the label ranking average precision"),
-    Column("word_f1", "F1 of words", ".3f", "the mean over tags but for O"),
-    Column("entity_f1", "F1 of entities", ".3f", "over whole entities of all kinds"),
-    Column("matthews", "Matthews", ".3f"),
-    Column("pearson", "Pearson", ".3f"),
-    Column("spearman", "Spearman", ".3f"),
-    Column("mse", "MSE", ".3g"),
-    Column("masked_accuracy", "accuracy of masked words", ".3f", "of the words hidden in the dev texts"),
-    Column("next_accuracy", "accuracy of next words", ".3f", "of those that are learned, in the dev texts"),
-    Column("perplexity", "perplexity", ".3g", "of the same words"),
+    *(Column(key, each.column or each.title, each.format, each.note) for key, each in METRICS.items()),
     Column(
         "samples_per_second",
         "samples/s",
@@ -225,7 +211,7 @@ def table(compared: Sequence[Variant]) -> Table:
 
 def main_metric(compared: Iterable[Variant]) -> Column | None:
     """The column of the metric to look at first; None where no cell has one."""
-    return next((column for column in columns(compared) if column.key in TITLES), None)
+    return next((column for column in columns(compared) if column.key in METRICS), None)
 
 
 def columns(compared: Iterable[Variant]) -> list[Column]:
