@@ -27,7 +27,7 @@ class Difference:
         mean: the difference.
         low, high: its interval.
         p: how likely a difference of this size or more is between equal methods.
-        test: name of the test.
+        test: which test that is of.
     """
 
     mean: float
@@ -110,7 +110,7 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
         test = "McNemar's exact test"
     else:
         p = 2 * float(t.sf(abs(mean) / error if error else 0.0, freedom))
-        test = f"t test over {'rows' if seeds == 1 else 'seeds and rows'}"
+        test = f"a t test over {'rows' if seeds == 1 else 'seeds and rows'}"
     return Difference(mean, max(-1.0, mean - half), min(1.0, mean + half), p, test)
 
 

@@ -259,8 +259,8 @@ def test_objectives_are_tested_apart(tmp_path: Path) -> None:
     )
     text = document.markdown("", paired_tests.report(compared, tested))
     assert text.count("## Paired tests") == 1
-    assert "Accuracy of every two variants, paired by dev row: McNemar" in text
-    assert "Accuracy of masked words of every two variants, paired by dev row: a t test" in text
+    assert "Accuracy of every two variants, paired by dev row: McNemar's exact test. p" in text
+    assert "Accuracy of masked words of every two variants, paired by dev row: a t test over rows. p" in text
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_pairs_are_of_rows_and_of_seeds(tmp_path: Path) -> None:
         if (cell.variant, cell.seed) != ("head", 2):
             finish(cell, generator.integers(0, 2, 200).tolist(), 1.0, 1.0)
     (pair,) = paired_tests.all_pairs(results.variants(plan.results))
-    assert (pair.seeds, pair.difference.test) == (2, "t test over seeds and rows")
+    assert (pair.seeds, pair.difference.test) == (2, "a t test over seeds and rows")
     first, second = (np.stack([pair_of.answers[seed] for seed in (0, 1)]) for pair_of in (pair.first, pair.second))
     assert pair.difference == significance.compare_pair(first, second)
     assert pair.difference.mean >= 0, "the higher one is first"

@@ -160,14 +160,14 @@ def test_one_seed_of_other_scores_is_tested_by_t() -> None:
     first, second = np.random.default_rng(1).normal((0.1, 0.0), 1.0, (50, 2)).T
     found = compare_pair(first[None], second[None])
     assert found.p == pytest.approx(ttest_rel(first, second).pvalue)
-    assert found.test == "t test over rows"
+    assert found.test == "a t test over rows"
 
 
 def test_fractions_without_spread_tell_nothing() -> None:
     """One entity in eight rows, found by one model alone, is no evidence; nor is one row."""
     found, missed = row_scores([2] + [0] * 7, [2] + [0] * 7), row_scores([0] * 8, [1] + [0] * 7)
     difference = compare_pair(found[None], missed[None])
-    assert (difference.mean, difference.p, difference.test) == (1.0, 1.0, "t test over rows")
+    assert (difference.mean, difference.p, difference.test) == (1.0, 1.0, "a t test over rows")
     assert interval(found[None]) is None
     assert interval(missed[None]) is None
     assert compare_pair(row_scores([5], [10])[None], row_scores([6], [10])[None]).p == 1.0

@@ -173,11 +173,9 @@ def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Bloc
 
 def _of_metric(metric: str, compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Block]:
     title = TITLES[metric]
-    test = "a t test whose error counts seeds and rows; one seed counts rows alone."
-    if metric == ACCURACY:
-        test = "McNemar's exact test with one seed, else a t test whose error counts seeds and rows."
+    tests = listed(list(dict.fromkeys(pair.difference.test for pair in tested)))
     yield Text(
-        f"{title[0].upper()}{title[1:]} of every two variants, paired by dev row: {test} "
+        f"{title[0].upper()}{title[1:]} of every two variants, paired by dev row: {tests}. "
         f"p by Holm is corrected for all {len(tested):,} pairs; a difference is "
         f"significant where that is below {significance.LEVEL:g}. Without a significant difference two variants may "
         "still differ: the rows and seeds do not show it."
