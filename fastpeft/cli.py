@@ -451,11 +451,9 @@ def serve(
     """
     from fastpeft.progress import shown
 
-    with shown(lines=False):
-        from fastpeft import console
+    with showing():
         from fastpeft.serving import server
 
-    console.show_messages(quiet=False)
     server.serve(
         items,
         host=host,
@@ -475,14 +473,11 @@ def info(
     timings: bool = typer.Option(False, "--timings", help="Show the times too by which an implementation was chosen."),
 ) -> None:
     """Show versions, devices, and what each op runs on and why."""
-    from fastpeft.progress import shown
-
-    with shown(lines=False):
+    with showing():
         from fastpeft import console
         from fastpeft.ops import autotune, backends
         from fastpeft.support import environment
 
-    console.show_messages(quiet=False)
     ops = [(f"{choice.op} on {choice.device}", f"{choice.backend}: {choice.reason}") for choice in backends.choices()]
     console.show_table("versions", environment.versions().items())
     console.show_table("devices", environment.devices().items())

@@ -124,9 +124,17 @@ class Cell:
 
     def said(self) -> str:
         """The last line of its log: how far a running one has come. Empty where there is none."""
-        if not self.log.is_file():
-            return ""
-        return self.log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
+        return self._log_text().rpartition("\n")[2]
+
+    def mark_failed(self, reason: str) -> None:
+        """Add a last line `Error: ...` to the log of a process that failed, for this `reason`, and has none."""
+        last = self.said()
+        if not last.startswith("Error: "):
+            line = f"Error: the process ended {reason}{f': {last}' if last else '.'}"
+            files.write_text(self.log, f"{self._log_text()}\n{line}\n".lstrip())
+
+    def _log_text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace").rstrip() if self.log.is_file() else ""
 
     @property
     def state(self) -> str:

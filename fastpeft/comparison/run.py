@@ -256,7 +256,7 @@ class Comparison:
         metrics = cell.metrics()
         if metrics is None:
             with self._saving():
-                _mark_failed(cell.log, ended.reason)
+                cell.mark_failed(ended.reason)
             logger.warning("%s: failed: %s", cell.name, cell.error())
         else:
             with self._saving():
@@ -347,14 +347,6 @@ def _arguments(cell: Cell) -> list[str]:
     if cell.method == ZERO_SHOT:
         return ["-m", "fastpeft.comparison.zero_shot", str(cell.config_file)]
     return ["-m", "fastpeft", "train", "--config", str(cell.config_file), "--resume"]
-
-
-def _mark_failed(log: Path, reason: str) -> None:
-    """Add a last line `Error: ...` to the log of a failed process that has none."""
-    text = log.read_text(encoding="utf-8", errors="replace").rstrip()
-    last = text.rpartition("\n")[2]
-    if not last.startswith("Error: "):
-        files.write_text(log, f"{text}\nError: the process ended {reason}{f': {last}' if last else '.'}\n".lstrip())
 
 
 def _lock(folder: Path) -> BinaryIO:

@@ -17,19 +17,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
 from fastpeft.data.conversations import ASSISTANT, SYSTEM, Conversation, check_conversation
 from fastpeft.errors import FastpeftError
-from fastpeft.prompts.template import is_text
 from fastpeft.serving.batcher import Batcher
 from fastpeft.serving.generation import GenerationRequest
-from fastpeft.serving.messages import error_form
+from fastpeft.serving.messages import check_encodable, error_form
 from fastpeft.serving.tasks import RefusedError, Task, Tasks
 
 logger = logging.getLogger(__name__)
-
-
-def _encodable(text: str) -> str:
-    if not is_text(text) or "\0" in text:
-        raise ValueError("it has a NUL, or half of a character (a lone surrogate)")
-    return text
 
 
 def _unwanted(wanted: bool) -> bool:
@@ -38,7 +31,7 @@ def _unwanted(wanted: bool) -> bool:
     return wanted
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, AfterValidator(check_encodable)]
 Unwanted = Annotated[StrictBool, AfterValidator(_unwanted)]
 Neutral = Annotated[float, Field(ge=0, le=0, description="There is none.")]
 Stop = Annotated[Text, Field(min_length=1)]

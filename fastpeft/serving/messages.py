@@ -16,6 +16,13 @@ MAX_TEXTS = 256  # of one request
 MAX_CHARACTERS = 20_000  # of one text, a pair, or a list of words
 
 
+def check_encodable(text: str) -> str:
+    """The text; `ValueError` where it has what tokenizers have no code for, or cannot be shown."""
+    if not is_text(text) or "\0" in text:
+        raise ValueError("it has a NUL, or half of a character (a lone surrogate)")
+    return text
+
+
 def _checked(value: Any) -> Any:
     parts = value if isinstance(value, list) else [value]
     if not parts or not all(isinstance(part, str) for part in parts):
@@ -24,8 +31,8 @@ def _checked(value: Any) -> Any:
         raise ValueError("it is empty")
     if sum(map(len, parts)) > MAX_CHARACTERS:
         raise ValueError(f"it has more than {MAX_CHARACTERS:,} characters")
-    if not all(is_text(part) and "\0" not in part for part in parts):
-        raise ValueError("it has a NUL, or half of a character (a lone surrogate)")
+    for part in parts:
+        check_encodable(part)
     return value
 
 

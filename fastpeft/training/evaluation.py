@@ -79,7 +79,9 @@ def evaluate(
         raise FastpeftError(
             f"`max_new_tokens` is {max_new_tokens}, but the run in {str(folder)!r} says no words. Leave it out."
         )
-    trained_on, known = RunFolder(folder).trained_on(), RunFolder(folder).metrics().get("most_frequent_class", {})
+    kept = RunFolder(folder)
+    trained_on, metrics = kept.trained_on(), kept.metrics()
+    known = metrics.get("most_frequent_class", {})
     told = known.get("classes") or [known.get("class")]
     frequent = [run.labels.index(name) for name in told] if {*told} <= {*run.labels} else None
     config, warnings = run.config, []
@@ -100,7 +102,7 @@ def evaluate(
                 f"{config.data!r} has {', '.join(own.labels)} now. Restore that data, or name rows with --data."
             )
         dev = own.dev
-        warnings = [] if RunFolder(folder).has_rows(own.fingerprint) else result_warnings.of_changed_rows(config.data)
+        warnings = [] if kept.has_rows(own.fingerprint) else result_warnings.of_changed_rows(config.data)
         frequent = most_frequent(own.train.labels, own.problem)
     if (dev.is_pair, dev.are_conversations) != (run.is_pair, run.chats):
         learned = "conversations" if run.chats else "pairs of texts" if run.is_pair else "one text a row"
@@ -112,7 +114,7 @@ def evaluate(
             f"{' now' if data is None else ''}. {remedy}"
         )
     measured = _evaluate(run, dev, trained_on, frequent, max_new_tokens, warnings)
-    threshold = {name: RunFolder(folder).metrics().get(name) for name in ("threshold", "threshold_rows")}
+    threshold = {name: metrics.get(name) for name in ("threshold", "threshold_rows")}
     return {**measured, **(threshold if run.threshold is not None else {})}
 
 
