@@ -236,7 +236,7 @@ def test_mezo_without_a_prompt_is_told_at_both_ends(
         told = [text for text in metrics["warnings"] if "predicts no words" in text]
         logged = [record for record in caplog.records if "predicts no words" in record.getMessage()]
         assert [(record.name, record.getMessage()) for record in logged] == [
-            (name, text) for name in ("fastpeft.mezo.trainer", "fastpeft.data.pitfalls") for text in told
+            (name, text) for name in ("fastpeft.mezo.trainer", "fastpeft.data.result_warnings") for text in told
         ]
         return told
 
