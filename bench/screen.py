@@ -86,12 +86,14 @@ SCREENS = {
             *(f"lst:layers_per_block=1:learning_rate={rate}" for rate in ("0.001", "0.003", "0.01")),
             *(f"k-lst:window=9:layers_per_block=1:learning_rate={rate}" for rate in ("0.001", "0.003")),
             *("lst", "lst:normalise_features=false", "k-lst:window=9", "k-lst:window=9:residual=state"),
-            *("lst:reduction=4:learning_rate=0.002", "lst:reduction=2:learning_rate=0.001", "lst:siva_layers=4"),
+            *("lst:reduction=4:learning_rate=0.002", "lst:reduction=2:learning_rate=0.001"),
+            *("lst:siva_layers=4", "lst:siva_layers=15", "siva:rank=8:targets=all-linear"),
+            f"siva:targets=q_proj+k_proj:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
         ),
         ("variant", "seed", "train_rows"),
         (
             *("learning_rate", "steps", "dev_rows", "next_accuracy_before", "next_accuracy", "loss"),
-            *("peak_memory_mb", "error", "versions"),
+            *("compute_dtype", "peak_memory_mb", "error", "versions"),
         ),
         {"objective": "causal", "epochs": 1},
     ),
@@ -128,7 +130,7 @@ def main(arguments: list[str]) -> int:
             parser.error(f"the table {given.table} tells its rows apart by {name}: write it in {variant!r}")
     result = compare(CompareConfig(output=given.folder, methods=methods, seeds=given.seeds, common=common))
     for found in read_rows(result.folder / "results.csv"):
-        if found["state"] == "finished" or "error" in screen.figures:
+        if found["state"] == "finished" or (found["state"] == "failed" and "error" in screen.figures):
             put_row(DATA / f"{given.table}.csv", row(screen, given.name, found), screen.key)
     for name, error in result.failed.items():
         print(f"{name} failed: {error}", file=sys.stderr)
