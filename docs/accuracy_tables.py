@@ -257,15 +257,19 @@ def tagging() -> str:
     return table(["", *heads], body)
 
 
+LAST_16 = "layers_to_transform=[14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29]"
 SPEAKING = {  # variants of E2E's evidence
     "lst:layers_per_block=1:normalise_features=false": "LST, a block for each layer, not normalised",
     "lst": "LST",
     "lst:reduction=4:learning_rate=0.002": "LST, twice as wide",
     "lst:examples=8": "LST after 8 examples",
     "lst:siva_layers=4": "LST with SiVA in the last 4 layers",
+    "lst:siva_layers=16": "LST with SiVA in the last 16 layers",
     "k-lst:window=9:layers_per_block=1": "9-LST, a block for each layer",
     "k-lst:window=9": "**9-LST**",
     "k-lst:window=9:residual=state": "9-LST with the state",
+    "k-lst:window=9:siva_layers=16": "9-LST with SiVA in the last 16 layers",
+    f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of the last 16 layers",
     "siva:rank=8:targets=all-linear": "**SiVA**, all linear",
     "lora:rank=8:targets=all-linear": "LoRA, all linear",
     "last-n": "last 3 layers",

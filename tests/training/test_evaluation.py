@@ -42,6 +42,17 @@ def test_a_model_that_gives_more_than_logits_is_measured(
     assert len(predict(result.folder, ["a lovely film"])) == 1
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_run_on_a_quantised_rest_is_loaded_again(config: TrainConfig, kind: str) -> None:
+    """Its file holds codes, which are whole numbers."""
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    result = train(replace(config, method="siva", max_steps=2, settings={"residual_dtype": kind}))
+    assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"], abs=1e-5)
+    later = replace(config, method="siva", max_steps=1, init_from=str(result.folder), output=f"{config.output}-later")
+    assert evaluate(train(replace(later, settings={"residual_dtype": kind})).folder)["dev_rows"] > 0
+
+
 def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path: Path) -> None:
     labels = ("negative", "positive", "mixed")
     folder = tmp_path / "data"
