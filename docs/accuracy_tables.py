@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -168,7 +169,8 @@ def suite(folder: str, *, speeds: bool = True) -> str:
 
 def cells_of(task: str, variant: str) -> list[dict[str, Any]]:
     """The cells of a variant that `python -m bench.evidence` has finished, one a seed."""
-    files = sorted((DATA / "evidence" / task).glob(f"{variant.replace(':', '-')}-seed*.json"))
+    name = re.sub(r"[^\w.+=-]+", "-", variant).strip("-")  # as a comparison names its folders
+    files = sorted((DATA / "evidence" / task).glob(f"{name}-seed*.json"))
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
