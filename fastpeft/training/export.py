@@ -88,10 +88,12 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         setup.method.check_export(to, f"the run in {str(source.path)!r}")
         if to == "onnx":
             _check_onnx(setup, source)
-        if to == "lora" and setup.config.init_from is not None:
-            logger.info("the LoRA goes onto the model of the run in %s: export that to merged", setup.config.init_from)
         run = assemble(source) if step is None else _replay(source, setup, step)
         model, tokenizer, prompt = run.classifier.model, run.classifier.tokenizer, run.prompt
+        if to == "lora" and setup.config.init_from is not None:
+            logger.info("the LoRA goes onto the model of the run in %s: export that to merged", setup.config.init_from)
+            # not the model that the chain began with, onto which PEFT would put it without a word
+            model.active_peft_config.base_model_name_or_path = _start_in_words(setup.config.init_from)
         batches = _batches(run) if to == "onnx" else []
         card = _card_of_run(run, setup.method.title, source.metrics(), output, to, step)
         if run.threshold is not None and step is None:
@@ -194,7 +196,7 @@ def _card_of_run(
     """The model card; weights from within a run have no results of their own."""
     config, adapter = run.config, to == "lora"
     onto_chain = adapter and config.init_from is not None
-    base = f"the model of the run in {config.init_from}, exported to merged"
+    base = _start_in_words(config.init_from)
     shown = {name: getattr(config, name) for name in ("prompt", "init_from", "batch_size", "seed")}
 
     settings = {"learning_rate": metrics["learning_rate"], "steps": metrics["steps"], **shown, **config.settings}
@@ -226,6 +228,10 @@ def _card_of_run(
         metrics=results(metrics) if step is None else None,
         settings={name: value for name, value in settings.items() if value is not None},
     )
+
+
+def _start_in_words(init_from: str | None) -> str:
+    return f"the model of the run in {init_from}, exported to merged"
 
 
 def _replay(folder: RunFolder, setup: RunSetup, step: int) -> FinishedRun:

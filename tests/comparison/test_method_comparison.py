@@ -41,6 +41,12 @@ def test_every_point_has_the_last_training_loss_before_it(cell: Cell, kind: str)
     ]
 
 
+def test_the_last_point_is_of_the_step_whose_weights_were_kept(cell: Cell) -> None:
+    finish(cell, 100, 10.0, 1.0, steps=80, best_step=40)
+    last = told(cell)["train_info"]["metrics"][-1]
+    assert (last["step"], last["train loss"]) == (40, 1 / 40)
+
+
 @pytest.mark.parametrize(("dtype", "is_mixed"), [("float32", False), ("bfloat16", True), ("float16", True)])
 def test_amp_is_what_a_step_computes_in(cell: Cell, dtype: str, is_mixed: bool) -> None:
     finish(cell, 100, 10.0, 1.0, compute_dtype=dtype)

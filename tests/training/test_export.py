@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from samples import PROMPT, Interrupt, pairs, sampled, scores, tagged, write_jsonl
 from transformers import (
     AutoConfig,
@@ -167,6 +167,8 @@ def test_a_lora_of_a_chain_says_what_it_goes_onto(
     agree(PeftModel.from_pretrained(base, folder), second, folder)
     agree(by_the_card(folder, base=base), second, folder)
     assert f"base: 'the model of the run in {config.output}, exported" in (folder / "README.md").read_text()
+    with pytest.raises((OSError, ValueError), match="the model of the run in"):  # not onto what the chain began with
+        AutoPeftModelForSequenceClassification.from_pretrained(folder)
 
 
 def onnx_logits(folder: Path) -> torch.Tensor:

@@ -92,13 +92,13 @@ def _measured(curves: Curves) -> dict[int, dict[str, Any]]:
 
 
 def _course(cell: Cell, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was measured on the way, each with the last training loss before it; last what the final weights reach.
+    """What was measured on the way, each with the last training loss before it; last what the kept weights reach.
 
     The loss is the one that training lowers, whichever kind it is: weighted, focal or smoothed as well.
     """
     curves = cell.curves() or {}
     last = {f"valid {title_of(name)}": metrics[name] for name in in_order(metrics)}
-    course = [*_measured(curves).values(), {"step": metrics.get("steps"), **last}]
+    course = [*_measured(curves).values(), {"step": metrics.get("best_step") or metrics.get("steps"), **last}]
     losses = next((values for name, values in curves.items() if name.endswith("training loss")), [])
     for point in course:
         before = [loss for step, loss in losses if point["step"] is None or step <= point["step"]]
