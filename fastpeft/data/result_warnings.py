@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from itertools import pairwise
 from statistics import mean, median
@@ -67,11 +68,19 @@ def of_threshold(rows: int) -> list[str]:
 
 
 def of_train_rows(problem: Problem, counts: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
-    """Which classes or labels no training row has, given the training and dev rows of each."""
+    """Which classes or labels no training row has, given the training and dev rows of each, and which look like one."""
+    found = []
     missing = [name for name, (rows, _) in zip(names, counts) if not rows]
-    if not missing:
-        return []
-    return [f"No training row has these {problem.labels}, so nothing is learned of them: {_some(missing)}."]
+    if missing:
+        found.append(f"No training row has these {problem.labels}, so nothing is learned of them: {_some(missing)}.")
+    known = Counter(name.casefold() for name in names)
+    alike = sorted((name for name in names if known[name.casefold()] > 1), key=str.casefold)
+    if alike:
+        found.append(
+            f"These {problem.labels} differ by capitals alone, and are learned as different ones: {_some(alike)}. If "
+            "they mean the same, write them alike in the data."
+        )
+    return found
 
 
 def of_cut_texts(cut: int, texts: int, lost: int, max_length: int, model_reads: int | None = None) -> list[str]:

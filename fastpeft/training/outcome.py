@@ -190,7 +190,7 @@ def _warnings(trainer: RunTrainer, task: Task, before: Beginning, after: _Measur
         *result_warnings.of_dev_rows(
             data.problem, data.dev.texts, before.trained_on, after.outputs, after.labels, data.labels
         ),
-        *of_absent_classes(task),
+        *of_classes(task),
         *task.warnings,
         *trainer.warnings_of_head(),
         *result_warnings.of_threshold(len(task.threshold_rows)),
@@ -198,8 +198,8 @@ def _warnings(trainer: RunTrainer, task: Task, before: Beginning, after: _Measur
     ]
 
 
-def of_absent_classes(task: Task) -> list[str]:
-    """What is to be said of classes or labels that no training row has."""
+def of_classes(task: Task) -> list[str]:
+    """What is to be said of the names of classes or labels, and of those that no training row has."""
     return result_warnings.of_train_rows(task.data.problem, count_labels(task.data), task.data.labels)
 
 

@@ -35,7 +35,7 @@ from fastpeft.support.processor import has_bfloat16
 from fastpeft.training.arguments import recipe_used, refusing, training_arguments
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.lineage import check_output
-from fastpeft.training.outcome import Beginning, finish, of_absent_classes, save_model
+from fastpeft.training.outcome import Beginning, finish, of_classes, save_model
 from fastpeft.training.run_folder import TIMINGS, RunFolder
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer, trainer_class
@@ -109,7 +109,7 @@ def train(
             logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)
         if is_first():  # while there is time to stop
-            for warning in (*result_warnings.seen_rows(task.data.dev.texts, trained_on), *of_absent_classes(task)):
+            for warning in (*result_warnings.seen_rows(task.data.dev.texts, trained_on), *of_classes(task)):
                 logger.warning("%s", warning)
         trainer, measured, lowered = _prepare(task, folder, callbacks)
         before = Beginning(measured, lowered, trained_on, command or f"fastpeft train --config {folder.config_file}")

@@ -187,6 +187,10 @@ def test_what_was_never_told_is_warned_of() -> None:
     assert of_train_rows(MULTI_LABEL, [(3, 1), (0, 1), (2, 0)], LABELS) == [
         "No training row has these labels, so nothing is learned of them: 'negative'."
     ]
+    assert of_train_rows(CLASSIFICATION, [(3, 1)] * 4, ["Bad", "Good", "bad", "fair"]) == [
+        "These classes differ by capitals alone, and are learned as different ones: 'Bad', 'bad'. If they mean the "
+        "same, write them alike in the data."
+    ]
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
