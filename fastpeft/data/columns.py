@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fastpeft.data.conversations import is_conversation
@@ -41,6 +41,7 @@ LABEL_COLUMNS = (
 _ROW_NUMBERS = ("id", "idx", "index", "row")  # which would do as classes
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "labels", "label")
+_WORDS_OF_A_NAME = 4  # a longer one is a text
 _DECIMAL = re.compile(r"[+-]?\d+([.,]\d+)?")
 _LABEL_TEXT = "label_text"  # names of the classes that `label` numbers, as in SetFit's data sets
 
@@ -109,7 +110,7 @@ def pick_columns(
             said = "; or, to learn what is said in them, give --objective causal" if is_said else ""
             raise FastpeftError(
                 f"cannot tell which column of {table.name} to take; its columns are {', '.join(columns)}. Name it with "
-                f"{option}{said}."
+                f"{option}{said}.{_about_header(columns)}"
             )
     label = label or ""
     if label in texts:
@@ -117,6 +118,12 @@ def pick_columns(
             f"column {label!r} of {table.name} cannot be both text and class; its columns are {', '.join(columns)}."
         )
     return Columns(texts, label)
+
+
+def _about_header(names: Iterable[str]) -> str:
+    """Advice where a name of a column is a sentence."""
+    is_row = any(len(name.split()) > _WORDS_OF_A_NAME for name in names)
+    return " If the first line is a row already, put one with the names of columns above it." if is_row else ""
 
 
 def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], flags: tuple[str, ...]) -> Columns:
@@ -135,7 +142,7 @@ def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], f
     if not texts:
         raise FastpeftError(
             f"cannot tell which column of {table.name} has the texts; its columns are {', '.join(table.columns)}. Name "
-            "it with --text-column."
+            f"it with --text-column.{_about_header(table.columns)}"
         )
     if doubled := {*texts} & {*flags} or [name for name in flags if flags.count(name) > 1]:
         raise FastpeftError(f"column {min(doubled)!r} of {table.name} is named twice. Name every column once.")

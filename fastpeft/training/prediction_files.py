@@ -20,7 +20,7 @@ import numpy as np
 
 from fastpeft.data import result_warnings
 from fastpeft.data.columns import named_labels, own_columns, pick_columns, prompt_columns
-from fastpeft.data.conversations import as_conversation, is_conversation
+from fastpeft.data.conversations import Conversation, as_conversation, is_conversation
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
 from fastpeft.data.values import SEPARATOR, RowRef, as_text, as_words
@@ -287,7 +287,8 @@ class Predictions:
         """A prediction as rows of a table: one, or one a word."""
         problem, text, scores = self._predictor.run.problem, prediction.text, prediction.scores
         if self._generates:
-            found: list[list[Any]] = [[prediction.row, str(text), scores]]
+            read = text.asked if isinstance(text, Conversation) else text
+            found: list[list[Any]] = [[prediction.row, str(read), scores]]
         elif isinstance(self._predictor, Predictor) and problem.per_token:
             best = [self._predictor.answer(each) for each in scores]
             found = [[prediction.row, word, tag, shortest(p)] for word, (tag, p) in zip(text, best)]

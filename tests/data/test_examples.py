@@ -196,6 +196,12 @@ def test_columns_are_found_named_and_told(tmp_path: Path, caplog: pytest.LogCapt
     assert load_data(str(two)).labels == ["no", "yes"]
 
 
+def test_a_file_without_names_is_told_to_have_some(tmp_path: Path) -> None:
+    file = str(write_csv(tmp_path / "rows.csv", [("a plot", "no")], ("a film with a good plot", "yes")))
+    with pytest.raises(FastpeftError, match="If the first line is a row already, put one with the names"):
+        load_data(file)
+
+
 @pytest.mark.parametrize("name", ["id", "Index"])
 def test_numbers_of_rows_are_no_labels(tmp_path: Path, name: str) -> None:
     """Though no other column is left, and they would do as indices of classes."""

@@ -159,6 +159,10 @@ def test_rows_of_a_file_are_gone_on_from(tmp_path: Path, place: Path, config: Tr
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"messages": [{"role": "user", "content": "film"}]}])
     (([said], _),) = Predictions(str(tmp_path / "chat"), file=str(asked), max_new_tokens=3)
     assert [said.scores] == generate(tmp_path / "chat", ["film"], 3), "a text is a turn of the user"
+    turns = [{"role": "user", "content": "film"}, {"role": "assistant", "content": "plot"}]
+    told = Predictions(str(tmp_path / "chat"), file=str(write_jsonl(asked, [{"messages": turns}])), max_new_tokens=3)
+    (([each], _),) = told
+    assert (each.scores, told.records(each)[0]["text"]) == (said.scores, "user: film"), "what it was told to answer"
 
 
 class Told:
