@@ -119,7 +119,8 @@ def as_class(value: Any, column: str, names: Sequence[str] | None, at: RowRef) -
         what = f"the class {text!r}" if text else "no class"
         raise FastpeftError(
             f"{at} has {what} in column {column!r}; classes are words or whole numbers. Correct it, name another "
-            "column with --label-column, or learn numbers (fastpeft train --problem-type regression)."
+            "column with --label-column, or learn numbers (fastpeft train --problem-type regression), which names a "
+            "row that has none."
         )
     if number is None:
         return text

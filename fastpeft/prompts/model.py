@@ -300,7 +300,8 @@ class PromptModel(PreTrainedModel):
                 base model is loaded too.
             kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and `subfolder` say where the
                 files are, of an adapter not its base's; all others, such as `dtype`, go to `from_pretrained` of
-                `AutoModelForMaskedLM` or `AutoModelForCausalLM`.
+                `AutoModelForMaskedLM` or `AutoModelForCausalLM`. Without `dtype` transformers takes that of the
+                files, and a base that was trained on in float32 may be saved in half precision: give what it had.
 
         Raises:
             FastpeftError: there is no prompt, the model cannot be loaded, or a `masked_lm` and arguments for loading

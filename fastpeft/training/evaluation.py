@@ -84,7 +84,7 @@ def evaluate(
     known = metrics.get("most_frequent_class", {})
     told = known.get("classes") or [known.get("class")]
     frequent = [run.labels.index(name) for name in told] if {*told} <= {*run.labels} else None
-    config, warnings = run.config, []
+    config, warnings = run.config, result_warnings.of_threshold(metrics.get("threshold_rows") or 0)
     if data is not None:
         dev = load_rows(
             data,
@@ -102,7 +102,8 @@ def evaluate(
                 f"{config.data!r} has {', '.join(own.labels)} now. Restore that data, or name rows with --data."
             )
         dev = own.dev
-        warnings = [] if kept.has_rows(own.fingerprint) else result_warnings.of_changed_rows(config.data)
+        if not kept.has_rows(own.fingerprint):
+            warnings = [*result_warnings.of_changed_rows(config.data), *warnings]
         frequent = most_frequent(own.train.labels, own.problem)
     if (dev.is_pair, dev.are_conversations) != (run.is_pair, run.chats):
         learned = "conversations" if run.chats else "pairs of texts" if run.is_pair else "one text a row"

@@ -240,6 +240,8 @@ def test_a_threshold_is_chosen_on_rows_apart_and_used_after(config: TrainConfig)
     found = evaluate(result.folder)
     for name in ("accuracy", "f1", "loss", "threshold"):
         assert metrics[name] == pytest.approx(found[name], abs=1e-4)
+    few = [[text for text in each["warnings"] if "threshold" in text] for each in (metrics, found)]
+    assert few[0] == few[1] != []
     # a text is answered by the threshold, not by what is likelier
     kept = json.loads((result.folder / "metrics.json").read_text())
     said = predict(result.folder, ["a dull film", "a lovely film"])
