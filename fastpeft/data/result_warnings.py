@@ -68,19 +68,23 @@ def of_threshold(rows: int) -> list[str]:
 
 
 def of_train_rows(problem: Problem, counts: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
-    """Which classes or labels no training row has, given the training and dev rows of each, and which look like one."""
-    found = []
+    """Which classes or labels no training row has, given the training and dev rows of each."""
     missing = [name for name, (rows, _) in zip(names, counts) if not rows]
-    if missing:
-        found.append(f"No training row has these {problem.labels}, so nothing is learned of them: {_some(missing)}.")
-    known = Counter(name.casefold() for name in names)
+    if not missing:
+        return []
+    return [f"No training row has these {problem.labels}, so nothing is learned of them: {_some(missing)}."]
+
+
+def of_names(problem: Problem, names: Sequence[str]) -> list[str]:
+    """Which classes or labels look like one."""
+    known = Counter(map(str.casefold, names))
     alike = sorted((name for name in names if known[name.casefold()] > 1), key=str.casefold)
-    if alike:
-        found.append(
-            f"These {problem.labels} differ by capitals alone, and are learned as different ones: {_some(alike)}. If "
-            "they mean the same, write them alike in the data."
-        )
-    return found
+    if not alike:
+        return []
+    return [
+        f"These {problem.labels} differ by capitals alone, and are learned as different ones: {_some(alike)}. If they "
+        "mean the same, write them alike in the data."
+    ]
 
 
 def of_cut_texts(cut: int, texts: int, lost: int, max_length: int, model_reads: int | None = None) -> list[str]:

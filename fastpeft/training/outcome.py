@@ -200,7 +200,9 @@ def _warnings(trainer: RunTrainer, task: Task, before: Beginning, after: _Measur
 
 def of_classes(task: Task) -> list[str]:
     """What is to be said of the names of classes or labels, and of those that no training row has."""
-    return result_warnings.of_train_rows(task.data.problem, count_labels(task.data), task.data.labels)
+    problem, names = task.data.problem, task.data.labels
+    absent = result_warnings.of_train_rows(problem, count_labels(task.data), names)
+    return [*absent, *result_warnings.of_names(problem, names)]
 
 
 def _write(

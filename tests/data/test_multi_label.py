@@ -19,7 +19,7 @@ from fastpeft.cli import app
 from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.data.examples import load_data, load_rows
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, describe, get_problem, most_frequent
-from fastpeft.data.result_warnings import of_dev_rows, of_train_rows
+from fastpeft.data.result_warnings import of_dev_rows, of_names, of_train_rows
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.export import export
 from fastpeft.training.prediction import predict
@@ -187,7 +187,7 @@ def test_what_was_never_told_is_warned_of() -> None:
     assert of_train_rows(MULTI_LABEL, [(3, 1), (0, 1), (2, 0)], LABELS) == [
         "No training row has these labels, so nothing is learned of them: 'negative'."
     ]
-    assert of_train_rows(CLASSIFICATION, [(3, 1)] * 4, ["Bad", "Good", "bad", "fair"]) == [
+    assert of_names(CLASSIFICATION, ["Bad", "Good", "bad", "fair"]) == [
         "These classes differ by capitals alone, and are learned as different ones: 'Bad', 'bad'. If they mean the "
         "same, write them alike in the data."
     ]
