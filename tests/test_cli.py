@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import ENVIRONMENT, TRAIN, go_to_work, run
 from peft import AutoPeftModelForSequenceClassification
-from samples import SMALL, pairs, prompted, reviews, sampled, save_tiny_model, scores, tagged, write_csv, write_jsonl
-from typer.testing import CliRunner, Result
+from samples import SMALL, pairs, prompted, reviews, sampled, scores, tagged, write_csv, write_jsonl
+from typer.testing import CliRunner
 
 import fastpeft
 from fastpeft import FastpeftError, Prompt, PromptCollator, TrainConfig, console
@@ -30,33 +29,10 @@ from fastpeft.ops import backends
 from fastpeft.prompts.model import load_prompted
 from fastpeft.training.config import options
 
-ROOT = Path(fastpeft.__file__).parents[1]
-ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PATH": "",
-    "FASTPEFT_BF16": "0",  # these two as in this process, whose bits some tests compare
-    "FASTPEFT_MEASURE": "0",
-}
-
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of a person with a model and data."""
-    save_tiny_model(tmp_path / "model")
-    write_csv(tmp_path / "reviews.csv", reviews(60), ("review", "stars"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-TRAIN = ("train", "--model", "model", "--data", "reviews.csv", "--label-column", "stars", "--max-steps", "4")
-
-
-def run(*arguments: str) -> Result:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == 0, result.output
-    return result
+    return go_to_work(tmp_path, monkeypatch)
 
 
 @pytest.mark.long(but="mezo-loop")
@@ -361,27 +337,6 @@ def test_a_run_is_repeated_from_its_file(place: Path) -> None:
     assert (config["seed"], config["targets"]) == (1, "query,value")
 
 
-def test_resume_needs_the_folder_only_and_leaves_a_finished_run(place: Path) -> None:
-    run(*TRAIN, "--method", "lora", "--output", "out")
-    before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")}
-    assert "accuracy after" in run("train", "--output", "out", "--resume").stdout
-    assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")} == before
-
-
-def test_resume_of_a_name_with_no_run_begins_none(place: Path) -> None:
-    shown = CliRunner().invoke(app, ["train", "--output", "typo", "--resume"])
-    assert shown.exit_code == 2
-    assert "there is no run in 'typo' to resume, and nothing says what to train there" in shown.stderr
-    assert not (place / "typo").exists()
-
-
-def test_resume_finds_the_default_output(place: Path) -> None:
-    run(*TRAIN, "--method", "lora", "--max-steps", "2")
-    resumed = run("train", "--data", "reviews.csv", "--method", "lora", "--resume")
-    assert "accuracy after" in resumed.stdout
-    assert len(list((place / "runs").iterdir())) == 1
-
-
 def test_paths_with_brackets_and_colons_are_shown_as_they_are(place: Path) -> None:
     output = "a[/b] :smile:"
     assert output in run(*TRAIN, "--method", "head", "--output", output).stdout
@@ -432,21 +387,6 @@ def test_a_dry_run_is_shown_by_the_first_process_alone(
     assert run(*command).output == ""
 
 
-def test_a_resume_of_nothing_says_that_it_starts_anew(place: Path) -> None:
-    shown = run(*TRAIN, "--method", "head", "--output", "out", "--resume")
-    assert "there is no run in out to resume; it starts from the beginning" in " ".join(shown.stderr.split())
-
-
-def test_a_resume_says_what_it_starts_from(place: Path) -> None:
-    for extra, told in (
-        (("--save-steps", "1"), "continuing from out/checkpoints/checkpoint-4"),
-        (("--overwrite",), "the run in out has no checkpoint yet; it starts from the beginning"),
-    ):
-        run(*TRAIN, "--method", "head", "--output", "out", *extra)
-        (place / "out" / "metrics.json").unlink()
-        assert told in " ".join(run("train", "--output", "out", "--resume").stderr.split())
-
-
 def test_a_message_names_options_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
     console.show_messages(quiet=False)
     logging.getLogger("fastpeft.training").warning("answers were cut; give more `max_new_tokens`, or set `d`")
@@ -473,16 +413,6 @@ def test_runs_share_cached_features(place: Path, extra: tuple[str, ...]) -> None
     one, two = ((place / name / "model.safetensors").read_bytes() for name in ("first", "second"))
     assert one == two
     assert json.loads((place / "first" / "run.json").read_text())["cache_features"] == str(place / "kept")
-
-
-def test_a_run_is_resumed_with_the_rounding_it_began_with(place: Path) -> None:
-    arguments = (*TRAIN, "--method", "mezo", "--set", "over=k-lst", "--output", "out", "--quiet")
-    run(*arguments, "--cache-features", "kept", "--cache-dtype", "int8")
-    (place / "out" / "metrics.json").unlink()
-    refused = CliRunner().invoke(app, [*arguments, "--cache-features", "kept", "--cache-dtype", "float32", "--resume"])
-    assert "cache_dtype 'int8' -> 'float32'" in refused.stderr
-    run(*arguments, "--resume")
-    assert json.loads((place / "out" / "metrics.json").read_text())["feature_cache"]["misses"] == 0
 
 
 def test_a_loss_that_is_not_finite_is_told(place: Path) -> None:
@@ -533,62 +463,6 @@ def test_one_thing_that_bitsandbytes_says_is_hidden(caplog: pytest.LogCaptureFix
     for message in ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "Another thing: %s."):
         logger.warning(message, "reason")
     assert caplog.messages == ["Another thing: reason."]
-
-
-@pytest.mark.long
-@pytest.mark.kill
-@pytest.mark.parametrize("seed", range(3))
-def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(place: Path, seed: int) -> None:
-    """Ended without warning at a random moment between two random checkpoints, which a run of 60 steps often writes."""
-    generator = random.Random(seed)
-    arguments = (*TRAIN, "--method", "siva", "--max-steps", "60", "--save-steps", "2", "--quiet")
-    run(*arguments, "--output", "whole")
-    process = subprocess.Popen([sys.executable, "-m", "fastpeft", *arguments, "--output", "out"], env=ENVIRONMENT)
-    step = 2 * generator.randrange(1, 20)
-    while process.poll() is None and not any(
-        int(path.name.rpartition("-")[2]) >= step for path in place.glob("out/checkpoints/checkpoint-*")
-    ):
-        time.sleep(0.001)
-    time.sleep(generator.uniform(0, 0.05))
-    process.kill()
-    assert process.wait() != 0, "killed too late"
-    run("train", "--output", "out", "--resume", "--quiet")
-    adapters = [(place / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "out")]
-    assert adapters[0] == adapters[1]
-    assert {path.name for path in (place / "whole").iterdir()} == {path.name for path in (place / "out").iterdir()}
-
-
-@pytest.mark.kill
-@pytest.mark.parametrize("options", [(), ("--save-steps", "7", "--metric", "loss"), ("--set", "over=siva")], ids=str)
-def test_a_killed_run_by_mezo_goes_on_from_its_journal(
-    place: Path, options: tuple[str, ...], request: pytest.FixtureRequest
-) -> None:
-    """Ended without warning at two random moments, under --full at ten, of 60 steps, most of which save nothing."""
-    generator = random.Random(str(options))
-    kills = 10 if request.config.getoption("--full") else 2
-    arguments = (*TRAIN, "--method", "mezo", "--max-steps", "60", "--learning-rate", "1e-3", "--quiet", *options)
-    run(*arguments, "--output", "whole")
-    command = [sys.executable, "-m", "fastpeft", *arguments, "--output", "out", "--resume"]
-    journal = place / "out" / "mezo.journal"
-    steps = 0
-    for moment in sorted(generator.sample(range(1, 50), kills)):
-        wanted = max(moment, steps + 1)  # at least one of its own
-        process = subprocess.Popen(command, env=ENVIRONMENT)
-        while process.poll() is None and not (journal.exists() and Journal.open(journal).steps >= wanted):
-            time.sleep(0.001)
-        time.sleep(generator.uniform(0, 0.02))
-        process.kill()
-        assert process.wait() != 0, "killed too late"
-        steps = Journal.open(journal).steps
-        assert wanted <= steps < 60
-    run("train", "--output", "out", "--resume", "--quiet")
-    weights = "adapter_model.safetensors" if "over=siva" in options else "model.safetensors"
-    for name in (weights, "mezo.journal"):
-        assert (place / "whole" / name).read_bytes() == (place / "out" / name).read_bytes(), name
-    for name in ("loss", "best_step", "steps"):
-        whole, out = (json.loads((place / folder / "metrics.json").read_text())[name] for folder in ("whole", "out"))
-        assert whole == out, name
-    assert {path.name for path in (place / "whole").iterdir()} == {path.name for path in (place / "out").iterdir()}
 
 
 def test_export(place: Path) -> None:

@@ -80,6 +80,7 @@ SELECTION = (
     "tests/kernels/test_mezo_perturb.py",
     "tests/ops/test_backends.py",
     "tests/test_cli.py",
+    "tests/test_cli_resume.py",
     "tests/training/test_export.py",
     "tests/support/test_files.py",
 )
