@@ -26,14 +26,17 @@ from fastpeft.cli_options import (
 )
 from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items, variant_message
 from fastpeft.data.names import DEMO
+from fastpeft.data.tables import READERS, TEXT_READERS, check_there
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS
+from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.launcher import is_first
 from fastpeft.training.config import ADVANCED, OUTPUT, TrainConfig
+from fastpeft.training.lineage import check_output
 from fastpeft.training.run_folder import RunFolder, read_config
 from fastpeft.version import __version__
 
-# what imports PyTorch is imported in the commands, so that `fastpeft train --help` answers at once
+# what imports PyTorch is imported in the commands, so that `fastpeft train --help` and wrong paths answer at once
 
 _NAMES = ", ".join((*METHODS, ZERO_SHOT))
 
@@ -126,6 +129,10 @@ def train(
         values["settings"] = {**(values.get("settings") or {}), **new_settings}
     run = TrainConfig.from_values(values)
     check_budget(memory_budget, dry_run)
+    if not dry_run:
+        check_output(folder, run.values(), resume=resume, overwrite=overwrite)
+    if run.data != DEMO and not (resume and folder.finished):
+        check_there(run.data, TEXT_READERS if run.objective else READERS)
     command = shlex.join(["fastpeft", *sys.argv[1:]])
     from fastpeft.progress import shown, write_json
 
@@ -247,6 +254,7 @@ def predict(
             "--all is for what is printed, but --output writes a file, which always has every class or label, and of "
             "tags the likeliest. Leave --all out."
         )
+    RunFolder(folder).metrics()  # raises where it is no finished run
     with showing():
         from fastpeft import console
         from fastpeft.training import prediction_files
@@ -408,6 +416,8 @@ def export(
     step: int | None = typer.Option(None, help="Of a run by MeZO: the weights after so many steps, from its journal."),
 ) -> None:
     """Write the model of a run, or of an adapter that save_pretrained wrote, as other libraries load it."""
+    if not holds_adapter(folder):
+        RunFolder(folder).metrics()  # raises where it is no finished run
     with showing():
         from fastpeft.training import export as exporting
 

@@ -9,6 +9,7 @@ from fastpeft.cli_commands import showing
 from fastpeft.data.splitting import STRATIFIED
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.named import is_auto, parse_prompt
+from fastpeft.training.run_folder import RunFolder
 
 _RUN_OR_MODEL = "eval takes the DIR of a finished run alone, or no DIR but --model and --prompt. Give one of the two."
 
@@ -19,6 +20,7 @@ def evaluate_run(
     """Measure a finished run; `others` says whether options were given that go with --model."""
     if others:
         raise FastpeftError(_RUN_OR_MODEL)
+    RunFolder(folder).metrics()  # raises where it is no finished run
     with showing():
         from fastpeft.training import evaluation
 

@@ -106,7 +106,8 @@ def test_every_field_of_a_run_is_an_option(monkeypatch: pytest.MonkeyPatch) -> N
         "save_steps": 6,
         "prompt": "{text} <mask>",
     }
-    fixed |= {"cache_features": "kept", "label_words": "a,b", "max_length": 9, "init_from": "earlier", "model": "m"}
+    fixed |= {"cache_features": "kept", "label_words": "a,b", "max_length": 9, "init_from": "earlier"}
+    fixed |= {"model": "m", "data": "owner/rows"}
     of_kind = {str: "text", int: 3, float: 0.5, bool: True}
     given = {
         known.name: next(iter(known.choices), of_kind[known.kind]) for known in options() if known.kind is not dict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,32 @@ def python(program: str) -> str:
 @pytest.mark.parametrize("module", ["fastpeft", "fastpeft.training.config", "fastpeft.cli"])
 def test_an_import_alone_loads_no_other_library(module: str) -> None:
     assert python(f"import {module}\n{LOADED}") == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval nowhere",
+        "predict nowhere text",
+        "export nowhere model",
+        "train --data nowhere.csv --output new",
+        "train --output .",
+    ],
+)
+def test_a_wrong_path_is_told_before_libraries_load(command: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    program = f"""
+import os
+os.chdir({str(tmp_path)!r})
+sys.argv[1:] = {command.split()!r}
+from fastpeft.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert stop.code == 2, stop
+{LOADED}
+"""
+    assert python(program) == ""
 
 
 @pytest.mark.long

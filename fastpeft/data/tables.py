@@ -71,15 +71,31 @@ def find_tables(data: str, readers: Mapping[str, Reader] | None = None) -> list[
         for folder in (path, *filter(Path.is_dir, path.iterdir())):  # its parts have folders of their own
             check_named_files(folder)
         return _load_parts(data, lambda: datasets.load_from_disk(str(path)))
-    hub_name = _HUB_NAME.fullmatch(data)
-    is_file_name = data.startswith(".") or path.suffix[1:].lower() in (*readers, *_OTHER_FILES)
-    if hub_name and not path.exists() and not is_file_name:
+    check_there(data, readers)
+    if hub_name := _hub_name(data, readers):
         owner, configuration = hub_name.groups()
         if data.startswith("glue/"):  # the benchmark's old name, with a task of it
             owner, configuration = _GLUE, data.removeprefix("glue/")
         logger.info("no file or folder %r here; looking for that data set in the cache and on the hub", data)
         return _load_parts(data, lambda: _load_from_hub(owner, configuration))
     return [Table(str(file), _read_rows(file, readers)) for file in _find_files(path, readers)]
+
+
+def check_there(data: str, readers: Mapping[str, Reader]) -> None:
+    """Raise `FastpeftError` where `data` is no file or folder, nor named as a data set of the hub. Loads no library."""
+    path = path_of(data)
+    if not (path.is_file() or path.is_dir() or _hub_name(data, readers)):
+        raise FastpeftError(
+            f"no data at {str(path)!r}; give 'demo', the path of a {', '.join(readers)} file or of a folder with "
+            f"train.* and dev.* files, or a data set of the hub, as {_GLUE}:sst2."
+        )
+
+
+def _hub_name(data: str, readers: Mapping[str, Reader]) -> re.Match[str] | None:
+    """The owner's name and the configuration, if it has one, where `data` names a data set of the hub."""
+    path = path_of(data)
+    is_file_name = data.startswith(".") or path.suffix[1:].lower() in (*readers, *_OTHER_FILES)
+    return None if path.exists() or is_file_name else _HUB_NAME.fullmatch(data)
 
 
 def _load_from_hub(owner: str, configuration: str | None) -> Any:
@@ -129,11 +145,6 @@ def _find_files(path: Path, readers: Mapping[str, Reader]) -> list[Path]:
     """The training file and, where there is one, the dev file behind `path`."""
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise FastpeftError(
-            f"no data at {str(path)!r}; give 'demo', the path of a {', '.join(readers)} file or of a folder with "
-            f"train.* and dev.* files, or a data set of the hub, as {_GLUE}:sst2."
-        )
     parts: list[Path] = []
     for stems in (_TRAIN, _DEV):
         found = sorted(file for file in path.iterdir() if file.stem in stems and file.suffix[1:].lower() in readers)
