@@ -236,7 +236,6 @@ class OwnHead(nn.Module):
         super().__init__()
         self.body = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4), "key_head": nn.Linear(4, 4)})
         self.head = nn.Linear(4, 2)
-        self.config = None
 
 
 @pytest.mark.parametrize(
