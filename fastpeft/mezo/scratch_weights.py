@@ -103,13 +103,16 @@ class ScratchWeights:
 
     @uninterrupted()
     def end(self) -> None:
-        """Take all hooks off and put each parameter back, wherever an exception ended a forward."""
+        """Take all hooks off and put each parameter back, wherever an exception ended a forward.
+
+        Whoever reads theta until the next `perturb`, as a deferred update does, is meant to.
+        """
         self._within.close()
         for handle in self._handles:
             handle.remove()
         for holder, name, param in reversed(self._borrowed):
             holder._parameters[name] = param  # type: ignore[assignment]
-        self._handles, self._borrowed, self._depths = [], [], []
+        self._handles, self._borrowed, self._depths, self._scales = [], [], [], {}
 
     def refuse_bare(self, tensors: Any) -> None:
         """Raise if an argument of an op is a trained parameter itself, while the forward should see a perturbed one."""
