@@ -172,6 +172,13 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         self._keys_to_ignore_on_save = self.state_dict().keys() - self._trained
         self.train(base.training)
 
+    def _get_name(self) -> str:
+        """Beside a decoder the name of its class: by that `transformers.Trainer` smooths the labels of next words."""
+        return type(self.backbone.core).__name__ if self._generates else super()._get_name()
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
     def init_weights(self) -> None:
         """Nothing: the base comes initialised, and the side network's layers initialise themselves."""
 

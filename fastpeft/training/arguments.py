@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
-from fastpeft.data.problems import MULTI_LABEL, NEXT_WORDS, REGRESSION
+from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.model import LadderModel
 from fastpeft.prompts.model import inside_prompt
@@ -127,10 +127,6 @@ def _check(first: TrainingArguments, task: Task) -> None:
     if first.label_smoothing_factor:
         if problem in (REGRESSION, MULTI_LABEL):
             raise ValueError(f"label_smoothing_factor is for classes, but the data has {problem.labels}.")
-        if is_beside and problem is NEXT_WORDS:
-            raise ValueError(  # the Trainer knows by the class's name whether labels are to be shifted
-                "with label_smoothing_factor it would teach a side network to say the word that it has just read."
-            )
         if task.config.own_loss:
             raise ValueError("label_smoothing_factor does not go with class_weights or focal_gamma.")
     if task.config.optimizer_in_backward:

@@ -287,6 +287,21 @@ def test_the_padding_that_a_trainer_tells_reaches_the_head(tmp_path: Path, half_
     assert model.eval()(padded).logits.equal(expected(padded).logits)
 
 
+@pytest.mark.parametrize("head", ["LMHeadModel", "ForSequenceClassification"])
+def test_smoothed_labels_of_next_words_are_shifted_by_a_trainer(tmp_path: Path, head: str) -> None:
+    """Unshifted, they would teach to say the word that was just read."""
+    model = moved(tiny("GPT2", head, pad_token_id=0)).eval()
+    assert repr(model).startswith("LadderModel(")
+    settings = transformers.TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to="none")
+    ids = IDS
+    labels = ids if head == "LMHeadModel" else torch.arange(len(ids)) % 2
+    found = transformers.Trainer(model, settings).compute_loss(model, {"input_ids": ids, "labels": labels.clone()})
+    logits = model(ids).logits
+    if head == "LMHeadModel":
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    torch.testing.assert_close(found, nn.functional.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
 def test_inputs_that_the_base_alone_names_reach_it_in_a_trainer(tmp_path: Path) -> None:
     base = tiny("LayoutLM", "ForTokenClassification", max_2d_position_embeddings=64)
     model = moved(base)
