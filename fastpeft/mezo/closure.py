@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -16,10 +17,15 @@ def loss_of(closure: Callable[[], Any]) -> float:
     """Call the closure; its loss as a double, in which a float32 or half precision loss is exact.
 
     Raises:
-        FastpeftError: the closure returned anything but one number.
+        FastpeftError: the closure is no function, or returned anything but one number.
     """
+    if not callable(closure):
+        raise FastpeftError(
+            f"MeZO: a step asks for several losses, but got a {type(closure).__name__}. Give it a function, as "
+            "optimizer.step(lambda: model(**batch).loss)."
+        )
     loss = closure()
-    if not isinstance(loss, (int, float)) and not (isinstance(loss, Tensor) and loss.numel() == 1):
+    if not isinstance(loss, Real) and not (isinstance(loss, Tensor) and loss.numel() == 1):
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise FastpeftError(f"MeZO: the closure returned {what}; it must return the loss, one number.")
     return float(loss)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import SETTINGS, close, fit, network, weights
@@ -178,6 +179,17 @@ def test_a_loss_that_differs_at_equal_weights_is_an_error() -> None:
 def test_a_closure_that_returns_no_loss(loss: object, message: str) -> None:
     with pytest.raises(FastpeftError, match=message):
         MeZO(network(), lr=0.1).step(lambda: loss)
+
+
+@pytest.mark.parametrize("loss", [np.float32(0.5), np.float64(0.5), np.int64(1), 1, torch.tensor([0.5])], ids=type)
+def test_a_loss_is_a_number_of_any_kind(loss: Any) -> None:
+    assert MeZO(network(), lr=1e-2).step(lambda: loss) == float(loss)
+
+
+def test_a_loss_in_the_place_of_a_closure() -> None:
+    model = network()
+    with pytest.raises(FastpeftError, match="but got a Tensor"):
+        MeZO(model, lr=1e-2).step(fit(model)())
 
 
 def test_a_step_without_closure_or_estimate() -> None:

@@ -98,6 +98,26 @@ def test_a_loss_function_of_ones_own_divides_by_the_items_of_the_step(tmp_path: 
     assert logged(theirs, "projected_grad") == pytest.approx(logged(ours, "projected_grad"), rel=1e-6)
 
 
+def test_a_loss_may_be_a_number(tmp_path: Path) -> None:
+    """As an error rate is, which has no gradient."""
+
+    class Rate(MeZOTrainer):
+        made: type = float
+
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+            outputs = model(input_ids=inputs["input_ids"]).logits
+            return self.made((outputs.argmax(-1) != inputs["labels"]).double().mean())
+
+    found = {}
+    for made in (float, torch.as_tensor):
+        trainer = Rate(language_model(), config(tmp_path, learning_rate=0.01), train_dataset=rows())
+        trainer.made = made
+        trainer.train()
+        found[made] = weights(trainer.model), logged(trainer, "loss")
+    assert equal(found[float][0], found[torch.as_tensor][0])
+    assert found[float][1] == pytest.approx(found[torch.as_tensor][1])
+
+
 def test_micro_batches_of_a_step_that_was_not_made_are_dropped(tmp_path: Path) -> None:
     """A callback ends the first epoch between the two micro-batches of its first step."""
 
