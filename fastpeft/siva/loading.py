@@ -69,6 +69,8 @@ class LoadableLinear(AdaptedLinear):
         if loaded and self.merged and not merged:
             self.unmerge()  # what is merged is about to change
         self._convert_whole_factors(state_dict, prefix)
+        for name in loaded:
+            self._check_scaling(name, state_dict, prefix)
         key, self._whole = f"{prefix}base_layer.weight", None
         if key in state_dict:
             self._waiting -= loaded.keys()  # the stored weight comes along, already W_r where it has to be
@@ -156,6 +158,15 @@ class LoadableLinear(AdaptedLinear):
                 state_dict[f"{change}.weight"] = weight_of(whole, initial, scale)
                 if scale is not None:
                     state_dict[f"{change}.scale"] = scale
+
+    def _check_scaling(self, name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Raise `FastpeftError` where changes arrive that another `scaling` multiplies."""
+        change = f"{prefix}siva_du.{name}"
+        if f"{change}.weight" in state_dict and (f"{change}.scale" in state_dict) != (self.step[name] is not None):
+            raise FastpeftError(
+                f"{self.name}: adapter {name!r} was trained with another scaling than it has here, so its changes "
+                "would act in another size. Give its SivaConfig the scaling with which it was trained."
+            )
 
     def _expect_quantised(self, arriving: bool) -> None:
         """Make room for a quantised W_r, if one is `arriving` in a whole state dict."""

@@ -252,6 +252,18 @@ def test_injected_into_a_model_that_stays_itself(by_state_dict: bool) -> None:
     assert logits(copy.deepcopy(injected)).equal(logits(model))
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("spectral", "plain"), ("plain", "spectral")])
+def test_changes_of_another_scaling_are_refused(ours: str, theirs: str) -> None:
+    """They would act in another size, and a scale that is missing is no error of `load_state_dict`."""
+    states = {}
+    for scaling in (ours, theirs):
+        model = move(peft.get_peft_model(tiny_classifier(), config(scaling=scaling)))
+        states[scaling] = peft.get_peft_model_state_dict(model)
+    with pytest.raises(FastpeftError, match="trained with another scaling"):
+        peft.set_peft_model_state_dict(model, states[ours])
+    peft.set_peft_model_state_dict(model, states[theirs])
+
+
 def _hotswap(model: Any, folder: Path) -> None:
     hotswap_adapter(model, str(folder), "default", torch_device="cpu")
 
