@@ -10,7 +10,7 @@ from poison import in_nan, poisoned_memory
 from tolerances import FORWARD, GRADIENT, assert_as_accurate
 
 from fastpeft.ops import frozen_head_cross_entropy as module
-from fastpeft.ops import reference
+from fastpeft.ops import products, reference
 
 pytest.importorskip("triton")
 from fastpeft.kernels import frozen_head_cross_entropy as kernel
@@ -84,7 +84,7 @@ def test_what_is_not_finite_shows(device):
 def test_the_op(tokens, ignored, dtype, device, monkeypatch):
     """In chunks of four tokens, with products in the dtype of the operands as on a GPU."""
     monkeypatch.setattr(module, "tokens_of_chunk", lambda vocabulary, device: 4)
-    monkeypatch.setattr(module, "multiplies_in_float32", lambda x, most: False)
+    monkeypatch.setattr(products, "multiplies_in", lambda asked: True)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(*tokens, 24, generator=generator), torch.randn(77, 24, generator=generator) / 5
     labels = torch.randint(77, tokens, generator=generator)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fastpeft
 from fastpeft.functional import frozen_head_cross_entropy
-from fastpeft.ops import aten, reference
+from fastpeft.ops import aten, products, reference
 from fastpeft.ops import frozen_head_cross_entropy as module
 from fastpeft.training.memory import MemoryTracker
 
@@ -97,12 +97,13 @@ def test_chunks_equal_the_reference(rows: tuple[int, ...], bias: bool, ignored: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("in_float32", [True, False])
+@pytest.mark.parametrize("quickly", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
 def test_is_as_accurate_as_plain_pytorch(
-    dtype: torch.dtype, in_float32: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, quickly: bool, autocast: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether or not the machine multiplies half precision quickly; in views between NaN."""
-    monkeypatch.setattr(module, "multiplies_in_float32", lambda x, most: in_float32 and dtype is not torch.float32)
+    monkeypatch.setattr(products, "multiplies_in", lambda asked: quickly)
     hidden, weight, labels, bias = operands((3, 9), 40, 61)
     hidden[0, 0] = 40 * weight[labels[0, 0].clamp_min(0)]  # a token whose word is certain
     low = [in_nan(t.to(dtype)) for t in (hidden, weight, bias)]
@@ -115,7 +116,8 @@ def test_is_as_accurate_as_plain_pytorch(
         ("ours", frozen_head_cross_entropy, low),
     ):
         x = x.detach().requires_grad_()
-        losses[name] = function(x, w, labels, b, reduction="none", ignore_index=IGNORED)
+        with torch.autocast("cpu", dtype, enabled=autocast and dtype is not torch.float32):
+            losses[name] = function(x, w, labels, b, reduction="none", ignore_index=IGNORED)
         (gradients[name],) = torch.autograd.grad(losses[name].sum(), x)
     # losses are in float32, of logits that are rounded to the dtype
     terms = exact_of[0].abs() @ exact_of[1].abs().t() * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps

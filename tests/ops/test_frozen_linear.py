@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from instructions import PACKED_DTYPES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
@@ -66,16 +68,32 @@ def test_a_pack_holds_the_bits_of_the_weight() -> None:
         assert torch.equal(pack(weight).to_dense(), weight)
 
 
+class Multiplied(TorchDispatchMode):
+    """Notes the dtypes that matrix products multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.dtypes.append(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
 def test_where_half_precision_is_slow_float32_copies_are_multiplied(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, autocast: bool
 ) -> None:
     monkeypatch.setattr(products, "multiplies_in", lambda asked: asked is torch.float32)
     monkeypatch.setattr(packing, "multiplies_in", lambda asked: asked is torch.float32)
     layer = freeze(frozen()).to(dtype)
     x = torch.randn(5, 40, dtype=dtype, requires_grad=True)
-    h = layer(x)
-    h.backward(torch.ones_like(h))
+    with torch.autocast("cpu", dtype, enabled=autocast), Multiplied() as multiplied:
+        h = layer(x)
+        h.backward(torch.ones_like(h))
+    assert multiplied.dtypes == [torch.float32] * 2
     with torch.no_grad():
         assert torch.equal(h, F.linear(x.float(), layer.weight.float(), layer.bias.float()).to(dtype))
         assert torch.equal(x.grad, (torch.ones_like(h).float() @ layer.weight.float()).to(dtype))
