@@ -34,7 +34,7 @@ def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
         and dtype in (torch.float32, torch.bfloat16)
         and multiplies_in(dtype)
         and weight.numel() > 0
-        and (weight.is_contiguous() or weight.t().is_contiguous())  # so that its samples are a view
+        and _is_dense(weight)
         and not torch.compiler.is_compiling()  # the compiler has a choice of its own
     )
 
@@ -218,6 +218,8 @@ class Packs:
 
     def codes(self, weight: Tensor) -> Codes:
         """`weight` `(N, K)` in int8, as `fastpeft::int8_linear` takes it."""
+        if not _is_dense(weight):  # a change would not show
+            return quantise_rows(weight.detach().float())
         if self._codes is None or not self._holds(weight):
             self._begin(weight)
             self._codes = quantise_rows(weight.detach().float())
@@ -268,6 +270,11 @@ def _signature(weight: Tensor) -> tuple[Any, ...]:
         return (id(weight),)
     version = 0 if weight.is_inference() else weight._version
     return version, weight.dtype, weight.shape, weight.stride()
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """Whether its `_samples` are a view."""
+    return weight.is_contiguous() or weight.t().is_contiguous()
 
 
 def _samples(weight: Tensor) -> Tensor:

@@ -287,6 +287,18 @@ def test_int8_is_for_what_asks_for_no_gradient() -> None:
     assert (layer(x) - F.linear(x, layer.weight, layer.bias)).norm() < 0.05 * exact.norm()
 
 
+def test_int8_takes_a_weight_that_is_not_dense() -> None:
+    layer, strided, x = nn.Linear(16, 4, bias=False), nn.Linear(16, 4, bias=False), torch.randn(6, 16)
+    strided.weight = nn.Parameter(torch.randn(4, 32)[:, ::2])
+    layer.weight = nn.Parameter(strided.weight.detach().contiguous())
+    for each in (layer, strided):
+        freeze(each.requires_grad_(False), computation="int8")
+    for _ in range(2):
+        assert torch.equal(strided(x), layer(x))
+        for each in (layer, strided):
+            each.weight.data.mul_(2)
+
+
 def test_packs_are_for_dense_weights_on_a_cpu() -> None:
     weight = torch.randn(4, 4)
     assert can_pack(weight, torch.float32)
