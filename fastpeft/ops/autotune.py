@@ -183,7 +183,7 @@ def _time(candidates: Callable[[], Candidates], device: torch.device, rounds: in
         for name in list(calls):
             try:
                 calls[name]()
-            except RuntimeError:
+            except Exception:  # Triton's are no RuntimeError
                 if len(calls) == 1:
                     raise
                 del calls[name]

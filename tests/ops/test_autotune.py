@@ -100,6 +100,21 @@ def test_a_place_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     assert timings.answer(QUESTION, "packed", candidates([], "packed")) == "plain"
 
 
+class CompilationError(Exception):
+    """No RuntimeError, as Triton's."""
+
+
+def fail() -> None:
+    raise CompilationError
+
+
+def test_a_candidate_that_fails_is_left_out(tmp_path: Path) -> None:
+    timings = Timings(tmp_path / "times.json")
+    assert timings.answer(QUESTION, "packed", lambda: {"packed": fail, "plain": int}) == "plain"
+    with pytest.raises(CompilationError):
+        timings.answer((*QUESTION, "of another class"), "packed", lambda: {"packed": fail, "plain": fail})
+
+
 def test_a_small_difference_changes_nothing(tmp_path: Path) -> None:
     timings = Timings(tmp_path / "times.json")
     timings.begin({"a product float32 8 x 9, threads " + str(torch.get_num_threads()): {"packed": 1.0, "plain": 0.99}})
