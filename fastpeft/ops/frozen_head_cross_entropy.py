@@ -128,9 +128,16 @@ def tokens_of_chunk(vocabulary: int, device: torch.device) -> int:
 
 
 def bytes_of_chunk(hidden: Tensor, weight: Tensor) -> int:
-    """What the op allocates inside itself: the logits of a chunk, in the dtype of hidden."""
+    """What the op allocates inside itself: the logits of a chunk, and copies in float32.
+
+    Triton makes none. ATen copies the logits of a chunk, or where it multiplies in float32 two blocks of the weight.
+    """
     tokens = min(hidden.shape[:-1].numel(), tokens_of_chunk(len(weight), hidden.device))
-    return tokens * len(weight) * hidden.element_size()
+    logits = tokens * len(weight)
+    if multiplies_in_float32(hidden, most=0):
+        return 4 * (logits + min(weight.numel(), 2 * max(CHUNK, weight.shape[1])))
+    dtypes = {hidden.dtype} if hidden.is_cuda else {hidden.dtype, _wide(hidden.dtype)}
+    return logits * sum(dtype.itemsize for dtype in dtypes)
 
 
 def _chunks(rows: Tensor, vocabulary: int, kept: Tensor | None) -> Iterator[slice | Tensor]:
@@ -205,7 +212,8 @@ def _gradients(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tens
     check_first_derivative("frozen_head_cross_entropy")
     assert ctx.is_made, "frozen_head_cross_entropy was called with need_dhidden=False"
     (dhidden,) = ctx.saved_tensors
-    return dhidden * dlosses.to(dhidden.dtype)[..., None], *(None,) * 5
+    # dlosses are float32 or wider: rounded to half precision 1 / N may be subnormal
+    return torch.mul(dhidden, dlosses[..., None], out=torch.empty_like(dhidden)), *(None,) * 5
 
 
 torch.library.register_autograd(f"{NAMESPACE}::frozen_head_cross_entropy", _gradients, setup_context=_setup_context)

@@ -126,6 +126,30 @@ def test_is_as_accurate_as_plain_pytorch(
     assert_as_accurate(gradients["ours"], gradients["plain"], gradients["exact"], terms, GRADIENT)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_that_arrives_is_not_rounded(dtype: torch.dtype) -> None:
+    """In float16 that of a mean over many tokens is subnormal."""
+    hidden, weight, labels, _ = operands((5,), 8, 6, bias=False, ignored=0.0)
+    x, weight = hidden.to(dtype).requires_grad_(), (300 * weight).to(dtype)
+    losses = frozen_head_cross_entropy(x, weight, labels, reduction="none")
+    (of_each,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
+    (found,) = torch.autograd.grad(losses, x, torch.full((5,), 3.3e-6))
+    assert torch.equal(found, (of_each * torch.tensor([3.3e-6])).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("quickly", [True, False])
+def test_what_it_allocates_is_known(dtype: torch.dtype, quickly: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "multiplies_in", lambda asked: quickly)
+    monkeypatch.setattr(module, "CHUNK", 2**14)
+    hidden, weight, labels, _ = operands((500,), 16, 4000, bias=False, ignored=0.0)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with MemoryTracker() as tracker:
+        losses, dhidden = aten.frozen_head_cross_entropy(hidden, weight, labels, None, IGNORED, True)
+    inside = tracker.peak - sum(t.nbytes for t in (hidden, weight, labels, losses, dhidden))
+    assert inside == pytest.approx(module.bytes_of_chunk(hidden, weight), rel=0.03)
+
+
 def test_is_deterministic() -> None:
     hidden, weight, labels, bias = (t.float() if t.is_floating_point() else t for t in operands((300,), 8, 500))
     first, second = (aten.frozen_head_cross_entropy(hidden, weight, labels, bias, IGNORED, True) for _ in range(2))
