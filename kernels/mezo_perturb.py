@@ -228,7 +228,7 @@ def mezo_perturb_replay_(
     for dtype in dict.fromkeys(flat.dtype for flat in dense if flat.numel()):
         places = tuple(
             (flat.data_ptr(), offset, flat.numel())
-            for flat, offset in zip(dense, offsets)
+            for flat, offset in zip(dense, offsets, strict=True)
             if flat.dtype == dtype and flat.numel()
         )
         table = _table(places, seeds.device)
@@ -266,7 +266,7 @@ def mezo_perturb_(
     """`mezo_perturb_replay_` with the terms as numbers, which go to the device in one copy."""
     terms = torch.tensor([seeds, _bits(*scales)], dtype=torch.int64)
     for device in dict.fromkeys(param.device for param in params):
-        here = [(param, offset) for param, offset in zip(params, offsets) if param.device == device]
+        here = [(param, offset) for param, offset in zip(params, offsets, strict=True) if param.device == device]
         on_device = terms.to(device, non_blocking=True)
         mezo_perturb_replay_(
             [param for param, _ in here],

@@ -28,13 +28,13 @@ def mezo_perturb_in_place_reference(
     `fl` is float32 (float64 for float64 parameters, with z widened), `round` is to the storage dtype.
     """
     draw = noise_contract.NOISE[noise]
-    for param, offset in zip(params, offsets):
+    for param, offset in zip(params, offsets, strict=True):
         flat = param.reshape(-1)  # C order of the logical tensor: a view, or a copy that is written back
         compute = torch.float64 if param.dtype == torch.float64 else torch.float32
         for start in range(0, flat.numel(), NOISE_CHUNK):
             chunk = flat[start : start + NOISE_CHUNK]
             first, a = offset + start, 1.0 - decay
-            for seed, scale in zip(seeds, scales):
+            for seed, scale in zip(seeds, scales, strict=True):
                 z = draw(first, chunk.numel(), seed, param.device).to(compute)
                 value = chunk.to(compute) * a + z * scale
                 if rounding == "stochastic":

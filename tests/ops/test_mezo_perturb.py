@@ -134,6 +134,14 @@ def test_every_half_precision_number_is_read_and_rounded_as_by_pytorch(
 
 
 @implementations
+@pytest.mark.parametrize("change", [{"offsets": [0]}, {"scales": [0.1]}])
+def test_lists_of_other_lengths_are_refused(perturb: Perturb, change: dict[str, list]) -> None:
+    lists = {"params": [torch.zeros(3)] * 2, "offsets": [0, 3], "seeds": [1, 2], "scales": [0.1, 0.2]} | change
+    with pytest.raises((ValueError, RuntimeError), match=r"shorter|one (offset|scale)"):
+        perturb(*lists.values(), 0.0, "gaussian", "nearest")
+
+
+@implementations
 def test_each_product_and_sum_is_rounded(perturb: Perturb) -> None:
     """Against numpy scalars, which know no fused operation."""
     param = values(1001, torch.float32)
