@@ -128,8 +128,8 @@ def _check_perturbation(
             )
     if decay and not seeds:
         raise FastpeftError(
-            f"mezo_perturb: decay is {decay} and there is no term, with the first of which it goes. Give a term; one "
-            "of scale 0 adds nothing."
+            f"mezo_perturb: decay is {decay}. It is applied with the first term, but no term was given. Give one; a "
+            "term of scale 0 adds no noise."
         )
     if noise not in NOISE:
         raise FastpeftError(f"mezo_perturb: noise is {noise!r}; allowed are {', '.join(NOISE)}.")

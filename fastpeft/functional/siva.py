@@ -52,8 +52,8 @@ def siva_linear(
             requires a gradient.
 
     Notes:
-        Saved for backward: x and `p = x V^T` `(*, r)`, both only where U and V need gradients. Differentiable in
-        x, u, v and bias. Gradients are deterministic: nothing is summed by atomics.
+        Saved for backward: weight, u, s and v; x only if v needs a gradient; `p = x V^T` `(*, r)` only if u does.
+        Differentiable in x, u, v and bias. Gradients are deterministic: nothing is summed by atomics.
 
     Example:
         >>> x, w = torch.randn(3, 8), torch.randn(5, 8)
@@ -102,9 +102,9 @@ def siva_linear_group(
         FastpeftError: the numbers of operands or the weights' dtypes differ, or as `siva_linear` does.
 
     Notes:
-        Saved for backward: x once, and `p = x V^T` of all layers in one `(sum of r, rows)`. The gradient of x is summed
-        in one tensor, where autograd would make one for each layer and add them. Where an op has no grouped
-        implementation each layer runs by itself.
+        Saved for backward: as by `siva_linear`, but x once, and `p` of all layers in one `(sum of r, rows)`. The
+        gradient of x is summed in one tensor, where autograd would make one for each layer and add them. Where an op
+        has no grouped implementation each layer runs by itself.
 
     Example:
         >>> x, w = torch.randn(3, 8), torch.randn(5, 8)
@@ -171,8 +171,8 @@ def siva_linear_mixed(
     Notes:
         The product with the weight runs once over all rows. Those of rank r are added where the rows lie, in C++ by
         one pass, in Triton by the same kernel. Without either they run over the rows of one adapter after the other,
-        and rows in another order than the adapters' cost a copy of x and one of h. Saved for
-        backward: x, and p of each adapter that trains. Gradients are deterministic.
+        and rows in another order than the adapters' cost a copy of x and one of h. Saved for backward: as by
+        `siva_linear`, with p of each adapter whose u needs a gradient. Gradients are deterministic.
 
     Example:
         >>> x, w = torch.randn(3, 8), torch.randn(5, 8)

@@ -94,7 +94,7 @@ class Timings:
 
     @property
     def used(self) -> dict[str, Times]:
-        """Those that this process has answered by, or was to."""
+        """The times that this process used, or took over from the run that it resumes."""
         return dict(self._used)
 
     def begin(self, times: Mapping[str, Any] | None = None) -> None:

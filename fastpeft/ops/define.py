@@ -24,10 +24,10 @@ class Op:
     Attributes:
         name: as in `torch.ops.fastpeft`.
         schema: its arguments and results, in the language of `torch.library`.
-        reference: it in plain PyTorch: the oracle of the tests, the fallback where nothing faster runs, and the
-            baseline of the benches.
-        aten: it as the fewest fused ATen calls, with no temporary of the output's size. Where the reference
-            is that, it is given again if a compiled module leaves some dtypes to it, else None.
+        reference: the op in plain PyTorch. It is the oracle of the tests, the fallback where nothing faster runs, and
+            the baseline of the benches.
+        aten: the op in as few fused ATen calls as possible, with no temporary of the output's size. If the reference
+            already is that, pass it again only when a compiled module falls back to it for some dtypes; otherwise None.
     """
 
     name: str

@@ -102,7 +102,10 @@ class Packed:
 
     @property
     def weight(self) -> Any:
-        """The parameter, with its values. Who reads it may change them by `weight.data`, which a GPU does not show."""
+        """The parameter, with its values.
+
+        A caller may write through `weight.data`. On a GPU we cannot detect that, so the pack is dropped.
+        """
         weight = self._own_weight()
         if weight.is_cuda:
             self.packs.drop()

@@ -87,7 +87,7 @@ class LazyLogits(Tensor):
         )
 
     def make(self, name: str) -> Tensor:
-        """The logits, for what is named so."""
+        """Compute the logits once. `name`: the function that asks, for the log."""
         if self.made is None:
             self.use(name)
             bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
@@ -98,7 +98,7 @@ class LazyLogits(Tensor):
         return self.made
 
     def use(self, name: str) -> None:
-        """Before what is named so reads hidden and weight: they must be what the decoder had."""
+        """Note that `name` reads hidden and weight. Raise if the weight has changed since the decoder ran."""
         if self.version != _version(self.weight):
             raise FastpeftError(
                 "logits are read that were not made when the decoder ran, and its weight has changed since. Read them "
