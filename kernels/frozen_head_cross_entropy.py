@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.tiles import SOFTMAX
 from fastpeft.ops.frozen_head_cross_entropy import in_chunks, softmax_in_place
 
@@ -80,7 +79,7 @@ def softmax(logits: Tensor, labels: Tensor, bias: Tensor | None, gradient: bool)
     if logits.dtype is torch.float64:
         return softmax_in_place(logits, labels, bias, gradient)
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    with device_of(logits):
+    with torch.cuda.device_of(logits):
         _softmax_kernel[(logits.shape[0],)](
             logits,
             labels.contiguous(),

@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.philox import eight_in_order, random_words
 from fastpeft.kernels.tiles import MEZO_PERTURB
 from fastpeft.ops import noise as contract
@@ -234,7 +233,7 @@ def mezo_perturb_replay_(
         table = _table(places, seeds.device)
         if is_captured():
             _captured[id(table)] = table
-        with device_of(seeds):
+        with torch.cuda.device_of(seeds):
             _mezo_perturb_kernel[(table.of_program.numel(),)](
                 table.tensors,
                 table.of_program,

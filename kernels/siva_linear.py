@@ -71,7 +71,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import device_of, is_for_kernels
+from fastpeft.kernels.launch import is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
 from fastpeft.kernels.siva_linear_plan import Plan, dense, like, plan_of, sizes, strides_of
 from fastpeft.kernels.siva_linear_split_k import split_k
@@ -292,7 +292,7 @@ def _outputs(
         return hs
     programs = triton.cdiv(m, tile.block_m) * sum(max(triton.cdiv(n, tile.block_n), 1) for n in columns)
     if programs > 0:
-        with device_of(rows):
+        with torch.cuda.device_of(rows):
             _siva_linear_fwd_kernel[(programs,)](
                 rows,
                 tuple(weights),

@@ -8,11 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import device_of, is_for_kernels
+from fastpeft.kernels.launch import is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
 from fastpeft.kernels.siva_linear_plan import dense, like, plan_of, sizes, strides_of
 from fastpeft.kernels.siva_linear_split_k import split_k
-from fastpeft.kernels.siva_linear_sums import Term, factors
+from fastpeft.kernels.siva_linear_sums import Term, factor_gradients
 from fastpeft.ops import aten
 from fastpeft.ops.products import as_matrix
 
@@ -203,7 +203,7 @@ def siva_linear_group_backward(
             split_k(rows[0], weights[0].t(), vs[0].t(), ss[0].contiguous(), turned[0], None, dx.view(m, k), q.t(), plan)
         elif dx.numel() > 0:
             tile = plan.tile
-            with device_of(dx):
+            with torch.cuda.device_of(dx):
                 _siva_linear_bwd_dx_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(k, tile.block_n),)](
                     tuple(rows),
                     tuple(weights),
@@ -225,7 +225,7 @@ def siva_linear_group_backward(
         parts = p.split(ranks) if needed else ()
         of_us = [Term(rows[i], parts[i].t(), ss[i]) for i in needed]
         of_v = Term(as_matrix(x), q.t(), torch.cat(ss)) if need_dv else None
-        found, dv = factors(of_us, of_v)
+        found, dv = factor_gradients(of_us, of_v)
         for i, du in zip(needed, found, strict=True):
             dus[i] = du
     dbiases = [dh.sum(0) if need else dh.new_empty(0) for dh, need in zip(rows, need_dbias, strict=True)]

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import device_of, is_for_kernels
+from fastpeft.kernels.launch import is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
 from fastpeft.kernels.siva_linear_sums import add_up, rows_of, sum_over_rows
 from fastpeft.ops import aten
@@ -314,7 +314,7 @@ def siva_linear_mixed_backward(
         p = torch.cat([p.reshape(-1) for p, needed in zip(ps, need_du, strict=True) if needed] or [q])
         adapters = _Adapters(rows, ranks, tuple(need_du), tuple(need_dv), n, k)
         wide = as_matrix(dh), as_matrix(x) if k > 0 else as_matrix(dh)[:, :0]
-        du, dv = _factors(*wide, p, q, s, order, math.prod(dh.shape[1:-1]), adapters)
+        du, dv = _factor_gradients(*wide, p, q, s, order, math.prod(dh.shape[1:-1]), adapters)
         _share(dus, du, need_du, us)
         _share(dvs, dv, need_dv, vs)
     if need_dbias:
@@ -365,7 +365,7 @@ def _linear(
     table = _block_table(rows, ranks, tile.block_m, x.is_cuda)
     if len(table) == 0:
         return h, p
-    with device_of(x):
+    with torch.cuda.device_of(x):
         _siva_linear_mixed_kernel[(len(table) * max(triton.cdiv(n, tile.block_n), 1),)](
             matrix,
             weight,
@@ -403,7 +403,7 @@ class _Adapters(NamedTuple):
     k: int
 
 
-def _factors(
+def _factor_gradients(
     dh: Tensor,
     x: Tensor,
     p: Tensor,
@@ -421,7 +421,7 @@ def _factors(
     partial = s.new_empty(splits, size, dtype=torch.float32)
     blocks = triton.cdiv(adapters.n, tile.block_c) + triton.cdiv(adapters.k, tile.block_c)
     if size > 0:
-        with device_of(s):
+        with torch.cuda.device_of(s):
             _siva_linear_mixed_bwd_partials_kernel[(blocks, splits, len(table))](
                 dh,
                 p,

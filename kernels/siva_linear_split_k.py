@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank
 from fastpeft.kernels.siva_linear_plan import Plan
 
@@ -190,7 +189,7 @@ def split_k(
     sums, p_sums = (
         x.new_empty(rows * columns, dtype=torch.float32) for columns in (blocks_n * tile.block_n, of_join["BLOCK_R"])
     )
-    with device_of(x):
+    with torch.cuda.device_of(x):
         _siva_linear_split_k_ranges_kernel[(blocks_m, blocks_n, ranges)](
             x, weight, v, sums, p_sums, m, n, k, r, range_k, *x.stride(), *weight.stride(), **of_ranges
         )

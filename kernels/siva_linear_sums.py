@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.siva_linear_parts import pick
 
 
@@ -158,7 +157,7 @@ class Term(NamedTuple):
     s: Tensor
 
 
-def factors(of_us: list[Term], of_v: Term | None) -> tuple[list[Tensor], Tensor]:
+def factor_gradients(of_us: list[Term], of_v: Term | None) -> tuple[list[Tensor], Tensor]:
     """Each dU `(C, R)`, slices of one tensor, and dV `(R, C)`, 0 elements where it has no term; at least one term."""
     terms = [*of_us, of_v] if of_v else of_us
     wides, narrows, ss = zip(*terms, strict=True)
@@ -172,7 +171,7 @@ def factors(of_us: list[Term], of_v: Term | None) -> tuple[list[Tensor], Tensor]
     blocks = sum(triton.cdiv(c, tile.block_c) * triton.cdiv(r, block_r) for c, r in zip(columns, ranks, strict=True))
     partial = ss[0].new_empty(splits, sum(sizes), dtype=torch.float32)
     if blocks > 0:
-        with device_of(partial):
+        with torch.cuda.device_of(partial):
             _siva_linear_bwd_partials_kernel[(blocks, splits)](
                 wides,
                 narrows,
@@ -203,7 +202,7 @@ def add_up(partial: Tensor, size_u: int, dtype: torch.dtype) -> tuple[Tensor, Te
     splits, size = partial.shape
     du, dv = partial.new_empty(size_u, dtype=dtype), partial.new_empty(size - size_u, dtype=dtype)
     if size > 0:
-        with device_of(partial):
+        with torch.cuda.device_of(partial):
             _siva_linear_bwd_sum_kernel[(triton.cdiv(size, tiles.SUM_BLOCK),)](
                 partial,
                 du,

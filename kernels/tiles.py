@@ -13,11 +13,11 @@ import itertools
 import math
 from collections.abc import Collection, Iterator
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from fastpeft.ops.dispatch import architecture
+from fastpeft.ops.dispatch import architecture, next_power_of_two
 
 
 class Tile(NamedTuple):
@@ -43,6 +43,7 @@ class SumTile(NamedTuple):
 
 
 ANY = "any"  # architecture
+DotKind = Literal["half", "tf32", "ieee"]  # how to multiply, as said above
 
 
 class Gpu(NamedTuple):
@@ -136,16 +137,16 @@ class Clocks(NamedTuple):
         return max(self) + (sum(self) - max(self)) / 4
 
 
-def siva_linear_tiles(architecture: str) -> tuple[Tile, ...]:
+def siva_linear_tiles(arch: str) -> tuple[Tile, ...]:
     """The tiles that `siva_linear` picks from."""
-    return SIVA_LINEAR.get(architecture) or SIVA_LINEAR[ANY]
+    return SIVA_LINEAR.get(arch) or SIVA_LINEAR[ANY]
 
 
-def siva_linear_clocks(tile: Tile, block_r: int, architecture: str) -> Clocks:
+def siva_linear_clocks(tile: Tile, block_r: int, arch: str) -> Clocks:
     """Of a program that computes block_r columns of p beside its tile of h; of a bare product with 0 columns."""
-    sheet = _sheet(architecture)
+    sheet = _sheet(arch)
     rate = sheet.teraflops * 1e12 / 2 / sheet.multiprocessors / (sheet.megahertz * 1e6)
-    reads = _reads(tile, tile.block_n, architecture) + (_reads(tile, block_r, architecture) if block_r else 0)
+    reads = _reads(tile, tile.block_n, arch) + (_reads(tile, block_r, arch) if block_r else 0)
     return Clocks(
         multiplying=tile.block_m * (tile.block_n + block_r) / rate,
         shared=2 * reads / sheet.shared,
@@ -197,9 +198,9 @@ def siva_linear(
     return min(found or [each for each in choices if each.way == "fused"], key=time)
 
 
-def siva_linear_choices(k: int, rank: int, architecture: str, shared: bool = False) -> Iterator[Choice]:
+def siva_linear_choices(k: int, rank: int, arch: str, shared: bool = False) -> Iterator[Choice]:
     """What `siva_linear` picks from."""
-    for tile in siva_linear_tiles(architecture):
+    for tile in siva_linear_tiles(arch):
         yield Choice(tile, project=False)
         if rank <= (tile.shared_rank if shared and not tile.tma else tile.max_rank):
             yield Choice(tile, project=True)
@@ -227,24 +228,24 @@ def siva_linear_constants(tile: Tile, project: bool, rank: int, gpu: Gpu) -> dic
     }
 
 
-def _sheet(architecture: str) -> Sheet:
-    return SHEETS.get(_LIKE.get(architecture, architecture)) or SHEETS["sm_80"]
+def _sheet(arch: str) -> Sheet:
+    return SHEETS.get(_LIKE.get(arch, arch)) or SHEETS["sm_80"]
 
 
-def _is_from_shared(tile: Tile, architecture: str) -> bool:
+def _is_from_shared(tile: Tile, arch: str) -> bool:
     """Whether its instructions read both operands from shared memory."""
-    return tile.block_m >= 64 and architecture in _ROWS_AT_ONCE
+    return tile.block_m >= 64 and arch in _ROWS_AT_ONCE
 
 
-def _reads(tile: Tile, columns: int, architecture: str) -> int:
+def _reads(tile: Tile, columns: int, arch: str) -> int:
     """Elements of shared memory that a program reads to multiply block_m rows by so many columns, for one along K.
 
     An instruction on shared memory reads all columns for its rows. Else a warp reads its rows and its columns, by that
     arrangement of the warps which reads the least.
     """
     m, warps = tile.block_m, tile.num_warps
-    if _is_from_shared(tile, architecture):
-        return m + math.ceil(m / _ROWS_AT_ONCE[architecture]) * columns
+    if _is_from_shared(tile, arch):
+        return m + math.ceil(m / _ROWS_AT_ONCE[arch]) * columns
     return min(m * warps // along + columns * along for along in (1, 2, 4, 8) if along <= warps)
 
 
@@ -259,7 +260,7 @@ def siva_linear_bwd_rows(m: int, block_r: int) -> int:
 
 def rank_block(rank: int) -> int:
     """Columns of the tile that holds a rank: a power of two, at least `RANK_STEP`."""
-    return max(RANK_STEP, 1 << (rank - 1).bit_length())
+    return next_power_of_two(rank, RANK_STEP)
 
 
 @cache
@@ -289,7 +290,7 @@ def _same(*shape: int) -> tuple[WindowTile, WindowTile]:
 # the accumulator bound the rest, and 64 KiB of shared memory on gfx942. Outside matrix units a thread holds whole rows
 # of both operands, which spill beyond 128 columns.
 _WINDOW_SMALL = {64: _same(16, 16, 4, 1), 128: _same(16, 16, 8, 1)}
-WINDOW_ATTENTION = {  # (architecture, kernel, products) -> widest D -> tile without dropout, and with; ANY as above
+WINDOW_ATTENTION = {  # (architecture, kernel, dot kind) -> widest D -> tile without dropout, and with; ANY as above
     (ANY, "fwd", "half"): {
         64: (WindowTile(128, 64, 8, 2), WindowTile(128, 32, 8, 3)),
         128: _same(128, 32, 8, 2),
@@ -349,20 +350,20 @@ WINDOW_ATTENTION = {  # (architecture, kernel, products) -> widest D -> tile wit
 WINDOW_COMBINE_ROWS = 16  # that a program puts together from their splits
 
 
-def window_attention(kernel: str, products: str, width: int, dropout: bool, architecture: str) -> WindowTile:
+def window_attention(kernel: str, dot_kind: DotKind, width: int, dropout: bool, arch: str) -> WindowTile:
     """The tile of "fwd", "bwd_bases", "bwd_queries" or "bwd_keys", for operands of this width."""
-    found = WINDOW_ATTENTION.get((architecture, kernel, products)) or WINDOW_ATTENTION[ANY, kernel, products]
+    found = WINDOW_ATTENTION.get((arch, kernel, dot_kind)) or WINDOW_ATTENTION[ANY, kernel, dot_kind]
     return found[min(limit for limit in found if width <= limit)][dropout]
 
 
-def window_attention_width(products: str) -> int:
+def window_attention_width(dot_kind: DotKind) -> int:
     """The widest D that has a tile."""
-    return max(WINDOW_ATTENTION[ANY, "fwd", products])
+    return max(WINDOW_ATTENTION[ANY, "fwd", dot_kind])
 
 
 def width_block(width: int) -> int:
     """Columns of a tile that holds the width: a power of two, at least the 16 that a matrix instruction takes."""
-    return max(16, 1 << (width - 1).bit_length())
+    return next_power_of_two(width, 16)
 
 
 class Strip(NamedTuple):

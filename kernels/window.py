@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import precision, products_of
+from fastpeft.kernels.launch import dot_kind_of, precision
 from fastpeft.kernels.philox import in_order, random_words
 from fastpeft.ops import noise as contract
 
@@ -146,9 +146,9 @@ def steps_of_split(steps, split, splits):
     return tl.minimum(split * size, steps), tl.minimum((split + 1) * size, steps)
 
 
-def kind_of(q: Tensor) -> str | None:
-    """`products_of` q; None for a width that the kernels do not hold."""
-    kind = products_of(q)
+def kind_of(q: Tensor) -> tiles.DotKind | None:
+    """`dot_kind_of` q; None for a width that the kernels do not hold."""
+    kind = dot_kind_of(q)
     return kind if kind and 0 < q.shape[3] <= tiles.window_attention_width(kind) else None
 
 
@@ -215,7 +215,7 @@ def launch(
     kernel[grid](**{name: value for name, value in shared.items() if name in kernel.arg_names}, **own, **how)
 
 
-def launch_options(tile: tiles.WindowTile, kind: str, width: int) -> dict[str, Any]:
+def launch_options(tile: tiles.WindowTile, kind: tiles.DotKind, width: int) -> dict[str, Any]:
     """The constants and options that a tile stands for."""
     return {
         "PRECISION": precision(kind),

@@ -79,7 +79,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.window import (
     BLOCK_SLOTS,
     LOG2_E,
@@ -292,7 +291,7 @@ def window_attention(
     parts, part_lse = out, lse
     if splits > 1:
         parts, part_lse = (q.new_empty((splits, *x.shape), dtype=torch.float32) for x in (out, lse))
-    with device_of(q):
+    with torch.cuda.device_of(q):
         launch(
             _window_attention_fwd_kernel,
             (programs, splits),

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.window import (
     BLOCK_SLOTS,
     LOG2_E,
@@ -338,7 +337,7 @@ def window_attention_backward(
         "base_ptr": bases,
         "delta_ptr": deltas,
     }
-    with device_of(q):
+    with torch.cuda.device_of(q):
         launch(
             _window_attention_bwd_bases_kernel,
             (parts_m,),

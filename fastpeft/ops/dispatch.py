@@ -22,7 +22,7 @@ import torch
 
 from fastpeft.ops.autotune import Candidates, Timings, is_captured, timings
 from fastpeft.ops.define import Op
-from fastpeft.ops.packing import rows_of
+from fastpeft.ops.packing import num_rows
 
 _HALVES = torch.bfloat16, torch.float16
 _FEWEST_ROWS = 16  # that fill a tile
@@ -74,14 +74,14 @@ def _of_siva(named: Mapping[str, Any]) -> _Call:
     x = named["dhs"][0] if "dhs" in named else named["dh"] if "dh" in named else named["x"]
     weights = named.get("weights") or [named["weight"]]
     ss = named.get("ss") or [named["s"]]
-    rows = rows_of(x)
+    rows = num_rows(x)
     sizes = (f"{n}x{k}" for n, k in (weight.shape for weight in weights))
     adapters = ("adapters", len(ss)) if "sizes" in named else ()
     none = False, [False] * len(ss)
     needs = (name for name, value in named.items() if name.startswith("need_") and value not in none)
-    rank = _class(max(map(len, ss)), 16)
+    rank = next_power_of_two(max(map(len, ss)), 16)
     is_few = rows < _FEWEST_ROWS
-    question = x.dtype, *sizes, "rank", rank, "rows", "few" if is_few else _class(rows), *adapters, *needs
+    question = x.dtype, *sizes, "rank", rank, "rows", "few" if is_few else next_power_of_two(rows), *adapters, *needs
     is_open = x.dtype in _HALVES and not is_few
     return _Call(question, "triton" if is_open else "aten", is_open, x.device)
 
@@ -91,20 +91,19 @@ def _of_window(named: Mapping[str, Any]) -> _Call:
     batch, heads, tokens, width = q.shape
     flags = {"mask": named["mask"] is not None, "causal": named["causal"], "dropout": named["dropout"] > 0}
     words = (word for word, is_set in flags.items() if is_set)
-    sizes = "batch", _class(batch), "heads", heads, "slots", slots, "tokens", _class(tokens), "width", width
-    question = q.dtype, *sizes, *words
+    sizes = "batch", next_power_of_two(batch), "heads", heads, "slots", slots
+    question = q.dtype, *sizes, "tokens", next_power_of_two(tokens), "width", width, *words
     return _Call(question, "triton", q.numel() > 0 and not flags["dropout"], q.device)
 
 
 def _of_head(named: Mapping[str, Any]) -> _Call:
     hidden, (words, width) = named["hidden"], named["weight"].shape
-    tokens = _class(rows_of(hidden))
+    tokens = next_power_of_two(num_rows(hidden))
     question = hidden.dtype, f"{words}x{width}", "tokens", tokens, *(("dhidden",) if named["need_dhidden"] else ())
     return _Call(question, "triton", False, hidden.device)
 
 
-def _class(size: int, least: int = 1) -> int:
-    """The next power of two."""
+def next_power_of_two(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 

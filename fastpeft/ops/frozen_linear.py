@@ -20,7 +20,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ops.define import check_first_derivative
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
-from fastpeft.ops.packing import Packs, is_token, packed_linear, rows_of
+from fastpeft.ops.packing import Packs, is_token, num_rows, packed_linear
 from fastpeft.ops.products import as_matrix, multiplies_in_float32, product, times
 
 Computation = Literal["int8"]
@@ -43,7 +43,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) 
     autocast = torch.is_autocast_enabled(x.device.type)
     if autocast:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    packed = packs.of(weight, dtype, rows=rows_of(x)) if x.dtype == dtype else None
+    packed = packs.of(weight, dtype, rows=num_rows(x)) if x.dtype == dtype else None
     if packed is None and not multiplies_in_float32(x):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -70,7 +70,7 @@ class _FrozenLinear(torch.autograd.Function):
         need_dx, _, need_dbias, _, _ = ctx.needs_input_grad
         dx = dbias = None
         if need_dx:
-            packed = ctx.packs.of(weight, dh.dtype, transposed=True, rows=rows_of(dh))
+            packed = ctx.packs.of(weight, dh.dtype, transposed=True, rows=num_rows(dh))
             dx = times(dh, weight.to(dh.dtype)) if packed is None else packed_linear(dh, packed, None)
         if need_dbias:
             dbias = as_matrix(dh).sum(0)

@@ -103,13 +103,13 @@ def quantise_rows(matrix: Tensor) -> Codes:
 def operand(weight: Tensor, packs: Packs | None, x: Tensor, transposed: bool = False) -> Tensor:
     """What a product of `x` reads: the pack of `weight`, or of its transpose, else the weight itself in x's dtype."""
     if not (packs is None or torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        packed = packs.of(weight, x.dtype, transposed, rows_of(x))
+        packed = packs.of(weight, x.dtype, transposed, num_rows(x))
         if packed is not None:
             return packed
     return weight if weight.dtype is x.dtype else weight.to(x.dtype)
 
 
-def rows_of(x: Tensor) -> int:
+def num_rows(x: Tensor) -> int:
     """M of `(*, K)`."""
     return x.numel() // max(1, x.shape[-1])
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpeft.ops.packing import multiplies_in, packed_linear, rows_of
+from fastpeft.ops.packing import multiplies_in, num_rows, packed_linear
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def multiplies_in_float32(x: Tensor, most: int = 2) -> bool:
     AVX2 takes 7 times as long forward and up to 75 times backward.
     """
     is_half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
-    return is_half and not multiplies_in(x.dtype) and rows_of(x) > most and not torch.compiler.is_compiling()
+    return is_half and not multiplies_in(x.dtype) and num_rows(x) > most and not torch.compiler.is_compiling()
 
 
 def lowered(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear as kernel
 from fastpeft.kernels import siva_linear_backward as kernel_backward
 from fastpeft.kernels import siva_linear_plan, tiles
-from fastpeft.kernels.launch import is_for_kernels, products
+from fastpeft.kernels.launch import dot_kind, is_for_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 15, 17, 63, 65, 127]
@@ -391,14 +391,14 @@ def test_products_follow_pytorch_and_the_gpu():
     try:
         for choice, expected in (("ieee", "ieee"), ("tf32", "tf32")):
             torch.backends.cuda.matmul.fp32_precision = choice
-            assert products(torch.float32, matrix_units=True) == expected
-            assert products(torch.float32, matrix_units=False) == "ieee"
+            assert dot_kind(torch.float32, matrix_units=True) == expected
+            assert dot_kind(torch.float32, matrix_units=False) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = setting
     for dtype in (torch.float16, torch.bfloat16):
-        assert products(dtype, matrix_units=True) == "half"
-        assert products(dtype, matrix_units=False) is None
-    assert products(torch.float64, matrix_units=True) is None
+        assert dot_kind(dtype, matrix_units=True) == "half"
+        assert dot_kind(dtype, matrix_units=False) is None
+    assert dot_kind(torch.float64, matrix_units=True) is None
 
 
 def test_float32_on_a_gpu_is_for_aten(device):

@@ -218,7 +218,7 @@ def test_padding_is_not_read(dtype, device):
 @pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
 @pytest.mark.parametrize("width", [20, 100, 140])
 def test_every_tile(kind, width, device, monkeypatch):
-    monkeypatch.setattr(window, "products_of", lambda _: kind)
+    monkeypatch.setattr(window, "dot_kind_of", lambda _: kind)
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     args = operands(1, 2, 35, width, 3, 2, dtype, device)
     if kind == "tf32" and device == "cuda":
