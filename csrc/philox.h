@@ -22,7 +22,7 @@ struct Words {
     uint32_t w[4];
 };
 
-// By its instruction on a card: the assembler of CUDA 13.0 otherwise adds the product of the upper halves, which is 0.
+// By its instruction on a GPU: the assembler of CUDA 13.0 otherwise adds the product of the upper halves, which is 0.
 FASTPEFT_HD uint64_t product(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
     uint64_t wide;

@@ -1,6 +1,6 @@
 // The formats that parameters are stored in: to and from float32 or float64, and stochastic rounding, the same bits as
-// PyTorch's casts and as fastpeft/noise.py. Plain integer and float32 arithmetic without branches, so that loops over
-// it vectorise, and without float32 subnormals, which some processors handle slowly.
+// PyTorch's casts and as fastpeft/ops/noise.py. Plain integer and float32 arithmetic without branches, so that loops
+// over it vectorise, and without float32 subnormals, which some processors handle slowly.
 #pragma once
 
 #include <cstdint>

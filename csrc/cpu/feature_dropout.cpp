@@ -1,6 +1,4 @@
 // fastpeft::feature_dropout_ on CPU tensors: each sentence's part of each slot is a stretch of that slot's noise.
-#include "feature_dropout.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,8 +7,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "arithmetic.h"
 #include "choose.h"
-#include "mezo_perturb_pass.h"
+#include "feature_dropout_arguments.h"
 
 namespace fastpeft {
 namespace {

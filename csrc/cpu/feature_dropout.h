@@ -1,27 +1,35 @@
-// What feature_dropout_ and window_attention are told of dropout, checked once for both.
+// What feature_dropout_ does to a stretch of memory, and the instruction sets it is compiled for.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <cmath>
 #include <cstdint>
-#include <vector>
 
-#include "mezo_perturb.h"
+#include "philox.h"
+#include "storage.h"
 
 namespace fastpeft {
 
-// Of an op's slot 0; another slot is added to `ordinal`.
-inline Dropout parse_dropout(const char* op, double dropout, int64_t seed, int64_t block,
-                             const std::vector<int64_t>& slots) {
-    // numbers beyond these fit no counter, and their conversions below would have no defined result
-    STD_TORCH_CHECK(dropout >= 0 && dropout <= 1 && block >= 0 && block < int64_t{1} << 28, op,
-                    " takes a dropout from 0 to 1 and a block from 0 to 2^28 - 1");
-    for (const int64_t slot : slots) STD_TORCH_CHECK(slot >= 0 && slot < 16, op, " takes slots from 0 to 15");
-    const double threshold = std::nearbyint(dropout * 4294967296.0);  // at most 2^32, where nothing is kept
-    const bool nothing = threshold > 4294967295.0;
-    return {static_cast<uint64_t>(seed), static_cast<uint32_t>(16 * block),
-            nothing ? 0 : static_cast<uint32_t>(threshold), nothing ? 0.0 : 1.0 / (1.0 - dropout)};
+constexpr Stream kDropout{2};  // on a GPU, Triton draws it
+
+struct Dropout {
+    uint64_t seed;
+    uint32_t ordinal;    // counter word 3: 16 * block + slot
+    uint32_t threshold;  // words from here on keep their element
+    double scale;        // of what is kept
+};
+
+// x[i] <- x[i] * (word(first + i) >= threshold ? scale : 0) for i < count; float32 and float64
+using Drop = void(void* x, Format format, uint64_t first, uint64_t count, const Dropout& dropout);
+
+namespace baseline {
+Drop drop;
 }
+#if defined(__x86_64__)
+namespace avx2 {
+Drop drop;
+}
+namespace avx512 {
+Drop drop;
+}
+#endif
 
 }  // namespace fastpeft

@@ -23,8 +23,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 256;  // rows of one thread at a time: oneDNN copies the weight for each product
-constexpr int64_t kLeast = 32;   // rows that are worth a thread
+constexpr int64_t kBlock = 256;     // rows of one thread at a time: oneDNN copies the weight for each product
+constexpr int64_t kGrainRows = 32;  // rows that are worth a thread
 
 // out (M, N) = a (M, K) b (K, N), of integers
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
@@ -62,7 +62,7 @@ void run(const Operands& given, QuantiseRows<T>* quantise, ScaleRows<T>* scale) 
         }
     };
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t size = rows < threads * kLeast ? rows : std::min(kBlock, (rows + threads - 1) / threads);
+    const int64_t size = rows < threads * kGrainRows ? rows : std::min(kBlock, (rows + threads - 1) / threads);
     if (size == 0) return;
     const int64_t count = (rows + size - 1) / size;
     if (count == 1) {  // the product itself has threads

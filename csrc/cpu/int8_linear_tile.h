@@ -22,7 +22,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef int8_t Codes __attribute__((vector_size(kLanes)));
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds a small number to a whole one, nearest even
-constexpr float kLeast = 1e-30f;       // a range below which a row is taken for zeros
+constexpr float kMinRange = 1e-30f;    // a range below which a row is taken for zeros
 
 // Whole vectors, or their first `count` lanes with zeros after them
 template <typename V, typename T>
@@ -78,9 +78,9 @@ FASTPEFT_TARGET void quantise(const T* x, int64_t stride, int64_t rows, int64_t 
             wrong[0] += wrong[i];
         }
         const float range = high[0] - low[0] + wrong[0];
-        const float inverse = range > kLeast ? 255.0f / range : 0.0f;
+        const float inverse = range > kMinRange ? 255.0f / range : 0.0f;
         const float zero = -128.0f - ((low[0] * inverse + kRound) - kRound);
-        *quantised++ = {range <= kLeast ? 0.0f : range / 255.0f, static_cast<int32_t>(zero)};
+        *quantised++ = {range <= kMinRange ? 0.0f : range / 255.0f, static_cast<int32_t>(zero)};
         for (int64_t k = 0; k < columns; k += kLanes) {
             Floats code = rounded(load_floats(x + k, columns - k) * inverse) + zero;
             code = code > -128.0f ? code : Floats{} - 128.0f;  // NaN becomes -128

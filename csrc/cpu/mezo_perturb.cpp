@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "arguments.h"
 #include "choose.h"
+#include "mezo_perturb_arguments.h"
 #include "mezo_perturb_pass.h"
 
 namespace fastpeft {

@@ -1,5 +1,5 @@
-// A pass over all tensors at once, as parts that any threads may run: where the elements lie, and the arithmetic that
-// the bits need. Nothing of torch, so the C++ tests run it by itself.
+// A pass over all tensors at once, as parts that any threads may run: where the elements lie. Nothing of torch, so the
+// C++ tests run it by itself.
 #pragma once
 
 #include <algorithm>
@@ -7,36 +7,10 @@
 #include <utility>
 #include <vector>
 
+#include "arithmetic.h"
 #include "mezo_perturb.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace fastpeft {
-
-// Subnormals are kept and rounding is to nearest while this lives, whatever the thread was set to.
-class DefaultArithmetic {
-  public:
-#if defined(__x86_64__)
-    DefaultArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1F80u); }
-    ~DefaultArithmetic() { _mm_setcsr(before_); }
-
-  private:
-    unsigned before_;
-#elif defined(__aarch64__)
-    DefaultArithmetic() {
-        asm volatile("mrs %0, fpcr" : "=r"(before_));
-        asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
-    }
-    ~DefaultArithmetic() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
-
-  private:
-    uint64_t before_;
-#else
-    DefaultArithmetic() {}
-#endif
-    DefaultArithmetic(const DefaultArithmetic&) = delete;
-};
 
 // Where the elements of a tensor lie.
 class Elements {
@@ -141,9 +115,9 @@ class Pass {
             perturb_(task.target.at(first), task.format, task.offset + first, count, change_);
             return;
         }
-        alignas(64) char buffer[kTile * sizeof(double)];
+        alignas(64) char buffer[kNoiseTile * sizeof(double)];
         for (const int64_t end = first + count; first < end;) {
-            const int64_t length = std::min<int64_t>(end - first, kTile);
+            const int64_t length = std::min<int64_t>(end - first, kNoiseTile);
             task.source.read(first, length, buffer);
             perturb_(buffer, task.format, task.offset + first, length, change_);
             task.target.write(first, length, buffer);

@@ -10,6 +10,7 @@
 // called here: a copy of one of its functions, compiled for a newer processor, could end up in the code for all.
 #include <cstring>
 
+#include "feature_dropout.h"
 #include "mezo_perturb.h"
 #include "normal.h"
 #if defined(__x86_64__)
@@ -22,10 +23,10 @@ namespace fastpeft {
 namespace FASTPEFT_ISA {
 namespace {
 
-constexpr int kBlock = 256;                 // elements whose noise exists at one time
-constexpr int kCounters = kBlock / 4;       // of words: a counter is four elements
-constexpr int kAhead = 2 * kBlock;          // elements between those that change and those that are fetched
-constexpr int kSignCounters = kTile / 128;  // Rademacher: a counter is 128 elements
+constexpr int kBlock = 256;                      // elements whose noise exists at one time
+constexpr int kCounters = kBlock / 4;            // of words: a counter is four elements
+constexpr int kAhead = 2 * kBlock;               // elements between those that change and those that are fetched
+constexpr int kSignCounters = kNoiseTile / 128;  // Rademacher: a counter is 128 elements
 
 typedef uint64_t Wide __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
 typedef uint32_t Word __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
@@ -322,7 +323,7 @@ FASTPEFT_TARGET inline void fetch(const T* block) {
 // The elements of the flat indices first .. end - 1, which lie in one tile.
 template <typename T, bool is_rademacher, bool is_stochastic>
 FASTPEFT_TARGET void perturb_tile(T* __restrict p, uint64_t first, uint64_t end, const Change& change) {
-    const uint64_t tile = first / kTile * kTile;
+    const uint64_t tile = first / kNoiseTile * kNoiseTile;
     const int first_block = (first - tile) / kBlock, last_block = (end - 1 - tile) / kBlock;
     alignas(64) uint32_t signs[4][kSignCounters], rounding[kBlock];
     alignas(64) float z[kBlock];
@@ -366,7 +367,7 @@ FASTPEFT_TARGET void perturb_tile(T* __restrict p, uint64_t first, uint64_t end,
 template <typename T, bool is_rademacher, bool is_stochastic>
 FASTPEFT_TARGET void perturb_tiles(T* p, uint64_t first, uint64_t count, const Change& change) {
     for (const uint64_t end = first + count; first < end;) {
-        const uint64_t next = first / kTile * kTile + kTile, stop = next < end ? next : end;
+        const uint64_t next = first / kNoiseTile * kNoiseTile + kNoiseTile, stop = next < end ? next : end;
         perturb_tile<T, is_rademacher, is_stochastic>(p, first, stop, change);
         p += stop - first;
         first = stop;

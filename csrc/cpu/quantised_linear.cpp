@@ -16,7 +16,8 @@ namespace {
 using namespace siva;
 
 Tensor quantised_linear(Tensor x, Tensor codes, Tensor scales, int64_t out_features, std::optional<Tensor> bias) {
-    if (!is_for_here(x, {})) return by_aten("fastpeft::quantised_linear_aten", x, codes, scales, out_features, bias)[0];
+    if (!is_supported(x, {}))
+        return by_aten("fastpeft::quantised_linear_aten", x, codes, scales, out_features, bias)[0];
     const Matrix rows(x);
     const Weight weight = quantised(codes, scales);
     check(out_features >= 0 && is_quantised(weight, out_features, rows.columns()) &&
@@ -25,7 +26,7 @@ Tensor quantised_linear(Tensor x, Tensor codes, Tensor scales, int64_t out_featu
 }
 
 Tensor quantised_linear_backward(Tensor dh, Tensor codes, Tensor scales, int64_t in_features) {
-    if (!is_for_here(dh, {}))
+    if (!is_supported(dh, {}))
         return by_aten("fastpeft::quantised_linear_backward_aten", dh, codes, scales, in_features)[0];
     const Matrix rows(dh);
     const Weight weight = quantised(codes, scales);

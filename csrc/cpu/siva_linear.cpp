@@ -23,7 +23,7 @@ struct Alone {
         tiles = tiles_of(rows, {static_cast<int64_t>(rows.size())});
     }
 
-    std::vector<Packed> adapters;
+    std::vector<GroupFactors> adapters;
     std::vector<int64_t> rows;
     std::vector<Tile> tiles;
 };
@@ -39,21 +39,21 @@ std::tuple<Tensor, Tensor> layer(const Tensor& x, const Weight& weight, const Te
 
 std::tuple<Tensor, Tensor> siva_linear(Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v,
                                        std::optional<Tensor> bias) {
-    if (is_for_here(x, {s})) return layer(x, {weight}, u, s, v, bias);
+    if (is_supported(x, {s})) return layer(x, {weight}, u, s, v, bias);
     const Tensors found = by_aten("fastpeft::siva_linear_aten", x, weight, u, s, v, bias);
     return {found[0], found[1]};
 }
 
 std::tuple<Tensor, Tensor> siva_linear_quantised(Tensor x, Tensor codes, Tensor scales, Tensor u, Tensor s, Tensor v,
                                                  std::optional<Tensor> bias) {
-    if (is_for_here(x, {s})) return layer(x, quantised(codes, scales), u, s, v, bias);
+    if (is_supported(x, {s})) return layer(x, quantised(codes, scales), u, s, v, bias);
     const Tensors found = by_aten("fastpeft::siva_linear_quantised_aten", x, codes, scales, u, s, v, bias);
     return {found[0], found[1]};
 }
 
 std::tuple<Tensors, Tensor> siva_linear_group(Tensor x, Tensors weights, Tensors us, Tensors ss, Tensors vs,
                                               Biases biases) {
-    if (!is_for_here(x, ss)) {
+    if (!is_supported(x, ss)) {
         Tensors found = by_aten("fastpeft::siva_linear_group_aten", x, weights, us, ss, vs, biases);
         return {Tensors(found.begin(), found.end() - 1), found.back()};
     }
@@ -81,7 +81,7 @@ LayerGradients layer_backward(const Tensor& dh, const Tensor& x, const Weight& w
 
 LayerGradients siva_linear_backward(Tensor dh, Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor p,
                                     bool need_dx, bool need_du, bool need_dv, bool need_dbias) {
-    if (is_for_here(dh, {s})) {
+    if (is_supported(dh, {s})) {
         return layer_backward(dh, x, {weight}, u, s, v, p, s.numel(), need_dx, need_du, need_dv, need_dbias);
     }
     const Tensors found = by_aten("fastpeft::siva_linear_backward_aten", dh, x, weight, u, s, v, p, need_dx, need_du,
@@ -92,7 +92,7 @@ LayerGradients siva_linear_backward(Tensor dh, Tensor x, Tensor weight, Tensor u
 LayerGradients siva_linear_quantised_backward(Tensor dh, Tensor x, Tensor codes, Tensor scales, Tensor u, Tensor s,
                                               Tensor v, Tensor p, bool need_dx, bool need_du, bool need_dv,
                                               bool need_dbias) {
-    if (is_for_here(dh, {s})) {
+    if (is_supported(dh, {s})) {
         const int64_t trained = need_du || need_dv ? p.size(p.dim() - 1) : s.numel();
         return layer_backward(dh, x, quantised(codes, scales), u, s, v, p, trained, need_dx, need_du, need_dv,
                               need_dbias);
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_group_backward(Tensors 
                                                                         bool need_dx, Flags need_du, bool need_dv,
                                                                         Flags need_dbias) {
     check(!dhs.empty());
-    if (!is_for_here(dhs[0], ss)) {
+    if (!is_supported(dhs[0], ss)) {
         const Tensors found = by_aten("fastpeft::siva_linear_group_backward_aten", dhs, x, weights, us, ss, vs, p,
                                       need_dx, need_du, need_dv, need_dbias);
         const auto dv = found.begin() + 1 + us.size();

@@ -52,7 +52,7 @@ std::vector<int64_t> sentences(const Order& order, int64_t number) {
 }
 
 // The numbers of all rows of x or dh, in the order of the adapters.
-std::vector<int64_t> rows_of(const Tensor& x, const Order& order) {
+std::vector<int64_t> row_indices(const Tensor& x, const Order& order) {
     const int64_t tokens = tokens_of(x);
     std::vector<int64_t> rows;
     rows.reserve(x.size(0) * tokens);
@@ -71,9 +71,9 @@ std::vector<int64_t> counts_of(const Tensor& x, std::vector<int64_t> sizes) {
     return sizes;
 }
 
-std::vector<Packed> adapters_of(const Tensors& us, const Tensors& ss, const Tensors& vs, size_t number) {
+std::vector<GroupFactors> adapters_of(const Tensors& us, const Tensors& ss, const Tensors& vs, size_t number) {
     check(number > 0 && us.size() == number && ss.size() == number && vs.size() == number && vs[0].dim() == 2);
-    std::vector<Packed> found;
+    std::vector<GroupFactors> found;
     for (size_t a = 0; a < number; ++a) {
         found.emplace_back(Tensors{us[a]}, Tensors{ss[a]}, Tensors{vs[a]}, vs[0].size(1));
     }
@@ -82,12 +82,12 @@ std::vector<Packed> adapters_of(const Tensors& us, const Tensors& ss, const Tens
 
 std::tuple<Tensor, Tensors> siva_linear_mixed(Tensor x, Tensor weight, Tensors us, Tensors ss, Tensors vs,
                                               std::vector<int64_t> sizes, Order order, std::optional<Tensor> bias) {
-    if (!is_for_here(x, ss)) {
+    if (!is_supported(x, ss)) {
         const Tensors found = by_aten("fastpeft::siva_linear_mixed_aten", x, weight, us, ss, vs, sizes, order, bias);
         return {found[0], Tensors(found.begin() + 1, found.end())};
     }
-    const std::vector<Packed> adapters = adapters_of(us, ss, vs, sizes.size());
-    const std::vector<int64_t> counts = counts_of(x, sizes), rows = rows_of(x, order);
+    const std::vector<GroupFactors> adapters = adapters_of(us, ss, vs, sizes.size());
+    const std::vector<int64_t> counts = counts_of(x, sizes), rows = row_indices(x, order);
     Tensors ps;
     std::vector<ViewOf<float>> to;
     for (size_t a = 0; a < sizes.size(); ++a) {
@@ -103,14 +103,14 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> siva_linear_mixed_backward(Tensor d
                                                                         bool need_dx, Flags need_du, Flags need_dv,
                                                                         bool need_dbias) {
     const size_t number = sizes.size();
-    if (!is_for_here(dh, ss)) {
+    if (!is_supported(dh, ss)) {
         const Tensors found = by_aten("fastpeft::siva_linear_mixed_backward_aten", dh, x, weight, us, ss, vs, ps, sizes,
                                       order, need_dx, need_du, need_dv, need_dbias);
         const auto dus = found.begin() + 1, dvs = dus + number;
         return {found[0], Tensors(dus, dvs), Tensors(dvs, dvs + number), found.back()};
     }
-    const std::vector<Packed> adapters = adapters_of(us, ss, vs, number);
-    const std::vector<int64_t> counts = counts_of(dh, sizes), rows = rows_of(dh, order);
+    const std::vector<GroupFactors> adapters = adapters_of(us, ss, vs, number);
+    const std::vector<int64_t> counts = counts_of(dh, sizes), rows = row_indices(dh, order);
     check(ps.size() == number && need_du.size() == number && need_dv.size() == number);
     Needs needs{need_dx, {}, need_dv, {need_dbias}};
     std::vector<View> from;

@@ -38,16 +38,16 @@ using Tensors = std::vector<Tensor>;
 using Biases = std::vector<std::optional<Tensor>>;
 using Flags = std::vector<bool>;
 
-constexpr int64_t kMaxRank = 64;     // of one layer; for more of them BLAS is as good
-constexpr int64_t kNf4Block = 64;    // values of nf4 that share a scale
-constexpr int64_t kSide = 256;       // rows or columns of a quantised weight that are numbers at one time
-constexpr int64_t kWorth = 1 << 15;  // values that are worth a thread
+constexpr int64_t kMaxRank = 64;           // of one layer; for more of them BLAS is as good
+constexpr int64_t kNf4Block = 64;          // values of nf4 that share a scale
+constexpr int64_t kSide = 256;             // rows or columns of a quantised weight that are numbers at one time
+constexpr int64_t kGrainValues = 1 << 15;  // values that are worth a thread
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded(int64_t ranks) { return ceil_div(ranks, kRankBlock) * kRankBlock; }
 
-// What an operation does not leave to ATen.
-inline bool is_for_here(const Tensor& x, const Tensors& ss) {
+// Whether these kernels take the operands; otherwise ATen does.
+inline bool is_supported(const Tensor& x, const Tensors& ss) {
     const ScalarType kind = x.scalar_type();
     return (kind == ScalarType::Float || kind == ScalarType::BFloat16) &&
            std::all_of(ss.begin(), ss.end(),
@@ -238,7 +238,7 @@ inline void dequantise(const Weight& weight, int64_t k, int64_t row, int64_t col
     const void* codes = weight.values.const_data_ptr();
     const float* scales = static_cast<const float*>(weight.scales->const_data_ptr());
     const auto run = [&](auto* loop, auto* numbers) {
-        torch::stable::parallel_for(0, to.size(0), ceil_div(kWorth, columns), [&](int64_t begin, int64_t end) {
+        torch::stable::parallel_for(0, to.size(0), ceil_div(kGrainValues, columns), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 loop(codes, scales, block, (row + i) * k + column, columns, numbers + i * columns);
             }
@@ -336,9 +336,9 @@ inline void pack(View from, const Tensor* s, int64_t ranks, int64_t columns, flo
 }
 
 // The factors of a group of layers: all V below each other (sum of R, K), and each diag(s) U^T (R, N).
-class Packed {
+class GroupFactors {
   public:
-    Packed(const Tensors& us, const Tensors& ss, const Tensors& vs, int64_t k) : ranks(ss), ss_(ss), k_(k) {
+    GroupFactors(const Tensors& us, const Tensors& ss, const Tensors& vs, int64_t k) : ranks(ss), ss_(ss), k_(k) {
         check(!us.empty() && ss.size() == us.size() && vs.size() == us.size());
         v_ = new_buffer(ranks.total * k);
         for (size_t i = 0; i < us.size(); ++i) {

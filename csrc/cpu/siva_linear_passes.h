@@ -27,9 +27,9 @@
 namespace fastpeft {
 namespace siva {
 
-constexpr int64_t kTile = 64;       // rows that are worked on at one time
-constexpr int64_t kMaxChunks = 64;  // of rows with sums of their own, but for the last one of each adapter
-constexpr int64_t kWork = 1 << 17;  // multiply-adds below which another thread costs more than it saves
+constexpr int64_t kTile = 64;            // rows that are worked on at one time
+constexpr int64_t kMaxChunks = 64;       // of rows with sums of their own, but for the last one of each adapter
+constexpr int64_t kGrainWork = 1 << 17;  // multiply-adds below which another thread costs more than it saves
 
 // Rows of x that take the factors of one adapter, wherever they are.
 struct Tile {
@@ -58,11 +58,11 @@ inline Rows of_layer(Rows coefficients, const Ranks& ranks, size_t layer) {
 
 // run(begin, end, buffer) for all of `parts` of the rows of `tiles`; the buffer has room for the coefficients of a tile
 template <typename Run>
-void parallel(size_t parts, const std::vector<Tile>& tiles, const std::vector<Packed>& adapters, const Run& run) {
+void parallel(size_t parts, const std::vector<Tile>& tiles, const std::vector<GroupFactors>& adapters, const Run& run) {
     int64_t work = 0, ranks = 0;
     for (const Tile& tile : tiles) work += tile.count * adapters[tile.adapter].multiply_adds();
-    for (const Packed& adapter : adapters) ranks = std::max(ranks, adapter.ranks.total);
-    const int64_t grain = ceil_div(kWork * static_cast<int64_t>(parts), std::max<int64_t>(1, work));
+    for (const GroupFactors& adapter : adapters) ranks = std::max(ranks, adapter.ranks.total);
+    const int64_t grain = ceil_div(kGrainWork * static_cast<int64_t>(parts), std::max<int64_t>(1, work));
     torch::stable::parallel_for(0, parts, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
         const Buffer buffer = new_buffer(kTile * ranks);
         run(begin, end, buffer.get());
@@ -87,19 +87,19 @@ inline const LowRankOf<BFloat16>& low_rank() {
 
 // The low-rank part is added to each of `targets`; the p of an adapter goes to where `ps` says, without padding.
 template <typename T>
-void add_low_rank(const Matrix& rows, const std::vector<Packed>& adapters, const std::vector<Tile>& tiles,
+void add_low_rank(const Matrix& rows, const std::vector<GroupFactors>& adapters, const std::vector<Tile>& tiles,
                   const std::vector<Matrix>& targets, const std::vector<ViewOf<float>>& ps) {
     const LowRankOf<T>& run = low_rank<T>();
     parallel(tiles.size(), tiles, adapters, [&](int64_t begin, int64_t end, float* buffer) {
         for (int64_t t = begin; t < end; ++t) {
             const auto [adapter, numbers, count, place] = tiles[t];
-            const Packed& packed = adapters[adapter];
-            const Ranks& ranks = packed.ranks;
+            const GroupFactors& factors = adapters[adapter];
+            const Ranks& ranks = factors.ranks;
             const Rows projected = {buffer, count, ranks.total};
-            run.project(rows.some<T>(numbers, count), packed.v(), projected);
+            run.project(rows.some<T>(numbers, count), factors.v(), projected);
             for (size_t i = 0; i < targets.size(); ++i) {
                 const Rows own = of_layer(projected, ranks, i);
-                run.expand(own, packed.scaled_u(i), targets[i].some<T>(numbers, count));
+                run.expand(own, factors.scaled_u(i), targets[i].some<T>(numbers, count));
                 for (int64_t m = 0; m < count; ++m) {
                     for (int64_t r = 0; r < ranks.count[i]; ++r) {
                         *ps[adapter].at(ranks.first[i] + r, place + m) = own.data[m * own.stride + r];
@@ -111,12 +111,12 @@ void add_low_rank(const Matrix& rows, const std::vector<Packed>& adapters, const
 }
 
 // The outputs of all layers; p as above.
-inline Tensors forward(const Tensor& x, const Weights& weights, const std::vector<Packed>& adapters,
+inline Tensors forward(const Tensor& x, const Weights& weights, const std::vector<GroupFactors>& adapters,
                        const std::vector<Tile>& tiles, const Biases& biases, const std::vector<ViewOf<float>>& ps) {
     const Matrix rows(x);
     check(biases.size() == weights.size());
-    for (const Packed& packed : adapters) {
-        check(packed.v().columns == rows.columns() && packed.fit(weights, rows.kind()));
+    for (const GroupFactors& factors : adapters) {
+        check(factors.v().columns == rows.columns() && factors.fit(weights, rows.kind()));
     }
     Tensors outputs;
     std::vector<Matrix> targets;
@@ -144,7 +144,7 @@ struct Needs {
     // of a layer alone: dU and dV are of so many of its triplets, the first ones; else of all
     std::optional<int64_t> trained = std::nullopt;
 
-    Ranks of(const Packed& adapter) const {
+    Ranks of(const GroupFactors& adapter) const {
         if (!trained.has_value()) return adapter.ranks;
         check(adapter.layers() == 1 && *trained <= adapter.ranks.sum);
         Ranks first{Tensors{}};
@@ -233,19 +233,20 @@ inline Tensor times(const Tensors& dhs, const std::vector<Matrix>& rows, const W
 
 // p is read where `ps` says.
 template <typename T>
-Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weights, const std::vector<Packed>& adapters,
-                      const std::vector<Tile>& tiles, const std::vector<View>& ps, const Needs& needs) {
+Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weights,
+                      const std::vector<GroupFactors>& adapters, const std::vector<Tile>& tiles,
+                      const std::vector<View>& ps, const Needs& needs) {
     const std::vector<Matrix> dh(dhs.begin(), dhs.end());
     const ScalarType kind = dh[0].kind();
     const int64_t m = dh[0].rows(), k = adapters[0].v().columns;
     const LowRankOf<T>& run = low_rank<T>();
     check(needs.dbias.size() == dh.size());
     for (size_t a = 0; a < adapters.size(); ++a) {
-        const Packed& packed = adapters[a];
-        check(packed.layers() == dh.size() && needs.du[a].size() == dh.size());
-        check(packed.v().columns == k && (!needs.dx || packed.fit(weights, kind, true)));
+        const GroupFactors& factors = adapters[a];
+        check(factors.layers() == dh.size() && needs.du[a].size() == dh.size());
+        check(factors.v().columns == k && (!needs.dx || factors.fit(weights, kind, true)));
         for (size_t i = 0; i < dh.size(); ++i) {
-            check(dh[i].kind() == kind && dh[i].rows() == m && dh[i].columns() == packed.columns(i));
+            check(dh[i].kind() == kind && dh[i].rows() == m && dh[i].columns() == factors.columns(i));
         }
     }
 
@@ -275,9 +276,9 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
     }
 
     const auto run_chunk = [&](const Chunk& chunk, float* buffer) {
-        const Packed& packed = adapters[chunk.adapter];
-        const Ranks& ranks = packed.ranks;
-        const Ranks trained = needs.of(packed);
+        const GroupFactors& factors = adapters[chunk.adapter];
+        const Ranks& ranks = factors.ranks;
+        const Ranks trained = needs.of(factors);
         const auto& [of_u, of_v] = sums[chunk.adapter];
         for (const Partial& partial : of_u) partial.clear(chunk.number);
         of_v.clear(chunk.number);
@@ -299,9 +300,9 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
             }
             if (!needs.dx && !of_v.needed()) continue;
             for (size_t i = 0; i < dh.size(); ++i) {  // dp, in the place of p
-                run.project(dh[i].some<T>(numbers, count), packed.scaled_u(i), of_layer(coefficients, ranks, i));
+                run.project(dh[i].some<T>(numbers, count), factors.scaled_u(i), of_layer(coefficients, ranks, i));
             }
-            if (needs.dx) run.expand(coefficients, packed.v(), dx->some<T>(numbers, count));
+            if (needs.dx) run.expand(coefficients, factors.v(), dx->some<T>(numbers, count));
             if (of_v.needed()) {
                 run.reduce(coefficients, rows->some<T>(numbers, count), trained.total, k, of_v.at(chunk.number));
             }
@@ -339,7 +340,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
 }
 
 inline Gradients backward(const Tensors& dhs, const Tensor& x, const Weights& weights,
-                          const std::vector<Packed>& adapters, const std::vector<Tile>& tiles,
+                          const std::vector<GroupFactors>& adapters, const std::vector<Tile>& tiles,
                           const std::vector<View>& ps, const Needs& needs) {
     const auto run = dhs[0].scalar_type() == ScalarType::Float ? backward_of<float> : backward_of<BFloat16>;
     return run(dhs, x, weights, adapters, tiles, ps, needs);

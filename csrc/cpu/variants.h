@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "dequantise.h"
+#include "feature_dropout.h"
 #include "int8_linear_rows.h"
 #include "mezo_perturb.h"
 #include "side_step_products.h"

@@ -17,10 +17,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "arithmetic.h"
 #include "by_aten.h"
 #include "choose.h"
-#include "feature_dropout.h"
-#include "mezo_perturb_pass.h"
+#include "feature_dropout_arguments.h"
 
 namespace fastpeft {
 
@@ -62,7 +62,7 @@ bool is_for_backward(const Tensor& dout, const Tensor& q, const Tensor& c, const
 }
 
 template <typename T>
-TokenRows<T> rows_of(const Tensor& x, int64_t sentence) {
+TokenRows<T> token_rows(const Tensor& x, int64_t sentence) {
     return {static_cast<T*>(x.mutable_data_ptr()) + sentence * x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -112,7 +112,7 @@ class Shared {
 
     Sentence<T> sentence(int64_t index) const {
         const bool* mask = mask_ ? static_cast<const bool*>(mask_->const_data_ptr()) + index * window.tokens : nullptr;
-        return {index, mask, rows_of<T>(c_, index)};
+        return {index, mask, token_rows<T>(c_, index)};
     }
 
     Window window;
@@ -142,7 +142,8 @@ void attend(const Shared<T>& shared, const Tensor& q, const Tensor& out, const T
     const int64_t rows = q.size(1) * q.size(2);
     float* const of_lse = static_cast<float*>(lse.mutable_data_ptr());
     each_sentence(q.size(0), run.forward_scratch(shared.window), [&](int64_t b, char* scratch) {
-        run.attend(shared.window, shared.sentence(b), rows_of<T>(q, b), rows_of<T>(out, b), of_lse + b * rows, scratch);
+        run.attend(shared.window, shared.sentence(b), token_rows<T>(q, b), token_rows<T>(out, b), of_lse + b * rows,
+                   scratch);
     });
 }
 
@@ -172,10 +173,10 @@ void attend_backward(const Shared<T>& shared, const Tensor& dout, const Tensor& 
     const int64_t batch = q.size(0), rows = q.size(1) * q.size(2), numbers = shared.window.number * q.size(3);
     std::vector<float> parts(batch * numbers);  // of dp, a sentence's after another's
     const float* const of_lse = static_cast<const float*>(lse.const_data_ptr());
-    const auto given = [](const Tensor& x, int64_t b) { return x.numel() > 0 ? rows_of<T>(x, b) : TokenRows<T>{}; };
+    const auto given = [](const Tensor& x, int64_t b) { return x.numel() > 0 ? token_rows<T>(x, b) : TokenRows<T>{}; };
     each_sentence(batch, run.backward_scratch(shared.window), [&](int64_t b, char* scratch) {
-        run.attend_backward(shared.window, shared.sentence(b), rows_of<T>(dout, b), rows_of<T>(q, b),
-                            rows_of<T>(out, b), of_lse + b * rows, given(dq, b), given(dc, b),
+        run.attend_backward(shared.window, shared.sentence(b), token_rows<T>(dout, b), token_rows<T>(q, b),
+                            token_rows<T>(out, b), of_lse + b * rows, given(dq, b), given(dc, b),
                             parts.data() + b * numbers, scratch);
     });
     if (dp.numel() == 0) return;

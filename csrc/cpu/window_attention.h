@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "mezo_perturb.h"
+#include "feature_dropout.h"
 
 namespace fastpeft {
 

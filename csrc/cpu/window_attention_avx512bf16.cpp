@@ -66,34 +66,25 @@ FASTPEFT_TARGET inline void product_block(Left a, const uint32_t* b, int64_t col
     }
 }
 
+// `vectors` registers of columns, at most kVectors
+template <int kVectors>
+FASTPEFT_TARGET inline void product_panel(int64_t vectors, Left a, const uint32_t* b, int64_t rows, int64_t columns,
+                                          int64_t pairs, bool add, float* c) {
+    if constexpr (kVectors > 1) {
+        if (vectors < kVectors) return product_panel<kVectors - 1>(vectors, a, b, rows, columns, pairs, add, c);
+    }
+    for (int64_t m = 0; m < rows; m += kRows) {
+        const Left part = {a.data + m * a.row_stride, a.row_stride, a.pair_stride};
+        product_block<kVectors>(part, b, columns, pairs, add, c + m * columns);
+    }
+}
+
 // c (rows, columns) = a b, or that added; rows are a multiple of kRows and columns of kLanes
 FASTPEFT_TARGET void product(Left a, const uint32_t* b, int64_t rows, int64_t columns, int64_t pairs, bool add,
                              float* c) {
     for (int64_t n = 0; n < columns;) {
         const int64_t left = (columns - n) / kLanes, vectors = left < kMostVectors ? left : kMostVectors;
-        for (int64_t m = 0; m < rows; m += kRows) {
-            const Left part = {a.data + m * a.row_stride, a.row_stride, a.pair_stride};
-            float* to = c + m * columns + n;
-            switch (vectors) {
-                case 1:
-                    product_block<1>(part, b + n, columns, pairs, add, to);
-                    break;
-                case 2:
-                    product_block<2>(part, b + n, columns, pairs, add, to);
-                    break;
-                case 3:
-                    product_block<3>(part, b + n, columns, pairs, add, to);
-                    break;
-                case 4:
-                    product_block<4>(part, b + n, columns, pairs, add, to);
-                    break;
-                case 5:
-                    product_block<5>(part, b + n, columns, pairs, add, to);
-                    break;
-                default:
-                    product_block<6>(part, b + n, columns, pairs, add, to);
-            }
-        }
+        product_panel<kMostVectors>(vectors, a, b + n, rows, columns, pairs, add, c + n);
         n += vectors * kLanes;
     }
 }

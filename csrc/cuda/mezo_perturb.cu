@@ -13,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "arguments.h"
 #include "mezo_perturb.cuh"
+#include "mezo_perturb_arguments.h"
 
 namespace fastpeft {
 namespace {
@@ -180,7 +180,7 @@ void mezo_perturb_replay_(std::vector<Tensor> params, std::vector<int64_t> offse
 
 }  // namespace
 
-// implementations only: the schemas are declared once, in fastpeft/_ops.py
+// implementations only: the schemas are declared once, in fastpeft/ops
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CUDA, m) {
     m.impl("mezo_perturb_", TORCH_BOX(&mezo_perturb_));
     m.impl("mezo_perturb", TORCH_BOX(&mezo_perturb));

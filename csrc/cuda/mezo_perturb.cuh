@@ -1,4 +1,4 @@
-// What mezo_perturb does on a card.
+// What mezo_perturb does on a GPU.
 //
 // The tensors' pointers and places in the noise are the kernel's argument, which lives in constant memory and which a
 // CUDA graph keeps. A thread owns the eight elements of one counter of the noise ("octet"), so every word is drawn once
@@ -31,7 +31,7 @@ struct Launch {
     uint64_t numel[kMaxParts];
     uint32_t end_tile[kMaxParts];  // tiles of this and all tensors before it
     int num_parts;
-    // terms, by value or, where the pointers are not null, in the card's memory
+    // terms, by value or, where the pointers are not null, in the GPU's memory
     int num_terms;
     uint64_t seed_values[kMaxTerms];
     double scale_values[kMaxTerms];
