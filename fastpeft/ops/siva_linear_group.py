@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastpeft.ops.define import check_first_derivative, define
 from fastpeft.ops.packing import Packs, operand
-from fastpeft.ops.products import as_matrix, lowered, output, scaled, split, stacked, times
+from fastpeft.ops.products import as_matrix, lowered, multiplies_in_float32, output, scaled, split, stacked, times
 
 
 def siva_linear_group_reference(
@@ -110,7 +110,8 @@ def siva_linear_group_backward_aten(
     if need_dx:
         dx = times(rows[0], weights[0])
         for dh, weight in zip(rows[1:], weights[1:], strict=True):
-            dx = dx.add_(times(dh, weight)) if weight.is_mkldnn else dx.addmm_(dh, weight)
+            is_apart = weight.is_mkldnn or multiplies_in_float32(dh, most=0)
+            dx = dx.add_(times(dh, weight)) if is_apart else dx.addmm_(dh, weight)
         dx = dx.addmm_(dp.t(), stacked(vs)).view(*dhs[0].shape[:-1], dx.shape[1])
     if need_dv:
         dv = (dp @ as_matrix(x)).to(of_factors)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastpeft
 from fastpeft.functional import siva_linear, siva_linear_group
-from fastpeft.ops import aten, backends, reference
+from fastpeft.ops import aten, backends, products, reference
 from fastpeft.ops.packing import Packs, can_pack
 
 
@@ -345,6 +345,18 @@ def test_autocast_of_a_group() -> None:
     assert {h.dtype for h in hs} == {torch.bfloat16}
     sum(h.sum() for h in hs).backward()
     assert layers[0][1].grad.dtype == torch.float32
+
+
+def test_every_layer_of_a_group_multiplies_float32_copies_where_half_precision_is_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "multiplies_in", lambda dtype: dtype is torch.float32)
+    dhs, weights = ([torch.randn(5, 24).half() for _ in range(2)], [torch.randn(24, 40).half() for _ in range(2)])
+    us, ss, vs = ([torch.zeros(shape).half()] * 2 for shape in ((24, 1), (1,), (1, 40)))
+    empty = torch.empty(0).half()
+    operands = dhs, empty, weights, us, ss, vs, empty, True, [False] * 2, False, [False] * 2
+    one, other = ((dh.float() @ weight.float()).half() for dh, weight in zip(dhs, weights, strict=True))
+    assert torch.equal(aten.siva_linear_group_backward(*operands)[0], one + other)
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:
