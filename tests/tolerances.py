@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,4 +22,5 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, terms: Tens
         return
     error, allowed = (x.double().sub(exact).abs().max().item() for x in (actual, plain))
     allowed = factor * allowed + torch.finfo(actual.dtype).eps * terms.max().item()
+    assert math.isfinite(allowed), "the reference overflowed"
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"  # NaN fails
