@@ -161,8 +161,10 @@ class LoadableLinear(AdaptedLinear):
 
     def _check_scaling(self, name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Raise `FastpeftError` where changes arrive that another `scaling` multiplies."""
-        change = f"{prefix}siva_du.{name}"
-        if f"{change}.weight" in state_dict and (f"{change}.scale" in state_dict) != (self.step[name] is not None):
+        changes = f"{prefix}siva_du."
+        # PEFT puts an adapter's name only into keys that the model has
+        scaled = f"{changes}{name}.scale" in state_dict or f"{changes}scale" in state_dict
+        if f"{changes}{name}.weight" in state_dict and scaled != (self.step[name] is not None):
             raise FastpeftError(
                 f"{self.name}: adapter {name!r} was trained with another scaling than it has here, so its changes "
                 "would act in another size. Give its SivaConfig the scaling with which it was trained."
