@@ -90,7 +90,8 @@ class CapturedStep:
         if self._graph is None and self._calls > 0 and self._device.type == "cuda":
             self._graph = self._captured()
         if self._graph is not None:
-            self._graph.replay()
+            with torch.cuda.device(self._device):
+                self._graph.replay()
         else:
             try:
                 self.run()
@@ -104,7 +105,8 @@ class CapturedStep:
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # its own stream is one of the device that was current at the first capture of the process
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=torch.cuda.Stream(self._device)):
                 self.run()
         finally:
             self._weights.point = HOME  # where an exception ended it, no weight was moved

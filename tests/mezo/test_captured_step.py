@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +77,44 @@ def test_a_captured_weight_decay_cannot_change(monkeypatch: pytest.MonkeyPatch) 
     optimizer.param_groups[0]["lr"] = 1.0
     with pytest.raises(FastpeftError, match="learning rate times weight decay is"):
         step()
+
+
+def test_it_captures_and_replays_on_the_device_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one, whose stream would see nothing of the step. CUDA is a stand-in here."""
+    model = network()
+    step = CapturedStep(optimizer_of(model), lambda: model(X).square().mean())
+    step()
+    current, seen = ["cuda:0"], []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(str(chosen))
+        yield
+        current.pop()
+
+    @contextmanager
+    def graph(_: Any, stream: str = "of no device") -> Iterator[None]:
+        seen.append(("capture", current[-1], stream))
+        yield
+
+    made = SimpleNamespace(replay=lambda: seen.append(("replay", current[-1])))
+    for name, value in {"device": device, "graph": graph, "Stream": str, "CUDAGraph": lambda: made}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(step, "_device", torch.device("cuda:1"))
+    step()
+    assert seen == [("capture", "cuda:1", "cuda:1"), ("replay", "cuda:1")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_weights_on_another_device_than_the_current_one() -> None:
+    model = network().to("cuda:1")
+    x = X.to("cuda:1")
+    step = CapturedStep(optimizer_of(model), lambda: model(x).square().mean())
+    for _ in range(4):
+        before = weights(model)
+        step()
+        assert not equal(weights(model), before)
 
 
 @pytest.mark.parametrize(
