@@ -52,7 +52,7 @@ class CapturedStep:
 
     def __init__(self, optimizer: MeZO, closure: Callable[[], Tensor]) -> None:
         _check(optimizer)
-        weights = optimizer._weights
+        weights = optimizer.weights
         params = weights.params()
         self._optimizer, self._weights, self._closure = optimizer, weights, closure
         self._device = params[0].device
@@ -79,7 +79,7 @@ class CapturedStep:
         groups = [group for group, _ in self._weights.groups()]
         rates = [float(group["lr"]) for group in groups]
         decays = [rate * group["weight_decay"] for rate, group in zip(rates, groups)]
-        self._seeds.copy_(torch.tensor(optimizer._seeds()), non_blocking=True)
+        self._seeds.copy_(torch.tensor(optimizer.draw_seeds()), non_blocking=True)
         self._rates.copy_(torch.tensor(rates, dtype=torch.float64), non_blocking=True)
         if self._graph is not None and decays != self._decays:
             raise FastpeftError(
@@ -173,11 +173,11 @@ class CapturedStep:
 
 def _check(optimizer: MeZO) -> None:
     """Raise `FastpeftError` where a step of `optimizer` asks for numbers while it runs, as one with a journal does."""
-    params = optimizer._weights.params()
+    params = optimizer.weights.params()
     if (
         (optimizer.estimator.kind, optimizer.restore, optimizer.on_nonfinite) != ("spsa", "in_place", "skip")
         or optimizer.journal is not None
-        or optimizer._ranks.size > 1
+        or optimizer.ranks.size > 1
         or is_sharded(params)
         or len({param.device for param in params}) > 1
     ):

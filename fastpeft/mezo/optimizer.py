@@ -159,8 +159,9 @@ class MeZO(torch.optim.Optimizer):
         if restore == "exact" and model is None:
             raise FastpeftError("MeZO: restore='exact' needs the model, to show its forward other weights: pass model.")
         params = list(model_or_params)
-        self._ranks = Ranks(process_group)
-        self.seed = self._ranks.gather(seed)[0]
+        # beside what the class's text names, `CapturedStep` reads ranks, weights and draw_seeds()
+        self.ranks = Ranks(process_group)
+        self.seed = self.ranks.gather(seed)[0]
         self.max_projected_grad = max_projected_grad
         self.on_nonfinite = on_nonfinite
         self.defer = defer
@@ -175,10 +176,10 @@ class MeZO(torch.optim.Optimizer):
         self.noise = noise
         self.restore = restore
         self.rounding = rounding if restore == "exact" else "nearest"
-        self._weights = self.weights_type(model, noise, restore, self.rounding)
+        self.weights = self.weights_type(model, noise, restore, self.rounding)
         if params:  # torch refuses an empty list in words of its own
             super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
-        if not params or not self._weights.params():
+        if not params or not self.weights.params():
             raise FastpeftError(
                 "MeZO got no parameter that requires a gradient, so there is nothing to train. Call "
                 "requires_grad_(True) on what is to be trained, before making the optimizer."
@@ -187,7 +188,7 @@ class MeZO(torch.optim.Optimizer):
     @property
     def scratch_bytes(self) -> int:
         """Memory that `restore="exact"` needs beside the weights, as far as the forwards so far have shown."""
-        return self._weights.scratch_bytes
+        return self.weights.scratch_bytes
 
     @property
     def projected_grad(self) -> float | None:
@@ -201,8 +202,8 @@ class MeZO(torch.optim.Optimizer):
         self.settle()
         group = self.defaults | param_group
         check_group(group)
-        super().add_param_group({**group, "params": self._weights.trained(group["params"])})
-        self._weights.set_groups(self.param_groups)
+        super().add_param_group({**group, "params": self.weights.trained(group["params"])})
+        self.weights.set_groups(self.param_groups)
 
     def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
         """Make one step.
@@ -254,27 +255,27 @@ class MeZO(torch.optim.Optimizer):
             self.check_same()
         try:
             watch = not self._checked or self.steps_done % _WATCH_EVERY == 0 or not any(self._slopes or ())
-            with dropout_off(self._weights.modules()):
-                self._weights.show(watch)
+            with dropout_off(self.weights.modules()):
+                self.weights.show(watch)
                 for point in self.estimator.points:
                     self._go(point)
                     each = self._losses(closure)
                     if not self._checked and all(map(math.isfinite, each)):
                         again = self._losses(closure)
-                        check_repeated(each, again, self._ranks)
+                        check_repeated(each, again, self.ranks)
                         each, self._checked = again, True
                     for rank, loss in enumerate(each):
                         if not math.isfinite(loss):
                             where = {1: "theta + eps z", -1: "theta - eps z", 0: "theta"}[point[1]]
-                            self._give_up(f"the loss at {where} is {loss}{self._ranks.on(rank)}")
+                            self._give_up(f"the loss at {where} is {loss}{self.ranks.on(rank)}")
                             return math.nan
                     losses.append(statistics.fmean(each))
         except BaseException:
             self.settle()
             raise
         finally:
-            self._weights.hide()
-        epses, limit = self._weights.epses(), self.max_projected_grad
+            self.weights.hide()
+        epses, limit = self.weights.epses(), self.max_projected_grad
         if limit is not None:
             limit *= min(epses) / epses[0]  # the g of the group with the smallest eps is the largest
         self._slopes = self.estimator.slopes(losses, epses[0], limit)
@@ -288,9 +289,9 @@ class MeZO(torch.optim.Optimizer):
         A deferred step is finished, which changes no bit. An estimate that no step has applied is dropped, and its
         perturbation is taken out, to rounding.
         """
-        self._weights.hide()
+        self.weights.hide()
         dropped, self._points_seen = self._points_seen, 0
-        self._weights.move(HOME, self._seeds())
+        self.weights.move(HOME, self.draw_seeds())
         if dropped and self.restore == "in_place":
             self._write(Kind.DROPPED, dropped)
             self._dropped += 1
@@ -323,11 +324,11 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: there is a file at `path`, or it cannot be written, or processes differ.
         """
         self.check_same()
-        weights = digest(self._weights.params())
+        weights = digest(self.weights.params())
         begun = {"first_step": self.steps_done, "dropped": self._dropped, "weights": weights}
         header = {**self._described(), **begun}
-        begin = Journal.create if self._ranks.is_first else Journal
-        self.journal = self._ranks.together(lambda: begin(Path(path), header))
+        begin = Journal.create if self.ranks.is_first else Journal
+        self.journal = self.ranks.together(lambda: begin(Path(path), header))
 
     def resume(
         self, path: str | Path, weights_at: int | Mapping[str, Any] | None = None, steps: int | None = None
@@ -348,16 +349,16 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: the journal is damaged or of other weights or settings, or does not hold those steps.
         """
         self.settle()
-        self._weights.reshard()
+        self.weights.reshard()
         start = SavedState.read(weights_at).position if isinstance(weights_at, Mapping) else weights_at
         stop = start if isinstance(start, tuple) and start[0] == steps else steps
-        journal = self._ranks.together(lambda: self._opened(Path(path)))
-        params = self._weights.params()
+        journal = self.ranks.together(lambda: self._opened(Path(path)))
+        params = self.weights.params()
         if start is None:
             found = digest(params)  # of shards this is a call of all, so nothing of one alone may end it
-            self._ranks.together(lambda: journal.check_weights(found))
+            self.ranks.together(lambda: journal.check_weights(found))
             start = journal.begins_at
-        self._ranks.together(lambda: journal.replay(params, start, stop))
+        self.ranks.together(lambda: journal.replay(params, start, stop))
         if stop is not None:
             journal.rewind(stop)
         self.steps_done, self._dropped, self.journal = journal.steps, journal.dropped, journal
@@ -377,14 +378,14 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: on all processes, naming one that differs from an earlier one, and in what.
         """
         self.settle()
-        check_sharding(self._weights.params(), self.restore, self._weights.model)
-        if self._ranks.size == 1:
+        check_sharding(self.weights.params(), self.restore, self.weights.model)
+        if self.ranks.size == 1:
             return
         rates = [float(group["lr"]) for group in self.param_groups]
         what = {**self._described(), "steps_done": self.steps_done, "lr": rates}
-        for group, offsets in self._weights.groups():
+        for group, offsets in self.weights.groups():
             what |= fingerprints(group, offsets)
-        self._ranks.check_same(what)
+        self.ranks.check_same(what)
 
     def state_dict(self) -> dict[str, Any]:
         """Settle the weights; return groups, seed and number of steps, all that a run needs beside them to go on."""
@@ -407,10 +408,10 @@ class MeZO(torch.optim.Optimizer):
             self.journal.check_settings(saved.settings)
             self.journal.find(saved.position)
         super().load_state_dict(state_dict)
-        self._weights.set_groups(self.param_groups)
+        self.weights.set_groups(self.param_groups)
         if self.journal is not None:
             self.journal.rewind(saved.position)
-        self.seed, self.noise, self._weights.noise = saved.seed, saved.noise, saved.noise
+        self.seed, self.noise, self.weights.noise = saved.seed, saved.noise, saved.noise
         self.steps_done, self._dropped = saved.position
         self.estimator = Estimator(saved.estimator, saved.num_estimates)
 
@@ -428,21 +429,21 @@ class MeZO(torch.optim.Optimizer):
 
     def _described(self) -> dict[str, Any]:
         """What the header of a journal says of the run, but for its beginning."""
-        own = {"restore": self.restore, "rounding": self.rounding, "groups": describe_groups(self._weights.groups())}
+        own = {"restore": self.restore, "rounding": self.rounding, "groups": describe_groups(self.weights.groups())}
         return {**self._saved_state().settings, **own}
 
     def _write(self, kind: Kind, points: int) -> None:
         """Record what became of the present estimate, if there is a journal."""
         if self.journal is None:
             return
-        groups = [group for group, _ in self._weights.groups()]
+        groups = [group for group, _ in self.weights.groups()]
         self.journal.check_groups(groups)
         slopes = (math.nan,) * self.estimator.num_estimates if kind != Kind.MADE else tuple(self._slopes or ())
         rates = tuple(float(group["lr"]) for group in groups)
-        keep = self.journal.append if self._ranks.is_first else self.journal.count
-        keep(Record(self.steps_done, kind, points, self._seeds()[0], slopes, rates))
+        keep = self.journal.append if self.ranks.is_first else self.journal.count
+        keep(Record(self.steps_done, kind, points, self.draw_seeds()[0], slopes, rates))
 
-    def _seeds(self) -> list[int]:
+    def draw_seeds(self) -> list[int]:
         """The seeds of the noise of the present step, one a draw."""
         return self.estimator.seeds(self.seed, self.steps_done)
 
@@ -450,7 +451,7 @@ class MeZO(torch.optim.Optimizer):
     def _go(self, point: Point) -> None:
         """Bring the weights to another point of the present step, and count it."""
         self._points_seen += 1
-        self._weights.move(point, self._seeds())
+        self.weights.move(point, self.draw_seeds())
 
     @uninterrupted()
     @torch.no_grad()
@@ -458,14 +459,14 @@ class MeZO(torch.optim.Optimizer):
         """The second half of a step: restore and update, at once or with the first pass of the next step."""
         if not self._points_seen or self._slopes is None:
             raise FastpeftError("MeZO.step needs a closure that returns the loss, or a call of estimate before it.")
-        owed = self._weights.update(self._slopes, self._seeds())
+        owed = self.weights.update(self._slopes, self.draw_seeds())
         if not self._skip and not all(abs(scale) <= _LARGEST for each in owed for scale in each.scales):
             self._give_up(f"the update is not finite (projected gradient {self.projected_grad:g})")
         self._write(Kind.SKIPPED if self._skip else Kind.MADE, self._points_seen)  # which may raise, so it comes first
         if self._skip:
-            self._weights.move(HOME, self._seeds())
+            self.weights.move(HOME, self.draw_seeds())
         else:
-            self._weights.owe(owed)
+            self.weights.owe(owed)
         self._points_seen = 0
         self.steps_done, self._dropped = self.steps_done + 1, 0
         if not self.defer:
@@ -473,7 +474,7 @@ class MeZO(torch.optim.Optimizer):
 
     def _losses(self, closure: Callable[[], Any]) -> list[float]:
         """The loss of each process."""
-        return self._ranks.losses(loss_of(closure), self._weights.params()[0].device)
+        return self.ranks.losses(loss_of(closure), self.weights.params()[0].device)
 
     def _give_up(self, what: str) -> None:
         """Raise an error about a value that is not finite, or note that the step is to be skipped."""
@@ -484,10 +485,10 @@ class MeZO(torch.optim.Optimizer):
                 f"{fault}; the weights are those before that step. Lower the learning rate, look for a fault in the "
                 "data, or skip such steps (on_nonfinite='skip')."
             )
-        if self._ranks.is_first:
+        if self.ranks.is_first:
             logger.warning("%s; the step is skipped", fault)
         self._skip = True
         self._slopes = [math.nan] * self.estimator.num_estimates
 
     def _where(self) -> str:
-        return f"step {self.steps_done + 1} (noise seed {self._seeds()[self._weights.point[0]]})"
+        return f"step {self.steps_done + 1} (noise seed {self.draw_seeds()[self.weights.point[0]]})"
