@@ -135,7 +135,7 @@ class FeatureCache:
         if "input_ids" not in inputs or isinstance(inputs["input_ids"], FakeTensor):
             return None
         self._store = self._current_store()
-        rows = _Rows(self._backbone.inputs(inputs))
+        rows = _CacheRows(self._backbone.inputs(inputs), self._backbone.device)
         records = self._store.get(rows.keys)
         if len(records) < len(set(rows.keys)):
             self._store.refresh()  # another process may have stored some
@@ -147,7 +147,7 @@ class FeatureCache:
         self.misses += len(made)
         return self._unpack(rows, records | made)
 
-    def _compute(self, rows: _Rows, chosen: Mapping[bytes, int]) -> dict[bytes, Record]:
+    def _compute(self, rows: _CacheRows, chosen: Mapping[bytes, int]) -> dict[bytes, Record]:
         """Run the backbone on the chosen rows, cut at the last token of any."""
         if not chosen:
             return {}
@@ -171,7 +171,7 @@ class FeatureCache:
         codes = [(feature / divisor).round().to(torch.int8) for feature, divisor in zip(features, divisors)]
         return torch.cat(codes, dim=-1), scales
 
-    def _unpack(self, rows: _Rows, records: Mapping[bytes, Record]) -> list[Tensor]:
+    def _unpack(self, rows: _CacheRows, records: Mapping[bytes, Record]) -> list[Tensor]:
         """The features of a batch from its rows' records."""
         shape, device = rows.ids.shape, self._backbone.device
         pinned = device.type == "cuda"
@@ -227,8 +227,12 @@ class FeatureCache:
         self._refused = None
 
 
-class _Rows:
+class _CacheRows:
     """A batch as the cache sees it.
+
+    Args:
+        inputs: as the backbone takes them.
+        device: of the backbone. The ids may wait on another one.
 
     Attributes:
         ids: `input_ids` `(B, T)`.
@@ -236,7 +240,7 @@ class _Rows:
         keys: for each row the key of its record.
     """
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Mapping[str, Any], device: torch.device) -> None:
         self._inputs = inputs
         self.ids: Tensor = inputs["input_ids"]
         types, positions, mask = (inputs.get(name) for name in ("token_type_ids", "position_ids", "attention_mask"))
@@ -251,7 +255,7 @@ class _Rows:
         tokens = visible.shape[1]
         starts, ends = visible.argmax(1), tokens - visible[:, ::-1].argmax(1)
         self.spans = [(start, end) for start, end in zip(starts.tolist(), ends.tolist())]
-        kind = self.ids.device.type
+        kind = device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         context = f"{autocast} {positions is not None}".encode()
         self.keys = [

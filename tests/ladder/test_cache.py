@@ -15,7 +15,7 @@ from backbones import IDS, MASK, TINY, labels, ladder, logits, moved, tiny, trai
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderModel, Prompt, PromptModel
-from fastpeft.ladder.cache import DTYPES
+from fastpeft.ladder.cache import DTYPES, _CacheRows
 from fastpeft.training.memory import simulate_training_step
 
 Runs = list[int]
@@ -132,6 +132,13 @@ def test_all_that_decides_features_is_in_the_key(tmp_path: Path) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         features(model)
     assert counts(model) == (3, 15)
+
+
+def test_autocast_of_the_backbone_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the device of the ids, which may wait on a CPU."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    without, within = (_CacheRows({"input_ids": IDS}, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert not {*without.keys} & {*within.keys}
 
 
 # -- the backbone's part -----------------------------------------------------------------------------------------
