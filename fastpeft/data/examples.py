@@ -26,7 +26,7 @@ from fastpeft.support.files import path_of
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]  # one text as token ids
+TokenRow = dict[str, Any]  # one text as token ids
 
 _DEMO_SOURCE = "rotten_tomatoes"
 _DEMO_DEV_ROWS = 1_000

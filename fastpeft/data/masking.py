@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import DataCollatorForLanguageModeling
 
-from fastpeft.data.examples import Row
+from fastpeft.data.examples import TokenRow
 from fastpeft.data.problems import UNLABELLED
 from fastpeft.errors import FastpeftError
 
@@ -39,7 +39,7 @@ class Masker:
         self._mask_id = tokenizer.mask_token_id
         self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=SHARE)
 
-    def __call__(self, row: Row, *key: int | str) -> Row:
+    def __call__(self, row: TokenRow, *key: int | str) -> TokenRow:
         """A row of `encode` with words hidden, which its `labels` tell: token ids, and `UNLABELLED` elsewhere."""
         row = dict(row)
         special = torch.tensor([row.pop("special_tokens_mask")])
@@ -52,12 +52,12 @@ class Masker:
             masked[0, place], labels[0, place] = self._mask_id, tokens[0, place]
         return {**row, "input_ids": masked[0].tolist(), "labels": labels[0].tolist()}
 
-    def fixed(self, rows: Sequence[Row]) -> list[Row]:
+    def fixed(self, rows: Sequence[TokenRow]) -> list[TokenRow]:
         """Rows to measure on: whatever the seed of a run, the same words of each are hidden."""
         return [self(row, "fixed", index) for index, row in enumerate(rows)]
 
 
-class MaskedRows(Dataset[Row]):
+class MaskedRows(Dataset[TokenRow]):
     """Rows to train on, of which every epoch hides other words.
 
     What is hidden is a function of the seed, the epoch and the row, so that a resumed run meets what it would have met.
@@ -68,7 +68,7 @@ class MaskedRows(Dataset[Row]):
         seed: of the run.
     """
 
-    def __init__(self, rows: Sequence[Row], tokenizer: Any, seed: int) -> None:
+    def __init__(self, rows: Sequence[TokenRow], tokenizer: Any, seed: int) -> None:
         self.rows = rows
         self.mask = Masker(tokenizer)
         self.seed = seed
@@ -76,7 +76,7 @@ class MaskedRows(Dataset[Row]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> Row:
+    def __getitem__(self, key: tuple[int, int]) -> TokenRow:
         """The row of a key (epoch, index)."""
         epoch, index = key
         return self.mask(self.rows[index], self.seed, epoch, index)

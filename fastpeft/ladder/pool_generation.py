@@ -27,7 +27,7 @@ from fastpeft.ladder.side_step import run_of
 from fastpeft.ladder.sources import LadderPass, RunningBackbone
 from fastpeft.support.dropout import dropout_off
 
-Rows: TypeAlias = slice | Tensor  # of a batch, those of one task: a slice where they follow each other
+TaskRows: TypeAlias = slice | Tensor  # of a batch, those of one task: a slice where they follow each other
 
 
 class PoolCache(LadderCache):
@@ -44,7 +44,7 @@ class PoolCache(LadderCache):
     def __init__(self, backbone: Backbone, tasks: Sequence[str]) -> None:
         super().__init__(backbone, len(set(tasks)))
         self.tasks = tuple(tasks)
-        self.rows: list[Rows] = []
+        self.rows: list[TaskRows] = []
 
     def begin(self, batch: int, device: torch.device) -> None:
         """Find the rows of each task; a prompt has several that follow each other, as beams or several samples."""
@@ -66,7 +66,7 @@ class PoolCache(LadderCache):
             layer.reorder_cache(beam_idx)
 
 
-def rows_at(places: list[int], device: torch.device) -> Rows:
+def rows_at(places: list[int], device: torch.device) -> TaskRows:
     """The rows at these places, which are sorted."""
     if places[-1] - places[0] == len(places) - 1:
         return slice(places[0], places[-1] + 1)
@@ -82,7 +82,7 @@ class PoolRun:
 
     mask = None  # each run has that of its rows
 
-    def __init__(self, runs: Sequence[tuple[Rows, SideRun]]) -> None:
+    def __init__(self, runs: Sequence[tuple[TaskRows, SideRun]]) -> None:
         self._runs = runs
         self.side, self.past = runs[0][1].side, runs[0][1].past
         self._rows = 0
@@ -168,7 +168,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         past = cache.get_seq_length()
         check_mask(attention_mask, (len(text), past + text.shape[1]))
         mask = None if attention_mask is None else attention_mask.bool()
-        runs: list[tuple[Rows, SideRun]] = []
+        runs: list[tuple[TaskRows, SideRun]] = []
         step = past > 0 and text.shape[1] == 1
         for rows, side, side_cache in zip(cache.rows, self._sides, cache.sides, strict=True):
             own = None if mask is None else mask[rows]

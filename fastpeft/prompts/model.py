@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft.data.batches import by_length
-from fastpeft.data.examples import Row
+from fastpeft.data.examples import TokenRow
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.models import Classifier, is_causal_lm, load_language_model, masked_lm_head_layers
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
@@ -37,7 +37,7 @@ class PromptCollator(DataCollatorWithPadding):
     """Pads rows of `Prompt.encode` to a batch; like `DataCollatorWithPadding`, but the masks' positions follow their
     tokens where a tokenizer pads on the left."""
 
-    def __call__(self, features: list[Row]) -> Any:
+    def __call__(self, features: list[TokenRow]) -> Any:
         batch = super().__call__(features)
         if self.tokenizer.padding_side == "left" and "mask_positions" in batch:
             lengths = torch.tensor([len(row["input_ids"]) for row in features])

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastpeft.data.examples import Row
+from fastpeft.data.examples import TokenRow
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 
@@ -215,7 +215,7 @@ class Prompt:
         texts: Sequence[Text],
         labels: Sequence[Any] | None = None,
         max_length: int | None = None,
-    ) -> list[Row]:
+    ) -> list[TokenRow]:
         """Texts, or pairs of texts, in the template, as rows of token ids.
 
         The tokens are those of the whole filled line as one segment. Of a line that is too long, only the texts are
@@ -252,7 +252,7 @@ class Prompt:
                 answered_at = self._answered_at(tokenizer, spans[MASK], [offsets[index][i] for i in kept])
                 if is_of_decoder(tokenizer):  # some tokenizers add a token at the end
                     kept = kept[: answered_at + 1]
-            row: Row = {name: [column[index][i] for i in kept] for name, column in encoded.items()}
+            row: TokenRow = {name: [column[index][i] for i in kept] for name, column in encoded.items()}
             if answered_at is not None:
                 row["mask_positions"] = answered_at
             if labels is not None:

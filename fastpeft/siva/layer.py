@@ -20,7 +20,7 @@ from fastpeft.siva.frozen import Operands, can_call_directly
 from fastpeft.siva.lazy_weight import LazyWeight
 from fastpeft.siva.loading import LoadableLinear
 from fastpeft.siva.quantise import ITERATIONS, quantised_siva_linear
-from fastpeft.siva.rows import Rows
+from fastpeft.siva.rows import AdapterRows
 
 
 class SivaLinear(LoadableLinear):
@@ -58,7 +58,7 @@ class SivaLinear(LoadableLinear):
         torch.Size([3, 8])
     """
 
-    rows: Rows | None = None  # while the model runs with an adapter for each row of the batch
+    rows: AdapterRows | None = None  # while the model runs with an adapter for each row of the batch
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class SivaLinear(LoadableLinear):
             return h
         return siva_linear(x, *operands)
 
-    def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
+    def _mixed(self, x: Tensor, rows: AdapterRows) -> Tensor:
         """Compute each row of x by its adapter, or by the pretrained weight if this layer has no such adapter."""
         factors = [self._low_rank([name] if name in self.siva_du else []) or self._blank(0) for name in rows.sizes]
         quantised = self._quantised_weight

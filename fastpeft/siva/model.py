@@ -26,7 +26,7 @@ from fastpeft.siva.four_bits import is_in_4_bits
 from fastpeft.siva.heads import head_names, let_heads_train
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
-from fastpeft.siva.rows import BASE, Rows, acting
+from fastpeft.siva.rows import BASE, AdapterRows, acting
 from fastpeft.siva.targets import (
     check_target,
     endings,
@@ -260,7 +260,7 @@ class SivaModel(BaseTuner):
             return
         self._check_adapter_names(names)
         device = next(self._siva_layers()).base_layer.weight.device
-        with acting(self.model, SivaLinear, Rows(names, device, _copies(kwargs))):
+        with acting(self.model, SivaLinear, AdapterRows(names, device, _copies(kwargs))):
             yield
 
     def _check_adapter_names(self, names: Any) -> None:

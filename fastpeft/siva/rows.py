@@ -1,8 +1,8 @@
 """Batches whose rows belong to different adapters: PEFT's `adapter_names`.
 
-While a model runs with a name for each row, every adapted layer holds the `Rows` and uses the factors of each row's
-adapter. Modules that adapters save whole, such as classification heads, and embeddings of which they train tokens run
-once for each adapter, on its rows.
+While a model runs with a name for each row, every adapted layer holds the `AdapterRows` and uses the factors of each
+row's adapter. Modules that adapters save whole, such as classification heads, and embeddings of which they train tokens
+run once for each adapter, on its rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 _CHECKPOINT = "_gradient_checkpointing_func"  # modules of transformers call this to checkpoint
 
 
-class Rows:
+class AdapterRows:
     """The adapter of each row of a batch.
 
     Args:
@@ -39,12 +39,12 @@ class Rows:
 
     def __init__(self, names: Sequence[str], device: torch.device, copies: int = 1) -> None:
         self._names = list(names)
-        self._repeated = Rows([name for name in names for _ in range(copies)], device) if copies > 1 else None
+        self._repeated = AdapterRows([name for name in names for _ in range(copies)], device) if copies > 1 else None
         order = sorted(range(len(names)), key=self._names.__getitem__)
         self.sizes: dict[str, int] = dict(Counter(self._names[row] for row in order))
         self.order = None if order == list(range(len(names))) else torch.tensor(order, device=device)
 
-    def of(self, x: Tensor, reader: str) -> Rows:
+    def of(self, x: Tensor, reader: str) -> AdapterRows:
         """The rows of x `(B, *, K)`, the input of `reader`: these, or these repeated.
 
         Raises:
@@ -68,7 +68,7 @@ class Rows:
 
 
 @contextmanager
-def acting(model: nn.Module, kind: type[nn.Module], rows: Rows) -> Iterator[None]:
+def acting(model: nn.Module, kind: type[nn.Module], rows: AdapterRows) -> Iterator[None]:
     """Inside it the layers of `kind` in `model`, and modules that adapters saved whole, use each row's adapter.
 
     Blocks that transformers checkpoints meanwhile use the same rows when backward runs them again.
@@ -96,7 +96,7 @@ def acting(model: nn.Module, kind: type[nn.Module], rows: Rows) -> Iterator[None
 
 
 def _checkpoint(
-    function: Callable[..., Any], module: nn.Module, kind: type[nn.Module], rows: Rows, run: Any, *args: Any
+    function: Callable[..., Any], module: nn.Module, kind: type[nn.Module], rows: AdapterRows, run: Any, *args: Any
 ) -> Any:
     """`function(run, *args)`, where `run` knows the rows in backward too, when the model no longer holds them."""
 
@@ -107,7 +107,7 @@ def _checkpoint(
     return function(run_by_rows, *args)
 
 
-def _run_saved(wrapper: Any, name: str, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+def _run_saved(wrapper: Any, name: str, rows: AdapterRows, *args: Any, **kwargs: Any) -> Tensor:
     """Run each row by the module that its adapter saved, or by the pretrained one if it saved none.
 
     Raises:

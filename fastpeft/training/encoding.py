@@ -9,7 +9,7 @@ from typing import Any
 from transformers import DataCollatorForTokenClassification
 
 from fastpeft.data import next_words
-from fastpeft.data.examples import Examples, Row
+from fastpeft.data.examples import Examples, TokenRow
 from fastpeft.data.packed_rows import PackedCollator
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, UNLABELLED, Problem
 from fastpeft.errors import FastpeftError
@@ -25,7 +25,7 @@ _CHUNK = 1_000  # texts that are encoded again at one time
 
 def encode_counted(
     tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem
-) -> tuple[list[Row], int]:
+) -> tuple[list[TokenRow], int]:
     """Examples as rows that are learned or measured, as `encode` makes them, and how many texts were cut.
 
     Of masked words, rows without a word are left out. Next words are encoded by `next_words.encode_counted`.
@@ -41,7 +41,12 @@ def encode_counted(
 
 
 def count_cut(
-    examples: Examples, rows: Sequence[Row], tokenizer: Any, max_length: int, prompt: Prompt | None, problem: Problem
+    examples: Examples,
+    rows: Sequence[TokenRow],
+    tokenizer: Any,
+    max_length: int,
+    prompt: Prompt | None,
+    problem: Problem,
 ) -> int:
     """How many texts were cut at `max_length` tokens, given a row of each; of next words see `encode_counted`."""
     full = [index for index, row in enumerate(rows) if len(row["input_ids"]) == max_length]
@@ -55,7 +60,9 @@ def count_cut(
     return cut
 
 
-def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem) -> list[Row]:
+def encode(
+    tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem
+) -> list[TokenRow]:
     """Each example as a row of token ids and what is to be said of it, cut at `max_length` tokens and not padded.
 
     Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled. Where masked
@@ -81,7 +88,7 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt |
     return [{**row, "labels": label} for row, label in zip(rows, labels)]
 
 
-def _worth_learning(rows: list[Row], max_length: int, problem: Problem) -> list[Row]:
+def _worth_learning(rows: list[TokenRow], max_length: int, problem: Problem) -> list[TokenRow]:
     """Of masked words the rows that have a word to hide; else all."""
     if problem is not MASKED_WORDS:
         return rows
@@ -93,7 +100,7 @@ def _worth_learning(rows: list[Row], max_length: int, problem: Problem) -> list[
     return rows
 
 
-def warn_of_texts(examples: Examples, rows: Sequence[Row], max_length: int, problem: Problem) -> None:
+def warn_of_texts(examples: Examples, rows: Sequence[TokenRow], max_length: int, problem: Problem) -> None:
     """Warn of texts that are empty, and of words without a token in these rows, which are not learned or measured."""
     if problem.of_texts_alone:  # of which the empty ones are left out
         return

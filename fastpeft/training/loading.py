@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastpeft.data.examples import Row
+from fastpeft.data.examples import TokenRow
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import OVER, EarlierRun
@@ -83,7 +83,7 @@ class EncodedText(NamedTuple):
     """A text as a finished run is given it, and its tokens."""
 
     text: Any
-    row: Row
+    row: TokenRow
 
 
 def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:

@@ -12,7 +12,7 @@ import torch
 
 from fastpeft.data import result_warnings
 from fastpeft.data.batches import by_length
-from fastpeft.data.examples import Examples, Row
+from fastpeft.data.examples import Examples, TokenRow
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION, UNLABELLED
 from fastpeft.data.values import refuse_empty
 from fastpeft.errors import FastpeftError
@@ -153,7 +153,7 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
     return [predictor.answer(scores) for scores in found]
 
 
-def _word_tokens(row: Row, words: Sequence[str], max_length: int) -> list[int]:
+def _word_tokens(row: TokenRow, words: Sequence[str], max_length: int) -> list[int]:
     """The first token of every word, given that a row's labels number its words."""
     tokens = [index for index, word in enumerate(row["labels"]) if word != UNLABELLED]
     if len(tokens) < len(words):
@@ -190,7 +190,7 @@ def _as_input(text: Any, run: FinishedRun) -> Any:
 
 
 @torch.inference_mode()
-def outputs_of(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
+def outputs_of(run: FinishedRun, rows: Sequence[TokenRow]) -> list[np.ndarray]:
     """The outputs to score of each row in float32: `(outputs,)`, or `(T, outputs)` where every token has some."""
     collate = collator(run.classifier.tokenizer, run.problem)
     model = run.classifier.model

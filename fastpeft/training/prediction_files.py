@@ -34,7 +34,7 @@ from fastpeft.training.prediction import Predictor, shortest
 _CHUNK = 256  # rows that are answered together: sorted by length they are batches that pad little
 _TEXT, _PAIR = ("text",), ("text_a", "text_b")  # columns of texts that have no names
 
-Row = dict[str, Any]
+OutputRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class Predictions:
                 )
         return {**made, **dict.fromkeys(self._names, str), **said}
 
-    def records(self, prediction: Prediction) -> list[Row]:
+    def records(self, prediction: Prediction) -> list[OutputRow]:
         """A prediction as rows of a table: one, or one a word."""
         problem, text, scores = self._predictor.run.problem, prediction.text, prediction.scores
         if self._generates:
@@ -315,7 +315,7 @@ def _as_cell(value: Any, kind: type = str) -> Any:
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
-Write = Callable[[list[Row]], None]
+Write = Callable[[list[OutputRow]], None]
 
 
 def check_output(output: str | Path, overwrite: bool) -> Path:
@@ -356,7 +356,7 @@ def writing(path: Path, columns: Mapping[str, type]) -> Iterator[Write]:
     def guarded() -> Any:
         return saving(str(path), lambda: "Give a file that can be written, on a disk with room.")
 
-    def append(rows: list[Row]) -> None:
+    def append(rows: list[OutputRow]) -> None:
         nonlocal count
         with guarded(), uninterrupted():
             before, count = count, 0  # for a write that fails may leave half a row
@@ -388,11 +388,11 @@ def writing(path: Path, columns: Mapping[str, type]) -> Iterator[Write]:
         staged.unlink(missing_ok=True)
 
 
-def _open_lines(file: Path, start: Callable[[Any], Callable[[Row], object]]) -> tuple[Write, Callable[[], None]]:
+def _open_lines(file: Path, start: Callable[[Any], Callable[[OutputRow], object]]) -> tuple[Write, Callable[[], None]]:
     stream = file.open("x", encoding="utf-8", newline="")
     put = start(stream)
 
-    def write(rows: list[Row]) -> None:
+    def write(rows: list[OutputRow]) -> None:
         for row in rows:
             put(row)
         stream.flush()
@@ -401,7 +401,7 @@ def _open_lines(file: Path, start: Callable[[Any], Callable[[Row], object]]) -> 
 
 
 def _open_csv(file: Path, columns: Mapping[str, type], dialect: str = "excel") -> tuple[Write, Callable[[], None]]:
-    def start(stream: Any) -> Callable[[Row], object]:
+    def start(stream: Any) -> Callable[[OutputRow], object]:
         table = csv.DictWriter(stream, list(columns), dialect=dialect)
         table.writeheader()
         return lambda row: table.writerow({name: _as_cell(value) for name, value in row.items()})
@@ -427,7 +427,7 @@ def _open_parquet(file: Path, columns: Mapping[str, type]) -> tuple[Write, Calla
     schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
     table = parquet.ParquetWriter(file, schema)
 
-    def write(rows: list[Row]) -> None:
+    def write(rows: list[OutputRow]) -> None:
         cells = [{name: _as_cell(row[name], kind) for name, kind in columns.items()} for row in rows]
         table.write_table(pyarrow.Table.from_pylist(cells, schema))
 

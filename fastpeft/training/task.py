@@ -12,7 +12,7 @@ from typing import Any
 from transformers import set_seed
 
 from fastpeft.data import packed_rows, result_warnings
-from fastpeft.data.examples import Examples, Row, TextData, load_data
+from fastpeft.data.examples import Examples, TextData, TokenRow, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, OBJECTIVES
 from fastpeft.errors import FastpeftError
@@ -51,9 +51,9 @@ class Task:
     model: Any
     tokenizer: Any
     data: TextData
-    train_rows: list[Row]
-    dev_rows: list[Row]
-    threshold_rows: list[Row]
+    train_rows: list[TokenRow]
+    dev_rows: list[TokenRow]
+    threshold_rows: list[TokenRow]
     max_length: int
     warnings: list[str]
 
@@ -121,7 +121,7 @@ class Task:
 
 
 def _warnings(
-    parts: Sequence[Examples], encoded: Sequence[tuple[list[Row], int]], max_length: int, model_reads: int
+    parts: Sequence[Examples], encoded: Sequence[tuple[list[TokenRow], int]], max_length: int, model_reads: int
 ) -> list[str]:
     """What is to be said of the texts in all parts, given what `encode_counted` made of each."""
     texts, cut = sum(map(len, parts)), sum(count for _, count in encoded)
@@ -130,13 +130,13 @@ def _warnings(
     return [*read, *result_warnings.of_cut_texts(cut, texts, lost, max_length, model_reads)]
 
 
-def _context(config: TrainConfig, rows: list[Row], count: int) -> tuple[list[int] | None, list[Row]]:
+def _context(config: TrainConfig, rows: list[TokenRow], count: int) -> tuple[list[int] | None, list[TokenRow]]:
     """The tokens before every text, those of an earlier run or of `count` rows, and the rows that are left."""
     context = earlier_context(config)
     return _take_examples(rows, count, config.seed) if context is None and count else (context, rows)
 
 
-def _check_room(context: Sequence[int], rows: Sequence[Row], model: str, model_reads: int) -> None:
+def _check_room(context: Sequence[int], rows: Sequence[TokenRow], model: str, model_reads: int) -> None:
     """Raise `FastpeftError` where the model cannot read the longest row after `context`."""
     longest = max(len(row["input_ids"]) for row in rows)
     if len(context) + longest > model_reads:
@@ -146,7 +146,7 @@ def _check_room(context: Sequence[int], rows: Sequence[Row], model: str, model_r
         )
 
 
-def _take_examples(rows: list[Row], count: int, seed: int) -> tuple[list[int], list[Row]]:
+def _take_examples(rows: list[TokenRow], count: int, seed: int) -> tuple[list[int], list[TokenRow]]:
     """The tokens of some rows, drawn by `seed`, one row after the other; and the rows that are left."""
     if count >= len(rows):
         raise FastpeftError(f"examples is {count}, but there are {len(rows)} rows to train on. Give fewer.")

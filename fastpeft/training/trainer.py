@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from fastpeft.data.batches import order_by_length
-from fastpeft.data.examples import Row
+from fastpeft.data.examples import TokenRow
 from fastpeft.data.masking import MaskedRows
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.packed_rows import texts_of
@@ -180,7 +180,7 @@ class RunTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
 
-    def measure(self, rows: list[Row]) -> dict[str, float]:
+    def measure(self, rows: list[TokenRow]) -> dict[str, float]:
         """Loss and metrics on `rows`, by their names in `metrics.json`."""
         measured = self.evaluate(_by_length(rows))
         # accelerate marks what was evaluated first as prepared, and would not wrap it for training: each of several
@@ -188,11 +188,11 @@ class RunTrainer(Trainer):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
 
-    def classes(self, rows: list[Row], threshold: float | None) -> list[int]:
+    def classes(self, rows: list[TokenRow], threshold: float | None) -> list[int]:
         """The class that is answered for each of `rows`, which were measured last, by a threshold or the likeliest."""
         return _as_given(rows, self.problem.answers(self.problem.decided(self._outputs, threshold)))
 
-    def parts(self, rows: list[Row], threshold: float | None) -> list[list[int]]:
+    def parts(self, rows: list[TokenRow], threshold: float | None) -> list[list[int]]:
         """The `parts` of the problem's tested metric of each of `rows`, which were measured last."""
         assert self.problem.parts is not None  # which is so where the problem has a tested metric
         outputs = self.problem.decided(self._outputs, threshold)
@@ -362,12 +362,12 @@ def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def _by_length(rows: list[Row]) -> list[Row]:
+def _by_length(rows: list[TokenRow]) -> list[TokenRow]:
     """Rows in an order that pads little."""
     return [rows[place] for place in order_by_length(rows)]
 
 
-def _as_given(rows: list[Row], values: np.ndarray) -> list[Any]:
+def _as_given(rows: list[TokenRow], values: np.ndarray) -> list[Any]:
     """Values `(N, ...)` of rows in the order of `_by_length`, in that of the rows."""
     found: list[Any] = values[np.argsort(order_by_length(rows))].tolist()
     return found
