@@ -23,7 +23,7 @@ from bench.backbones import MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS
 from bench.harness import DATA, ROUNDS, Candidates, measure
 from fastpeft import LadderConfig, LadderModel
-from fastpeft.ladder.cache import DTYPES
+from fastpeft.data.names import FEATURE_DTYPES
 
 FILE = DATA / "feature_cache.csv"
 BATCHES = 32  # so many that no feature is still in the processor's caches when its turn comes again
@@ -55,7 +55,7 @@ def training_step(model: str, dtype: str | None, folder: Path, device: torch.dev
 
 def candidates(model: str, folder: Path, device: torch.device) -> Candidates:
     """Steps that read features of each dtype, bfloat16 first, and one that computes them."""
-    steps = {f"cached in {dtype}": training_step(model, dtype, folder, device) for dtype in DTYPES}
+    steps = {f"cached in {dtype}": training_step(model, dtype, folder, device) for dtype in FEATURE_DTYPES}
     return {**steps, UNCACHED: training_step(model, None, folder, device)}
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorForLanguageModeling
 
 from fastpeft.data.examples import TokenRow
-from fastpeft.data.problems import UNLABELLED
+from fastpeft.data.names import UNLABELLED
 from fastpeft.errors import FastpeftError
 
 SHARE = 0.15  # of a text's tokens, of which 80 % become the mask, 10 % another word, and 10 % stay as they are

@@ -10,7 +10,8 @@ from itertools import pairwise
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from fastpeft.data.problems import MULTI_LABEL, UNLABELLED, Problem
+from fastpeft.data.names import UNLABELLED
+from fastpeft.data.problems import MULTI_LABEL, Problem
 from fastpeft.data.splitting import digest
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastpeft.data.names import FEATURE_DTYPES as DTYPES
+from fastpeft.data.names import FEATURE_DTYPES
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER, Backbone
 from fastpeft.ladder.passes import features_of
@@ -82,11 +82,11 @@ class FeatureCache:
         self,
         backbone: Backbone,
         folder: str | os.PathLike[str],
-        dtype: str = DTYPES[0],
+        dtype: str = FEATURE_DTYPES[0],
         max_bytes: int | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise FastpeftError(f"the feature cache's dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
+        if dtype not in FEATURE_DTYPES:
+            raise FastpeftError(f"the feature cache's dtype is {dtype!r}; choose one of {', '.join(FEATURE_DTYPES)}.")
         if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
             raise FastpeftError(f"max_bytes is {max_bytes!r}; give a whole number from 1, or None for the default.")
         if backbone.input_name != "input_ids":

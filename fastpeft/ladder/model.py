@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from fastpeft.data.names import FEATURE_DTYPES
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.answers import check_answers
 from fastpeft.ladder.backbone import Backbone, activation_of
 from fastpeft.ladder.body import Body
-from fastpeft.ladder.cache import DTYPES, FeatureCache
+from fastpeft.ladder.cache import FeatureCache
 from fastpeft.ladder.causality import check_told, decide_causal, predicts_next_tokens
 from fastpeft.ladder.checks import check_attentions, check_base, check_inputs, check_labels, check_mask, check_positions
 from fastpeft.ladder.config import LadderConfig
@@ -419,7 +420,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         compile_layers(self.backbone, options)
 
     def cache_features(
-        self, folder: str | os.PathLike[str] | None, dtype: str = DTYPES[0], max_bytes: int | None = None
+        self, folder: str | os.PathLike[str] | None, dtype: str = FEATURE_DTYPES[0], max_bytes: int | None = None
     ) -> FeatureCache | None:
         """From now on read the backbone's features from a folder, and run the backbone only on new rows.
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpeft.data.names import FEATURE_DTYPES
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.admission import Admission, share_backbone
 from fastpeft.ladder.backbone import INPUTS, Backbone
-from fastpeft.ladder.cache import DTYPES, FeatureCache
+from fastpeft.ladder.cache import FeatureCache
 from fastpeft.ladder.causality import decide_causal
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
 from fastpeft.ladder.context import Context
@@ -367,7 +368,7 @@ class LadderPool:
         return {name: trainer.losses for name, trainer in trainers.items()}
 
     def cache_features(
-        self, folder: str | os.PathLike[str] | None, dtype: str = DTYPES[0], max_bytes: int | None = None
+        self, folder: str | os.PathLike[str] | None, dtype: str = FEATURE_DTYPES[0], max_bytes: int | None = None
     ) -> FeatureCache | None:
         """From now on `fit` and `outputs` read features from a folder, and run the backbone only on new rows.
 

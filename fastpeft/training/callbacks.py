@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from fastpeft.data.problems import LOSS, best_of
+from fastpeft.data.names import LOSS
+from fastpeft.data.problems import best_of
 from fastpeft.ops.autotune import timings
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.launcher import is_first

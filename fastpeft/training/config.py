@@ -13,8 +13,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
-from fastpeft.data.names import DEMO, FEATURE_DTYPES
-from fastpeft.data.problems import LOSS, OBJECTIVES, PROBLEMS, TITLES
+from fastpeft.data.names import DEMO, FEATURE_DTYPES, LOSS
+from fastpeft.data.problems import OBJECTIVES, PROBLEMS, TITLES
 from fastpeft.data.splitting import SPLITS
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.method import Method

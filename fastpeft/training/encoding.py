@@ -10,8 +10,9 @@ from transformers import DataCollatorForTokenClassification
 
 from fastpeft.data import next_words
 from fastpeft.data.examples import Examples, TokenRow
+from fastpeft.data.names import UNLABELLED
 from fastpeft.data.packed_rows import PackedCollator
-from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, UNLABELLED, Problem
+from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.model import PromptCollator
 from fastpeft.prompts.template import Prompt

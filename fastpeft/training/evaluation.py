@@ -14,16 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from fastpeft.data import result_warnings
 from fastpeft.data.examples import Examples, TextData, load_data, load_rows, texts_in_words
 from fastpeft.data.masking import Masker
-from fastpeft.data.names import UNLABELLED
-from fastpeft.data.problems import (
-    CLASSIFICATION,
-    LOSS,
-    MASKED_WORDS,
-    NEXT_WORDS,
-    Problem,
-    describe,
-    most_frequent,
-)
+from fastpeft.data.names import LOSS, UNLABELLED
+from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, NEXT_WORDS, Problem, describe, most_frequent
 from fastpeft.data.splitting import STRATIFIED
 from fastpeft.errors import FastpeftError
 from fastpeft.models import load_for_next_words

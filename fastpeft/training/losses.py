@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.data.examples import TextData
-from fastpeft.data.problems import MULTI_LABEL, UNLABELLED, Problem
+from fastpeft.data.names import UNLABELLED
+from fastpeft.data.problems import MULTI_LABEL, Problem
 from fastpeft.training.config import TrainConfig
 
 

@@ -13,10 +13,10 @@ import torch
 
 from fastpeft.data import result_warnings
 from fastpeft.data.examples import count_labels
+from fastpeft.data.names import LOSS
 from fastpeft.data.packed_rows import texts_of
 from fastpeft.data.problems import (
     CLASSIFICATION,
-    LOSS,
     MASKED_WORDS,
     best_of,
     best_threshold,

@@ -13,7 +13,8 @@ import torch
 from fastpeft.data import result_warnings
 from fastpeft.data.batches import by_length
 from fastpeft.data.examples import Examples, TokenRow
-from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION, UNLABELLED
+from fastpeft.data.names import UNLABELLED
+from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION
 from fastpeft.data.values import refuse_empty
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.template import is_text, refuse_one_text

@@ -17,12 +17,9 @@ from transformers import TrainerCallback, set_seed
 
 from fastpeft.data import result_warnings
 from fastpeft.data.examples import labels_in_words
-from fastpeft.data.problems import (
-    LOSS,
-)
+from fastpeft.data.names import FEATURE_DTYPES, LOSS
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
-from fastpeft.ladder.cache import DTYPES
 from fastpeft.ops.autotune import timings
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
@@ -172,7 +169,7 @@ def _prepare(
     """The Trainer of a run, and what it measures before training: metrics, and the loss that training lowers."""
     config = task.config
     if config.cache_features is not None:
-        inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
+        inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or FEATURE_DTYPES[0])
     with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
         arguments = training_arguments(task, elsewhere)
         Ranks().check_same(config.values())

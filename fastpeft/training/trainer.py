@@ -26,9 +26,9 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from fastpeft.data.batches import order_by_length
 from fastpeft.data.examples import TokenRow
 from fastpeft.data.masking import MaskedRows
-from fastpeft.data.names import UNLABELLED
+from fastpeft.data.names import LOSS, UNLABELLED
 from fastpeft.data.packed_rows import texts_of
-from fastpeft.data.problems import LOSS, MASKED_WORDS, NEXT_WORDS
+from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS
 from fastpeft.errors import FastpeftError, NotFiniteError
 from fastpeft.methods.method import Optimization
 from fastpeft.mezo.loop import MeZOLoop

@@ -18,7 +18,8 @@ from fastpeft.comparison.plan import CompareConfig
 from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, load_data
 from fastpeft.data.masking import SHARE, MaskedRows, Masker
-from fastpeft.data.problems import MASKED_WORDS, UNLABELLED
+from fastpeft.data.names import UNLABELLED
+from fastpeft.data.problems import MASKED_WORDS
 from fastpeft.ops.fused_head import FusedLinear
 from fastpeft.training.encoding import encode_counted
 from fastpeft.training.estimates import plan

@@ -30,8 +30,9 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import load_data
+from fastpeft.data.names import UNLABELLED
 from fastpeft.data.next_words import completion, encode_counted, prompt_tokens
-from fastpeft.data.problems import NEXT_WORDS, UNLABELLED
+from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.training.evaluation import evaluate, evaluate_causal_lm
 from fastpeft.training.generation import TextGenerator, generate, measure_generations
 from fastpeft.training.loading import load_run

@@ -33,6 +33,7 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.comparison.report.output import headline
 from fastpeft.console import measured
 from fastpeft.data.examples import Examples, load_data
+from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import (
     CLASSIFICATION,
     MASKED_WORDS,
@@ -41,7 +42,6 @@ from fastpeft.data.problems import (
     PROBLEMS,
     REGRESSION,
     TAGGING,
-    UNLABELLED,
     Problem,
     describe,
     in_order,

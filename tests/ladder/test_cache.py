@@ -15,7 +15,8 @@ from backbones import IDS, MASK, TINY, labels, ladder, logits, moved, tiny, trai
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderModel, Prompt, PromptModel
-from fastpeft.ladder.cache import DTYPES, _CacheRows
+from fastpeft.data.names import FEATURE_DTYPES
+from fastpeft.ladder.cache import _CacheRows
 from fastpeft.training.memory import simulate_training_step
 
 Runs = list[int]
@@ -82,7 +83,7 @@ def test_rounding_is_that_of_the_dtype(tmp_path: Path, dtype: str, bound: float)
         assert not first.equal(second)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FEATURE_DTYPES)
 def test_a_row_that_is_there_needs_no_layer_and_has_the_bits_it_had(tmp_path: Path, dtype: str) -> None:
     model = cached(tmp_path, dtype=dtype)
     first = logits(model)
@@ -220,7 +221,7 @@ def test_adapters_in_the_backbone(tmp_path: Path) -> None:
 # -- models around and copies of it ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FEATURE_DTYPES)
 def test_training_is_the_same_whatever_was_there_and_close_to_that_without(tmp_path: Path, dtype: str) -> None:
     """Dropout in the side network and the head included."""
 

@@ -14,7 +14,7 @@ from pools import BATCH, SMALL, pool_of, shuffled
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
-from fastpeft.ladder.cache import DTYPES
+from fastpeft.data.names import FEATURE_DTYPES
 
 RATES = {"slow": 1e-3, "fast": 1e-2, "gated": 1e-2}
 CONFIGS = {
@@ -269,7 +269,7 @@ def counted_passes(pool: LadderPool) -> list[None]:
 
 @pytest.mark.long(but="int8-batches of their own")
 @pytest.mark.parametrize("own", [False, True], ids=["batches for all", "batches of their own"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FEATURE_DTYPES)
 def test_a_warm_cache_needs_no_pass_and_trains_to_the_bit_as_a_cold_one(tmp_path: Path, dtype: str, own: bool) -> None:
     lengths = {"slow": (3, 9, 1), "fast": (5, 6, 2), "gated": (2, 12, 3)}
     data: Any = {name: batches(*shape) for name, shape in lengths.items()} if own else batches()
