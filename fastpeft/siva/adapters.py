@@ -13,10 +13,10 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import keeping_dtypes
 from fastpeft.ops.quantise import Format
 from fastpeft.siva.change import Change, Start, changed, scales
-from fastpeft.siva.config import InitWeights, Residual, check_name, check_residual
+from fastpeft.siva.config import Residual, SivaConfig, check_name, check_residual
 from fastpeft.siva.decompose import Factors, add, check_decomposable, check_ranks, decompose, is_lossy, subtract
 from fastpeft.siva.frozen import FrozenLinear, check_base, original_fingerprint
-from fastpeft.siva.quantise import ITERATIONS, decompose_quantised
+from fastpeft.siva.quantise import decompose_quantised
 
 
 class AdaptedLinear(FrozenLinear):
@@ -54,45 +54,44 @@ class AdaptedLinear(FrozenLinear):
 
     # -- adding and deleting ---------------------------------------------------------------------------------------
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        r: int,
-        d: int | None,
-        residual: Residual,
-        init_weights: InitWeights = True,
-        residual_dtype: Format | None = None,
-        quant_iterations: int = ITERATIONS,
-        step: float | None = None,
-    ) -> None:
-        """Add an adapter; one of the same name is replaced."""
-        sibling = self.check_addable(adapter_name, r, d, residual, residual_dtype)
+    def update_layer(self, adapter_name: str, r: int, config: SivaConfig, step: float | None = None) -> None:
+        """Add an adapter; one of the same name is replaced.
+
+        Args:
+            adapter_name: Its name.
+            r: Its rank here; `config.r` is not looked at.
+            config: What else it is made by.
+            step: As for `SivaLinear`.
+        """
+        sibling = self.check_addable(adapter_name, r, config)
         active = list(self.active_adapters)  # type: ignore[arg-type]
         if adapter_name in self.siva_du:
             self.delete_adapter(adapter_name)  # its weight must not be decomposed a second time
         weight = self._weight
-        d = d if is_lossy(weight.shape, d) else None
+        d = config.d if is_lossy(weight.shape, config.d) else None
         if self.base_fingerprint is None:
             self.base_fingerprint = original_fingerprint(self.base_layer)
-        waits = init_weights == "saved"
+        waits = config.init_weights == "saved" or config.pissa is not None
         if sibling is not None:
             initial = self._initial(sibling)
         elif waits:
             initial = self._blank(r)
-        elif residual_dtype is not None:
-            initial, quantised = decompose_quantised(weight, r, residual_dtype, quant_iterations, self.name)
+        elif config.residual_dtype is not None:
+            initial, quantised = decompose_quantised(
+                weight, r, config.residual_dtype, config.quant_iterations, self.name
+            )
             self._hold(quantised)
         else:
             initial, rest = decompose(weight, r, d, self.name)
-            if residual == "frozen":
+            if config.residual == "frozen":
                 self._weight = rest
         if waits:
             self._waiting.add(adapter_name)
-        self.r[adapter_name], self.d[adapter_name], self.residual[adapter_name] = r, d, residual
-        self.residual_dtype[adapter_name], self.step[adapter_name] = residual_dtype, step
+        self.r[adapter_name], self.d[adapter_name], self.residual[adapter_name] = r, d, config.residual
+        self.residual_dtype[adapter_name], self.step[adapter_name] = config.residual_dtype, step
         self.siva_s[adapter_name] = initial.s.clone()
         self.siva_u0[adapter_name], self.siva_v0[adapter_name] = initial.u.clone(), initial.v.clone()
-        start: Start = "empty" if waits else "zero" if init_weights else "random"
+        start: Start = "empty" if waits else "zero" if config.init_weights else "random"
         of_u, of_v = self._scales(adapter_name, initial.s)
         self.siva_du[adapter_name] = Change(initial.u, start, of_u)
         self.siva_dv[adapter_name] = Change(initial.v, start, of_v)
@@ -100,21 +99,19 @@ class AdaptedLinear(FrozenLinear):
             self.siva_residual[adapter_name] = self.base_layer.weight.data
         self.set_adapter(active)  # type: ignore[operator]
 
-    def check_addable(
-        self, adapter_name: str, r: int, d: int | None, residual: Residual, residual_dtype: Format | None = None
-    ) -> str | None:
+    def check_addable(self, adapter_name: str, r: int, config: SivaConfig) -> str | None:
         """Raise `FastpeftError` unless an adapter can be added.
 
         Returns:
             The adapter of the same decomposition whose initial factors it can start from, None if there is none yet.
         """
         check_name(adapter_name)
-        check_residual(residual, d, residual_dtype)
-        check_base(self.base_layer, residual, self.name)
+        check_residual(config.residual, config.d, config.residual_dtype)
+        check_base(self.base_layer, config.residual, self.name)
         if self.in_4_bits is None:
-            check_decomposable(self._weight, r, d, self.name)
+            check_decomposable(self._weight, r, config.d, self.name)
         else:
-            check_ranks(self.in_4_bits.shape, r, d, self.name)
+            check_ranks(self.in_4_bits.shape, r, config.d, self.name)
         if self.merged:
             raise FastpeftError(
                 f"{self.name}: adapter {adapter_name!r} cannot be added while {self.merged_adapters} are merged. Call "
@@ -122,15 +119,15 @@ class AdaptedLinear(FrozenLinear):
             )
         if list(self.siva_du) == [adapter_name]:
             self.check_restorable()
-        d = d if is_lossy((self.out_features, self.in_features), d) else None
+        d = config.d if is_lossy((self.out_features, self.in_features), config.d) else None
         found = None
-        given = {"r": r, "d": d, "residual": residual, "residual_dtype": residual_dtype}
+        given = {"r": r, "d": d, "residual": config.residual, "residual_dtype": config.residual_dtype}
         for other in self.siva_du:
             if other == adapter_name:
                 continue
             held = {name: getattr(self, name)[other] for name in given}
             if given != held:
-                if residual == self.residual[other] == "implicit":
+                if config.residual == self.residual[other] == "implicit":
                     continue
                 mine, its = (", ".join(f"{key}={value!r}" for key, value in each.items()) for each in (given, held))
                 raise FastpeftError(

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import siva_linear, siva_linear_mixed
-from fastpeft.ops.quantise import Format, QuantisedWeight
+from fastpeft.ops.quantise import QuantisedWeight
 from fastpeft.siva import grouping
-from fastpeft.siva.config import InitWeights, Residual
+from fastpeft.siva.config import Residual, SivaConfig
 from fastpeft.siva.decompose import Factors
 from fastpeft.siva.four_bits import WeightIn4Bits
 from fastpeft.siva.frozen import Operands, can_call_directly
 from fastpeft.siva.lazy_weight import LazyWeight
 from fastpeft.siva.loading import LoadableLinear
-from fastpeft.siva.quantise import ITERATIONS, quantised_siva_linear
+from fastpeft.siva.quantise import quantised_siva_linear
 from fastpeft.siva.rows import AdapterRows
 
 
@@ -38,12 +38,14 @@ class SivaLinear(LoadableLinear):
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D`. It is taken over: its weight changes in place.
         adapter_name: Name of the first adapter.
-        r, d, residual, residual_dtype, quant_iterations, pack_weights: As in `SivaConfig`.
+        r: Number of singular triplets that train.
+        config: What else of `SivaConfig` concerns one layer: d, residual, residual_dtype, quant_iterations,
+            init_weights (`"saved"` leaves the factors to `load_state_dict`) and pack_weights.
         step: How far each triplet's part of the weight moves, in the spectral norm and as a share of the weight's, when
             an optimizer moves every trained entry by 1, see `fastpeft.siva.change.scales`. None: in proportion to the
             triplet's singular value.
-        init_weights: `"saved"` leaves the factors to `load_state_dict`; else as in `SivaConfig`.
         name: What error messages call the layer.
+        settings: Fields of `SivaConfig`, in place of `config`.
 
     Raises:
         FastpeftError: The weight cannot be decomposed so.
@@ -65,18 +67,16 @@ class SivaLinear(LoadableLinear):
         base_layer: nn.Module,
         adapter_name: str = "default",
         r: int = 4,
-        d: int | None = None,
-        residual: Residual = "frozen",
-        init_weights: InitWeights = True,
-        name: str = "the layer",
-        residual_dtype: Format | None = None,
-        quant_iterations: int = ITERATIONS,
+        config: SivaConfig | None = None,
+        *,
         step: float | None = None,
-        pack_weights: bool = True,
+        name: str = "the layer",
+        **settings: Any,
     ) -> None:
-        super().__init__(base_layer, name, pack_weights)
+        config = SivaConfig(**settings) if config is None else config
+        super().__init__(base_layer, name, config.pack_weights)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, d, residual, init_weights, residual_dtype, quant_iterations, step)
+        self.update_layer(adapter_name, r, config, step)
 
     @classmethod
     def from_linear(

@@ -144,28 +144,13 @@ class SivaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        arguments = {
-            "r": rank_of(peft_config, current_key),
-            "d": peft_config.d,
-            "residual": peft_config.residual,
-            "residual_dtype": peft_config.residual_dtype,
-            "quant_iterations": peft_config.quant_iterations,
-            "step": SPECTRAL_STEP / max(self._number_of_targets, _FEWEST_LAYERS)
-            if peft_config.scaling == "spectral"
-            else None,
-            "init_weights": peft_config.init_weights if self._pissa is None else "saved",
-        }
+        r, spectral = rank_of(peft_config, current_key), peft_config.scaling == "spectral"
+        step = SPECTRAL_STEP / max(self._number_of_targets, _FEWEST_LAYERS) if spectral else None
         if isinstance(target, SivaLinear):
             layer = target
-            layer.update_layer(adapter_name, **arguments)  # type: ignore[arg-type]
+            layer.update_layer(adapter_name, r, peft_config, step)
         else:
-            layer = SivaLinear(
-                target,
-                adapter_name,
-                name=current_key,
-                pack_weights=peft_config.pack_weights,
-                **arguments,  # type: ignore[arg-type]
-            )
+            layer = SivaLinear(target, adapter_name, r, peft_config, step=step, name=current_key)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)

@@ -180,12 +180,12 @@ def tied_parameters(model: nn.Module) -> set[int]:
 def check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: Any, tied: set[int]) -> None:
     """Raise `FastpeftError`, naming the layer, unless an adapter of `peft_config` can be put on it."""
     check_kind(target.base_layer if isinstance(target, SivaLinear) else target, key)
-    r, d, residual = rank_of(peft_config, key), peft_config.d, peft_config.residual
+    r = rank_of(peft_config, key)
     if isinstance(target, SivaLinear):
-        target.check_addable(adapter_name, r, d, residual, peft_config.residual_dtype)
+        target.check_addable(adapter_name, r, peft_config)
     else:
-        check_decomposable(matrix(target, key), r, d, key)
-        if residual == "frozen" and id(target.weight) in tied:
+        check_decomposable(matrix(target, key), r, peft_config.d, key)
+        if peft_config.residual == "frozen" and id(target.weight) in tied:
             raise FastpeftError(
                 f"{key}: its weight is shared with another module, which would get W_r. Use residual='implicit', or "
                 "leave the layer out with exclude_modules."

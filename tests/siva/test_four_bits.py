@@ -138,7 +138,7 @@ def test_adapters_share_the_base_and_leave_it() -> None:
     expected, codes = base(inputs()), base.weight.data.clone()
     layer = move(SivaLinear(base, r=4, residual="implicit"), size=0.1)
     alone = layer(inputs())
-    layer.update_layer("second", 2, None, "implicit")
+    layer.update_layer("second", 2, SivaConfig(residual="implicit"))
     layer.set_adapter("second")
     torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
     layer.set_adapter("default")

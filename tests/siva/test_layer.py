@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft import FastpeftError, SivaLinear, freeze
+from fastpeft import FastpeftError, SivaConfig, SivaLinear, freeze
 
 
 def linear(kind: str = "linear", bias: bool = True) -> nn.Module:
@@ -114,7 +114,7 @@ def test_two_adapters_share_a_layer(residual: str) -> None:
     base = linear()
     expected = base(inputs())
     layer = SivaLinear.from_linear(base, 4, residual=residual)
-    layer.update_layer("second", 4, None, residual)
+    layer.update_layer("second", 4, SivaConfig(residual=residual))
     move(layer, seed=1)
     layer.set_adapter("second")
     torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
@@ -137,17 +137,17 @@ def test_two_adapters_share_a_layer(residual: str) -> None:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ((4, None, "frozen"), (3, None, "frozen")),
-        ((4, None, "frozen"), (4, None, "implicit")),
-        ((4, None, "implicit"), (4, None, "frozen")),
-        ((4, None, "frozen"), (4, 8, "frozen")),
+        ((4, {}), (3, {})),
+        ((4, {}), (4, {"residual": "implicit"})),
+        ((4, {"residual": "implicit"}), (4, {})),
+        ((4, {}), (4, {"d": 8})),
     ],
 )
 def test_adapters_that_cannot_share_a_frozen_residual_are_refused(first: tuple, second: tuple) -> None:
-    layer = SivaLinear(linear(), "first", *first)
+    layer = SivaLinear(linear(), "first", first[0], SivaConfig(**first[1]))
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(FastpeftError, match="residual='implicit'"):
-        layer.update_layer("second", *second)
+        layer.update_layer("second", second[0], SivaConfig(**second[1]))
     assert layer.state_dict().keys() == before.keys()
     assert all(tensor.equal(before[name]) for name, tensor in layer.state_dict().items())
 
@@ -157,13 +157,13 @@ def test_deleting_the_last_adapter_gives_the_weight_back(residual: str) -> None:
     base = linear()
     weight = base.weight.clone()
     layer = SivaLinear.from_linear(base, 4, residual=residual)
-    layer.update_layer("second", 4, None, residual)
+    layer.update_layer("second", 4, SivaConfig(residual=residual))
     move(layer)
     layer.delete_adapter("second")
     layer.delete_adapter("default")
     torch.testing.assert_close(layer.base_layer.weight, weight, **CLOSE)
     torch.testing.assert_close(layer(inputs()), nn.functional.linear(inputs(), weight, layer.bias), **CLOSE)
-    layer.update_layer("third", 2, None, "implicit" if residual == "frozen" else "frozen")
+    layer.update_layer("third", 2, SivaConfig(residual="implicit" if residual == "frozen" else "frozen"))
 
 
 def test_a_lower_rank_is_lossy_on_purpose() -> None:
@@ -255,7 +255,7 @@ def test_loading_takes_a_merge_back_first(residual: str) -> None:
 def test_a_name_given_again_starts_anew(residual: str) -> None:
     layer = SivaLinear.from_linear(linear(), 4, residual=residual)
     move(layer)
-    layer.update_layer("default", 3, None, residual)
+    layer.update_layer("default", 3, SivaConfig(residual=residual))
     assert layer.active_adapters == ["default"]
     torch.testing.assert_close(layer(inputs()), linear()(inputs()), **CLOSE)
 
@@ -305,7 +305,7 @@ def test_an_empty_adapter_says_so() -> None:
 def test_an_empty_adapter_beside_another_says_so(residual: str) -> None:
     layer = SivaLinear.from_linear(linear(), 4, residual=residual)
     expected = move(layer)(inputs())
-    layer.update_layer("second", 4, None, residual, init_weights="saved")
+    layer.update_layer("second", 4, SivaConfig(residual=residual, init_weights="saved"))
     assert layer(inputs()).equal(expected), "while it waits, the other acts"
     layer.set_adapter("second")
     for use in (lambda: layer(inputs()), lambda: layer.merge(adapter_names=["second"])):

@@ -240,11 +240,11 @@ def test_adapters_share_a_quantised_residual_if_all_have_it() -> None:
     layer = quantised("int8")
     expected = layer(inputs())
     move(layer)
-    layer.update_layer("second", 4, None, "frozen", residual_dtype="int8")
+    layer.update_layer("second", 4, SivaConfig(residual_dtype="int8"))
     layer.set_adapter("second")
     torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
     with pytest.raises(FastpeftError, match="residual_dtype=None"):
-        layer.update_layer("third", 4, None, "frozen")
+        layer.update_layer("third", 4, SivaConfig())
     layer.set_adapter(["default", "second"])
     both = layer(inputs())
     for name in ("default", "second"):
