@@ -15,11 +15,11 @@ from fastpeft.ops.quantise import Format
 from fastpeft.siva.change import Change, Start, changed, scales
 from fastpeft.siva.config import Residual, SivaConfig, check_name, check_residual
 from fastpeft.siva.decompose import Factors, add, check_decomposable, check_ranks, decompose, is_lossy, subtract
-from fastpeft.siva.frozen import FrozenLinear, check_base, original_fingerprint
+from fastpeft.siva.frozen import BaseWeightLayer, check_base, original_fingerprint
 from fastpeft.siva.quantise import decompose_quantised
 
 
-class AdaptedLinear(FrozenLinear):
+class AdaptedLinear(BaseWeightLayer):
     """A linear layer with any number of SiVA adapters on its frozen weight.
 
     An adapter is added by `update_layer`. One that is made with `init_weights="saved"` waits: its changes are empty

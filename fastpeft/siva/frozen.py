@@ -23,7 +23,7 @@ _PLAIN = ("FalconLinear",)  # layers that compute x W^T + b in a forward of thei
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Packs | None]
 
 
-class FrozenLinear(nn.Module, BaseTunerLayer):
+class BaseWeightLayer(nn.Module, BaseTunerLayer):
     """A linear layer whose stored weight does not train: the pretrained W0, or the rest of it, W_r.
 
     Args:

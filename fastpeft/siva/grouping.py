@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.functional import siva_linear_group
-from fastpeft.siva.frozen import FrozenLinear, Operands, can_call_directly
+from fastpeft.siva.frozen import BaseWeightLayer, Operands, can_call_directly
 
 # Names of the query, key and value projections, architecture by architecture.
 ATTENTION = (
@@ -43,7 +43,7 @@ def arrange(model: nn.Module) -> None:
         groups = []
         for names in SAME_INPUT:
             alike = names[1:] if len(names) == 3 and _CROSS_ATTENTION.search(path) else names
-            found = tuple(name for name in alike if isinstance(module._modules.get(name), FrozenLinear))
+            found = tuple(name for name in alike if isinstance(module._modules.get(name), BaseWeightLayer))
             if len(found) > 1:
                 groups.append(found)
         if groups:
@@ -58,7 +58,7 @@ def part(model: nn.Module) -> None:
             shared.remove()
 
 
-def take(layer: FrozenLinear, x: Tensor) -> Tensor | None:
+def take(layer: BaseWeightLayer, x: Tensor) -> Tensor | None:
     """The output of `layer` for x from its group, if it is in one that is open; None: it must compute for itself."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph must not depend on what was open
         return None
@@ -109,10 +109,10 @@ class SharedInput:
                 if group is not None and output is not None and group.computed_in_vain(layer):
                     self._strangers.add(name)
 
-    def _layers(self, module: nn.Module, names: tuple[str, ...]) -> list[tuple[str, FrozenLinear]]:
+    def _layers(self, module: nn.Module, names: tuple[str, ...]) -> list[tuple[str, BaseWeightLayer]]:
         """The children of that name which are still adapted layers."""
         children = ((name, module._modules.get(name)) for name in names)
-        return [(name, child) for name, child in children if isinstance(child, FrozenLinear)]
+        return [(name, child) for name, child in children if isinstance(child, BaseWeightLayer)]
 
     def _regroup(self) -> None:
         """Part each group into the layers that took their output and those that did not."""
@@ -128,15 +128,15 @@ class SharedInput:
 class _Group:
     """The layers of one group during one run: once the first has computed, the outputs that the others may take."""
 
-    def __init__(self, layers: list[FrozenLinear]) -> None:
+    def __init__(self, layers: list[BaseWeightLayer]) -> None:
         self._layers = layers
         self._computed = False  # at most once a run: what is called again reads something else
         self._x: Tensor | None = None
         self._state: tuple[object, ...] = ()
-        self._outputs: dict[FrozenLinear, Tensor] = {}
-        self._refused: set[FrozenLinear] = set()
+        self._outputs: dict[BaseWeightLayer, Tensor] = {}
+        self._refused: set[BaseWeightLayer] = set()
 
-    def take(self, layer: FrozenLinear, x: Tensor) -> Tensor | None:
+    def take(self, layer: BaseWeightLayer, x: Tensor) -> Tensor | None:
         if x.is_inference():
             return None  # it has no version by which a change in place could be seen
         if not self._computed:
@@ -149,11 +149,11 @@ class _Group:
             self._x = None
         return output
 
-    def computed_in_vain(self, layer: FrozenLinear) -> bool:
+    def computed_in_vain(self, layer: BaseWeightLayer) -> bool:
         """Whether the output of `layer` was there and not taken."""
         return layer in self._outputs or layer in self._refused
 
-    def _compute(self, layer: FrozenLinear, x: Tensor) -> None:
+    def _compute(self, layer: BaseWeightLayer, x: Tensor) -> None:
         """The outputs of all layers that can be computed together with `layer`, if there are any others."""
         members = {member: found for member in self._layers if (found := _operands(member)) is not None}
         if layer in members:
@@ -172,13 +172,13 @@ class _Group:
 
 class _Open(threading.local):
     def __init__(self) -> None:
-        self.groups: dict[FrozenLinear, _Group] = {}
+        self.groups: dict[BaseWeightLayer, _Group] = {}
 
 
 _open = _Open()  # the groups of the modules that this thread is running
 
 
-def _operands(layer: FrozenLinear) -> Operands | None:
+def _operands(layer: BaseWeightLayer) -> Operands | None:
     """What `layer` would compute with; None if its call does more than that.
 
     A hook before its forward, or a function in place of its forward, may change x or load the layer's weights only then
