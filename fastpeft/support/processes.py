@@ -39,7 +39,7 @@ def meet(timeout: float) -> None:
         LostProcessError: one of them is not there.
     """
     if launched() > 1 and dist.is_available() and not dist.is_initialized():
-        with noticing_losses():
+        with noticing_lost_processes():
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 
@@ -53,13 +53,13 @@ def agreed(value: int, device: torch.device) -> int:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
     shared = torch.tensor([value], dtype=torch.int64, device=device)
-    with noticing_losses():
+    with noticing_lost_processes():
         dist.broadcast(shared, src=0)
     return int(shared.item())
 
 
 @contextmanager
-def noticing_losses() -> Iterator[None]:
+def noticing_lost_processes() -> Iterator[None]:
     """Let the loss of another process, which engines report in words of their own, be one error.
 
     Raises:
@@ -68,7 +68,7 @@ def noticing_losses() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_loss(error):
+        if not _is_lost_process(error):
             raise
         reason = re.sub(r"^\[[^\]]*\] ", "", first_line(error)).rstrip(".")  # without the place in gloo's sources
         raise LostProcessError(
@@ -77,7 +77,7 @@ def noticing_losses() -> Iterator[None]:
         ) from error
 
 
-def _is_loss(error: RuntimeError) -> bool:
+def _is_lost_process(error: RuntimeError) -> bool:
     """Whether an error comes from the exchange between processes; gloo's has no type of its own."""
     return (dist.is_available() and isinstance(error, dist.DistError)) or _OF_GLOO.search(str(error)) is not None
 
@@ -127,7 +127,7 @@ class Ranks:
             return [loss]
         each = torch.empty(self.size, dtype=torch.float64, device=device)
         own = torch.tensor([loss], dtype=torch.float64, device=device)
-        with noticing_losses():
+        with noticing_lost_processes():
             dist.all_gather_into_tensor(each, own, group=self._group)
             return each.tolist()
 
@@ -136,7 +136,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         each: list[Any] = [None] * self.size
-        with noticing_losses():
+        with noticing_lost_processes():
             dist.all_gather_object(each, value, group=self._group)
         return each
 
@@ -150,7 +150,7 @@ class Ranks:
         if self.size == 1:
             return flag
         shared = torch.tensor([flag], dtype=torch.uint8, device=device)
-        with noticing_losses():
+        with noticing_lost_processes():
             dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
             return bool(shared.item())
 
@@ -198,6 +198,6 @@ class Ranks:
             return
         for tensor in (*model.parameters(), *model.buffers()):
             given = tensor.contiguous()  # what cannot be sent as it is, is copied
-            with noticing_losses():
+            with noticing_lost_processes():
                 dist.broadcast(given, group=self._group, group_src=0)
             tensor.copy_(given)

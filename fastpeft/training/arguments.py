@@ -127,7 +127,7 @@ def _check(first: TrainingArguments, task: Task) -> None:
     if first.label_smoothing_factor:
         if problem in (REGRESSION, MULTI_LABEL):
             raise ValueError(f"label_smoothing_factor is for classes, but the data has {problem.labels}.")
-        if task.config.own_loss:
+        if task.config.custom_loss:
             raise ValueError("label_smoothing_factor does not go with class_weights or focal_gamma.")
     if task.config.optimizer_in_backward:
         _check_steps_in_backward(first)

@@ -385,7 +385,7 @@ class TrainConfig:
         return ""
 
     @property
-    def own_loss(self) -> str:
+    def custom_loss(self) -> str:
         """What the training loss is beside the model's own, in words; empty where it is that."""
         parts = ("weighted" if self.class_weights else "", "focal" if self.focal_gamma else "")
         return " ".join(filter(None, parts))

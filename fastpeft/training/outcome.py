@@ -215,7 +215,7 @@ def _write(
 ) -> None:
     """Write the result into its folder, which marks the run as finished."""
     config, problem, staged = task.config, task.data.problem, folder.staging / "result"
-    kind = config.own_loss or ("smoothed" if trainer.args.label_smoothing_factor else "")
+    kind = config.custom_loss or ("smoothed" if trainer.args.label_smoothing_factor else "")
     loss_title = f"{kind} training loss".strip()  # one of another kind is not to be compared
     losses = trainer.points("loss")
     curves = {loss_title: losses, **{f"dev {name}": curve for name, curve in after.points.items()}}

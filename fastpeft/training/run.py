@@ -27,7 +27,7 @@ from fastpeft.support.environment import best_device
 from fastpeft.support.interrupts import noting_stops
 from fastpeft.support.launcher import is_first
 from fastpeft.support.nonfinite import is_finite
-from fastpeft.support.processes import Ranks, noticing_losses
+from fastpeft.support.processes import Ranks, noticing_lost_processes
 from fastpeft.support.processor import has_bfloat16
 from fastpeft.training.arguments import recipe_used, refusing, training_arguments
 from fastpeft.training.config import TrainConfig
@@ -123,7 +123,7 @@ def train(
             with refusing(task):
                 trainer.begin_reports(task.config.report_to)
         try:
-            with noting_stops(trainer.stop, _NOTICE), noticing_losses():
+            with noting_stops(trainer.stop, _NOTICE), noticing_lost_processes():
                 _run(trainer, task, folder, resume)
                 metrics = finish(trainer, task, folder, before)
         except LostProcessError as error:
@@ -173,7 +173,7 @@ def _prepare(
     with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
         arguments = training_arguments(task, elsewhere)
         Ranks().check_same(config.values())
-        with refusing(task), noticing_losses():
+        with refusing(task), noticing_lost_processes():
             trainer = trainer_class(task)(task, arguments, folder, callbacks)
             trainer.create_optimizer()
             before = trainer.measure(task.dev_rows)
@@ -200,7 +200,7 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
         if checkpoint is not None:
             task.method.resume(trainer.model, checkpoint)
         set_seed(task.config.seed)  # dropout starts alike whatever was computed before
-        with noticing_losses():
+        with noticing_lost_processes():
             trainer.train(resume_from_checkpoint=start)
     except NotFiniteError as error:
         raise NotFiniteError(f"{error} {_keep_last_good(trainer, task, folder)}") from None

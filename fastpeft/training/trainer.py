@@ -36,7 +36,7 @@ from fastpeft.mezo.sharding import digest
 from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.nonfinite import where_it_began
-from fastpeft.support.processes import Ranks, noticing_losses
+from fastpeft.support.processes import Ranks, noticing_lost_processes
 from fastpeft.training.arguments import loader_options, steps_per_epoch
 from fastpeft.training.callbacks import (
     Clock,
@@ -74,7 +74,7 @@ class RunTrainer(Trainer):
         longest_seen: tokens of the longest batch among them.
         chosen_by: the metric by which the best checkpoint is kept, None where none is.
         starts_from_a_run: whether an earlier run trained the model, and its head.
-        own_loss: what training lowers in place of the model's own loss, None where it lowers that.
+        custom_loss: what training lowers in place of the model's own loss, None where it lowers that.
         clock: seconds spent in steps.
         cuda_peak: most memory allocated in a step, on a CUDA device.
         stop: once asked, the run ends after its step, with a checkpoint, unless that step is the last.
@@ -99,11 +99,11 @@ class RunTrainer(Trainer):
         self.problem, self.labels = task.data.problem, task.data.labels
         self.chosen_by = task.config.metric
         self.starts_from_a_run = task.config.init_from is not None
-        self.own_loss = None
-        if task.config.own_loss:
+        self.custom_loss = None
+        if task.config.custom_loss:
             from fastpeft.training.losses import training_loss
 
-            self.own_loss = training_loss(task.config, task.data)
+            self.custom_loss = training_loss(task.config, task.data)
         curve_rows = task.dev_rows
         if self.chosen_by is None:
             curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), CURVE_ROWS))
@@ -209,9 +209,9 @@ class RunTrainer(Trainer):
                 return math.inf  # unknown
             outputs, labels = torch.from_numpy(self._outputs), torch.from_numpy(self._labels)
             return float(cross_entropy(outputs.flatten(0, -2), labels.flatten(), label_smoothing=smoothing))
-        if self.own_loss is None:
+        if self.custom_loss is None:
             return measured
-        return float(self.own_loss(torch.from_numpy(self._outputs), torch.from_numpy(self._labels)))
+        return float(self.custom_loss(torch.from_numpy(self._outputs), torch.from_numpy(self._labels)))
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
         self._outputs, self._labels = outputs, labels = prediction.predictions, prediction.label_ids
@@ -274,19 +274,18 @@ class RunTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         # where the Trainer measures, it asks for outputs: what is reported is the model's own loss
-        if self.own_loss is None or return_outputs:
-            with self._own_loss_alone() if return_outputs else nullcontext():
+        if self.custom_loss is None or return_outputs:
+            with self._without_label_smoothing() if return_outputs else nullcontext():
                 found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             labels = inputs.pop("labels")
-            found = self.own_loss(model(**inputs).logits, labels)
+            found = self.custom_loss(model(**inputs).logits, labels)
         if self.steps_in_backward and torch.is_grad_enabled():  # what training_step looks at comes too late for it
             self._check_finite([], found[0] if isinstance(found, tuple) else found)
         return found
 
     @contextmanager
-    def _own_loss_alone(self) -> Iterator[None]:
-        """Without the Trainer's label smoothing."""
+    def _without_label_smoothing(self) -> Iterator[None]:
         smoother: Any = self.__dict__["label_smoother"]
         self.label_smoother = None
         try:
@@ -304,7 +303,7 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # not public, but all that the Trainer writes into a checkpoint is written here
         self.check_same()
-        with self.folder.saving("a checkpoint"), noticing_losses():
+        with self.folder.saving("a checkpoint"), noticing_lost_processes():
             super()._save_checkpoint(*args, **kwargs)
 
     def check_same(self) -> None:

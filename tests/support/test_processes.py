@@ -260,11 +260,11 @@ def test_what_they_agree_on_is_the_first_ones(ranks: Run) -> None:
     ],
 )
 def test_a_lost_process_is_known_by_what_gloo_says(words: str) -> None:
-    with pytest.raises(LostProcessError, match="has ended, or does not answer"), processes.noticing_losses():
+    with pytest.raises(LostProcessError, match="has ended, or does not answer"), processes.noticing_lost_processes():
         raise RuntimeError(words)
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="mat1 and mat2") as raised, processes.noticing_losses():
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as raised, processes.noticing_lost_processes():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert type(raised.value) is RuntimeError
