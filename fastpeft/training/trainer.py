@@ -91,6 +91,7 @@ class RunTrainer(Trainer):
         self.longest_seen = 0
         self.clock = Clock()
         self.cuda_peak = CudaPeak()
+        self._of_step: list[dict[str, Any]] = []  # the micro-batches of the present step
         self.stop = StopRequest()
         self.folder = folder
         self.ranks = Ranks()
@@ -233,24 +234,28 @@ class RunTrainer(Trainer):
         return self._step(model, inputs, *args, **kwargs)
 
     def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The loss of a batch, and its gradients, where all of it is finite."""
-        step = super().training_step
+        """The loss of a micro-batch, where it is finite, as the gradients must be after the last one of a step."""
+        step, ends = super().training_step, self.accelerator.sync_gradients
+        self._of_step.append(inputs)
 
         def again() -> None:
             own = self.accelerator.unwrap_model(model)  # which exchanges nothing with other processes
-            if self.steps_in_backward:
-                with torch.no_grad():  # a backward pass would step
-                    self.compute_loss(own, self._prepare_inputs(inputs))
-            else:
-                step(own, inputs, *args, **kwargs)
+            for each in self._of_step:
+                if self.steps_in_backward:
+                    with torch.no_grad():  # a backward pass would step
+                        self.compute_loss(own, self._prepare_inputs(each))
+                else:
+                    step(own, each, *args, **kwargs)
 
         try:
             loss = step(model, inputs, *args, **kwargs)
             # fp16 scales its losses, and its gradients may overflow on the way to the right scale
-            gradients = [] if self.args.fp16 else [p.grad for p in model.parameters() if p.grad is not None]
-            self._check_finite(gradients, loss)
+            looked_at = () if self.args.fp16 or not ends else model.parameters()
+            self._check_finite([p.grad for p in looked_at if p.grad is not None], loss)
         except NotFiniteError as error:
             raise NotFiniteError(f"{error} {where_it_began(self.accelerator.unwrap_model(model), again)}") from None
+        if ends:
+            self._of_step.clear()
         return loss
 
     def _check_finite(self, gradients: list[torch.Tensor], loss: torch.Tensor | None = None) -> None:

@@ -100,3 +100,30 @@ def test_a_run_names_step_and_module(place: Path, tmp_path: Path, method: str) -
     assert "in the output of " in said
     assert "encoder.layer.1.intermediate.dense. " in said
     assert (tmp_path / "run" / "last-good").is_dir()
+
+
+class Slope(TrainerCallback):
+    """Spoils the gradient of the first batch of the second step; its loss is finite."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            spoilt: list[Tensor] = []
+
+            def spoil(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                spoilt.extend(inputs[: not spoilt])
+                if inputs[0].equal(spoilt[0]):  # in the second computation too, which looks for the place
+                    output.register_hook(lambda gradient: gradient * math.inf)
+
+            words = next(m for name, m in model.named_modules() if name.endswith("word_embeddings"))
+            words.register_forward_hook(spoil)
+
+
+@pytest.mark.long
+def test_a_gradient_of_a_batch_before_the_last_of_its_step(place: Path, tmp_path: Path) -> None:
+    given = {"model": str(place / "model"), "data": str(place / "reviews.csv"), "max_steps": 4, "batch_size": 4}
+    config = TrainConfig(
+        output=str(tmp_path / "run"), method="full", settings={"gradient_accumulation_steps": 3}, **given
+    )
+    with pytest.raises(FastpeftError, match=r"a gradient is not finite at step 2.*output of .*word_embeddings\. "):
+        train(config, callbacks=[Slope()])
+    assert (tmp_path / "run" / "last-good").is_dir()
