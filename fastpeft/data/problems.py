@@ -76,6 +76,9 @@ class Problem:
             `(N, T, outputs)` and `(N, T)` do as well, and those without a label are left out; of several labels a row,
             labels are `(N, outputs)`, 1 for those that it has and else 0. A loss among them is in place of the mean
             over batches.
+        has_classes: whether outputs are those of classes, of a text or of each word, or of labels.
+        several_labels: whether a row has any number of labels, each with an output of its own.
+        of_texts_alone: whether texts are learned, without labels.
         per_token: whether tokens have labels, so that a row's outputs are `(T, outputs)`.
         loss: the mean over rows, or over labelled tokens, that training lowers, of the same outputs and labels. None:
             `score` has it.
@@ -92,6 +95,9 @@ class Problem:
     labels: str
     metrics: tuple[str, ...]
     score: Callable[[np.ndarray, np.ndarray, Sequence[str]], dict[str, float]]
+    has_classes: bool = False
+    several_labels: bool = False
+    of_texts_alone: bool = False
     per_token: bool = False
     loss: Callable[[np.ndarray, np.ndarray], float] | None = None
     tested: str | None = None
@@ -111,26 +117,16 @@ class Problem:
         """The metric by which the best of several runs is chosen: that which a paired test can tell them apart by."""
         return self.tested or self.primary
 
-    @property
-    def of_texts_alone(self) -> bool:
-        """Whether texts are learned, without labels."""
-        return self in OBJECTIVES.values()
-
-    @property
-    def has_classes(self) -> bool:
-        """Whether outputs are those of classes, of a text or of each word, or of labels."""
-        return self in (CLASSIFICATION, TAGGING, MULTI_LABEL)
-
     def answers(self, outputs: np.ndarray) -> np.ndarray:
         """The classes `(N,)` that outputs `(N, outputs)` come to; of labels 1 for those that are given, else 0."""
-        return (outputs > 0).astype("int64") if self is MULTI_LABEL else outputs.argmax(-1)
+        return (outputs > 0).astype("int64") if self.several_labels else outputs.argmax(-1)
 
     def decided(self, outputs: np.ndarray, threshold: float | None) -> np.ndarray:
         """Outputs that come to the answers of a threshold of the second of two classes, or of labels; None: a half."""
         if threshold is None:
             return outputs
         moved = outputs.astype("float64")
-        (moved if self is MULTI_LABEL else moved[:, 1])[:] -= math.log(threshold / (1 - threshold))
+        (moved if self.several_labels else moved[:, 1])[:] -= math.log(threshold / (1 - threshold))
         return moved
 
     def check_metric(self, metric: str) -> None:
@@ -181,7 +177,7 @@ def most_frequent(labels: Sequence[Any], problem: Problem) -> list[int] | None:
 
     if not problem.has_classes:
         return None
-    if problem is MULTI_LABEL:
+    if problem.several_labels:
         counts = np.sum(labels, axis=0)
         return sorted(np.argsort(-counts, kind="stable")[: max(1, round(counts.sum() / len(labels)))].tolist())
     return [int(np.bincount(np.concatenate(labels) if problem.per_token else np.asarray(labels)).argmax())]
@@ -200,7 +196,7 @@ def best_threshold(problem: Problem, outputs: np.ndarray, labels: np.ndarray) ->
     import numpy as np
     from sklearn.metrics import precision_recall_curve
 
-    logits = (outputs if problem is MULTI_LABEL else outputs[:, 1] - outputs[:, 0]).astype(np.float64).ravel()
+    logits = (outputs if problem.several_labels else outputs[:, 1] - outputs[:, 0]).astype(np.float64).ravel()
     answers = labels.ravel()
     if len(np.unique(answers)) < 2:
         return 0.5
@@ -233,7 +229,7 @@ def describe(
     import numpy as np
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    several, classes = problem is MULTI_LABEL, np.arange(len(names))
+    several, classes = problem.several_labels, np.arange(len(names))
     found: dict[str, Any] = {}
     if frequent is not None:
         always = np.broadcast_to(np.where(np.isin(classes, frequent), 1.0, -1.0), outputs.shape)
@@ -272,6 +268,7 @@ CLASSIFICATION = Problem(
     labels="classes",
     metrics=("accuracy", "f1", "matthews"),
     score=_from_scores("score_classes"),
+    has_classes=True,
     loss=_from_scores("cross_entropy"),
     tested=ACCURACY,
     parts=_from_scores("parts_of_classes"),
@@ -294,6 +291,7 @@ TAGGING = Problem(
     labels="tags",
     metrics=("word_f1", "entity_f1", "accuracy"),
     score=_from_scores("score_tags"),
+    has_classes=True,
     per_token=True,
     loss=_from_scores("cross_entropy"),
     tested="entity_f1",
@@ -307,6 +305,8 @@ MULTI_LABEL = Problem(
     labels="labels",
     metrics=("micro_f1", "macro_f1", "subset_accuracy", "ranking_precision"),
     score=_from_scores("score_labels"),
+    has_classes=True,
+    several_labels=True,
     loss=_from_scores("binary_cross_entropy"),
     tested="micro_f1",
     parts=_from_scores("parts_of_labels"),
@@ -319,6 +319,7 @@ MASKED_WORDS = Problem(
     labels="masked words",
     metrics=("masked_accuracy", "perplexity"),
     score=_from_scores("score_words"),
+    of_texts_alone=True,
     per_token=True,
     tested="masked_accuracy",
     parts=_from_scores("parts_of_words"),
@@ -332,6 +333,7 @@ NEXT_WORDS = Problem(
     labels="next words",
     metrics=("next_accuracy", "perplexity"),
     score=_from_scores("score_next_words"),
+    of_texts_alone=True,
     per_token=True,
     tested="next_accuracy",
     parts=_from_scores("parts_of_words"),
