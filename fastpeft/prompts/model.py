@@ -221,14 +221,17 @@ class PromptModel(PreTrainedModel):
         self.calibration = torch.zeros(len(tokens), device=self.device)
         return self
 
-    @torch.no_grad()
     def predict_logits(self, texts: Sequence[Text], *, batch_size: int = 64, max_length: int | None = None) -> Tensor:
         """Logits of texts or pairs, `(rows, classes)` in float32 on the model's device, in evaluation mode.
 
         With no training before it, this is zero-shot classification.
         """
         limit = max_length or Classifier(self.core, self.tokenizer, ()).max_length
-        rows = self.prompt.encode(self.tokenizer, texts, max_length=limit)
+        return self.logits_of(self.prompt.encode(self.tokenizer, texts, max_length=limit), batch_size)
+
+    @torch.no_grad()
+    def logits_of(self, rows: Sequence[TokenRow], batch_size: int = 64) -> Tensor:
+        """As `predict_logits`, of texts that the prompt has encoded."""
         collate = PromptCollator(self.tokenizer)
         logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
         with dropout_off(self.modules()):

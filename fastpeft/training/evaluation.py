@@ -158,12 +158,12 @@ def _evaluate(
         rows = Masker(run.classifier.tokenizer).fixed(rows)
     join = _padded if run.problem.per_token else np.stack
     outputs, labels = join(outputs_of(run, rows)), join([np.array(row["labels"]) for row in rows])
-    measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
+    measured, doubts = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
     if run.problem is NEXT_WORDS and max_new_tokens != 0:
         measured |= measure_generations(TextGenerator(run, max_new_tokens), dev.texts)
-    warnings = [*warnings, *measured["warnings"], *cut_texts]
+    warnings = [*warnings, *doubts, *cut_texts]
     result_warnings.tell(warnings)
-    return {**measured, "warnings": warnings, "dev_rows": len(rows)}
+    return {**measured, "dev_rows": len(rows), "warnings": warnings}
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -238,12 +238,12 @@ def answer_zero_shot(
     if calibrate:
         prompted.calibrate()
     limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
-    _, cut = encode_counted(classifier.tokenizer, dev, limit, prompt, problem)
-    outputs = prompted.predict_logits(dev.texts, max_length=limit).cpu().numpy()
+    rows, cut = encode_counted(classifier.tokenizer, dev, limit, prompt, problem)
+    outputs = prompted.logits_of(rows).cpu().numpy()
     labels, frequent = np.array(dev.labels), most_frequent(texts.train.labels, problem)
-    measured = _measure(problem, dev, set(), outputs, labels, texts.labels, frequent)
-    warnings = [*measured["warnings"], *result_warnings.of_cut_texts(cut, len(dev), 0, limit)]
-    return {**measured, "warnings": warnings}, outputs.argmax(-1).tolist()
+    measured, doubts = _measure(problem, dev, set(), outputs, labels, texts.labels, frequent)
+    warnings = [*doubts, *result_warnings.of_cut_texts(cut, len(dev), 0, limit)]
+    return {**measured, "dev_rows": len(dev), "warnings": warnings}, outputs.argmax(-1).tolist()
 
 
 def _measure(
@@ -255,13 +255,12 @@ def _measure(
     names: Sequence[str],
     frequent: Sequence[int] | None,
     threshold: float | None = None,
-) -> dict[str, Any]:
-    """The metrics of a problem, the loss, the number of rows, what there is of classes, and warnings."""
+) -> tuple[dict[str, Any], list[str]]:
+    """The metrics of a problem, the loss and what there is of classes; and warnings."""
     raw, outputs = outputs, problem.decided(outputs, threshold)
     scores = problem.score(outputs, labels, names)
     if LOSS not in scores:
         assert problem.loss is not None  # which is so where the score has it
         scores[LOSS] = problem.loss(raw, labels)
     warnings = [*dev.warnings, *result_warnings.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)]
-    described = describe(problem, outputs, labels, names, frequent)
-    return {**scores, "dev_rows": len(dev), **described, "warnings": warnings}
+    return {**scores, **describe(problem, outputs, labels, names, frequent)}, warnings
