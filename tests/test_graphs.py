@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton")
 from backbones import IDS, MASK, ladder, tiny
 from launches import Recording
-from networks import network
+from mezo_networks import network
 from peft import get_peft_model
 
 from fastpeft import MeZO, SivaConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import close, equal, network, weights
+from mezo_networks import close, equal, network, weights
 from torch import nn
 
 from fastpeft import FastpeftError, MeZO

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import SETTINGS, equal, fit, network, weights
+from mezo_networks import SETTINGS, equal, fit, network, weights
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, MeZO

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import SETTINGS, close, equal, fit, network, weights
+from mezo_networks import SETTINGS, close, equal, fit, network, weights
 from torch import Tensor
 
 from fastpeft import MeZO

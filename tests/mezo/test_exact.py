@@ -11,7 +11,7 @@ import mezo_trainer
 import peft
 import pytest
 import torch
-from networks import equal, fit, network, weights
+from mezo_networks import equal, fit, network, weights
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F

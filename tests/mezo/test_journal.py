@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks import equal as same
-from networks import fit, network, weights
+from mezo_networks import equal as same
+from mezo_networks import fit, network, weights
 from torch import nn
 
 from fastpeft import FastpeftError, MeZO
@@ -420,7 +420,7 @@ _KILLED = """
 import sys, torch
 from pathlib import Path
 sys.path[:0] = {folders!r}
-from networks import fit, network
+from mezo_networks import fit, network
 from test_journal import optimizer_of
 torch.set_num_threads(1)
 model = network(torch.bfloat16)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import close, equal, fit, network, weights
+from mezo_networks import close, equal, fit, network, weights
 from torch import Tensor, nn
 
 from fastpeft import MeZO

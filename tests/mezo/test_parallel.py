@@ -21,8 +21,8 @@ import ranks as rank_processes
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from mezo_networks import equal
 from mezo_trainer import config, language_model, rows
-from networks import equal
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import SETTINGS, close, fit, network, weights
+from mezo_networks import SETTINGS, close, fit, network, weights
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, MeZO

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from mezo_networks import equal, weights
 from mezo_trainer import config, language_model, logged, rows
-from networks import equal, weights
 from samples import Interrupt
 from transformers import TrainerCallback
 

@@ -10,8 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from mezo_networks import equal, weights
 from mezo_trainer import TINY, config, language_model, logged, rows
-from networks import equal, weights
 from samples import Interrupt
 from torch import Tensor, nn
 from torch.nn import functional as F
