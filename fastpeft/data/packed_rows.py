@@ -1,7 +1,7 @@
 """Short rows of next words joined to longer ones, in which each text still reads itself alone.
 
 A joined row has `position_ids` that begin anew with each text and no attention mask: by that transformers' decoders
-keep its texts apart. Not every model does, so `keep_apart` asks the model itself.
+keep its texts apart. Not every model does, so `prepare_for_joined_rows` asks the model itself.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class PackedCollator(DataCollatorForTokenClassification):
 
 
 @torch.no_grad()
-def keep_apart(model: Any, rows: Sequence[Mapping[str, list[int]]], name: str) -> None:
+def prepare_for_joined_rows(model: Any, rows: Sequence[Mapping[str, list[int]]], name: str) -> None:
     """Prepare a model for joined rows, and try on two texts whether it keeps them apart.
 
     Two things must hold of a text that stands after another. What that one says must not change its logits; and these

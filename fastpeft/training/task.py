@@ -96,7 +96,7 @@ class Task:
         report("preparing the model")
         model = prepare(classifier, setup)
         if config.packing:
-            packed_rows.keep_apart(model, train_rows, str(config.model))
+            packed_rows.prepare_for_joined_rows(model, train_rows, str(config.model))
             train_rows = packed_rows.pack(train_rows, max_length)
         if data.problem.of_texts_alone and can_fuse_head(model):
             fuse_head(model)

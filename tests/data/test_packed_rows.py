@@ -13,7 +13,7 @@ import transformers
 from samples import TINY, chats, completions, save_tiny_decoder, write_jsonl
 
 from fastpeft import FastpeftError, TrainConfig, train
-from fastpeft.data.packed_rows import PackedCollator, keep_apart, pack, texts_of
+from fastpeft.data.packed_rows import PackedCollator, pack, prepare_for_joined_rows, texts_of
 from fastpeft.training.estimates import plan
 from fastpeft.training.run_folder import RunFolder
 
@@ -48,7 +48,7 @@ def test_a_joined_batch_learns_as_its_texts_do(kind: str, tmp_path: Path) -> Non
     model = _model(kind)
     tokenizer = transformers.AutoTokenizer.from_pretrained(save_tiny_decoder(tmp_path))
     rows = _rows([3, 9, 5, 12, 1, 8])
-    keep_apart(model, rows, kind)
+    prepare_for_joined_rows(model, rows, kind)
     collate = PackedCollator(tokenizer, pad_to_multiple_of=8)
     joined, alone = collate(pack(rows, 13)), collate(rows)
     assert joined["input_ids"].shape == (3, 16)
@@ -66,14 +66,14 @@ def test_a_joined_batch_learns_as_its_texts_do(kind: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["Bloom", "Mamba", "FalconH1"])
 def test_a_model_that_does_not_keep_texts_apart_is_refused(kind: str) -> None:
     with pytest.raises(FastpeftError, match=f"packing is on, but (in )?the model '{kind}'"):
-        keep_apart(_model(kind), _rows([9, 9]), kind)
+        prepare_for_joined_rows(_model(kind), _rows([9, 9]), kind)
 
 
 def test_each_module_is_left_in_its_mode() -> None:
     model = _model("Llama").train()
     model.model.embed_tokens.eval()
     modes = [module.training for module in model.modules()]
-    keep_apart(model, _rows([9, 9]), "Llama")
+    prepare_for_joined_rows(model, _rows([9, 9]), "Llama")
     assert [module.training for module in model.modules()] == modes
 
 
