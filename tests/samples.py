@@ -17,7 +17,7 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
@@ -212,34 +212,6 @@ def chats(rows: int) -> list[dict[str, Any]]:
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": FIRST[label]}]}
         for text, label in reviews(rows)
     ]
-
-
-TINY = {  # of a transformers configuration
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-}
-
-
-def tiny_classifier(kind: str = "Roberta") -> nn.Module:
-    """A randomly initialised classifier, the same at every call."""
-    torch.manual_seed(0)
-    model: nn.Module = getattr(transformers, f"{kind}ForSequenceClassification")(
-        getattr(transformers, f"{kind}Config")(**TINY)
-    ).eval()
-    return model
-
-
-def logits(model: nn.Module) -> Tensor:
-    """What a model says of three fixed texts."""
-    ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        found: Tensor = model(ids).logits
-    return found
 
 
 def eleven_steps(folder: Path, place: Path) -> TrainConfig:

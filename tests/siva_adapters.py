@@ -7,16 +7,24 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from samples import TINY
 from torch import Tensor, nn
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 RESIDUALS = pytest.mark.parametrize("residual", ["frozen", "implicit"])
+SHAPE = {  # of a transformers configuration
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
 
 
 def tiny(kind: str = "Roberta", head: str = "ForSequenceClassification", **changes: Any) -> Any:
     """A randomly initialised model in eval mode, the same at every call."""
-    config = getattr(transformers, f"{kind}Config")(**{**TINY, **changes})
+    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **changes})
     torch.manual_seed(0)
     return getattr(transformers, f"{kind}{head}")(config).eval()
 
@@ -24,6 +32,13 @@ def tiny(kind: str = "Roberta", head: str = "ForSequenceClassification", **chang
 def token_ids(rows: int = 3) -> Tensor:
     """Nine tokens a row, of those that `tiny` knows."""
     return torch.randint(3, 50, (rows, 9), generator=torch.Generator().manual_seed(2))
+
+
+def answers(model: nn.Module) -> Tensor:
+    """What a model says of three fixed texts."""
+    with torch.no_grad():
+        found: Tensor = model(token_ids()).logits
+    return found
 
 
 def move(model: nn.Module, seed: int = 0, size: float = 0.02) -> Any:

@@ -9,14 +9,14 @@ from collections.abc import Callable
 import pytest
 from peft import get_peft_model
 from rich.console import Console
-from samples import tiny_classifier
+from siva_adapters import tiny
 
 from fastpeft import FastpeftError, SivaConfig, progress
 from fastpeft.support.stages import listening, report
 
 
 def adapt() -> None:
-    get_peft_model(tiny_classifier(), SivaConfig(r=2, task_type="SEQ_CLS"))
+    get_peft_model(tiny(), SivaConfig(r=2, task_type="SEQ_CLS"))
 
 
 def work() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from samples import TINY, chats, completions, save_tiny_decoder, write_jsonl
+from backbones import TINY
+from samples import chats, completions, save_tiny_decoder, write_jsonl
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.data.packed_rows import PackedCollator, pack, prepare_for_joined_rows, texts_of

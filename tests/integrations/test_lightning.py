@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from samples import tiny_classifier
+from siva_adapters import tiny
 
 from fastpeft import SivaConfig
 
@@ -21,7 +21,7 @@ LABELS = torch.tensor([0, 1, 0, 1])
 def prepared(precision: Any) -> tuple[Any, Any, Any]:
     fabric = fabric_module.Fabric(accelerator="cpu", devices=1, precision=precision)
     torch.manual_seed(1)
-    model = peft.get_peft_model(tiny_classifier(), SivaConfig(r=2, task_type="SEQ_CLS"))
+    model = peft.get_peft_model(tiny(), SivaConfig(r=2, task_type="SEQ_CLS"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0)
     return fabric, *fabric.setup(model.eval(), optimizer)  # no dropout
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from samples import add_adapter, tiny_classifier
+from samples import add_adapter
+from siva_adapters import tiny
 from torch import Tensor
 
 from fastpeft import SivaConfig
@@ -26,7 +27,7 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.long(but="frozen")
 @pytest.mark.parametrize("residual", ["frozen", "implicit"])
 def test_an_added_adapter_trains_is_saved_and_loads(residual: Any, tmp_path: Path) -> None:
-    model = tiny_classifier()
+    model = tiny()
     before = logits(model)
     model.add_adapter(SivaConfig(r=2, target_modules="all-linear", residual=residual))
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
@@ -46,14 +47,14 @@ def test_an_added_adapter_trains_is_saved_and_loads(residual: Any, tmp_path: Pat
     assert torch.equal(logits(model), after)
 
     model.save_pretrained(tmp_path / "adapter")
-    fresh = tiny_classifier()
+    fresh = tiny()
     fresh.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(logits(fresh), after)
 
 
 @add_adapter
 def test_an_adapter_can_be_deleted_and_another_takes_its_place() -> None:
-    model = tiny_classifier()
+    model = tiny()
     before = logits(model)
     model.add_adapter(SivaConfig(r=2), "one")
     model.add_adapter(SivaConfig(r=2), "two")

@@ -14,8 +14,7 @@ import pytest
 import ranks as rank_processes
 import torch
 import torch.distributed as dist
-from samples import tiny_classifier
-from siva_adapters import RESIDUALS, move, without_dropout
+from siva_adapters import RESIDUALS, move, tiny, without_dropout
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
@@ -38,7 +37,7 @@ def adapted(residual: str = "frozen", **config: Any) -> peft.PeftModel:
 
     At the scale of a new model's weights attention is uniform, and queries and keys get no gradient to speak of.
     """
-    base = tiny_classifier()
+    base = tiny()
     for weight in base.parameters():
         weight.data *= 10 if weight.dim() == 2 else 1
     settings: dict[str, Any] = {"r": 3, "target_modules": ["query", "key", "dense"], "task_type": "SEQ_CLS"} | config

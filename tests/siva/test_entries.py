@@ -14,8 +14,8 @@ import torch
 import transformers
 from packaging.version import Version
 from peft.utils.hotswap import hotswap_adapter
-from samples import logits, save_tiny_model, tiny_classifier
-from siva_adapters import CLOSE, RESIDUALS, move
+from samples import save_tiny_model
+from siva_adapters import CLOSE, RESIDUALS, answers, move, tiny
 from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
@@ -29,7 +29,7 @@ def config(**given: Any) -> SivaConfig:
 
 
 def adapted(**given: Any) -> Any:
-    return move(peft.get_peft_model(tiny_classifier(), config(**given)).eval())
+    return move(peft.get_peft_model(tiny(), config(**given)).eval())
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -38,12 +38,12 @@ def adapted(**given: Any) -> Any:
 @pytest.mark.parametrize("name", ["", "v1.2", "__base__", "keys", "train"])
 @pytest.mark.parametrize("second", [False, True])
 def test_a_name_that_cannot_be_is_refused_and_nothing_changes(name: str, second: bool) -> None:
-    model = adapted() if second else tiny_classifier()
-    expected, trains = logits(model), [p.requires_grad for p in model.parameters()]
+    model = adapted() if second else tiny()
+    expected, trains = answers(model), [p.requires_grad for p in model.parameters()]
     add = model.add_adapter if second else lambda name, config: peft.get_peft_model(model, config, name)
     with pytest.raises(FastpeftError, match=r"adapter name .*; give"):
         add(name, config())
-    assert logits(model).equal(expected)
+    assert answers(model).equal(expected)
     assert [p.requires_grad for p in model.parameters()] == trains
     with pytest.raises(FastpeftError, match=r"adapter name .*; give"):
         SivaLinear(nn.Linear(4, 4), name, r=2)
@@ -51,10 +51,10 @@ def test_a_name_that_cannot_be_is_refused_and_nothing_changes(name: str, second:
 
 @pytest.mark.parametrize("name", ["a-b", "Über", "with space", "SIVA", "u0"])
 def test_any_other_name_will_do(tmp_path: Path, name: str) -> None:
-    model = move(peft.get_peft_model(tiny_classifier(), config(), name).eval())
+    model = move(peft.get_peft_model(tiny(), config(), name).eval())
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / name, name).eval()
-    assert logits(loaded).equal(logits(model))
+    loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path / name, name).eval()
+    assert answers(loaded).equal(answers(model))
 
 
 # -- targets ---------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_no_attribute_of_the_model_is_hidden() -> None:
     model = peft.get_peft_model(base, SivaConfig(r=2))
     assert model.layers[0] is base.layers[0]
     own = {name for name in (*vars(SivaModel), *vars(model.base_model)) if not name.startswith("_")}
-    lora = peft.get_peft_model(tiny_classifier(), peft.LoraConfig(target_modules=["query"])).base_model
+    lora = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["query"])).base_model
     assert own <= {*dir(peft.LoraModel), *vars(lora)}
 
 
@@ -126,14 +126,14 @@ def test_no_attribute_of_the_model_is_hidden() -> None:
     ids=lambda value: "" if isinstance(value, set) else str(value),  # the order of a set is chance
 )  # fmt: skip
 def test_targets_are_those_of_any_method(given: dict[str, Any], expected: set[tuple[int, str]]) -> None:
-    model = peft.get_peft_model(tiny_classifier(), config(**given))
+    model = peft.get_peft_model(tiny(), config(**given))
     found = {layer.name for layer in model.base_model._siva_layers()}
     assert found == {SELF.format(*each) for each in expected}
     assert set(model.targeted_module_names) == found
     lora = peft.LoraConfig(
         r=2, task_type="SEQ_CLS", **{"target_modules": ["query", "key"], "exclude_modules": None, **given}
     )
-    assert set(peft.get_peft_model(tiny_classifier(), lora).targeted_module_names) == found
+    assert set(peft.get_peft_model(tiny(), lora).targeted_module_names) == found
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,9 @@ def test_ranks_by_pattern_are_saved_and_loaded(tmp_path: Path, given: dict[str, 
     model = adapted(**given)
     assert [layer.r["default"] for layer in model.base_model._siva_layers()] == ranks
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
+    loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
     assert [layer.r["default"] for layer in loaded.base_model._siva_layers()] == ranks
-    assert logits(loaded).equal(logits(model))
+    assert answers(loaded).equal(answers(model))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_ranks_by_pattern_are_saved_and_loaded(tmp_path: Path, given: dict[str, 
 def test_names_that_match_nothing_are_told(
     caplog: pytest.LogCaptureFixture, given: dict[str, Any], message: str
 ) -> None:
-    model = peft.get_peft_model(tiny_classifier(), config(**given))
+    model = peft.get_peft_model(tiny(), config(**given))
     assert re.search(message, caplog.text)
     assert any(isinstance(module, SivaLinear) for module in model.modules())
 
@@ -191,8 +191,8 @@ def test_names_of_a_saved_adapter_are_taken_as_they_are(tmp_path: Path) -> None:
     model = adapted(target_modules=["query", "key"])
     model.peft_config["default"].rank_pattern = {"qurey": 4}
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
-    assert logits(loaded).equal(logits(model))
+    loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
+    assert answers(loaded).equal(answers(model))
 
 
 @pytest.mark.parametrize(
@@ -208,11 +208,11 @@ def test_names_of_a_saved_adapter_are_taken_as_they_are(tmp_path: Path) -> None:
     ids=str,
 )
 def test_no_target_left_is_said(given: dict[str, Any]) -> None:
-    base = tiny_classifier()
-    expected = logits(base)
+    base = tiny()
+    expected = answers(base)
     with pytest.raises(FastpeftError, match="matches no linear layer"):
         peft.get_peft_model(base, config(**given))
-    assert logits(base).equal(expected)
+    assert answers(base).equal(expected)
 
 
 # -- PEFT's doors ----------------------------------------------------------------------------------------------------
@@ -220,20 +220,20 @@ def test_no_target_left_is_said(given: dict[str, Any]) -> None:
 
 def test_a_new_adapter_is_not_made_of_nothing(tmp_path: Path) -> None:
     """`low_cpu_mem_usage` leaves factors for a file to fill, with the weight changed for those that were computed."""
-    base = tiny_classifier()
-    expected = logits(base)
+    base = tiny()
+    expected = answers(base)
     with pytest.raises(FastpeftError, match=r"low_cpu_mem_usage=True.*leave it out"):
         peft.get_peft_model(base, config(), low_cpu_mem_usage=True)
-    assert logits(base).equal(expected)
+    assert answers(base).equal(expected)
     model = adapted()
-    expected = logits(model)
+    expected = answers(model)
     with pytest.raises(FastpeftError, match=r"low_cpu_mem_usage=True.*leave it out"):
         model.add_adapter("other", config(), low_cpu_mem_usage=True)
-    assert logits(model).equal(expected)
+    assert answers(model).equal(expected)
     assert list(model.peft_config) == ["default"]
-    empty = peft.get_peft_model(tiny_classifier(), config(init_weights="saved"), low_cpu_mem_usage=True)
+    empty = peft.get_peft_model(tiny(), config(init_weights="saved"), low_cpu_mem_usage=True)
     peft.set_peft_model_state_dict(empty, peft.get_peft_model_state_dict(model), low_cpu_mem_usage=True)
-    assert logits(empty.eval()).equal(expected)
+    assert answers(empty.eval()).equal(expected)
 
 
 @pytest.mark.parametrize("by_state_dict", [False, True])
@@ -243,13 +243,13 @@ def test_injected_into_a_model_that_stays_itself(by_state_dict: bool) -> None:
     plain = {key.removeprefix("base_model.model."): value for key, value in state.items()}
     names = {key for key in plain if "siva_" in key}
     given = {"state_dict": {key: plain[key] for key in names}} if by_state_dict else {}
-    base = tiny_classifier()
+    base = tiny()
     injected = peft.inject_adapter_in_model(config(task_type=None, modules_to_save=["classifier"]), base, **given)
     assert injected is base
     assert set(peft.get_peft_model_state_dict(injected)) == set(plain)
     peft.set_peft_model_state_dict(injected, plain)
-    assert logits(injected.eval()).equal(logits(model))
-    assert logits(copy.deepcopy(injected)).equal(logits(model))
+    assert answers(injected.eval()).equal(answers(model))
+    assert answers(copy.deepcopy(injected)).equal(answers(model))
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("spectral", "plain"), ("plain", "spectral")])
@@ -274,7 +274,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Path], object], type[Exception], str]] =
     ),
     "swapped while it runs": (_hotswap, ValueError, "only supports LORA but SIVA"),
     "mixed with another method": (
-        lambda *_: peft.get_peft_model(tiny_classifier(), config(), mixed=True), ValueError, "SIVA",
+        lambda *_: peft.get_peft_model(tiny(), config(), mixed=True), ValueError, "SIVA",
     ),
     "beside another method": (
         lambda model, _: model.add_adapter("lora", peft.LoraConfig(target_modules=["query"])), ValueError, "SIVA",
@@ -291,11 +291,11 @@ REFUSED: dict[str, tuple[Callable[[Any, Path], object], type[Exception], str]] =
 def test_what_siva_cannot_do_is_refused_and_nothing_changes(tmp_path: Path, case: str) -> None:
     model = adapted()
     model.save_pretrained(tmp_path)
-    expected = logits(model)
+    expected = answers(model)
     refuse, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
         refuse(model, tmp_path)
-    assert logits(model).equal(expected)
+    assert answers(model).equal(expected)
     assert list(model.peft_config) == ["default"]
 
 
@@ -318,7 +318,7 @@ def test_advice_in_place_of_a_weighted_sum_works_beside_heads() -> None:
     torch.testing.assert_close(layer(x), base + sum(changes), **CLOSE)
     assert min(change.abs().max() for change in changes) > 1e-3
     assert model.base_model.model.classifier.active_adapters == head == ["second"]
-    logits(model)
+    answers(model)
 
 
 def test_advice_in_place_of_a_weighted_sum_works_by_lora(tmp_path: Path) -> None:
@@ -328,10 +328,10 @@ def test_advice_in_place_of_a_weighted_sum_works_by_lora(tmp_path: Path) -> None
     (kind,) = re.findall('combination_type="(.*?)"', str(error.value))
     for name in ("default", "second"):
         save_as_lora(model, tmp_path / name, name)
-    lora = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / "default")
+    lora = peft.PeftModel.from_pretrained(tiny(), tmp_path / "default")
     lora.load_adapter(tmp_path / "second", "second")
     lora.add_weighted_adapter(["default", "second"], [0.5, 0.25], "mixed", combination_type=kind)
-    merged, base = {}, dict(tiny_classifier().named_parameters())
+    merged, base = {}, dict(tiny().named_parameters())
     for each, names in ((model, ("default", "second")), (lora, ("mixed",))):
         for name in names:
             plain = copy.deepcopy(each)
@@ -356,9 +356,9 @@ def test_peft_makes_a_lora_of_it(residual: str) -> None:
     model = adapted(residual=residual, modules_to_save=None, task_type=None)
     assert model.supports_lora_conversion()
     lora_config, state = peft.convert_to_lora(model, rank=4)
-    lora = peft.get_peft_model(tiny_classifier(), lora_config).eval()
+    lora = peft.get_peft_model(tiny(), lora_config).eval()
     assert peft.set_peft_model_state_dict(lora, state).unexpected_keys == []
-    torch.testing.assert_close(logits(lora), logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(answers(lora), answers(model), rtol=1e-4, atol=1e-4)
     assert not adapted(d=8).supports_lora_conversion()
 
 
@@ -383,10 +383,10 @@ def loader(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     model = move(peft.get_peft_model(load(checkpoint), lora).eval())
     model.save_pretrained(folder)
     try:
-        loaded = logits(load(folder))
+        loaded = answers(load(folder))
     except ModuleNotFoundError as error:
         pytest.skip(f"this transformers wants a newer PEFT: {error}")
-    if not torch.allclose(loaded, logits(model), atol=1e-5):
+    if not torch.allclose(loaded, answers(model), atol=1e-5):
         pytest.skip("this transformers does not load adapters of classifiers")
 
 
@@ -400,10 +400,10 @@ def test_transformers_loads_a_saved_adapter(tmp_path: Path, checkpoint: Path, ki
     model = move(peft.get_peft_model(load(checkpoint), config(**kind)).eval())
     model.save_pretrained(tmp_path)
     whole = load(tmp_path)  # the folder of an adapter in the place of a model's
-    assert logits(whole).equal(logits(model))
+    assert answers(whole).equal(answers(model))
     base = load(checkpoint)
     base.load_adapter(str(tmp_path), adapter_name="mine", is_trainable=True)
-    assert logits(base.eval()).equal(logits(model))
+    assert answers(base.eval()).equal(answers(model))
     base(torch.tensor([[3, 4, 5]])).logits.sum().backward()
     assert all(p.grad.any() for name, p in base.named_parameters() if "siva_" in name)
 
@@ -418,7 +418,7 @@ def test_transformers_loads_an_adapter_of_a_weight_of_zeros(tmp_path: Path, chec
     model = move(peft.get_peft_model(models[0], config(target_modules=["query"])).eval())
     model.save_pretrained(tmp_path)
     models[1].load_adapter(str(tmp_path))
-    assert logits(models[1]).equal(logits(model))
+    assert answers(models[1]).equal(answers(model))
 
 
 @pytest.mark.usefixtures("loader")
@@ -435,17 +435,17 @@ def test_transformers_refuses_an_adapter_of_another_model(tmp_path: Path, checkp
 @RESIDUALS
 def test_transformers_makes_switches_saves_and_deletes(tmp_path: Path, checkpoint: Path, residual: Any) -> None:
     model = load(checkpoint)
-    expected = logits(model)
+    expected = answers(model)
     model.add_adapter(config(residual=residual), adapter_name="mine")
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
-    changed = logits(move(model))
+    torch.testing.assert_close(answers(model), expected, **CLOSE)
+    changed = answers(move(model))
     assert model.active_adapters() == ["mine"]
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     model.disable_adapters()
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    torch.testing.assert_close(answers(model), expected, **CLOSE)
     model.enable_adapters()
-    assert logits(model).equal(changed)
-    assert logits(load(tmp_path)).equal(changed)
+    assert answers(model).equal(changed)
+    assert answers(load(tmp_path)).equal(changed)
     model.delete_adapter("mine")
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    torch.testing.assert_close(answers(model), expected, **CLOSE)

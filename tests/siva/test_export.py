@@ -9,8 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from samples import logits, tiny_classifier
-from siva_adapters import CLOSE, move
+from siva_adapters import CLOSE, answers, move, tiny
 from torch import Tensor
 
 from fastpeft import FastpeftError, SivaConfig
@@ -20,7 +19,7 @@ from fastpeft.siva.export import lora_factors, save_as_lora
 
 def adapted(kind: str = "Roberta", **config: Any) -> peft.PeftModel:
     """One with an adapter, and a head, that training has moved."""
-    return move(peft.get_peft_model(tiny_classifier(kind), SivaConfig(task_type="SEQ_CLS", **config))).eval()
+    return move(peft.get_peft_model(tiny(kind), SivaConfig(task_type="SEQ_CLS", **config))).eval()
 
 
 def test_the_factors_make_what_training_changed() -> None:
@@ -52,33 +51,33 @@ def test_peft_loads_it_on_the_base_model(tmp_path: Path, kind: str, config: dict
     model = adapted(kind, **config)
     save_as_lora(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    lora = peft.PeftModel.from_pretrained(tiny_classifier(kind), str(tmp_path)).eval()
-    assert not torch.allclose(logits(lora), logits(tiny_classifier(kind)), atol=1e-2)
-    torch.testing.assert_close(logits(lora), logits(model), **CLOSE)
-    torch.testing.assert_close(logits(lora.merge_and_unload()), logits(model), **CLOSE)
+    lora = peft.PeftModel.from_pretrained(tiny(kind), str(tmp_path)).eval()
+    assert not torch.allclose(answers(lora), answers(tiny(kind)), atol=1e-2)
+    torch.testing.assert_close(answers(lora), answers(model), **CLOSE)
+    torch.testing.assert_close(answers(lora.merge_and_unload()), answers(model), **CLOSE)
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_in_bfloat16_it_errs_as_the_adapter_does(tmp_path: Path, targets: str | None) -> None:
     """Both round, in other places: `W_r x + U s V x` there, `W0 x + B A x` here."""
-    half = tiny_classifier().bfloat16()
+    half = tiny().bfloat16()
     exact = copy.deepcopy(half).float()
     model = peft.get_peft_model(copy.deepcopy(half), SivaConfig(r=2, task_type="SEQ_CLS", target_modules=targets))
     move(model)
     model.save_pretrained(str(tmp_path / "siva"))
     save_as_lora(model, tmp_path / "lora")
-    truth = logits(peft.PeftModel.from_pretrained(exact, str(tmp_path / "siva")).eval())
-    error = (logits(model.eval()).float() - truth).abs().mean()
+    truth = answers(peft.PeftModel.from_pretrained(exact, str(tmp_path / "siva")).eval())
+    error = (answers(model.eval()).float() - truth).abs().mean()
     lora = peft.PeftModel.from_pretrained(half, str(tmp_path / "lora")).eval()
     for exported in (lora, model.merge_and_unload()):
-        assert (logits(exported).float() - truth).abs().mean() <= 2 * error
+        assert (answers(exported).float() - truth).abs().mean() <= 2 * error
 
 
 def test_half_precision_factors_are_saved_in_float32(tmp_path: Path) -> None:
-    base = tiny_classifier().to(torch.bfloat16)
+    base = tiny().to(torch.bfloat16)
     model = peft.get_peft_model(base, SivaConfig(r=2, task_type="SEQ_CLS"), autocast_adapter_dtype=False)
     save_as_lora(model, tmp_path)
-    lora = peft.PeftModel.from_pretrained(tiny_classifier().to(torch.bfloat16), str(tmp_path))
+    lora = peft.PeftModel.from_pretrained(tiny().to(torch.bfloat16), str(tmp_path))
     assert {p.dtype for name, p in lora.named_parameters() if "lora_" in name} == {torch.float32}
 
 
@@ -92,5 +91,5 @@ def test_half_precision_factors_are_saved_in_float32(tmp_path: Path) -> None:
 )
 def test_what_no_lora_can_stand_for(tmp_path: Path, config: peft.PeftConfig, message: str) -> None:
     with pytest.raises(FastpeftError, match=message):
-        save_as_lora(peft.get_peft_model(tiny_classifier(), config), tmp_path / "lora")
+        save_as_lora(peft.get_peft_model(tiny(), config), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()

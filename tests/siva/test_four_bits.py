@@ -9,8 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from samples import TINY, logits
-from siva_adapters import CLOSE, move
+from siva_adapters import CLOSE, SHAPE, answers, move
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
@@ -51,7 +50,7 @@ def inputs(k: int = 128) -> Tensor:
 
 def unquantised(seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    config = {**TINY, "hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks, as bitsandbytes needs them
+    config = {**SHAPE, "hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks, as bitsandbytes needs them
     return RobertaForSequenceClassification(RobertaConfig(**config)).eval()
 
 
@@ -174,18 +173,18 @@ def test_what_cannot_be_is_refused(make: Any, arguments: dict[str, Any], words: 
 
 
 def test_a_model_in_4_bits_starts_as_it_is_with_the_implicit_residual() -> None:
-    expected = logits(classifier())
+    expected = answers(classifier())
     model = adapted()
     assert model.peft_config["default"].residual == "implicit"
     assert sum(isinstance(module, SivaLinear) for module in model.modules()) == 12
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    torch.testing.assert_close(answers(model), expected, **CLOSE)
 
 
 def test_a_saved_adapter_is_loaded_onto_the_base_in_4_bits(tmp_path: Path) -> None:
     model = move(adapted(), size=0.1)
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(classifier(), tmp_path).eval()
-    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(answers(loaded), answers(model))
 
 
 def test_an_adapter_of_another_base_is_refused_and_one_of_the_same_in_more_bits_is_not(tmp_path: Path) -> None:
@@ -212,11 +211,11 @@ def test_rows_of_a_batch_have_their_own_adapters() -> None:
 
 def test_merging_is_refused_before_anything_changes_and_done_on_the_base_before_quantising(tmp_path: Path) -> None:
     model = move(adapted(), size=0.1)
-    expected = logits(model)
+    expected = answers(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(FastpeftError, match="load it onto the base model as it is before quantising"):
             merge()
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(answers(model), expected)
     model.save_pretrained(tmp_path)
     name = "roberta.encoder.layer.1.output.dense"
     change = model.get_base_model().get_submodule(name).get_delta_weight("default")
@@ -234,7 +233,7 @@ def test_an_exported_lora_computes_the_same_on_the_same_base(tmp_path: Path) -> 
     lora = peft.PeftModel.from_pretrained(classifier(), tmp_path).eval()
     for module in lora.modules():  # bitsandbytes would multiply in bfloat16 where the processor has it
         module.support_avx512bf16_for_cpu = False
-    torch.testing.assert_close(logits(lora), logits(model), **CLOSE)
+    torch.testing.assert_close(answers(lora), answers(model), **CLOSE)
 
 
 def test_a_step_trains_the_factors_alone_and_is_simulated() -> None:

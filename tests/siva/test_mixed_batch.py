@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from samples import tiny_classifier
 from siva_adapters import RESIDUALS, tiny, token_ids, without_dropout
 from torch import Tensor, nn
 
@@ -157,7 +156,7 @@ def train_a_little(model: nn.Module) -> None:
 
 def classifier(residual: str = "frozen") -> peft.PeftModel:
     """Three adapters on a RoBERTa, each with its head; the second and the third have other layers than the first."""
-    base = tiny_classifier()
+    base = tiny()
     for weight in base.parameters():  # else attention is uniform, and queries and keys matter little
         weight.data *= 10 if weight.dim() == 2 else 1
     settings: dict[str, Any] = {"r": 3, "residual": residual, "task_type": "SEQ_CLS"}
@@ -411,7 +410,7 @@ def test_a_copy_and_a_reload_know_no_rows(tmp_path: Any) -> None:
         expected = model(token_ids(7), adapter_names=NAMES).logits
         assert copy.deepcopy(model)(token_ids(7), adapter_names=NAMES).logits.equal(expected)
         model.save_pretrained(tmp_path)
-        base = tiny_classifier()
+        base = tiny()
         for weight in base.parameters():
             weight.data *= 10 if weight.dim() == 2 else 1
         loaded = peft.PeftModel.from_pretrained(base, tmp_path)

@@ -13,8 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from samples import logits
-from siva_adapters import CLOSE, RESIDUALS, move, tiny, token_ids, trained
+from siva_adapters import CLOSE, RESIDUALS, answers, move, tiny, token_ids, trained
 from torch import nn
 
 import fastpeft
@@ -37,25 +36,25 @@ def test_a_state_dict_of_a_merged_model_comes_back_merged(residual: str, size: f
     config = SivaConfig(task_type="SEQ_CLS", residual=residual)
     model = move(peft.get_peft_model(tiny().to(dtype), config).eval(), seed=1, size=size)
     apart = copy.deepcopy(model.state_dict())
-    expected, rounding = logits(model), CLOSE if dtype is torch.float32 else {"rtol": 0.0, "atol": 0.02}
+    expected, rounding = answers(model), CLOSE if dtype is torch.float32 else {"rtol": 0.0, "atol": 0.02}
     model.merge_adapter()
     state = copy.deepcopy(model.state_dict())
     model.load_state_dict(state)
     layer = next(module for module in model.modules() if isinstance(module, SivaLinear))
     assert layer.merged_adapters == ["default"]
-    torch.testing.assert_close(logits(model), expected, **rounding)
+    torch.testing.assert_close(answers(model), expected, **rounding)
     model.load_state_dict(apart)
     assert not layer.merged_adapters
-    torch.testing.assert_close(logits(model), expected, **rounding)
+    torch.testing.assert_close(answers(model), expected, **rounding)
     with pytest.raises(FastpeftError, match=r"'default' is merged into the weight .* Call unmerge_adapter"):
         model.load_state_dict(state)
 
 
 def test_a_weight_that_was_rounded_in_between_is_not_taken_for_a_merged_one() -> None:
     model = move(peft.get_peft_model(tiny(), SivaConfig(task_type="SEQ_CLS")).eval())
-    expected = logits(model.to(torch.bfloat16).float())
+    expected = answers(model.to(torch.bfloat16).float())
     model.load_state_dict(model.state_dict())
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    torch.testing.assert_close(answers(model), expected, **CLOSE)
 
 
 # -- bad configurations ------------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ def test_reloading_is_bit_equal_and_runs_no_svd(
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("loading ran an SVD"))
     loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
-    assert logits(loaded).equal(logits(model))
+    assert answers(loaded).equal(answers(model))
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
@@ -108,7 +107,7 @@ def test_auto_class_and_continued_training(tmp_path: Path) -> None:
     model = move(peft.get_peft_model(base, SivaConfig(r=3, task_type="SEQ_CLS")).eval())
     model.save_pretrained(tmp_path / "adapter")
     loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", is_trainable=True)
-    assert logits(loaded.eval()).equal(logits(model))
+    assert answers(loaded.eval()).equal(answers(model))
     loaded(token_ids()).logits.sum().backward()
     assert {name for name, p in loaded.named_parameters() if p.grad is not None} == trained(model)
 
@@ -117,10 +116,10 @@ def test_a_checkpoint_loads_into_the_model_that_wrote_it(tmp_path: Path) -> None
     """What the Trainer does at resume and for the best model."""
     model = adapted(r=3)
     model.save_pretrained(tmp_path)
-    expected, weights = logits(model), [layer.base_layer.weight.clone() for layer in model.base_model._siva_layers()]
+    expected, weights = answers(model), [layer.base_layer.weight.clone() for layer in model.base_model._siva_layers()]
     move(model, seed=5)
     model.load_adapter(tmp_path, "default", is_trainable=True)
-    assert logits(model).equal(expected)
+    assert answers(model).equal(expected)
     assert all(a.equal(layer.base_layer.weight) for a, layer in zip(weights, model.base_model._siva_layers()))
 
 
@@ -131,7 +130,9 @@ def test_one_file_serves_both_residual_modes(tmp_path: Path, residual: str) -> N
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["residual"] = "implicit" if residual == "frozen" else "frozen"
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()), logits(model), **CLOSE)
+    torch.testing.assert_close(
+        answers(peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()), answers(model), **CLOSE
+    )
 
 
 def test_the_file_holds_float32_factors_and_the_head(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_the_base_may_be_cast(tmp_path: Path, dtype: torch.dtype) -> None:
     model = adapted(r=3)
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny().to(dtype), tmp_path).eval()
-    assert (logits(loaded).float() - logits(model)).abs().max() < 0.05 * logits(model).abs().max()
+    assert (answers(loaded).float() - answers(model)).abs().max() < 0.05 * answers(model).abs().max()
 
 
 # -- life-cycle --------------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def test_the_base_models_state_dict_has_the_pretrained_weights(kind: str, residu
 
     settings = {"r": 3, "residual": residual, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
     model = move(peft.get_peft_model(base(), SivaConfig(**settings)).eval())
-    expected, pretrained = logits(model), base().state_dict()
+    expected, pretrained = answers(model), base().state_dict()
     found = peft.get_base_model_state_dict(model)
     assert found.keys() == pretrained.keys()
     for name, weight in pretrained.items():
@@ -216,8 +217,8 @@ def test_the_base_models_state_dict_has_the_pretrained_weights(kind: str, residu
         lambda: model.load_state_dict(checkpoint),
     ):
         load()
-        torch.testing.assert_close(logits(model), expected, **CLOSE)
-    assert logits(model).equal(expected)  # a checkpoint has every bit of W_r
+        torch.testing.assert_close(answers(model), expected, **CLOSE)
+    assert answers(model).equal(expected)  # a checkpoint has every bit of W_r
     merged = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(merged.state_dict(), {**pretrained, **merged.state_dict()})  # and gains no key
     if residual == "frozen":
@@ -245,35 +246,35 @@ def test_injected_adapters_are_saved_as_they_are_stored() -> None:
 
 def test_lossy_models_refuse_to_unload_before_touching_anything() -> None:
     model = adapted(r=3, d=8)
-    expected = logits(model)
+    expected = answers(model)
     with pytest.raises(FastpeftError, match="cannot be given back"):
         model.unload()
     with pytest.raises(FastpeftError, match="cannot be given back"):
         model.delete_adapter("default")
-    assert logits(model).equal(expected)
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected, **CLOSE)
+    assert answers(model).equal(expected)
+    torch.testing.assert_close(answers(model.merge_and_unload()), expected, **CLOSE)
 
 
 @RESIDUALS
 def test_several_adapters_with_different_targets(tmp_path: Path, residual: str) -> None:
     model = adapted(r=3, residual=residual)
-    first = logits(model)
+    first = answers(model)
     model.add_adapter("other", SivaConfig(r=3, target_modules=["value", "key"], residual=residual, task_type="SEQ_CLS"))
-    torch.testing.assert_close(logits(model), first, **CLOSE)
+    torch.testing.assert_close(answers(model), first, **CLOSE)
     model.set_adapter("other")
     move(model, seed=3)
-    second = logits(model)
+    second = answers(model)
 
     model.save_pretrained(tmp_path, selected_adapters=["other"])
     alone = peft.PeftModel.from_pretrained(tiny(), tmp_path / "other").eval()
-    torch.testing.assert_close(logits(alone), second, **CLOSE)
+    torch.testing.assert_close(answers(alone), second, **CLOSE)
 
     model.set_adapter("default")
-    torch.testing.assert_close(logits(model), first, **CLOSE)
+    torch.testing.assert_close(answers(model), first, **CLOSE)
     merged = copy.deepcopy(model).merge_and_unload()
-    torch.testing.assert_close(logits(merged), first, **CLOSE)
+    torch.testing.assert_close(answers(merged), first, **CLOSE)
     model.delete_adapter("other")
-    torch.testing.assert_close(logits(model), first, **CLOSE)
+    torch.testing.assert_close(answers(model), first, **CLOSE)
 
 
 def test_a_second_adapter_of_another_decomposition_is_refused(tmp_path: Path) -> None:
@@ -282,32 +283,32 @@ def test_a_second_adapter_of_another_decomposition_is_refused(tmp_path: Path) ->
     tensors = {n: t + 1e-3 if n.endswith("siva_u0") else t for n, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
     model = adapted(r=3)
-    expected = logits(model)
+    expected = answers(model)
     with pytest.raises(FastpeftError, match="residual='implicit'"):
         model.load_adapter(tmp_path, "second")
-    assert logits(model).equal(expected)
+    assert answers(model).equal(expected)
 
 
 def test_a_model_wrapped_again_starts_anew() -> None:
     """As in a notebook cell that is run twice."""
     base = tiny()
-    expected = logits(base)
+    expected = answers(base)
     for _ in range(2):
         move(peft.get_peft_model(base, SivaConfig(r=3, target_modules="all-linear")))
     model = peft.get_peft_model(base, SivaConfig(r=2, target_modules="all-linear"))
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    torch.testing.assert_close(answers(model), expected, **CLOSE)
 
 
 def test_an_adapter_loads_on_a_model_that_another_was_on(tmp_path: Path) -> None:
     model = adapted(r=3)
     model.save_pretrained(tmp_path)
-    expected = logits(model)
+    expected = answers(model)
     base = tiny()
     for _ in range(2):  # a loop over checkpoints
         loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-        torch.testing.assert_close(logits(loaded), expected, **CLOSE)
+        torch.testing.assert_close(answers(loaded), expected, **CLOSE)
     again = peft.PeftModel.from_pretrained(loaded.unload(), tmp_path).eval()
-    torch.testing.assert_close(logits(again), expected, **CLOSE)
+    torch.testing.assert_close(answers(again), expected, **CLOSE)
 
 
 @RESIDUALS
@@ -326,7 +327,7 @@ def test_a_file_that_lacks_factors_is_refused(residual: str, lacks: str, beside:
 @pytest.mark.parametrize("fault", ["nan", "rank", "kind"])
 def test_a_refused_adapter_leaves_the_model_as_it_was(fault: str) -> None:
     base = tiny()
-    expected, names = logits(base), [name for name, _ in base.named_modules()]
+    expected, names = answers(base), [name for name, _ in base.named_modules()]
     weight = base.roberta.encoder.layer[1].attention.self.key.weight.data
     kept = weight[3, 4].clone()
     config = {
@@ -341,10 +342,10 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(fault: str) -> None:
         peft.get_peft_model(base, SivaConfig(task_type="SEQ_CLS", **config[fault]))
     weight[3, 4] = kept
     assert [name for name, _ in base.named_modules()] == names
-    assert logits(base).equal(expected)
+    assert answers(base).equal(expected)
     assert all(p.requires_grad for p in base.parameters())
     model = peft.get_peft_model(base, SivaConfig(r=3, task_type="SEQ_CLS"))
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    torch.testing.assert_close(answers(model), expected, **CLOSE)
 
 
 def test_output_layers_and_shared_weights() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from samples import logits, tiny_classifier
-from siva_adapters import CLOSE, RESIDUALS, move
+from siva_adapters import CLOSE, RESIDUALS, answers, move, tiny
 
 from fastpeft import FastpeftError, SivaConfig
 from fastpeft.siva.layer import SivaLinear
@@ -21,10 +20,10 @@ PISSA = {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa", "target_modules"
 def trained(folder: Path, kind: str = "Roberta", task_type: str | None = "SEQ_CLS", **config: Any) -> torch.Tensor:
     """Save a PiSSA adapter that training has moved, and tell the logits that its folder gives in PEFT."""
     given = peft.LoraConfig(**{**PISSA, "task_type": task_type, **config})
-    model = move(peft.get_peft_model(tiny_classifier(kind), given), size=0.5)
+    model = move(peft.get_peft_model(tiny(kind), given), size=0.5)
     model.save_pretrained(str(folder))
-    loaded = logits(peft.PeftModel.from_pretrained(tiny_classifier(kind), str(folder)).eval())
-    torch.testing.assert_close(loaded, logits(model.eval()), **CLOSE)
+    loaded = answers(peft.PeftModel.from_pretrained(tiny(kind), str(folder)).eval())
+    torch.testing.assert_close(loaded, answers(model.eval()), **CLOSE)
     return loaded
 
 
@@ -43,20 +42,20 @@ def trained(folder: Path, kind: str = "Roberta", task_type: str | None = "SEQ_CL
 )
 def test_the_logits_are_those_of_pissa(tmp_path: Path, kind: str, config: dict[str, Any], residual: Any) -> None:
     expected = trained(tmp_path / "pissa", kind, **config)
-    model = peft.get_peft_model(tiny_classifier(kind), SivaConfig.from_pissa(tmp_path / "pissa", residual)).eval()
-    assert not torch.allclose(expected, logits(tiny_classifier(kind)), atol=1e-4)
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    model = peft.get_peft_model(tiny(kind), SivaConfig.from_pissa(tmp_path / "pissa", residual)).eval()
+    assert not torch.allclose(expected, answers(tiny(kind)), atol=1e-4)
+    torch.testing.assert_close(answers(model), expected, **CLOSE)
     model.save_pretrained(str(tmp_path / "siva"))  # from here on nothing of PiSSA's is needed
     (tmp_path / "pissa" / "adapter_config.json").unlink()
-    loaded = peft.PeftModel.from_pretrained(tiny_classifier(kind), str(tmp_path / "siva")).eval()
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
-    torch.testing.assert_close(logits(copy.deepcopy(model)), expected, **CLOSE)
-    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, **CLOSE)
+    loaded = peft.PeftModel.from_pretrained(tiny(kind), str(tmp_path / "siva")).eval()
+    torch.testing.assert_close(answers(loaded), answers(model), rtol=0, atol=0)
+    torch.testing.assert_close(answers(copy.deepcopy(model)), expected, **CLOSE)
+    torch.testing.assert_close(answers(loaded.merge_and_unload()), expected, **CLOSE)
 
 
 def test_before_training_the_factors_are_the_initial_ones(tmp_path: Path) -> None:
-    peft.get_peft_model(tiny_classifier(), peft.LoraConfig(**PISSA)).save_pretrained(str(tmp_path))
-    model = peft.get_peft_model(tiny_classifier(), SivaConfig.from_pissa(tmp_path))
+    peft.get_peft_model(tiny(), peft.LoraConfig(**PISSA)).save_pretrained(str(tmp_path))
+    model = peft.get_peft_model(tiny(), SivaConfig.from_pissa(tmp_path))
     layers = [module for module in model.modules() if isinstance(module, SivaLinear)]
     assert len(layers) == 4
     for layer in layers:
@@ -85,7 +84,7 @@ def test_other_layers_are_refused_before_one_is_touched(tmp_path: Path) -> None:
     trained(tmp_path)
     config = SivaConfig.from_pissa(tmp_path)
     config.target_modules = {"query"}
-    base = tiny_classifier()
+    base = tiny()
     with pytest.raises(FastpeftError, match=r"other layers than this model: roberta\.encoder\.layer\.0\.\S+\.key"):
         peft.get_peft_model(base, config)
     assert not any(isinstance(module, SivaLinear) for module in base.modules())

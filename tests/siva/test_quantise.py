@@ -11,8 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from samples import logits, tiny_classifier
-from siva_adapters import CLOSE, move
+from siva_adapters import CLOSE, answers, move, tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -65,7 +64,7 @@ def quantised(kind: str, **arguments: Any) -> Any:
 
 def adapted(kind: str, **config: Any) -> Any:
     config = {"r": 2, "task_type": "SEQ_CLS", "residual_dtype": kind} | config
-    return peft.get_peft_model(tiny_classifier(), SivaConfig(**config)).eval()
+    return peft.get_peft_model(tiny(), SivaConfig(**config)).eval()
 
 
 # -- formats -----------------------------------------------------------------------------------------------------
@@ -279,8 +278,8 @@ def test_a_saved_adapter_makes_its_residual_again(tmp_path: Path, kind: Any, ite
     model.save_pretrained(tmp_path)
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
     assert size < 60_000, "factors alone"
-    loaded = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
-    assert logits(loaded).equal(logits(model))
+    loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
+    assert answers(loaded).equal(answers(model))
     assert "residual_dtype" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
@@ -298,17 +297,17 @@ def test_an_exported_lora_carries_the_change_to_the_exact_weights(tmp_path: Path
     with caplog.at_level(logging.WARNING):
         save_as_lora(model, tmp_path)
     assert "residual_dtype='int8'" in caplog.text
-    lora = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
-    assert 0 < relative(logits(lora), logits(model)) < 0.05
+    lora = peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
+    assert 0 < relative(answers(lora), answers(model)) < 0.05
 
 
 def test_a_pissa_adapter_can_go_on_with_a_quantised_residual(tmp_path: Path) -> None:
     pissa = peft.LoraConfig(r=2, init_lora_weights="pissa", task_type="SEQ_CLS", target_modules=["query", "key"])
-    trained = move(peft.get_peft_model(tiny_classifier(), pissa), size=0.1).eval()
+    trained = move(peft.get_peft_model(tiny(), pissa), size=0.1).eval()
     trained.save_pretrained(tmp_path)
     config = SivaConfig.from_pissa(tmp_path, residual_dtype="int8")
-    model = peft.get_peft_model(tiny_classifier(), config).eval()
-    assert 0 < relative(logits(model), logits(trained)) < 0.05
+    model = peft.get_peft_model(tiny(), config).eval()
+    assert 0 < relative(answers(model), answers(trained)) < 0.05
 
 
 @pytest.mark.long(but="nf4")

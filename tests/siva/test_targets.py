@@ -14,8 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from samples import TINY, logits
-from siva_adapters import CLOSE, move, tiny, token_ids, trained
+from siva_adapters import CLOSE, SHAPE, answers, move, tiny, token_ids, trained
 from torch import nn
 
 from fastpeft import FastpeftError, SivaConfig, SivaLinear
@@ -41,12 +40,12 @@ def layer_names(model: nn.Module) -> set[str]:
 )
 def test_query_and_key_by_default(kind: str, head: str, names: set[str]) -> None:
     base = tiny(kind, head)
-    expected = logits(base)
+    expected = answers(base)
     model = peft.get_peft_model(base, SivaConfig(r=2))
     found = layer_names(model)
     assert {name.rpartition(".")[2] for name in found} == names
     assert len(found) == 2 * len(names)
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    torch.testing.assert_close(answers(model), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(("kind", "fused"), [("ModernBert", "Wqkv"), ("GPT2", "c_attn")])
@@ -56,12 +55,12 @@ def test_fused_projections_are_named(kind: str, fused: str) -> None:
     if kind == "ModernBert":
         special |= {"cls_token_id": 1, "sep_token_id": 2}
     base = tiny(kind, head, **special)
-    expected = logits(base)
+    expected = answers(base)
     with pytest.raises(FastpeftError, match=rf"fuses with others in '{fused}'.*target_modules=\['{fused}'\]"):
         peft.get_peft_model(base, SivaConfig(r=2))
     model = peft.get_peft_model(base, SivaConfig(r=2, target_modules=[fused]))
     assert len(layer_names(model)) == 2
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    torch.testing.assert_close(answers(model), expected, **CLOSE)
 
 
 def test_unknown_projections_are_listed() -> None:
@@ -106,7 +105,7 @@ def test_a_head_is_known_beside_a_backbone_in_parts(
     assert (linear == parts) is (head == "Model")
 
 
-EXPERTS = TINY | {"num_key_value_heads": 2, "num_local_experts": 4, "num_hidden_layers": 2}
+EXPERTS = SHAPE | {"num_key_value_heads": 2, "num_local_experts": 4, "num_hidden_layers": 2}
 WAV2VEC2_SIZES = {
     **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
     **{"conv_dim": [16, 16], "conv_kernel": [4, 4], "conv_stride": [2, 2], "num_feat_extract_layers": 2},
@@ -130,7 +129,7 @@ VIT_SIZES = {
         ),
         ("Wav2Vec2", "Model", WAV2VEC2_SIZES, ""),  # convolutions, and one with weight_norm
         ("ViT", "Model", VIT_SIZES, ""),  # embeddings of positions
-        ("Roberta", "ForSequenceClassification", TINY, ""),
+        ("Roberta", "ForSequenceClassification", SHAPE, ""),
     ],
     ids=["Mixtral", "Wav2Vec2", "ViT", "Roberta"],
 )
@@ -160,11 +159,11 @@ XLNET_SIZES = {"vocab_size": 50, "d_model": 16, "n_layer": 1, "n_head": 2, "d_in
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 NEW_HEADS = [
     ("Bart", "ForSequenceClassification", BART_SIZES),  # classification_head
-    ("DebertaV2", "ForSequenceClassification", TINY | {"pooler_hidden_size": 16}),  # pooler, classifier
+    ("DebertaV2", "ForSequenceClassification", SHAPE | {"pooler_hidden_size": 16}),  # pooler, classifier
     ("XLNet", "ForSequenceClassification", XLNET_SIZES),  # sequence_summary, logits_proj
     ("DistilBert", "ForSequenceClassification", {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}),
-    ("ModernBert", "ForQuestionAnswering", TINY | SPECIAL),  # head, classifier
-    ("BigBird", "ForQuestionAnswering", TINY | {"attention_type": "original_full"}),  # qa_outputs within qa_classifier
+    ("ModernBert", "ForQuestionAnswering", SHAPE | SPECIAL),  # head, classifier
+    ("BigBird", "ForQuestionAnswering", SHAPE | {"attention_type": "original_full"}),  # qa_outputs within qa_classifier
 ]
 
 
