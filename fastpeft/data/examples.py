@@ -18,7 +18,7 @@ from fastpeft.data.columns import Columns, check_separated, class_names, own_col
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation
 from fastpeft.data.names import DEMO
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, TAGGING, Problem, get_problem
-from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, prompt_key, shuffled, stratified, text_key
+from fastpeft.data.splitting import STRATIFIED, Labelled, divide, shuffled, text_key
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
 from fastpeft.data.values import SEPARATOR, RowRef, as_class, as_flag, as_labels, as_score, as_tags, as_text, as_words
 from fastpeft.errors import FastpeftError, install
@@ -33,9 +33,6 @@ _DEMO_DEV_ROWS = 1_000
 _DEMO_SPLIT_SEED = 0
 _DEMO_LABELS = {"0": "negative", "1": "positive"}
 
-# a dev part is split off where none is given
-_DEV_SHARE = 0.1
-_MAX_DEV_ROWS = 1_000
 # more classes than this, and than half the rows, are no classes
 _SURELY_CLASSES = 20
 _SHOWN_CLASSES = 10  # of the counts that are logged
@@ -150,7 +147,7 @@ def load_data(
     else:
         description = ", ".join(Path(table.name).name for table in tables)
     seen = parts[0]  # of one table the dev rows too: a split by shuffling may leave a rare class to them alone
-    parts, held_out = _divide(parts, problem, split, split_seed, hold_out)
+    parts, held_out = divide(parts, problem, split, split_seed, hold_out)
     named = [chosen[0].label] if problem is REGRESSION else names[0]
     labels = _name_labels(seen, parts[1], named, problem, data)
     if problem is CLASSIFICATION and given is None and (joined := _joined(labels)):
@@ -268,58 +265,6 @@ def _load_demo() -> list[Table]:
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
-
-Labelled = list[tuple[Any, Any]]  # (text, pair or words; class name, number, tag names or label names)
-
-
-def _divide(
-    read: list[Labelled], problem: Problem, split: str | None, seed: int, hold_out: bool
-) -> tuple[list[Labelled], str]:
-    """Rows to train on, to measure on and with `hold_out` to choose a threshold by, and what to say of this division.
-
-    Args:
-        read: the rows of each table.
-        problem, split, hold_out: as `load_data` has them.
-        seed: decides which rows are held out.
-    """
-    parts, said = read, ""
-    if split is None:
-        parts = [read[0], read[-1]]
-    elif len(read) == 1:
-        parts = _split(read[0], problem, split, seed)
-        dev_rows = len(parts[1])
-        said = f", {dev_rows:,} rows held out by seed {seed}"
-        logger.info("no dev part: %d of %d rows held out (%s, seed %d)", dev_rows, len(read[0]), split, seed)
-    if hold_out:
-        rest, held = _split(parts[0], problem, split or STRATIFIED, seed)
-        parts = [rest, parts[1], held]
-        said += f", {len(held):,} more kept apart to choose a threshold by"
-        logger.info("%d training rows are kept apart to choose a threshold by", len(held))
-    return parts, said
-
-
-def _split(part: Labelled, problem: Problem, split: str, seed: int) -> list[Labelled]:
-    """Training and dev rows, in an order that `seed` decides."""
-    if len(part) < 2:
-        raise FastpeftError(f"{len(part)} row is too few to train and measure on; give at least 2.")
-    dev_rows = min(max(1, round(_DEV_SHARE * len(part))), _MAX_DEV_ROWS)
-    if split == SHUFFLED:
-        rows = shuffled(len(part), dev_rows, seed)
-    else:
-        key = prompt_key if problem is NEXT_WORDS else text_key
-        rows = stratified([key(text) for text, _ in part], _strata(part, problem, dev_rows), dev_rows, seed)
-    return [[part[row] for row in side] for side in rows]
-
-
-def _strata(part: Labelled, problem: Problem, dev_rows: int) -> list[tuple[Any, ...]]:
-    """Of each row its class, its different tags or labels, "" for no label, or the bin of its number; of texts alone
-    nothing."""
-    labels = [label for _, label in part]
-    if problem.of_texts_alone:
-        return [()] * len(labels)
-    if problem is REGRESSION:
-        return [(number,) for number in bins(labels, dev_rows)]
-    return [(label,) if isinstance(label, str) else tuple(dict.fromkeys(label)) or ("",) for label in labels]
 
 
 def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence[str] | None) -> Labelled:

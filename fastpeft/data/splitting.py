@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -11,11 +12,19 @@ from itertools import chain
 from typing import Any
 
 from fastpeft.data.conversations import Conversation
+from fastpeft.data.problems import NEXT_WORDS, REGRESSION, Problem
 from fastpeft.errors import FastpeftError
 
 STRATIFIED, SHUFFLED = "stratified", "shuffled"
 SPLITS = (STRATIFIED, SHUFFLED)
 _BINS = 10  # of numbers, at most
+# a dev part is split off where none is given
+_DEV_SHARE = 0.1
+_MAX_DEV_ROWS = 1_000
+
+Labelled = list[tuple[Any, Any]]  # (text, pair or words; class name, number, tag names or label names)
+
+logger = logging.getLogger(__name__)
 
 
 def text_key(text: Any) -> Hashable:
@@ -35,6 +44,56 @@ def prompt_key(text: Any) -> Hashable:
 def digest(text: Any) -> str:
     """Tells a text, pair or list of words from others, without showing it: 12 hex digits of the SHA-256 of its key."""
     return hashlib.sha256(json.dumps(text_key(text)).encode()).hexdigest()[:12]
+
+
+def divide(
+    read: list[Labelled], problem: Problem, split: str | None, seed: int, hold_out: bool
+) -> tuple[list[Labelled], str]:
+    """Rows to train on, to measure on and with `hold_out` to choose a threshold by, and what to say of this division.
+
+    Args:
+        read: the rows of each table.
+        problem, split, hold_out: as `fastpeft.data.examples.load_data` has them.
+        seed: decides which rows are held out.
+    """
+    parts, said = read, ""
+    if split is None:
+        parts = [read[0], read[-1]]
+    elif len(read) == 1:
+        parts = _split(read[0], problem, split, seed)
+        dev_rows = len(parts[1])
+        said = f", {dev_rows:,} rows held out by seed {seed}"
+        logger.info("no dev part: %d of %d rows held out (%s, seed %d)", dev_rows, len(read[0]), split, seed)
+    if hold_out:
+        rest, held = _split(parts[0], problem, split or STRATIFIED, seed)
+        parts = [rest, parts[1], held]
+        said += f", {len(held):,} more kept apart to choose a threshold by"
+        logger.info("%d training rows are kept apart to choose a threshold by", len(held))
+    return parts, said
+
+
+def _split(part: Labelled, problem: Problem, split: str, seed: int) -> list[Labelled]:
+    """Training and dev rows, in an order that `seed` decides."""
+    if len(part) < 2:
+        raise FastpeftError(f"{len(part)} row is too few to train and measure on; give at least 2.")
+    dev_rows = min(max(1, round(_DEV_SHARE * len(part))), _MAX_DEV_ROWS)
+    if split == SHUFFLED:
+        rows = shuffled(len(part), dev_rows, seed)
+    else:
+        key = prompt_key if problem is NEXT_WORDS else text_key
+        rows = stratified([key(text) for text, _ in part], _strata(part, problem, dev_rows), dev_rows, seed)
+    return [[part[row] for row in side] for side in rows]
+
+
+def _strata(part: Labelled, problem: Problem, dev_rows: int) -> list[tuple[Any, ...]]:
+    """Of each row its class, its different tags or labels, "" for no label, or the bin of its number; of texts alone
+    nothing."""
+    labels = [label for _, label in part]
+    if problem.of_texts_alone:
+        return [()] * len(labels)
+    if problem is REGRESSION:
+        return [(number,) for number in bins(labels, dev_rows)]
+    return [(label,) if isinstance(label, str) else tuple(dict.fromkeys(label)) or ("",) for label in labels]
 
 
 def shuffled(rows: int, dev_rows: int, seed: int) -> tuple[list[int], list[int]]:
