@@ -400,7 +400,7 @@ def test_a_write_that_fails_leaves_nothing(place: Path, monkeypatch: pytest.Monk
 
 def test_what_is_there_stays_unless_it_may_be_replaced(place: Path) -> None:
     (place / "out.csv").write_text("before")
-    refused = run("nowhere", "a film", "--output", "out.csv", code=2).stderr
+    refused = run("classes", "a film", "--output", "out.csv", code=2).stderr
     assert "the output 'out.csv' exists. Give another name, or --overwrite" in refused
     assert (place / "out.csv").read_text() == "before"
     run("classes", "a film", "--output", "out.csv", "--overwrite")
