@@ -257,7 +257,7 @@ def test_changes_of_another_scaling_are_refused(ours: str, theirs: str) -> None:
     """They would act in another size, and a scale that is missing is no error of `load_state_dict`."""
     states = {}
     for scaling in (ours, theirs):
-        model = move(peft.get_peft_model(tiny_classifier(), config(scaling=scaling)))
+        model = move(peft.get_peft_model(tiny(), config(scaling=scaling)))
         states[scaling] = peft.get_peft_model_state_dict(model)
     with pytest.raises(FastpeftError, match="trained with another scaling"):
         peft.set_peft_model_state_dict(model, states[ours])
