@@ -166,7 +166,12 @@ def check_kind(base_layer: nn.Module, name: str) -> None:
 
 
 def check_base(base_layer: nn.Module, residual: str, name: str) -> None:
-    """Raise `FastpeftError` if the residual would replace a weight in 4 bits."""
+    """Raise `FastpeftError` if the residual would replace a weight in 4 bits, or the weight is elsewhere."""
+    if base_layer.weight.is_meta and hasattr(base_layer, "_hf_hook"):
+        raise FastpeftError(
+            f"{name}: accelerate keeps its weight elsewhere (offload), so none can be decomposed. Load the base with "
+            "a device_map that leaves it on a device, or in fewer bits."
+        )
     if residual == "frozen" and is_in_4_bits(base_layer):
         raise FastpeftError(
             f"{name}: its weight is in 4 bits, which hold no other weight in its place. Use residual='implicit'."

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from packaging.version import Version
 from peft.utils.hotswap import hotswap_adapter
 from samples import save_tiny_model
@@ -250,6 +251,13 @@ def test_injected_into_a_model_that_stays_itself(by_state_dict: bool) -> None:
     peft.set_peft_model_state_dict(injected, plain)
     assert answers(injected.eval()).equal(answers(model))
     assert answers(copy.deepcopy(injected)).equal(answers(model))
+
+
+def test_a_base_that_accelerate_keeps_elsewhere_is_refused() -> None:
+    base = tiny()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    with pytest.raises(FastpeftError, match=r"query: accelerate keeps its weight elsewhere .* Load the base with"):
+        peft.get_peft_model(base, config())
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("spectral", "plain"), ("plain", "spectral")])
