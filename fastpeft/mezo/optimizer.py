@@ -68,7 +68,8 @@ class MeZO(torch.optim.Optimizer):
         on_nonfinite: what to do when a loss or an update is not finite. "stop" raises an error; "skip" logs a warning
             and makes a step that changes nothing, to rounding.
         defer: leave the end of a step to the next one, which saves one pass over the weights a step. Between steps the
-            weights are not those of the model until `settle()` is called. Deferring changes no bit.
+            weights are not those of the model until `settle()` is called, so call it before anything else reads or
+            saves them, as `save_state` of accelerate. Deferring changes no bit.
         restore: "in_place" as above, or "exact", for half precision, where each pass in place costs a rounding
             (`bench/mezo_drift.py` measures the drift). With "exact" the perturbed weights exist only in a scratch
             buffer of the size of the largest module, which is filled when the forward reaches a module (for embeddings,
