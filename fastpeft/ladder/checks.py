@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
@@ -16,6 +19,26 @@ def check_base(base: nn.Module, backbone: Backbone) -> None:
             "the base is not the module that this LadderModel was made with. nn.DataParallel copies it: use one "
             "GPU, or a process per GPU by torchrun. If you replaced it, make a new LadderModel."
         )
+
+
+def check_adapters_around(model: nn.Module, trained: Collection[str]) -> None:
+    """Raise `FastpeftError` if an adapter was put around a `LadderModel`, unless it is in the base's head alone.
+
+    Nothing is propagated back to one in the backbone, and the side network reads its own weights without their layers.
+
+    Args:
+        model: the `LadderModel`.
+        trained: names of the parameters that it trains.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and any(each.requires_grad for each in module.parameters()):
+            of_head = any(name.startswith(f"{path}.") for name in trained)
+            if path.startswith("side.") or not of_head:
+                raise FastpeftError(
+                    f"an adapter was put into {path} of a LadderModel, where it would learn nothing or not be read. "
+                    "Make the model anew, or put the adapter into the base first and set train_adapters=True in the "
+                    "LadderConfig."
+                )
 
 
 def check_inputs(backbone: Backbone, given: Tensor | None) -> None:

@@ -20,7 +20,15 @@ from fastpeft.ladder.backbone import Backbone, activation_of
 from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import FeatureCache
 from fastpeft.ladder.causality import check_told, decide_causal, predicts_next_tokens
-from fastpeft.ladder.checks import check_attentions, check_base, check_inputs, check_labels, check_mask, check_positions
+from fastpeft.ladder.checks import (
+    check_adapters_around,
+    check_attentions,
+    check_base,
+    check_inputs,
+    check_labels,
+    check_mask,
+    check_positions,
+)
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, pack
@@ -179,6 +187,11 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
 
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_config":  # which PEFT sets where it has put an adapter
+            check_adapters_around(self, self._trained)
+        super().__setattr__(name, value)
 
     def init_weights(self) -> None:
         """Nothing: the base comes initialised, and the side network's layers initialise themselves."""

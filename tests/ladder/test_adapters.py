@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ def with_siva(layers: list[int], base: Any = None, **changes: Any) -> Any:
 
 def beside(layers: list[int], **changes: Any) -> LadderModel:
     return ladder(with_siva(layers, **changes).eval(), train_adapters=True)
+
+
+@pytest.mark.parametrize("config", [SivaConfig(r=2), peft.LoraConfig(r=2, target_modules=["query", "value"])], ids=type)
+@pytest.mark.parametrize("put", [peft.get_peft_model, lambda model, config: model.add_adapter(config)])
+def test_an_adapter_around_a_side_network_is_refused(put: Callable[[Any, Any], Any], config: Any) -> None:
+    with pytest.raises(
+        FastpeftError, match=r"into base\.\S+query of a LadderModel, where it would learn nothing.*into the base first"
+    ):
+        put(ladder(), config)
 
 
 # -- what trains -----------------------------------------------------------------------------------------------------
