@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -59,6 +60,8 @@ from fastpeft.ladder.sources import (
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.processes import agreed
+
+_DIVISOR = "num_items_in_batch"  # the Trainer's: what a decoder learns in all micro-batches of a step
 
 
 class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
@@ -188,6 +191,12 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss is divided by the Trainer's `num_items_in_batch`: where that of a decoder is."""
+        inputs = inspect.signature(self.backbone.core.forward).parameters.values()
+        return self._generates and any(each.kind is each.VAR_KEYWORD for each in inputs)  # as transformers tells it
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "peft_config":  # which PEFT sets where it has put an adapter
             check_adapters_around(self, self._trained)
@@ -289,7 +298,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             use_cache: True keeps what later passes need of these tokens, for decoders in evaluation mode.
             cache_position, logits_to_keep: as the base takes them, where it knows them.
             output_attentions: refused if true.
-            others: other inputs that the base's forward names, such as `bbox` of LayoutLM.
+            others: other inputs that the base's forward names, such as `bbox` of LayoutLM; beside a decoder
+                `num_items_in_batch` too, by which its loss is divided in place of the number of its own labels.
 
         Raises:
             FastpeftError: the features do not have the shape of the input, the base was copied or replaced, it has no
@@ -303,6 +313,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         text = input_ids if input_ids is not None else inputs_embeds
         check_inputs(self.backbone, inputs if plain else text if text is not None else pixel_values)
         check_labels(self.backbone, labels, start_positions, end_positions)
+        takes = _DIVISOR in others and self.accepts_loss_kwargs
+        divisor = {_DIVISOR: others.pop(_DIVISOR)} if takes else {}
         check_others(self.backbone, others, LadderModel.forward)
         cache = cache_of_pass(self.backbone, given_cache(cache, past_key_values), use_cache, self.training)
         past = 0 if cache is None else cache.get_seq_length()
@@ -340,7 +352,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         source = self._source or choose_source(self.feature_cache if keeps else None, arguments)
         called = arguments if plain else self.backbone.after_context(arguments)
         with LadderPass(self.backbone, run, arguments, self.gradients_from).around_base(source):
-            outputs = self.base(inputs) if plain else self.base(**called, return_dict=True)
+            outputs = self.base(inputs) if plain else self.base(**called, **divisor, return_dict=True)
         if not plain:
             outputs = with_own_cache(outputs, cache)
         else:

@@ -205,7 +205,7 @@ def test_what_an_answer_depends_on_is_not_lost(tmp_path: Path) -> None:
     assert load_data(file, problem_type="next_words", text_column="input,output").train.is_pair
 
 
-@pytest.mark.parametrize("method", ["full", "siva"])
+@pytest.mark.parametrize("method", ["full", "siva", "lst"])
 def test_accumulated_parts_are_one_batch(tmp_path: Path, config: TrainConfig, method: str) -> None:
     """Completions of one and of eight words: every word counts alike, whatever part of the step it is in."""
     rows = [{"prompt": "film", "completion": " plot" * (1 + 7 * (row % 2))} for row in range(8)]
