@@ -185,7 +185,8 @@ class Journal:
         """Raise a FastpeftError unless the run had the settings `found`, by their names in the header."""
         for name, value in found.items():
             if self.header[name] != value:
-                what = name if name == "groups" else f"{name} {self.header[name]!r}, not {value!r}"
+                theirs = self.header[name]
+                what = _first_difference(theirs, value) if name == "groups" else f"{name} {theirs!r}, not {value!r}"
                 raise FastpeftError(
                     f"MeZO: the journal {self.path} is of a run with another {what}. Use the settings of that run, or "
                     "an optimizer without this journal."
@@ -239,3 +240,21 @@ class Journal:
 
     def _unpack(self, content: bytes) -> Iterator[Record]:
         return self._format.unpack(content, self._start, self.begins_at, self.path)
+
+
+def _first_difference(theirs: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> str:
+    """In which setting or parameter the groups of two runs differ first."""
+
+    def in_words(parameter: Mapping[str, Any]) -> str:
+        return f"{parameter['name']} {parameter['shape']} in {parameter['dtype'].removeprefix('torch.')}"
+
+    for index, (one, other) in enumerate(zip(theirs, ours)):
+        for name in ("eps", "weight_decay"):
+            if one[name] != other[name]:
+                return f"{name} of group {index}, {one[name]}, not {other[name]}"
+        for mine, its in zip(one["parameters"], other["parameters"]):
+            if mine != its:
+                return f"parameter in group {index}, {in_words(mine)}, not {in_words(its)}"
+        if len(one["parameters"]) != len(other["parameters"]):
+            return f"number of parameters in group {index}, {len(one['parameters'])}, not {len(other['parameters'])}"
+    return f"number of groups, {len(theirs)}, not {len(ours)}"

@@ -402,9 +402,18 @@ def test_what_does_not_fit_the_journal_is_refused(tmp_path: Path) -> None:
         Journal.open(file).replay(network(torch.float64))
     with pytest.raises(FastpeftError, match=r"exists\. Resume"):
         optimizer_of(network()).record(file)
-    for settings, what in (({"seed": 1}, "seed 0, not 1"), ({"weight_decay": 0.5}, "another groups")):
+    for settings, what in (
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"weight_decay": 0.5}, "weight_decay of group 0, .*not 0.5"),
+    ):
         with pytest.raises(FastpeftError, match=what):
             optimizer_of(network(), **settings).resume(file)
+    for other, what in (
+        (network(torch.float64), r"parameter in group 0, 0\.weight \[.*\] in float32, not 0\.weight \[.*\] in float64"),
+        (nn.Sequential(nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 3)), "parameters in group 0, 2, not 1"),
+    ):
+        with pytest.raises(FastpeftError, match=what):
+            optimizer_of(other).resume(file)
     with pytest.raises(FastpeftError, match="cannot read the journal"):
         optimizer_of(network()).resume(tmp_path / "none")
     with pytest.raises(FastpeftError, match="takes no further parameters"):
