@@ -42,10 +42,16 @@ def check_adapters_around(model: nn.Module, trained: Collection[str]) -> None:
 
 
 def check_inputs(backbone: Backbone, given: Tensor | None) -> None:
-    """Raise `FastpeftError` if the base is given nothing to read."""
+    """Raise `FastpeftError` if the base is given nothing to read, or one row that is in no batch."""
+    kind = type(backbone.core).__name__
     if given is None:
         names = "inputs" if backbone.plain else "input_ids, inputs_embeds or pixel_values"
-        raise FastpeftError(f"LadderModel beside a {type(backbone.core).__name__} got no {names}. Give it.")
+        raise FastpeftError(f"LadderModel beside a {kind} got no {names}. Give it.")
+    if given.dim() < 2:
+        raise FastpeftError(
+            f"LadderModel beside a {kind} got a tensor of shape {tuple(given.shape)}; it takes a batch, whose first "
+            "dimension is rows. Of one row give row[None]."
+        )
 
 
 def check_labels(backbone: Backbone, *labels: Tensor | None) -> None:

@@ -409,6 +409,11 @@ class LadderPool:
 
     def _check_batch(self, batch: Batch) -> dict[str, Tensor]:
         """The batch on the backbone's device; an input `(1, T)` is that of each row."""
+        if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
+            raise FastpeftError(
+                'a pool takes a batch as a dictionary of tensors, such as tokenizer(texts, return_tensors="pt"). Give '
+                "it one."
+            )
         unknown = batch.keys() - {*INPUTS, *LABELS, _MASKS}
         if unknown or not ("input_ids" in batch or "inputs_embeds" in batch):
             raise FastpeftError(

@@ -434,6 +434,7 @@ def test_layers_that_do_not_run_are_refused() -> None:
     ("inputs", "message"),
     [
         ({}, "got no input_ids, inputs_embeds or pixel_values"),
+        ({"input_ids": IDS[0]}, r"got a tensor of shape \(9,\); it takes a batch"),
         ({"input_ids": IDS, "attention_mask": MASK[:, None, None]}, r"attention_mask has the shape \(3, 1, 1, 9\)"),
         ({"input_ids": IDS, "attention_mask": MASK[:, 1:]}, r"attention_mask has the shape \(3, 8\)"),
         ({"input_ids": IDS, "output_attentions": True}, "output_attentions=True, but a side network keeps no"),

@@ -168,6 +168,8 @@ def test_what_a_pool_refuses(tmp_path: Path) -> None:
         "takes no labels": ({**BATCH, "labels": MASK[:, 0]}, ["a"] * 3),
         "a pool takes input_ids": ({**BATCH, "texts": MASK}, ["a"] * 3),
         "has no entries": ({}, []),
+        "a pool takes a batch as a dictionary of tensors": (IDS, ["a"] * 3),
+        "takes a batch as a dictionary": ({**BATCH, "input_ids": IDS.tolist()}, ["a"] * 3),
         "attention_mask has the shape": ({**BATCH, "attention_mask": MASK[:, :4]}, ["a"] * 3),
         "position_ids has the shape": ({**BATCH, "position_ids": IDS[:2]}, ["a"] * 3),
     }.items():
