@@ -47,7 +47,7 @@ def check_inputs(backbone: Backbone, given: Tensor | None) -> None:
     if given is None:
         names = "inputs" if backbone.plain else "input_ids, inputs_embeds or pixel_values"
         raise FastpeftError(f"LadderModel beside a {kind} got no {names}. Give it.")
-    if given.dim() < 2:
+    if not backbone.plain and given.dim() < 2:
         raise FastpeftError(
             f"LadderModel beside a {kind} got a tensor of shape {tuple(given.shape)}; it takes a batch, whose first "
             "dimension is rows. Of one row give row[None]."

@@ -410,9 +410,8 @@ class MeZOTrainer(Trainer):
         for batch in batches:
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
-            loss = torch.as_tensor(
-                loss, dtype=None if isinstance(loss, Tensor) else torch.float64
-            )  # a rate is a number
+            if not isinstance(loss, Tensor):  # a number, as an error rate may be
+                loss = torch.tensor(loss, dtype=torch.float64)
             total = total + loss.mean()  # one loss per device under DataParallel
         return total / len(batches) if self.compute_loss_func is None else total
 
