@@ -56,7 +56,8 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Te
             f"int8_linear: x is on the device {x.device}, codes on {codes.device} and sums on {sums.device}; put all "
             "on one."
         )
-    return multiply(x, codes, scales, sums, bias)
+    with torch.no_grad():
+        return multiply(x, codes, scales, sums, bias)
 
 
 def frozen_head_cross_entropy(

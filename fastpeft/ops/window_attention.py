@@ -24,14 +24,15 @@ from fastpeft.ops.window_composed import (
 def window_attention_reference(q: Tensor, c: Tensor, p: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """`softmax(q (C + p)^T) (C + p)` over the k * T keys of a window, and its log-sum-exp.
 
-    q `(B, H, T, D)`, c `(B, S, T, D)`, p `(k, D)`, mask `(B, T)` -> out `(B, H, T, D)`, lse `(B, H, T)` in float32.
+    q `(B, H, T, D)`, c `(B, S, T, D)`, p `(k, D)`, mask `(B, T)` -> out `(B, H, T, D)`, lse `(B, H, T)`, float32 or,
+    of float64, float64.
     A slot outside the backbone has T equal keys `p_i`, computed as one key: the logarithm of the number of visible
     tokens is added to its score.
     """
     keys = _window_keys(q, c, p, window)
     scores, nothing = _window_scores(q, keys, window)
     out = (scores.softmax(-1) @ keys).masked_fill(nothing[..., None], 0)
-    return out.to(q.dtype), scores.logsumexp(-1).masked_fill(nothing, -torch.inf).to(torch.float32)
+    return out.to(q.dtype), scores.logsumexp(-1).masked_fill(nothing, -torch.inf)
 
 
 def window_attention_backward_reference(
@@ -82,7 +83,7 @@ def _hidden_tokens(window: Window, batch: int, tokens: int, device: torch.device
 
 def _window_keys(q: Tensor, c: Tensor, p: Tensor, window: Window) -> Tensor:
     """The keys of all heads, which are also the values: `(B, 1, S T + k - S, D)`, those of absent slots last."""
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = _accumulated_in(q)
     real, p = c.to(compute, copy=True, memory_format=torch.contiguous_format), p.to(compute)
     window.drop_(real)
     real = real + p[list(window.slots), None]
@@ -100,6 +101,10 @@ def _window_scores(q: Tensor, keys: Tensor, window: Window) -> tuple[Tensor, Ten
     return torch.cat((of_real, of_absent), dim=-1), nothing[:, None]
 
 
+def _accumulated_in(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 _AT_ONCE = 2**18  # values of the keys of one call: with fewer, the overhead of a call is as large as its work
 
 
@@ -111,10 +116,10 @@ def window_attention_aten(q: Tensor, c: Tensor, p: Tensor, window: Window) -> tu
     keys = _fused_keys(q, c, p, window)
     rows = _rows(q, keys.dtype)
     if 0 in (rows.shape[2], keys.shape[2]):  # PyTorch divides by these
-        return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+        return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=keys.dtype)
     bias, nothing = _fused_bias(q, p, window, keys.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, keys, keys, attn_mask=bias, scale=1.0)
-    lse = lse.view(q.shape[:-1]).to(torch.float32)
+    lse = lse.view(q.shape[:-1]).to(keys.dtype)
     if nothing is not None:  # PyTorch's out is 0 there, but so is its lse
         lse.masked_fill_(nothing, -torch.inf)
     return out.view(q.shape).to(q.dtype), lse
@@ -187,7 +192,7 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _fused_keys(q: Tensor, c: Tensor, p: Tensor, window: Window) -> Tensor:
     """The keys, which are also the values: `(B, 1, S T + k - S, D)`, those of absent slots last, without a copy."""
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = _accumulated_in(q)
     batch, real, tokens, width = c.shape
     absent, p = window.absent(p), p.to(compute)
     keys = c.new_empty(batch, 1, real * tokens + len(absent), width, dtype=compute)
@@ -225,7 +230,7 @@ def _fused_bias(q: Tensor, p: Tensor, window: Window, dtype: torch.dtype) -> tup
 
 
 def _window_attention_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=_accumulated_in(q))
 
 
 def _window_attention_backward_shapes(_: Tensor, q: Tensor, c: Tensor, p: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -253,8 +258,8 @@ def _backward(form: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# out (B, H, T, D) in the dtype of q, and the log-sum-exp of the scores (B, H, T) in float32; the seed is one int64
-# on the device of q, which a replayed CUDA graph reads anew, None where nothing is dropped
+# out (B, H, T, D) in the dtype of q, and the log-sum-exp of the scores (B, H, T) in float32 or float64; the seed is one
+# int64 on the device of q, which a replayed CUDA graph reads anew, None where nothing is dropped
 define(
     "window_attention",
     "(Tensor q, Tensor c, Tensor p, Tensor? mask, int[] slots, bool causal, float dropout, Tensor? seed, int block) "

@@ -34,14 +34,18 @@ from fastpeft.support.hub import HUB_ARGUMENTS, source_options
 
 @dataclass
 class PromptCollator(DataCollatorWithPadding):
-    """Pads rows of `Prompt.encode` to a batch; like `DataCollatorWithPadding`, but the masks' positions follow their
-    tokens where a tokenizer pads on the left."""
+    """Pads rows of `Prompt.encode` to a batch; like `DataCollatorWithPadding`, but rows with `mask_positions` on the
+    right, also for a tokenizer that pads on the left: there padding would move the tokens, and a model with learned
+    positions would answer a text otherwise than alone."""
 
     def __call__(self, features: list[TokenRow]) -> Any:
         batch = super().__call__(features)
         if self.tokenizer.padding_side == "left" and "mask_positions" in batch:
-            lengths = torch.tensor([len(row["input_ids"]) for row in features])
-            batch["mask_positions"] += batch["input_ids"].shape[1] - lengths
+            tokens = batch["input_ids"].shape[1]
+            padding = tokens - torch.tensor([len(row["input_ids"]) for row in features])
+            moved = (torch.arange(tokens) + padding[:, None]) % tokens
+            for name in (name for name, value in batch.items() if value.dim() == 2):
+                batch[name] = batch[name].gather(1, moved)
         return batch
 
 
@@ -226,12 +230,16 @@ class PromptModel(PreTrainedModel):
 
         With no training before it, this is zero-shot classification.
         """
-        limit = max_length or Classifier(self.core, self.tokenizer, ()).max_length
+        own = getattr(getattr(self.masked_lm, "active_peft_config", None), "num_virtual_tokens", None) or 0
+        most = Classifier(self.core, self.tokenizer, ()).max_length - own
+        limit = most if max_length is None else min(max_length, most)
         return self.logits_of(self.prompt.encode(self.tokenizer, texts, max_length=limit), batch_size)
 
     @torch.no_grad()
     def logits_of(self, rows: Sequence[TokenRow], batch_size: int = 64) -> Tensor:
         """As `predict_logits`, of texts that the prompt has encoded."""
+        if batch_size < 1:
+            raise FastpeftError(f"batch_size is {batch_size}; allowed is 1 or more.")
         collate = PromptCollator(self.tokenizer)
         logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
         with dropout_off(self.modules()):

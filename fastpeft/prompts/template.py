@@ -12,9 +12,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ class Prompt:
             raise FastpeftError(f"the prompt's head is {self.head!r}; allowed are {' and '.join(HEADS)}.")
         self._check_template()
         if self.label_words is not None:
-            object.__setattr__(self, "label_words", _by_class(self.label_words))
+            before = self.template.partition(MASK)[0]
+            has_space = not before or before[-1].isspace()
+            object.__setattr__(self, "label_words", _by_class(self.label_words, has_space))
         elif self.head == "label_words":
             raise FastpeftError(
                 f"the prompt {self.template!r} has no label words. Give one word for each class, as "
@@ -138,7 +141,8 @@ class Prompt:
         """The token of each label word, as the model would predict it at the mask.
 
         A word is read in its place after the template's start, so it gets a leading space where the tokenizer tells
-        `great` from ` great` and the template has one.
+        `great` from ` great` and the template has one, as in `It was <mask>.`, or the word itself, as ` great` after
+        `Answer:<mask>`.
 
         Raises:
             FastpeftError: a word is several tokens, unknown, or the same token as another's; the message names the
@@ -237,7 +241,10 @@ class Prompt:
                 label no number of a class; or there are other labels than texts.
         """
         self._check_tokenizer(tokenizer)
+        labels = None if labels is None else list(labels)  # by position, also those of a pandas Series
         self._check_rows(texts, labels)
+        if labels is not None and self.head == "label_words":
+            labels = list(map(int, labels))  # whatever kind of number
         limit = max_length or tokenizer.model_max_length
         filled = [self._fill(tokenizer, text) for text in texts]
         if not filled:
@@ -363,11 +370,15 @@ def is_of_decoder(tokenizer: Any) -> bool:
     return tokenizer.mask_token is None
 
 
-def _by_class(words: Any) -> dict[str, str]:
-    """Label words as given, by the names of their classes in order."""
+def _by_class(words: Any, has_space: bool) -> dict[str, str]:
+    """Label words as given, by the names of their classes in order; without a space before them if there is one."""
+    if isinstance(words, Set):
+        raise FastpeftError(
+            f"the label words are a set, {words!r}, which has no order. Give a list, or a word by class."
+        )
     if not isinstance(words, Mapping):
         words = dict(enumerate([words] if isinstance(words, str) else words))
-    numbers = all(isinstance(label, int) or (isinstance(label, str) and label.isdecimal()) for label in words)
+    numbers = all(isinstance(label, Integral) or (isinstance(label, str) and label.isdecimal()) for label in words)
     if numbers and 0 in map(int, words):  # else they are names, as of stars from 1 to 5
         words = {int(label): word for label, word in words.items()}
         left_out = next((label for label in range(len(words)) if label not in words), None)
@@ -378,7 +389,7 @@ def _by_class(words: Any) -> dict[str, str]:
     for label, word in words.items():
         if not is_text(word) or not word.strip():
             raise FastpeftError(f"class {label!r} has no label word (it is {word!r}). Give one word for each class.")
-        by_class[str(label)] = word.strip()
+        by_class[str(label)] = word.strip() if has_space else word.rstrip()
     repeated = {word for word in by_class.values() if list(by_class.values()).count(word) > 1}
     if repeated or len(by_class) < 2:
         problem = f"{sorted(repeated)[0]!r} for several classes" if repeated else f"{len(by_class)} of them"
@@ -389,9 +400,14 @@ def _by_class(words: Any) -> dict[str, str]:
 
 
 def refuse_one_text(texts: Any) -> None:
-    """Raise `FastpeftError` where a text stands for several: its characters would be taken for them."""
-    if isinstance(texts, str):
+    """Raise `FastpeftError` where a text stands for several, or a table for a column: its characters, or the names of
+    its columns, would be taken for them."""
+    if isinstance(texts, (str, bytes)):
         raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
+        raise FastpeftError(
+            f"texts is a table, a {type(texts).__name__}; it must be a sequence of texts. Give a column."
+        )
 
 
 def is_text(value: Any) -> bool:

@@ -101,7 +101,9 @@ def test_reads_any_layout() -> None:
 def test_other_dtypes_are_computed_in_float32(dtype: torch.dtype) -> None:
     x, *others = operands((6,), 20, 9, torch.float32)
     expected = int8_linear(x.to(dtype).float(), *others).to(dtype)
-    torch.testing.assert_close(functional.int8_linear(x.to(dtype), *others), expected)
+    found = functional.int8_linear(x.to(dtype).requires_grad_(), *others)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize("wrap", [lambda layer: freeze(layer, "int8"), lambda layer: QuantisedLinear(layer, "int8")])

@@ -74,7 +74,7 @@ def test_equals_loops_over_every_key(data: st.DataObject, window: int, heads: in
     out, lse = reference.window_attention(q, c, p, mask, slots, causal, 0.0, None, 0)
     expected, expected_lse = long_form(q, c, p, mask, slots, causal)
     torch.testing.assert_close(out, expected, **EXACT)
-    torch.testing.assert_close(lse, expected_lse.float())
+    torch.testing.assert_close(lse, expected_lse)
     torch.testing.assert_close(window_attention(q, c, p, mask, slots=slots, causal=causal), expected, **EXACT)
 
 
@@ -176,7 +176,7 @@ def test_fused_calls_equal_the_reference_beyond_a_tile(tokens: int, slots: list[
     mask = torch.arange(tokens) >= torch.tensor([[tokens - 7], [0]])
     fixed = mask, slots, causal, 0.2, torch.tensor(7), 2
     found, expected = (forward_and_backward(module, *operators, *fixed) for module in (aten, reference))
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)  # backward reads an lse in float32
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("slots", [[1, 2, 4], [0, 1, 2, 3, 4]])
@@ -374,7 +374,8 @@ def test_gradients_are_as_accurate_as_plain_pytorch(dtype: torch.dtype) -> None:
     by_formula = torch.autograd.grad((plain[0] @ keys.mT).softmax(-1) @ keys, plain, dout.to(dtype))
     ours, correct = (torch.autograd.grad(window_attention(*t), t, dout.to(t[0].dtype)) for t in (low, exact))
     for found, formula, expected in zip(ours, by_formula, correct):
-        assert_as_accurate(found, formula, expected, expected.abs().max(), GRADIENT)
+        # probabilities are made again from a float32 lse, as in PyTorch's fused attention
+        assert_as_accurate(found, formula, expected, expected.abs().max(), 2 * GRADIENT)
 
 
 def test_autocast_rounds_the_operands_and_nothing_inside() -> None:

@@ -66,11 +66,9 @@ def test_logits_are_those_of_the_next_word(place: Path, kind: str, side: str) ->
     for index, (text, row) in enumerate(zip(TEXTS, rows)):
         said = tokenizer.decode(row["input_ids"])
         assert said.split() == ["<s>", *text.split(), "the", "film", "was"], "up to the mask"
-        last = -1 if side == "left" else len(row["input_ids"]) - 1
-        torch.testing.assert_close(found.logits[index], full[index, last, words])
-        if side == "right":
-            alone = model(torch.tensor([row["input_ids"]])).logits[0, -1, words]
-            torch.testing.assert_close(found.logits[index], alone)
+        torch.testing.assert_close(found.logits[index], full[index, len(row["input_ids"]) - 1, words])
+        alone = model(torch.tensor([row["input_ids"]])).logits[0, -1, words]
+        torch.testing.assert_close(found.logits[index], alone)
     batch.pop("mask_positions")
     assert torch.equal(prompted(**batch).logits, found.logits), "positions are found"
 
@@ -120,6 +118,16 @@ def test_vectors_before_the_words_move_what_is_read(place: Path, kind: str) -> N
     for logits, row in zip(found, PROMPT.encode(tokenizer, TEXTS)):
         ids = torch.tensor([row["input_ids"]])
         torch.testing.assert_close(logits, tuned(ids, attention_mask=torch.ones_like(ids)).logits[0, -1, words])
+
+
+def test_long_texts_are_cut_to_what_the_model_reads(place: Path) -> None:
+    """Whatever a person allows, and less where vectors stand before the words."""
+    model, tokenizer = own(place / "GPT2")
+    long = ["the film is " * model.config.n_positions]
+    plain = PromptModel(model, tokenizer, PROMPT)
+    assert plain.predict_logits(long, max_length=9_999).equal(plain.predict_logits(long))
+    tuned = get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    assert PromptModel(tuned, tokenizer, PROMPT).predict_logits(long).isfinite().all()
 
 
 def _wraps() -> dict[str, Any]:

@@ -186,6 +186,8 @@ def test_the_vocabulary_grows(kind: str, wrap: Any) -> None:
 def test_predicted_logits_keep_the_order_of_texts() -> None:
     model = prompted().train()
     found = model.predict_logits(TEXTS, batch_size=3)
+    with pytest.raises(FastpeftError, match="batch_size is -1"):
+        model.predict_logits(TEXTS, batch_size=-1)
     assert model.training
     torch.testing.assert_close(found, logits(model.eval()), **CLOSE)
     pair = Prompt("{a}? <mask>, {b}", ["no", "yes"])

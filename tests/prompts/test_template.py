@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -202,7 +203,7 @@ def test_any_prompt_is_one_or_refused(template: str, words: Any, head: str) -> N
         assert row["input_ids"][row["mask_positions"]] == tokenizer.mask_token_id
 
 
-def test_collator_pads_on_either_side(word_piece: Any) -> None:
+def test_collator_pads_masks_on_the_right_whatever_side_a_tokenizer_prefers(word_piece: Any) -> None:
     rows = SINGLE.encode(word_piece, ["good", "a very long story", ""], labels=[1, 0, 1])
     for side in ("right", "left"):
         tokenizer = copy.deepcopy(word_piece)
@@ -213,6 +214,22 @@ def test_collator_pads_on_either_side(word_piece: Any) -> None:
         assert (at_mask == word_piece.mask_token_id).all()
         assert batch["attention_mask"].sum(1).tolist() == [len(row["input_ids"]) for row in rows]
         assert batch["labels"].tolist() == [1, 0, 1]
+        for row, ids, mask in zip(rows, batch["input_ids"], batch["attention_mask"]):
+            assert ids[: len(row["input_ids"])].tolist() == row["input_ids"]
+            assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+
+
+def test_labels_are_read_by_position(word_piece: Any) -> None:
+    """Those of a shuffled pandas Series have numbers of their own."""
+    pandas = pytest.importorskip("pandas")
+    labels = pandas.Series([1, 0], index=[1, 0])
+    texts = pandas.Series(["good", "bad"], index=[1, 0])
+    assert [row["labels"] for row in SINGLE.encode(word_piece, texts, labels)] == [1, 0]
+    for kind in (bool, float):
+        assert [row["labels"] for row in SINGLE.encode(word_piece, texts, labels.astype(kind))] == [1, 0]
+    for table in (pandas.DataFrame({"text": texts}), {"text": [*texts]}):
+        with pytest.raises(FastpeftError, match=r"texts is a table, a .* Give a column"):
+            SINGLE.encode(word_piece, table)
 
 
 # -- label words -------------------------------------------------------------------------------------------------------
@@ -231,9 +248,25 @@ def test_leading_space_follows_the_template() -> None:
     """As of the published RoBERTa, whose tokenizer puts no space before a line."""
     tokenizer = copy.deepcopy(make_tokenizer("byte-level"))
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    for template, expected in (("{text} <mask>", ["Ġin", "Ġre"]), ("<mask> {text}", ["in", "re"])):
-        ids = Prompt(template, ["in", "re"]).label_ids(tokenizer)
+    spaced, bare = ["Ġin", "Ġre"], ["in", "re"]
+    for template, words, expected in (
+        ("{text} <mask>", ["in", "re"], spaced),
+        ("{text} <mask>", [" in", " re"], spaced),
+        ("<mask> {text}", ["in", "re"], bare),
+        ("<mask> {text}", [" in", " re"], bare),
+        ("{text} It:<mask>", ["in", "re"], bare),
+        ("{text} It:<mask>", [" in", " re"], spaced),
+    ):
+        ids = Prompt(template, words).label_ids(tokenizer)
         assert tokenizer.convert_ids_to_tokens(ids) == expected
+
+
+def test_classes_that_are_numbers_of_numpy_are_in_their_order() -> None:
+    words = {1: "great", 0: "terrible"}
+    assert Prompt("{text} <mask>", {np.int64(label): word for label, word in words.items()}).label_words == {
+        "0": "terrible",
+        "1": "great",
+    }
 
 
 @pytest.mark.parametrize(
@@ -312,6 +345,7 @@ def test_words_follow_the_classes_of_the_data() -> None:
         (("{text} <mask>", {0: "bad", 2: "good"}), "class '1' has no label word"),
         (("{text} <mask>", {"no": "bad", "yes": " "}), "class 'yes' has no label word"),
         (("{text} <mask>", ["bad", "bad"]), "'bad' for several classes"),
+        (("{text} <mask>", {"bad", "good"}), "are a set"),
         (("{text} <mask>", ["bad"]), "1 of them"),
         (("{text} <mask>", "bad"), "1 of them"),
         (("{text} <mask>", []), "0 of them"),
