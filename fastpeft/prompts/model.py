@@ -25,6 +25,7 @@ from fastpeft.data.batches import by_length
 from fastpeft.data.examples import TokenRow
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.models import Classifier, is_causal_lm, load_language_model, masked_lm_head_layers
+from fastpeft.ops.dtypes import keeping_dtypes
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
 from fastpeft.support.adapter_files import WEIGHTS, check_file
@@ -214,6 +215,10 @@ class PromptModel(PreTrainedModel):
         self.calibration.zero_()
         empty = ("", "") if self.prompt.is_pair else ""
         self.calibration.copy_(self.predict_logits([empty])[0].log_softmax(-1))
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PromptModel:
+        super()._apply(keeping_dtypes(fn, [self.calibration]), recurse)  # logits are float32, whatever the model is
         return self
 
     def read_tokens(self, tokens: Sequence[int]) -> PromptModel:

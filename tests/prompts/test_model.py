@@ -201,6 +201,8 @@ def test_calibration_makes_an_empty_text_undecided() -> None:
     torch.testing.assert_close(model.predict_logits(TEXTS), before - empty, **CLOSE)
     torch.testing.assert_close(model.predict_logits([""]).softmax(-1), torch.full((1, 2), 0.5), **CLOSE)
     torch.testing.assert_close(model.calibrate().predict_logits(TEXTS), prompted(calibrate=True).predict_logits(TEXTS))
+    kept = model.calibration.clone()
+    assert model.bfloat16().calibration.equal(kept)
 
 
 def test_memory_of_a_step_can_be_simulated() -> None:
