@@ -98,7 +98,7 @@ class TextData:
 
 
 def load_data(
-    data: str,
+    data: str | Path,
     *,
     problem_type: str | None = None,
     text_column: str | None = None,
@@ -133,6 +133,7 @@ def load_data(
             label is missing, there is only one class, number or text, or a dev row has a class or label that training
             never saw; a tag may be that of dev rows alone.
     """
+    data = str(data)
     given = None if problem_type is None else get_problem(problem_type)
     tables = _find_tables(data, given)
     chosen = [pick_columns(table, given, text_column, label_column) for table in tables]
@@ -171,7 +172,7 @@ def _joined(labels: Sequence[str]) -> str | None:
 
 
 def load_rows(
-    data: str,
+    data: str | Path,
     labels: Sequence[str],
     problem: Problem,
     *,
@@ -191,6 +192,7 @@ def load_rows(
     Raises:
         FastpeftError: the rows cannot be read, there is no dev part, or the model does not know a row's class.
     """
+    data = str(data)
     tables = _find_tables(data, problem)
     if len(tables) == 1 and not path_of(data).is_file():
         raise FastpeftError(

@@ -332,6 +332,7 @@ class TrainConfig:
                 self._refuse("problem_type", f"this has no labels. Give `objective` {objective} instead.")
         for known in options():
             value = getattr(self, known.name)
+            value = str(value) if isinstance(value, Path) else value
             if not known.takes(value):
                 close = did_you_mean(str(value), known.choices)
                 raise FastpeftError(f"`{known.name}` is {value!r}; it must be {known.allowed}.{close}")
@@ -411,7 +412,7 @@ class TrainConfig:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """A configuration from names and values, as a `run.json` holds them."""
+        """A configuration from names and values, as `values` gives them; see `from_file` for a `run.json`."""
         known = [item.name for item in dataclasses.fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:

@@ -37,7 +37,7 @@ from fastpeft.training.task import data_for
 
 def evaluate(
     folder: str | Path,
-    data: str | None = None,
+    data: str | Path | None = None,
     *,
     text_column: str | None = None,
     label_column: str | None = None,
@@ -112,7 +112,7 @@ def evaluate(
 
 
 def evaluate_causal_lm(
-    model: str, data: str, *, text_column: str | None = None, max_new_tokens: int | None = None
+    model: str, data: str | Path, *, text_column: str | None = None, max_new_tokens: int | None = None
 ) -> dict[str, Any]:
     """What `evaluate` gives of a run on next words, of a decoder with no training.
 
@@ -175,7 +175,7 @@ def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 def evaluate_zero_shot(
     model: str,
     prompt: Prompt,
-    data: str | TextData,
+    data: str | Path | TextData,
     *,
     calibrate: bool = False,
 ) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def evaluate_zero_shot(
 
 
 def load_classes(
-    data: str, text_column: str | None = None, label_column: str | None = None, split: str | None = STRATIFIED
+    data: str | Path, text_column: str | None = None, label_column: str | None = None, split: str | None = STRATIFIED
 ) -> TextData:
     """What a prompt without training is measured on: `load_data` of classes."""
     return load_data(

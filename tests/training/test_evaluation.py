@@ -53,6 +53,14 @@ def test_a_run_on_a_quantised_rest_is_loaded_again(config: TrainConfig, kind: st
     assert evaluate(train(replace(later, settings={"residual_dtype": kind})).folder)["dev_rows"] > 0
 
 
+def test_a_path_is_taken_for_its_text(config: TrainConfig) -> None:
+    paths: dict[str, Any] = {name: Path(getattr(config, name)) for name in ("output", "data", "model")}
+    given = replace(config, **paths)
+    assert given == replace(config, **{name: str(path) for name, path in paths.items()})
+    result = train(replace(given, max_steps=2))
+    assert evaluate(result.folder, paths["data"])["dev_rows"] > 0
+
+
 def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path: Path) -> None:
     labels = ("negative", "positive", "mixed")
     folder = tmp_path / "data"
