@@ -142,6 +142,9 @@ class _FusedForms(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             # every fused kernel adds its mask, in the dtype of the query, and keeps it for backward
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        if attn_mask is not None and attn_mask.requires_grad:  # as T5's, of its positions: on a CPU no kernel is fused
+            composed = torch.ops.aten._scaled_dot_product_attention_math
+            return composed(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

@@ -15,6 +15,8 @@ from transformers import (
     BertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -187,6 +189,16 @@ def test_transformers_agree_with_real_tensors(make):
     # the CPU's fused attention has no dropout; hidden dropout stays on
     model = make(attention_probs_dropout_prob=0.0)
     assert simulate_training_step(model, text_batch()).peak == tracked_real_step(model, text_batch())
+
+
+def test_a_bias_of_positions_that_trains_is_counted():
+    """T5's, which no fused attention of a CPU propagates to."""
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, dropout_rate=0.0, **shape))
+    ids = torch.full((BATCH, TOKENS), 5)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    simulated = simulate_training_step(model, batch).peak
+    assert simulated == pytest.approx(tracked_real_step(model, batch), rel=0.01)
 
 
 @pytest.mark.parametrize("make", [roberta, bert, lora])
