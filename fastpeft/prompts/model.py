@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -497,6 +498,12 @@ def _load_adapter(folder: Path, **kwargs: Any) -> Any:
     from peft import PeftConfig, PeftModel
 
     check_file(folder)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        if any(".masked_lm." in key for key in sorted(file.keys())):
+            raise FastpeftError(
+                f"the adapter in {str(folder)!r} was put around a PromptModel, not inside it. Load it by PeftModel."
+                "from_pretrained(PromptModel(base, tokenizer, Prompt.load(folder)), folder)."
+            )
     config = PeftConfig.from_pretrained(str(folder))
     base = _load_plain(config.base_model_name_or_path, {"revision": config.revision or "main"}, **kwargs)
     return PeftModel.from_pretrained(base, str(folder))

@@ -336,6 +336,19 @@ def adapted(**settings: Any) -> Any:
     return peft.get_peft_model(prompted(), SivaConfig(r=4, target_modules="all-linear", scaling="plain", **settings))
 
 
+@pytest.mark.parametrize("config", [SivaConfig(r=2), peft.LoraConfig(r=2, init_lora_weights=False)], ids=type)
+def test_an_adapter_around_a_prompted_model_is_not_loaded_as_one_inside(tmp_path: Path, config: Any) -> None:
+    """PEFT would find none of its weights there, and the untrained model would answer."""
+    trained = peft.get_peft_model(prompted(), config).eval()
+    trained.save_pretrained(tmp_path)
+    PROMPT.save(tmp_path)
+    trained.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(FastpeftError, match=r"around a PromptModel, not inside it. Load it by PeftModel"):
+        PromptModel.from_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(PromptModel(masked_lm(), trained.tokenizer, Prompt.load(tmp_path)), tmp_path)
+    assert again.eval().predict_logits(TEXTS).equal(trained.predict_logits(TEXTS))
+
+
 @pytest.mark.long(but="prompted")
 @pytest.mark.parametrize("make", [prompted, adapted])
 def test_trains_resumes_and_keeps_the_best(tmp_path: Path, make: Any) -> None:
