@@ -163,10 +163,13 @@ class PromptModel(PreTrainedModel):
             `loss` (a scalar, float32) and `logits` `(B, classes)` in float32.
 
         Raises:
-            FastpeftError: `mask_positions` is None and a row has no mask token or several.
+            FastpeftError: `mask_positions` is None and a row has no mask token or several; or a tokenizer pads on the
+                left and they point elsewhere.
         """
         if mask_positions is None:
             mask_positions = self._find_masks(input_ids, attention_mask)
+        elif self.tokenizer.padding_side == "left" and type(input_ids) is Tensor and not torch.compiler.is_compiling():
+            self._check_masks(mask_positions, input_ids, attention_mask)
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -191,6 +194,18 @@ class PromptModel(PreTrainedModel):
         # some models have none, as Mamba has no attentions
         result = SequenceClassifierOutput(loss, logits, output.get("hidden_states"), output.get("attentions"))
         return result.to_tuple() if return_dict is False else result
+
+    def _check_masks(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Raise `FastpeftError` where positions are not those of masks: padding on the left has moved the tokens."""
+        if is_of_decoder(self.tokenizer):
+            fit = positions == self._find_masks(input_ids, attention_mask)
+        else:
+            fit = input_ids.gather(1, positions[:, None]) == self.tokenizer.mask_token_id
+        if not bool(fit.all()):
+            raise FastpeftError(
+                "mask_positions are not where the masks stand, as this tokenizer pads on the left. Make batches by "
+                "fastpeft.PromptCollator (data_collator=PromptCollator(tokenizer)), which pads on the right."
+            )
 
     def _find_masks(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         if input_ids is None:

@@ -11,7 +11,7 @@ import torch
 from causal_models import causal_model
 from peft import get_peft_model
 from samples import WORDS, reviews, save_tiny_model, write_csv
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithPadding
 
 from fastpeft import (
     FastpeftError,
@@ -28,6 +28,7 @@ from fastpeft.data.examples import load_data
 from fastpeft.prompts.model import load_prompted
 from fastpeft.training.evaluation import evaluate, evaluate_zero_shot
 from fastpeft.training.loading import load_run
+from fastpeft.training.memory import simulate_training_step
 from fastpeft.training.prompt_search import find_prompt
 
 WORD = {label: words[0] for label, words in WORDS.items()}
@@ -118,6 +119,18 @@ def test_vectors_before_the_words_move_what_is_read(place: Path, kind: str) -> N
     for logits, row in zip(found, PROMPT.encode(tokenizer, TEXTS)):
         ids = torch.tensor([row["input_ids"]])
         torch.testing.assert_close(logits, tuned(ids, attention_mask=torch.ones_like(ids)).logits[0, -1, words])
+
+
+def test_masks_that_padding_has_moved_are_refused(place: Path) -> None:
+    """As by the collator that a Trainer takes where none is given."""
+    model, tokenizer = own(place / "Llama")
+    tokenizer.padding_side = "left"
+    rows = PROMPT.encode(tokenizer, TEXTS)
+    prompted = PromptModel(model, tokenizer, PROMPT)
+    with pytest.raises(FastpeftError, match=r"mask_positions are not where the masks stand.*PromptCollator"):
+        prompted(**DataCollatorWithPadding(tokenizer)(rows))
+    batch = {**PromptCollator(tokenizer)(rows), "labels": torch.zeros(len(rows), dtype=torch.long)}
+    assert simulate_training_step(prompted, batch).peak > 0  # of tensors without values
 
 
 def test_long_texts_are_cut_to_what_the_model_reads(place: Path) -> None:
