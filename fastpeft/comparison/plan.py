@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import shlex
@@ -82,6 +83,7 @@ class CompareConfig:
     common: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "common", copy.deepcopy(self.common))  # the caller may change it
         if not isinstance(self.output, str) or not self.output:
             raise FastpeftError(f"`output` is {self.output!r}; it must be the name of a folder.")
         for name in ("methods", "prompts"):

@@ -41,14 +41,12 @@ class PromptCollator(DataCollatorWithPadding):
     positions would answer a text otherwise than alone."""
 
     def __call__(self, features: list[TokenRow]) -> Any:
-        batch = super().__call__(features)
-        if self.tokenizer.padding_side == "left" and "mask_positions" in batch:
-            tokens = batch["input_ids"].shape[1]
-            padding = tokens - torch.tensor([len(row["input_ids"]) for row in features])
-            moved = (torch.arange(tokens) + padding[:, None]) % tokens
-            for name in (name for name, value in batch.items() if value.dim() == 2):
-                batch[name] = batch[name].gather(1, moved)
-        return batch
+        if self.tokenizer.padding_side == "right" or "mask_positions" not in features[0]:
+            return super().__call__(features)
+        right = copy.copy(self)
+        right.tokenizer = copy.copy(self.tokenizer)
+        right.tokenizer.padding_side = "right"
+        return right(features)
 
 
 class PromptModel(PreTrainedModel):
@@ -118,7 +116,14 @@ class PromptModel(PreTrainedModel):
         self.training = masked_lm.training  # not train(), which would change the modules in it
         self.tokenizer = tokenizer
         self.prompt = prompt
-        label_ids = torch.tensor(prompt.label_ids(tokenizer), device=self.device)
+        tokens = prompt.label_ids(tokenizer)
+        label_ids = torch.tensor(tokens, device=self.device)
+        words = core.config.get_text_config().vocab_size
+        if max(tokens, default=0) >= words:
+            raise FastpeftError(
+                f"a label word is a token that {type(core).__name__}, which knows {words:,}, does not have. Give the "
+                "tokenizer that belongs to the model, or call its resize_token_embeddings(len(tokenizer)) first."
+            )
         self.register_buffer("label_ids", label_ids, persistent=False)  # (classes,)
         # log-probabilities of the label words for an empty text, or zeros (classes,)
         self.register_buffer("calibration", torch.zeros(len(label_ids), device=self.device), persistent=False)

@@ -336,6 +336,15 @@ def adapted(**settings: Any) -> Any:
     return peft.get_peft_model(prompted(), SivaConfig(r=4, target_modules="all-linear", scaling="plain", **settings))
 
 
+def test_a_label_word_that_the_model_does_not_have_is_refused() -> None:
+    tokenizer = copy.deepcopy(tokenizer_of("Roberta"))
+    model = masked_lm()
+    words = [f"word{number}" for number in range(model.config.vocab_size)]
+    tokenizer.add_tokens(words)
+    with pytest.raises(FastpeftError, match=r"a label word is a token .* resize_token_embeddings"):
+        PromptModel(model, tokenizer, Prompt("{text} <mask>", [words[-1], "film"]))
+
+
 @pytest.mark.parametrize("config", [SivaConfig(r=2), peft.LoraConfig(r=2, init_lora_weights=False)], ids=type)
 def test_an_adapter_around_a_prompted_model_is_not_loaded_as_one_inside(tmp_path: Path, config: Any) -> None:
     """PEFT would find none of its weights there, and the untrained model would answer."""

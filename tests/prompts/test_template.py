@@ -209,6 +209,9 @@ def test_collator_pads_masks_on_the_right_whatever_side_a_tokenizer_prefers(word
         tokenizer = copy.deepcopy(word_piece)
         tokenizer.padding_side = side
         batch = PromptCollator(tokenizer, pad_to_multiple_of=8)(rows)
+        arrays = PromptCollator(tokenizer, pad_to_multiple_of=8, return_tensors="np")(rows)
+        assert all((array == batch[name].numpy()).all() for name, array in arrays.items())
+        assert tokenizer.padding_side == side
         assert batch["input_ids"].shape == (3, 16 if len(rows[1]["input_ids"]) > 8 else 8)
         at_mask = batch["input_ids"].gather(1, batch["mask_positions"][:, None])
         assert (at_mask == word_piece.mask_token_id).all()

@@ -11,7 +11,7 @@ import pytest
 from samples import reviews, save_tiny_model, write_csv
 from transformers import TrainingArguments
 
-from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft import CompareConfig, FastpeftError, TrainConfig, train
 from fastpeft.errors import LostProcessError, NotFiniteError
 from fastpeft.methods.registry import get_method
 from fastpeft.mezo.trainer import MeZOConfig
@@ -168,3 +168,11 @@ def test_whatever_a_setting_is_it_is_taken_or_refused_in_words(task: Task, metho
     assert [(name, message) for name, message in said if message is not None and name not in message] == []
     assert sum(message is None for _, message in said) > 100
     assert not Path("nowhere").exists()
+
+
+def test_a_configuration_keeps_what_it_was_given() -> None:
+    settings: dict[str, Any] = {"weight_decay": 0.0}
+    run = TrainConfig(output="run", settings=settings)
+    comparison = CompareConfig(output="compared", methods=["lora"], common=settings)
+    settings["weight_decay"] = 0.5
+    assert run.settings == comparison.common == {"weight_decay": 0.0}
