@@ -113,7 +113,11 @@ def train(
     if not first:
         quiet, progress = True, "none"
     if config is not None:
-        values = {**read_config(config), **values}
+        written = read_config(config)
+        begun = RunFolder(config.parent)
+        if resume and begun.config_file == config and (begun.finished or begun.checkpoints.is_dir()):
+            written["output"] = str(config.parent)  # the file has it as seen from where the run was begun
+        values = {**written, **values}
     given = [*values, *new_settings]
     if "output" not in values:
         values["output"] = f"runs/{values.get('method', 'siva')}-{_stem(str(values.get('data', 'demo')))}"

@@ -29,6 +29,16 @@ def test_resume_needs_the_folder_only_and_leaves_a_finished_run(place: Path) -> 
     assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")} == before
 
 
+def test_resume_by_the_file_of_a_run_goes_on_there_from_any_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(*TRAIN, "--method", "lora", "--output", "out")
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    run("train", "--config", "../out/run.json", "--resume")
+    assert not [*Path().iterdir()]
+
+
 def test_resume_of_a_name_with_no_run_begins_none(place: Path) -> None:
     shown = CliRunner().invoke(app, ["train", "--output", "typo", "--resume"])
     assert shown.exit_code == 2

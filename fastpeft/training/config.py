@@ -429,7 +429,7 @@ class TrainConfig:
 
     @classmethod
     def from_file(cls, file: str | Path) -> TrainConfig:
-        """The configuration in a `run.json`."""
+        """The configuration in a `run.json`; an `output` that is no whole path is seen from the working folder."""
         return cls.from_values(read_config(Path(file)))
 
     def values(self) -> dict[str, Any]:
