@@ -83,7 +83,7 @@ def _hidden_tokens(window: Window, batch: int, tokens: int, device: torch.device
 
 def _window_keys(q: Tensor, c: Tensor, p: Tensor, window: Window) -> Tensor:
     """The keys of all heads, which are also the values: `(B, 1, S T + k - S, D)`, those of absent slots last."""
-    compute = _accumulated_in(q)
+    compute = torch.promote_types(q.dtype, torch.float32)
     real, p = c.to(compute, copy=True, memory_format=torch.contiguous_format), p.to(compute)
     window.drop_(real)
     real = real + p[list(window.slots), None]
@@ -99,10 +99,6 @@ def _window_scores(q: Tensor, keys: Tensor, window: Window) -> tuple[Tensor, Ten
     of_real = scores[..., : real * tokens].masked_fill(hidden.repeat(1, 1, real)[:, None], -torch.inf)
     of_absent = scores[..., real * tokens :] + number.to(keys.dtype).log()[:, None, :, None]
     return torch.cat((of_real, of_absent), dim=-1), nothing[:, None]
-
-
-def _accumulated_in(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 _AT_ONCE = 2**18  # values of the keys of one call: with fewer, the overhead of a call is as large as its work
@@ -192,7 +188,7 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _fused_keys(q: Tensor, c: Tensor, p: Tensor, window: Window) -> Tensor:
     """The keys, which are also the values: `(B, 1, S T + k - S, D)`, those of absent slots last, without a copy."""
-    compute = _accumulated_in(q)
+    compute = torch.promote_types(q.dtype, torch.float32)
     batch, real, tokens, width = c.shape
     absent, p = window.absent(p), p.to(compute)
     keys = c.new_empty(batch, 1, real * tokens + len(absent), width, dtype=compute)
@@ -230,7 +226,7 @@ def _fused_bias(q: Tensor, p: Tensor, window: Window, dtype: torch.dtype) -> tup
 
 
 def _window_attention_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=_accumulated_in(q))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _window_attention_backward_shapes(_: Tensor, q: Tensor, c: Tensor, p: Tensor, *others: Any) -> tuple[Tensor, ...]:
