@@ -118,8 +118,8 @@ class PromptModel(PreTrainedModel):
         self.prompt = prompt
         tokens = prompt.label_ids(tokenizer)
         label_ids = torch.tensor(tokens, device=self.device)
-        words = core.config.get_text_config().vocab_size
-        if max(tokens, default=0) >= words:
+        words = getattr(core.config.get_text_config(), "vocab_size", None)
+        if words is not None and max(tokens, default=0) >= words:
             raise FastpeftError(
                 f"a label word is a token that {type(core).__name__}, which knows {words:,}, does not have. Give the "
                 "tokenizer that belongs to the model, or call its resize_token_embeddings(len(tokenizer)) first."

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
@@ -372,7 +372,7 @@ def is_of_decoder(tokenizer: Any) -> bool:
 
 def _by_class(words: Any, has_space: bool) -> dict[str, str]:
     """Label words as given, by the names of their classes in order; without a space before them if there is one."""
-    if isinstance(words, Set):
+    if isinstance(words, (set, frozenset)):
         raise FastpeftError(
             f"the label words are a set, {words!r}, which has no order. Give a list, or a word by class."
         )
