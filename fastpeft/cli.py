@@ -32,7 +32,6 @@ from fastpeft.methods.registry import METHODS
 from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.launcher import is_first
 from fastpeft.training.config import ADVANCED, OUTPUT, TrainConfig
-from fastpeft.training.lineage import check_output
 from fastpeft.training.run_folder import RunFolder, read_config
 from fastpeft.version import __version__
 
@@ -134,7 +133,7 @@ def train(
     run = TrainConfig.from_values(values)
     check_budget(memory_budget, dry_run)
     if not dry_run:
-        check_output(folder, run.values(), resume=resume, overwrite=overwrite)
+        folder.check_files(run.values(), resume=resume, overwrite=overwrite)
     if run.data != DEMO and not (resume and folder.finished):
         check_there(run.data, TEXT_READERS if run.objective else READERS)
     command = shlex.join(["fastpeft", *sys.argv[1:]])

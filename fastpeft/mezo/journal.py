@@ -252,9 +252,9 @@ def _first_difference(theirs: Sequence[Mapping[str, Any]], ours: Sequence[Mappin
         for name in ("eps", "weight_decay"):
             if one[name] != other[name]:
                 return f"{name} of group {index}, {one[name]}, not {other[name]}"
-        for mine, its in zip(one["parameters"], other["parameters"]):
-            if mine != its:
-                return f"parameter in group {index}, {in_words(mine)}, not {in_words(its)}"
+        for its, mine in zip(one["parameters"], other["parameters"]):
+            if its != mine:
+                return f"parameter in group {index}, {in_words(its)}, not {in_words(mine)}"
         if len(one["parameters"]) != len(other["parameters"]):
             return f"number of parameters in group {index}, {len(one['parameters'])}, not {len(other['parameters'])}"
     return f"number of groups, {len(theirs)}, not {len(ours)}"

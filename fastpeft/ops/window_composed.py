@@ -28,15 +28,14 @@ def composed_holds(q: Tensor) -> bool:
 
 def window_attention_composed(q: Tensor, c: Tensor, p: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """As the reference; an absent slot has T equal keys."""
+    of_lse = torch.promote_types(q.dtype, torch.float32)
     if 0 in q.shape:
-        return torch.zeros_like(q), q.new_full(
-            q.shape[:-1], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)
-        )
+        return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=of_lse)
     rows, keys = _rows(q), _keys(q, c, p, window)
     bias, nothing = _bias(q, p, window)
     out, lse, *_ = _attend(rows, keys, keys, bias, True, scale=1.0)
     out = out.view(*q.shape[:3], -1)[..., : q.shape[3]].contiguous()
-    lse = lse[:, 0, : rows.shape[2]].reshape(q.shape[:3]).to(torch.promote_types(q.dtype, torch.float32))
+    lse = lse[:, 0, : rows.shape[2]].reshape(q.shape[:3]).to(of_lse)
     if nothing is not None:
         out.masked_fill_(nothing[..., None], 0)
         lse.masked_fill_(nothing, -torch.inf)

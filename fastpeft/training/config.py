@@ -333,9 +333,8 @@ class TrainConfig:
                 self._refuse("problem_type", f"this has no labels. Give `objective` {objective} instead.")
         for known in options():
             value = getattr(self, known.name)
-            value = (
-                str(value) if isinstance(value, Path) else copy.deepcopy(value)
-            )  # the caller may change a dictionary
+            # a copy of dictionaries, which the caller may change
+            value = str(value) if isinstance(value, Path) else copy.deepcopy(value)
             if not known.takes(value):
                 close = did_you_mean(str(value), known.choices)
                 raise FastpeftError(f"`{known.name}` is {value!r}; it must be {known.allowed}.{close}")

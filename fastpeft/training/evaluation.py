@@ -158,10 +158,10 @@ def _evaluate(
         rows = Masker(run.classifier.tokenizer).fixed(rows)
     join = _padded if run.problem.per_token else np.stack
     outputs, labels = join(outputs_of(run, rows)), join([np.array(row["labels"]) for row in rows])
-    measured, doubts = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
+    measured, of_figures = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
     if run.problem is NEXT_WORDS and max_new_tokens != 0:
         measured |= measure_generations(TextGenerator(run, max_new_tokens), dev.texts)
-    warnings = [*warnings, *doubts, *cut_texts]
+    warnings = [*warnings, *of_figures, *cut_texts]
     result_warnings.tell(warnings)
     return {**measured, "dev_rows": len(rows), "warnings": warnings}
 
@@ -241,8 +241,8 @@ def answer_zero_shot(
     rows, cut = encode_counted(classifier.tokenizer, dev, limit, prompt, problem)
     outputs = prompted.logits_of(rows).cpu().numpy()
     labels, frequent = np.array(dev.labels), most_frequent(texts.train.labels, problem)
-    measured, doubts = _measure(problem, dev, set(), outputs, labels, texts.labels, frequent)
-    warnings = [*doubts, *result_warnings.of_cut_texts(cut, len(dev), 0, limit)]
+    measured, of_figures = _measure(problem, dev, set(), outputs, labels, texts.labels, frequent)
+    warnings = [*of_figures, *result_warnings.of_cut_texts(cut, len(dev), 0, limit)]
     return {**measured, "dev_rows": len(dev), "warnings": warnings}, outputs.argmax(-1).tolist()
 
 
