@@ -59,9 +59,9 @@ def row_scores(above: Sequence[int], below: Sequence[int]) -> np.ndarray:
 
 
 def interval(scores: np.ndarray) -> tuple[float, float] | None:
-    """The interval of a metric for new rows and, with several seeds, for new seeds.
+    """The interval of a metric for new rows and, with several seeds, for new seeds; seeds that all agree are one.
 
-    Of an accuracy with one seed, or with several where nothing varies, Wilson's. Else, with S seeds and N rows, the
+    Of an accuracy with one seed Wilson's. Else, with S seeds and N rows, the
     mean plus or minus t standard errors, whose square is `var(seeds) / S + var(rows) / N` (variances of the means over
     the other; one seed has none), with Welch's degrees of freedom. None of fractions that are all equal, as those of an
     F1 of 0 or 1: they tell no spread.
@@ -74,6 +74,7 @@ def interval(scores: np.ndarray) -> tuple[float, float] | None:
         >>> f"{low:.3f} {high:.3f}"
         '0.490 0.943'
     """
+    scores = _distinct(scores)
     seeds, rows = scores.shape
     error, freedom = _error(scores)
     if _are_answers(scores) and (seeds == 1 or error == 0):
@@ -87,8 +88,8 @@ def interval(scores: np.ndarray) -> tuple[float, float] | None:
 def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     """How far `first` is above `second`, on the same rows and the same seeds.
 
-    With one seed of an accuracy, or several where nothing varies, McNemar's exact test: of the rows that only one
-    answers rightly, half should be each method's. Else the t test of the mean difference, whose standard error is that
+    With one seed of an accuracy, or several that all agree, McNemar's exact test: of the rows that only one answers
+    rightly, half should be each method's. Else the t test of the mean difference, whose standard error is that
     of `interval`; fractions without any spread have p = 1. Where that error is 0 for an accuracy, the interval extends
     as far as Wilson's of as many rows, all of them right.
 
@@ -97,14 +98,14 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     """
     from scipy.stats import binomtest, t
 
-    differences = first.astype(np.float64) - second
+    differences = _distinct(first.astype(np.float64) - second)
     mean = float(differences.mean())
     error, freedom = _error(differences)
     seeds, rows = differences.shape
     half = _half_width(error, freedom)
     if _are_answers(first) and _are_answers(second) and (seeds == 1 or error == 0):
         half = half or 1 - _wilson(rows, rows)[0]
-        # by the first seed: where nothing varies the others have the same mean
+        # by the first seed: where the error is 0 the others have the same mean
         better, worse = int((differences[0] > 0).sum()), int((differences[0] < 0).sum())
         p = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
         test = "McNemar's exact test"
@@ -120,6 +121,11 @@ def _wilson(right: int, rows: int) -> tuple[float, float]:
 
     found = binomtest(right, rows).proportion_ci(1 - LEVEL, method="wilson")
     return float(found.low), float(found.high)
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """Of seeds that agree on every row one alone: they tell no more of new rows."""
+    return values[:1] if (values == values[0]).all() else values
 
 
 def _are_answers(scores: np.ndarray) -> bool:

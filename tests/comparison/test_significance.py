@@ -187,6 +187,14 @@ def test_more_seeds_that_do_not_vary_tell_no_more_of_the_rows(seeds: int) -> Non
     assert (same.mean, same.low, same.high, same.p) == pytest.approx((0.0, low - 1, 1 - low, 1.0))
 
 
+def test_seeds_that_agree_are_one_where_rows_differ() -> None:
+    right, other = np.ones((1, 12), int), np.array([[1] * 8 + [0] * 4])
+    thrice = compare_pair(right.repeat(3, 0), other.repeat(3, 0))
+    assert thrice == compare_pair(right, other)
+    assert thrice.p == pytest.approx(0.125)
+    assert interval(other.repeat(3, 0)) == interval(other)
+
+
 def test_seeds_and_rows_with_equal_means_are_no_proof() -> None:
     """Each seed finds another row in three that the other method misses."""
     first = np.array([np.arange(12) % 3 == seed for seed in range(3)])
