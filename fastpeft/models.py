@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fastpeft.data.names import DEMO, DEMO_FOLDER
-from fastpeft.data.problems import Problem
+from fastpeft.data.problems import REGRESSION, Problem
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.support import files
 from fastpeft.support.hub import model_options, source_options
@@ -132,7 +133,24 @@ def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Clas
             "tags need. Give a model that has a fast tokenizer."
         )
     _settle_padding(loaded, tokenizer)
+    if problem is REGRESSION:
+        _keep_float32(loaded)
     return Classifier(loaded, tokenizer, _head_modules(loaded, info["missing_keys"]))
+
+
+class _Float32Linear(nn.Linear):
+    """A linear layer that autocast leaves as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+def _keep_float32(model: nn.Module) -> None:
+    """Have autocast leave the layer that answers with one number, which in bfloat16 has two to three digits."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.out_features == 1:
+            module.__class__ = _Float32Linear  # in place: names and copies of it stay as they are
 
 
 def load_language_model(model: str) -> tuple[Any, Any]:
@@ -239,7 +257,7 @@ def is_causal_lm(config: Any) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_both_ways
 
 
-def masked_lm_head_layers(masked_lm: Any, model: torch.nn.Module) -> tuple[str, ...]:
+def masked_lm_head_layers(masked_lm: Any, model: nn.Module) -> tuple[str, ...]:
     """Names of the layers in a masked-word head without that of the vocabulary: the dense layer and the norm.
 
     Args:

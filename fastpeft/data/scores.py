@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 
 def score_classes(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Accuracy; F1 of the second class where there are two, the mean over classes where there are more; Matthews."""
+    """Accuracy; F1 of the second class of two, or the mean over those of more classes that the rows have; Matthews."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     guesses = outputs.argmax(-1)
-    average = "binary" if len(names) == 2 else "macro"
+    # of the classes that a method answers its mean would be over others than another's
+    asked = {"average": "binary"} if len(names) == 2 else {"average": "macro", "labels": np.unique(labels)}
     return {
         "accuracy": float(accuracy_score(labels, guesses)),
-        "f1": float(f1_score(labels, guesses, average=average, zero_division=0.0)),
+        "f1": float(f1_score(labels, guesses, **asked, zero_division=0.0)),
         "matthews": float(matthews_corrcoef(labels, guesses)),
     }
 

@@ -268,6 +268,12 @@ def test_metrics_of_classes() -> None:
     assert three["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
+def test_f1_is_the_mean_over_the_classes_that_rows_have() -> None:
+    labels, answers = np.array([0, 0, 1, 1]), np.eye(3)[[0, 2, 1, 1]]
+    found = CLASSIFICATION.score(answers, labels, ["bad", "good", "never seen"])
+    assert found["f1"] == pytest.approx((2 / 3 + 1) / 2)
+
+
 def test_classes_are_described_one_by_one() -> None:
     labels, names = np.array([0, 0, 0, 1, 2, 1]), ["a", "b", "c", "never"]
     outputs = np.eye(4)[[0, 0, 1, 1, 0, 0]]
