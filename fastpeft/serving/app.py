@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +110,7 @@ def create_app(
         if any(each.failed for each in batchers):
             raise RefusedError("the server failed; its log says why. Start it again.", 503)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_refusals(503))
     async def health() -> dict[str, str]:
         """Whether requests are taken: 503 where the queues of all tasks are full, or nothing is answered any more."""
@@ -118,6 +120,7 @@ def create_app(
             raise RefusedError("the queue is full. Try again later.", 503)
         return {"status": "ready"}
 
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", responses=_refusals(503))
     async def alive() -> dict[str, str]:
         """Whether the server works: 503 where it must be started again."""
@@ -224,9 +227,10 @@ def _refuse_in_words(app: FastAPI) -> None:
         if request.method in ("POST", "PUT") and kind != "application/json":
             said = "the body must be JSON. Send it with the header Content-Type: application/json."
             return refusal(request, 415, said)
-        wrong = [
-            f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
-            for each in error.errors()[:3]
-        ]
+        wrong: dict[str, list[str]] = {}  # of each field, what is wrong by each of the kinds that it may be of
+        for each in error.errors():
+            parts = takewhile(lambda part: "[" not in part, map(str, each["loc"]))  # then pydantic names a kind
+            wrong.setdefault(".".join(parts), []).append(each["msg"].removeprefix("Value error, "))
+        said = "; ".join(f"{field}: {', or: '.join(faults)}" for field, faults in [*wrong.items()][:3])
         status = 400 if in_openai_form(request.url.path) else 422
-        return refusal(request, status, f"the request cannot be read. {'; '.join(wrong)}.")
+        return refusal(request, status, f"the request cannot be read. {said}.")

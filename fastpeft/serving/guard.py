@@ -109,7 +109,7 @@ class Guard:
             await self._refuse(scope, receive, send, 408, f"the body did not come within {self._seconds:g} seconds.")
             return
         if len(body) > self._max_bytes:
-            said = f"the body has more than {self._max_bytes:,} bytes. Send fewer texts at a time."
+            said = f"the body has more than {self._max_bytes:,} bytes. Send fewer or shorter texts."
             await self._refuse(scope, receive, send, 413, said)
             return
         given = [{"type": "http.request", "body": bytes(body), "more_body": False}]

@@ -64,8 +64,8 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     config = model.peft_config[adapter_name]
     if not isinstance(config, SivaConfig):
         raise FastpeftError(
-            f"the adapter {adapter_name!r} is of the type {config.peft_type}; only SiVA's is exported as a LoRA. Use "
-            "its own folder, or merge it into its base model."
+            f"the adapter {adapter_name!r} is of the type {config.peft_type.value}; only SiVA's is exported as a LoRA. "
+            "Use its own folder, or merge it into its base model."
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     if any(key.endswith(".siva_residual") for key in state):

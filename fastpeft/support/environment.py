@@ -34,7 +34,8 @@ def device_name(device: torch.device) -> str:
 def devices() -> dict[str, str]:
     """Every device that torch can compute on here."""
     cpu = torch.device("cpu")
-    threads = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    number = torch.get_num_threads()
+    threads = f"{number} thread{'s' * (number > 1)}, {torch.backends.cpu.get_cpu_capability()}"
     bfloat16 = ", bfloat16" if has_bfloat16() else ""
     found = {"cpu": f"{device_name(cpu)}, {threads}{bfloat16}"}
     for index in range(torch.cuda.device_count()):

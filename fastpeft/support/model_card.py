@@ -33,6 +33,7 @@ def loading_snippet(
     ladder: bool = False,
     chained: bool = False,
     labels: Sequence[str] = (),
+    problem_type: str | None = None,
     prompt_head: str | None = None,
     masked_words: bool = False,
     decoder: bool = False,
@@ -50,6 +51,7 @@ def loading_snippet(
         chained: whether what was saved goes onto more than a model as its folder has it, as that of a run that started
             from another; it is then found through its own folder.
         labels: names of the classes, where there are some.
+        problem_type: as transformers' configuration has it; an adapter keeps neither it nor the labels.
         prompt_head: head of the prompt that was saved too, None where there was none.
         masked_words: whether the model predicts masked words.
         decoder: whether what a prompt's label words are read from is a decoder.
@@ -69,6 +71,11 @@ def loading_snippet(
         adapted = "AutoPeftModel" if masked_words else f"AutoPeftModelFor{head}"  # the file then names the head's class
         name = adapted if adapter else f"AutoModelFor{head}"
         known = f", id2label={dict(enumerate(labels))!r}" if adapter and labels else ""
+        if known and problem_type in (
+            "regression",
+            "multi_label_classification",
+        ):  # else it is one class
+            known += f", problem_type={problem_type!r}"
         lines += ["import torch", f"from {'peft' if adapter else 'transformers'} import {name}"]
         call = f"{name}.from_pretrained({folder!r}{known}, dtype=torch.float32)"
     with_tokenizer = labels or masked_words or tokenizer

@@ -181,6 +181,7 @@ def _card_of_adapter(model: PeftModel, output: Path, to: str, has_tokenizer: boo
             adapter=adapter,
             registered=False,
             labels=list(labels.values()) if labels and has_tokenizer else (),
+            problem_type=getattr(model.config, "problem_type", None),
         )
     return model_card(
         base_model=config.base_model_name_or_path,
@@ -214,6 +215,7 @@ def _card_of_run(
             adapter=adapter,
             registered=False,
             labels=run.labels,
+            problem_type=run.problem.name,
             prompt_head=None if run.prompt is None else run.prompt.head,
             masked_words=run.problem is MASKED_WORDS and not onto_chain,
             decoder=is_of_decoder(run.classifier.tokenizer),

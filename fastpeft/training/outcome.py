@@ -281,6 +281,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
             base_model=resolve_model(config.model),
             task_type=problem.task_type,
             labels=task.data.labels,
+            problem_type=problem.name,
             prompt_head=None if prompt is None else prompt.head,
             masked_words=problem is MASKED_WORDS,
             decoder=is_of_decoder(task.tokenizer),

@@ -119,6 +119,7 @@ def test_a_run_is_measured_and_used_as_it_was_trained(
             (logits,) = loaded["model"].eval()(**inputs).logits
         if kind == "regression":
             assert said == ("score", pytest.approx(logits.item(), abs=1e-5))
+            assert loaded["model"].config.problem_type == "regression"  # else a pipeline answers by a sigmoid
             continue
         likely = logits.softmax(-1).max(-1)
         if kind == "tagging":

@@ -110,6 +110,7 @@ def test_concurrent_clients_get_their_own_answers(
 
 def test_what_is_told_of_the_server(server: Server) -> None:
     assert server.ask("GET", "/health")[:2] == (200, {"status": "ready"})
+    assert [server.ask("HEAD", path)[0] for path in ("/health", "/health/live")] == [200, 200]
     assert server.ask("GET", "/health/live")[:2] == (200, {"status": "alive"})
     listed = server.ask("GET", "/tasks")[1]
     assert [(task["name"], task["reads"], len(task["labels"])) for task in listed] == [

@@ -386,7 +386,10 @@ REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
     "too many": ({**CHAT, "max_tokens": 38}, 400, "38 more are asked for", "messages", "context_length_exceeded"),
     "none": ({**CHAT, "max_tokens": 0}, 400, "body.max_tokens", None, None),
     "hot": ({**CHAT, "temperature": 3}, 400, "body.temperature", None, None),
-    "five stops": ({**CHAT, "stop": ["a"] * 5}, 400, "body.stop", None, None),
+    "five stops": (
+        *({**CHAT, "stop": ["a"] * 5}, 400),
+        *("body.stop: Input should be a valid string, or: List should have at most 4 items", None, None),
+    ),
     "an empty stop": ({**CHAT, "stop": ""}, 400, "body.stop", None, None),
     "two answers": ({**CHAT, "n": 2}, 400, "body.n", None, None),
     "a log probability": ({**CHAT, "logprobs": 0}, 400, "body.logprobs", None, None),
