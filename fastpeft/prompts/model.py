@@ -89,6 +89,13 @@ class PromptModel(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, masked_lm: nn.Module, tokenizer: Any, prompt: Prompt, *, calibrate: bool = False) -> None:
+        if not isinstance(prompt, Prompt):
+            raise FastpeftError(
+                f"the prompt is {prompt!r:.100}, a {type(prompt).__name__}. Give a Prompt, such as "
+                'Prompt("{text} It was <mask>.", {"negative": "terrible", "positive": "great"}).'
+            )
+        if hasattr(masked_lm, "_orig_mod"):
+            raise FastpeftError("the model is compiled. Compile what is around it: torch.compile(PromptModel(...)).")
         if prompt.head != "label_words":
             raise FastpeftError(
                 f"a prompt with head={prompt.head!r} needs no PromptModel, which reads label words. Train a model with "

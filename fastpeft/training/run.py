@@ -88,6 +88,8 @@ def train(
         >>> result = train(TrainConfig(output="runs/lora", method="lora"))  # doctest: +SKIP
         >>> result.metrics["accuracy"]  # doctest: +SKIP
     """
+    if isinstance(callbacks, TrainerCallback | type):
+        raise FastpeftError("callbacks is one callback. Give a list of them.")
     folder = RunFolder(config.output)
     check_output(folder, config.values(), resume=resume, overwrite=overwrite)
     if resume and folder.finished:

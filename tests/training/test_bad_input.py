@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from samples import pairs, reviews, save_tiny_model, snapshot, tagged, write_csv, write_jsonl
-from transformers import AutoModelForMaskedLM, TrainingArguments
+from transformers import AutoModelForMaskedLM, TrainerCallback, TrainingArguments
 from typer.testing import CliRunner
 from unprivileged import bound_by_modes
 
@@ -491,6 +491,11 @@ def test_bad_input(place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list
     assert "Traceback" not in result.output
     assert len(re.findall("Error:|─ Error ─", message)) == 1
     assert snapshot(place) == before
+
+
+def test_one_callback_is_no_list(tmp_path: Path) -> None:
+    with pytest.raises(FastpeftError, match="Give a list"):
+        train(TrainConfig(output=str(tmp_path / "run")), callbacks=TrainerCallback())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
