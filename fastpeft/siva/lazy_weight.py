@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fastpeft.errors import FastpeftError
+
+_IN_PLACE = re.compile(r"__(i(add|sub|mul|truediv)|setitem)__|[a-z]\w*_")  # as mul_
 _KNOWN = (
     *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
@@ -44,5 +48,11 @@ class LazyWeight(Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _KNOWN:
             return super().__torch_function__(function, types, args, kwargs)
+        if isinstance(next(iter(args), None), LazyWeight) and _IN_PLACE.fullmatch(function.__name__):
+            raise FastpeftError(
+                f"{function.__name__} would change the weight of a SiVA layer in place, but that is computed at each "
+                "use from what is trained and what is frozen. Leave the layer out of target_modules, or merge the "
+                "adapter first."
+            )
         args, kwargs = tree_map_only(LazyWeight, lambda weight: weight._compute(), (args, kwargs or {}))
         return function(*args, **kwargs)
