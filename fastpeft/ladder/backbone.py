@@ -84,7 +84,7 @@ class Backbone:
             )
         self.model = model
         self.core = core
-        self.body: nn.Module = core if self.plain else core.base_model
+        self.body: nn.Module = core if self.plain else _body_of(core)
         self.headless = self.body is core and not self.plain
         if self.headless and not _has_one_stack(core):
             raise FastpeftError(
@@ -344,6 +344,17 @@ def _check_reads_rows(core: PreTrainedModel) -> None:
             f"the features of the base, a {kind}, are (T, B, d), and a side network reads (B, T, d): it would mix the "
             "rows up. Load a model of another architecture."
         )
+
+
+def _body_of(core: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head; itself where that cannot be told.
+
+    A few name another as their body than they have, such as CLIPForImageClassification: theirs is the one model inside.
+    """
+    inside = [child for child in core.children() if isinstance(child, PreTrainedModel)]
+    if core.base_model is core and len(inside) == 1 and not _has_one_stack(core):
+        return inside[0]
+    return core.base_model
 
 
 def _has_one_stack(core: PreTrainedModel) -> bool:

@@ -149,6 +149,20 @@ def test_a_vision_model_by_its_name(tmp_path: Path) -> None:
         assert loaded(pixel_values=IMAGES).logits.equal(model(pixel_values=IMAGES).logits)
 
 
+def test_a_body_that_the_model_does_not_name() -> None:
+    """`base_model` of CLIP's classifier of images is itself."""
+    tower = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    image = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+    config = transformers.CLIPConfig(vision_config=tower | image, text_config=tower | {"hidden_size": 24}, num_labels=3)
+    model = ladder(transformers.CLIPForImageClassification(config))
+    assert model.side.feature_sizes == 4 * [16]
+    assert {name for name in trainable(model) if name.startswith("base")} == {
+        "base.classifier.weight",
+        "base.classifier.bias",
+    }
+    assert model(pixel_values=IMAGES).logits.shape == (len(IMAGES), 3)
+
+
 def test_a_perceptron_computes_what_its_parts_do() -> None:
     model = made("perceptron").eval()
     zero, one, two, three, four = model.base
