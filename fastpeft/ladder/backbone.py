@@ -181,6 +181,15 @@ class Backbone:
         return name
 
     @property
+    def input_embeddings(self) -> nn.Module | None:
+        """The module of its input's embeddings, None where it names none: images may have none, CANINE several."""
+        try:
+            embeddings: nn.Module = self.core.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+        return embeddings
+
+    @property
     def text_config(self) -> Any:
         """The configuration of what reads or writes text: a part of that of a model that sees or hears too.
 

@@ -150,11 +150,8 @@ def has_values(core: nn.Module) -> bool:
 
 def two_texts(backbone: Backbone, changed: int | slice) -> Tensor:
     """Token ids of two texts of ordinary words that differ in the tokens `changed`, `(2, 4)`."""
-    try:
-        embeddings = backbone.core.get_input_embeddings()
-        count = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
-    except NotImplementedError:  # CANINE reads characters by several tables
-        count = _CHARACTERS
+    embeddings: Any = backbone.input_embeddings
+    count = _CHARACTERS if embeddings is None else getattr(embeddings, "num_embeddings", None) or len(embeddings.weight)
     ids = (torch.arange(_TOKENS, device=backbone.device).repeat(2, 1) + count // 2) % count
     ids[1, changed] = (ids[1, changed] + 1) % count
     return ids

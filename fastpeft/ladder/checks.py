@@ -89,7 +89,9 @@ def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) 
     """
     if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
         return
-    if (position_ids.diff(dim=-1) != 1).any():
+    # time, height and width of what Qwen2-VL sees are no places in the row; those are a fourth plane, the first
+    places = position_ids[: len(position_ids) - 3] if position_ids.ndim == 3 else position_ids
+    if (places.diff(dim=-1) != 1).any():
         raise FastpeftError(
             "position_ids begin anew within a row, or leave some out, and there is no attention_mask: these are joined "
             "texts, which a side network cannot tell apart. Give each a row of its own (packing=False), or an "

@@ -47,7 +47,7 @@ def fingerprints(
         kept = [tensor for tensor in kept if id(tensor) not in changing]
         return {"layers": fingerprint(_joined(kept))} if kept and not (skip_trained and changing) else {}
     parts: dict[str, Iterable[nn.Module]] = {
-        "embedding": [backbone.core.get_input_embeddings()],
+        "embedding": filter(None, [backbone.input_embeddings]),
         "first layer": [backbone.layers[0]],
         _BETWEEN: backbone.layers[1:-1],
         "last layer": [backbone.layers[-1]],

@@ -433,6 +433,17 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         prepared = core.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         return {name: value for name, value in prepared.items() if name not in OTHER_CACHES}
 
+    # what else `generate` asks of a model: one that sees images has places of its own for them, and encodes them once
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone.core._prepare_position_ids_for_generation(*args, **kwargs)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone.core._maybe_prepare_encoder_kwargs_for_generation(*args, **kwargs)
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone.core._expand_inputs_for_generation(*args, **kwargs)
+
     def compile_backbone(self, **options: Any) -> None:
         """Compile each layer of the backbone at its first call; the result is the same to rounding.
 

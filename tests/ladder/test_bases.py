@@ -163,6 +163,16 @@ def test_a_body_that_the_model_does_not_name() -> None:
     assert model(pixel_values=IMAGES).logits.shape == (len(IMAGES), 3)
 
 
+def test_a_model_that_names_no_embeddings_is_saved(tmp_path: Path) -> None:
+    shape = {"num_encoder_blocks": 1, "depths": [2], "sr_ratios": [1], "hidden_sizes": [16], "num_channels": 1}
+    stage = {"patch_sizes": [3], "strides": [2], "num_attention_heads": [2], "mlp_ratios": [2], "num_labels": 3}
+    base = transformers.SegformerForImageClassification(transformers.SegformerConfig(**shape, **stage)).eval()
+    model = ladder(copy.deepcopy(base), feature_modules="segformer.stages.0.blocks").eval()
+    model.save_pretrained(tmp_path)
+    loaded = LadderModel.from_pretrained(tmp_path, base=base).eval()
+    assert loaded(pixel_values=IMAGES).logits.equal(model(pixel_values=IMAGES).logits)
+
+
 def test_a_perceptron_computes_what_its_parts_do() -> None:
     model = made("perceptron").eval()
     zero, one, two, three, four = model.base

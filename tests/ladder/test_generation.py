@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -460,3 +461,29 @@ def test_what_is_asked_of_the_words_goes_to_the_base() -> None:
     after.loss.backward()
     model.set_input_embeddings(nn.Embedding(words, base.config.hidden_size))
     assert base.get_input_embeddings().num_embeddings == words
+
+
+def test_what_is_said_of_images_is_the_bases_at_the_start() -> None:
+    """Their patches are no rows to repeat for beams, and have places of their own."""
+    text = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "rope_theta": 1e4}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "rope_scaling": {"mrope_section": [1, 1, 2]}}
+    text["rope_scaling"]["type"] = "mrope"
+    seen = {"embed_dim": 16, "hidden_size": 16, "num_heads": 2, "depth": 1, "patch_size": 4, "mlp_ratio": 2}
+    tokens = {"image_token_id": 55, "vision_start_token_id": 57, "vision_end_token_id": 58}
+    torch.manual_seed(0)
+    base = transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(text_config=text, vision_config=seen, **tokens)
+    ).eval()
+    ids = torch.randint(5, 50, (2, 10))
+    ids[:, 2], ids[:, 3:7], ids[:, 7] = 57, 55, 58  # 4 patches of 4, of which a token is made
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(32, 96)}
+    batch["image_grid_thw"] = torch.tensor(2 * [[1, 4, 4]])
+    if "mm_token_type_ids" in inspect.signature(base.forward).parameters:  # of later versions
+        batch["mm_token_type_ids"] = (ids == 55).int()
+    model = ladder(copy.deepcopy(base))
+    given = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    scores = {"return_dict_in_generate": True, "output_scores": True}
+    for beams in (1, 3):
+        said = [each.generate(**batch, **given, **scores, num_beams=beams) for each in (base, model)]
+        assert said[0].sequences.equal(said[1].sequences)
+        torch.testing.assert_close(said[1].scores, said[0].scores)
