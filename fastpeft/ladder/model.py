@@ -157,6 +157,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         self.backbone = backbone
         self.base = base
         self.main_input_name = backbone.input_name
+        self.loss_type = getattr(backbone.core, "loss_type", None)  # by which the Trainer knows that labels are shifted
         self._generates = predicts_next_tokens(backbone)
         if self._generates:
             self.generation_config = copy.deepcopy(backbone.core.generation_config)

@@ -302,6 +302,27 @@ def test_smoothed_labels_of_next_words_are_shifted_by_a_trainer(tmp_path: Path, 
     torch.testing.assert_close(found, nn.functional.cross_entropy(logits, labels, label_smoothing=0.1))
 
 
+def test_a_trainer_counts_next_words_as_beside_the_base(tmp_path: Path) -> None:
+    """Else it divides the sum over T - 1 words by T."""
+    base = tiny("Llama", "ForCausalLM")
+    settings = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in IDS.tolist()]
+    losses = []
+    for model in (copy.deepcopy(base), ladder(base)):  # which starts as its base
+        trainer = transformers.Trainer(model, settings, train_dataset=rows)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
 def test_inputs_that_the_base_alone_names_reach_it_in_a_trainer(tmp_path: Path) -> None:
     base = tiny("LayoutLM", "ForTokenClassification", max_2d_position_embeddings=64)
     model = moved(base)
