@@ -65,6 +65,14 @@ def vit(**changes: Any) -> Any:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**{**shape, **image, **changes})).eval()
 
 
+def dinov3() -> Any:
+    """A vision model without a head for images `(B, 1, 8, 8)`; its encoder's name is that of a body."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = transformers.DINOv3ViTConfig(**shape, image_size=8, patch_size=4, num_channels=1)
+    return transformers.DINOv3ViTModel(config).eval()
+
+
 def classifier(checkpoint: Path, **arguments: Any) -> Any:
     """A pretrained model with a new head of three classes, the same at every call."""
     torch.manual_seed(3)

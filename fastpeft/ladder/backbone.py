@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
@@ -360,17 +361,19 @@ def _body_of(core: PreTrainedModel) -> PreTrainedModel:
 
     A few name another as their body than they have, such as CLIPForImageClassification: theirs is the one model inside.
     """
+    if _has_one_stack(core):  # also DINOv3's, whose encoder has the name of a body
+        return core
     inside = [child for child in core.children() if isinstance(child, PreTrainedModel)]
-    if core.base_model is core and len(inside) == 1 and not _has_one_stack(core):
-        return inside[0]
-    return core.base_model
+    return inside[0] if core.base_model is core and len(inside) == 1 else core.base_model
 
 
 def _has_one_stack(core: PreTrainedModel) -> bool:
     """Whether the output of the layers is what the model is for: it is one of `AutoModel` with a single stack."""
-    names = (*MODEL_MAPPING_NAMES.values(), *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.values())
-    one_stack = not getattr(core.config, "is_encoder_decoder", False)
-    return one_stack and any(type(core).__name__ in ((name,) if isinstance(name, str) else name) for name in names)
+    name, of_text = type(core).__name__, MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+    names = [*MODEL_MAPPING_NAMES.values(), *of_text.values()]
+    pairs = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()  # of texts and images, as CLIP
+    one_stack = not getattr(core.config, "is_encoder_decoder", False) and name not in pairs
+    return one_stack and any(name in ((each,) if isinstance(each, str) else each) for each in names)
 
 
 def _model_with_a_head(config: Any) -> str:

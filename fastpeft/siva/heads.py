@@ -24,23 +24,27 @@ ADDED_BY_PEFT = {
 
 def head_names(model: Any) -> set[str]:
     """Modules of a transformers model outside its pretrained backbone: children beside it, and the output layer."""
-    backbone = getattr(model, "base_model_prefix", "")
     children = {name for name, _ in model.named_children()}
-    heads = children - ({backbone} if backbone in children else _backbone_parts(model, children))
+    heads = children - _backbone_parts(model, children)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return heads | {name for name, module in model.named_modules() if output is not None and module is output}
 
 
 def _backbone_parts(model: Any, children: set[str]) -> set[str]:
-    """Which children are the backbone's, where none holds it whole; all of them where that cannot be told.
+    """Which children are the backbone's: the one that holds it whole, or its parts; all where that cannot be told.
 
     Whisper's classifier has its encoder beside the head, T5's for questions its encoder and decoder. The backbone is
     built without weights to see which parts it has.
     """
+    prefix = getattr(model, "base_model_prefix", "")
     kind = type(getattr(model, "config", None))
     found = MODEL_MAPPING.get(kind, ())
     backbones = found if isinstance(found, (tuple, list)) else (found,)  # Funnel has two
-    if not backbones or type(model) in backbones:
+    if type(model) in backbones:  # whose encoder may have the prefix for its name, as DINOv3's
+        return children
+    if prefix in children:
+        return {prefix}
+    if not backbones:
         return children
     with torch.device("meta"):
         backbone = backbones[0]._from_config(copy.deepcopy(model.config))
@@ -77,6 +81,24 @@ def let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_pef
         )
     elif added and not clear and not any(name.endswith(saved) for name in names):
         logger.warning("no module is called %s, so no head trains. Name yours in modules_to_save", " or ".join(added))
+
+
+def warn_of_statistics(peft_config: SivaConfig, model: nn.Module) -> None:
+    """Warn of norms that keep running statistics: training changes them, and an adapter does not save them."""
+    saved = tuple(peft_config.modules_to_save or ()) or "."  # which no name ends with
+    found = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "running_mean", None) is not None
+        and not any(".".join(name.split(".")[:end]).endswith(saved) for end in range(1, name.count(".") + 2))
+    ]
+    if found:
+        logger.warning(
+            "training changes the running statistics of %s, and the adapter does not save them: loaded again, it gives "
+            "other outputs. Add %s to modules_to_save, or keep such modules in eval mode",
+            f"{found[0]} and {len(found) - 1} others" if len(found) > 1 else found[0],
+            ", ".join(sorted({name.rpartition(".")[2] for name in found})),
+        )
 
 
 def _parts_beside(saved: tuple[str, ...], name: str, module: nn.Module) -> list[str]:

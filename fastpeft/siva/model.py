@@ -23,7 +23,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.siva import grouping
 from fastpeft.siva.config import SivaConfig, check_name
 from fastpeft.siva.four_bits import is_in_4_bits
-from fastpeft.siva.heads import head_names, let_heads_train
+from fastpeft.siva.heads import head_names, let_heads_train, warn_of_statistics
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.rows import BASE, AdapterRows, acting
@@ -79,6 +79,7 @@ class SivaModel(BaseTuner):
         self._pissa = None if config.pissa is None else PissaAdapter.read(config.pissa)
         if config.init_weights != "saved" and self._pissa is None:  # a file has the modules that it has
             let_heads_train(config, self._heads, model, self._of_peft_model)
+            warn_of_statistics(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._pissa is not None:
@@ -105,6 +106,11 @@ class SivaModel(BaseTuner):
             for name, module in modules.items()
             if isinstance(module, (nn.Linear, Conv1D, SivaLinear)) and not self._is_head(name)
         ]
+        if not targets and not linear:
+            raise FastpeftError(
+                f"{type(model).__name__} has no linear layer beside its head, and SiVA adapts no others. Use a k-LST "
+                "side network, or train the head alone."
+            )
         if not targets:
             wanted = peft_config.target_modules
             shown = sorted(wanted) if isinstance(wanted, set) else repr(wanted)

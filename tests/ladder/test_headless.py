@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from backbones import IDS, MASK, ladder, tiny, trainable
+from backbones import IDS, MASK, dinov3, ladder, tiny, trainable
 from pools import rows_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -136,6 +136,11 @@ def test_a_pool_answers_with_hidden_states(tmp_path: Path) -> None:
         torch.testing.assert_close(answer.last_hidden_state, states(pool[task], **rows_of(BATCH, row))[0])
 
 
+def test_an_encoder_with_the_name_of_a_body_leaves_no_head() -> None:
+    model = ladder(dinov3())
+    assert all(name.startswith("side.") for name in trainable(model))
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(FastpeftError, match="a RobertaModel, has no head, so it makes no loss of labels"):
         ladder(tiny(head="Model"))(IDS, labels=torch.tensor([0, 1, 2]))
@@ -145,3 +150,7 @@ def test_what_is_refused() -> None:
 
     with pytest.raises(FastpeftError, match="RobertaWithAClassifier has no head separate from its body"):
         ladder(RobertaWithAClassifier(tiny().config))
+    tower = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=tower, vision_config=tower))
+    with pytest.raises(FastpeftError, match="CLIPModel has no head separate from its body"):
+        ladder(clip)

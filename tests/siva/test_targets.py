@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from backbones import dinov3
 from safetensors.torch import load_file, save_file
 from siva_adapters import CLOSE, SHAPE, answers, move, tiny, token_ids, trained
 from torch import nn
@@ -256,3 +257,32 @@ def test_a_head_that_does_not_train_is_told(
     assert message in caplog.text
     assert bool(message) is bool(caplog.records)
     assert not any("head" in name for name in trained(model))
+
+
+class Normalised(nn.Module):
+    """Layers with a norm whose running statistics training changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+
+def test_running_statistics_that_are_not_saved_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"r": 2, "target_modules": ["query", "key"]}
+    peft.get_peft_model(Normalised(), SivaConfig(**config))
+    assert "running statistics of norm" in caplog.text
+    assert "Add norm to modules_to_save" in caplog.text
+    caplog.clear()
+    peft.get_peft_model(Normalised(), SivaConfig(**config, modules_to_save=["norm"]))
+    peft.get_peft_model(tiny(), SivaConfig(r=2, task_type="SEQ_CLS"))
+    assert not caplog.records
+
+
+def test_a_model_without_linear_layers_is_told() -> None:
+    with pytest.raises(FastpeftError, match="Sequential has no linear layer beside its head"):
+        peft.get_peft_model(nn.Sequential(nn.Conv1d(3, 3, 1)), SivaConfig(r=2, target_modules="all-linear"))
+
+
+def test_an_encoder_with_the_name_of_a_backbone_is_no_head(caplog: pytest.LogCaptureFixture) -> None:
+    peft.get_peft_model(dinov3(), SivaConfig(r=2, target_modules="all-linear"))
+    assert not caplog.records
