@@ -129,7 +129,9 @@ class Backbone:
                 "model.named_modules()."
             )
         layers = [modules[name] for name in names]
-        return list(layers[0]) if len(layers) == 1 and isinstance(layers[0], nn.ModuleList) else layers
+        if len(layers) == 1 and isinstance(layers[0], nn.ModuleList | nn.Sequential):
+            return list(layers[0])
+        return layers
 
     def _module_lists(self) -> dict[str, list[nn.Module]]:
         return {name: list(part) for name, part in self.core.named_modules() if isinstance(part, nn.ModuleList)}

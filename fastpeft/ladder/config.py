@@ -86,7 +86,8 @@ class LadderConfig(PretrainedConfig):
             base. True is a trained mix, in which the backbone's starts with all the weight. None is `"add"` beside a
             head that predicts words, such as a decoder's, and False beside any other.
         feature_modules: names of the backbone's layers in the model, in the order in which they run, or of the one
-            `ModuleList` that holds them. None finds them in a transformers model; any other module needs them.
+            `ModuleList` or `Sequential` that holds them. None finds them in a transformers model; any other module
+            needs them.
         feature_sizes: widths of the L + 1 features, the first of which is the input of the first layer. None takes the
             width in the model's configuration, or else those of the layers' matrices.
         causal: whether tokens see only those before them. None does as the backbone does, found by a pass over four

@@ -218,8 +218,14 @@ class SivaModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for layer in self._siva_layers():
-            layer.check_mergeable()  # before the first layer is touched
+        tied = tied_parameters(self.model)
+        for layer in self._siva_layers():  # before the first of them is touched
+            layer.check_mergeable()
+            if id(layer.base_layer.weight) in tied:
+                raise FastpeftError(
+                    f"{layer.name}: its weight is shared with another module, which would take the adapter in too. "
+                    "Give it a weight of its own in the base model, or keep the adapter apart."
+                )
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Raise `FastpeftError`: a weighted sum of SiVA adapters is not a SiVA adapter. As LoRA they can be summed."""

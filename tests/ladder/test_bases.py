@@ -173,6 +173,12 @@ def test_a_model_that_names_no_embeddings_is_saved(tmp_path: Path) -> None:
     assert loaded(pixel_values=IMAGES).logits.equal(model(pixel_values=IMAGES).logits)
 
 
+def test_one_sequence_of_layers_is_taken_apart() -> None:
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
+    base = nn.Sequential(layers, nn.Linear(8, 2))
+    assert len(ladder(base, feature_modules="0").backbone.layers) == 3
+
+
 def test_a_perceptron_computes_what_its_parts_do() -> None:
     model = made("perceptron").eval()
     zero, one, two, three, four = model.base

@@ -360,6 +360,8 @@ def test_output_layers_and_shared_weights() -> None:
     x, expected = torch.ones(1, 4), shared(torch.ones(1, 4))
     model = peft.get_peft_model(shared, SivaConfig(r=2, target_modules=["0"], residual="implicit"))
     torch.testing.assert_close(model(x), expected, **CLOSE)
+    with pytest.raises(FastpeftError, match="would take the adapter in too"):
+        model.merge_and_unload()
 
 
 def test_registration_is_idempotent() -> None:
