@@ -388,6 +388,8 @@ def _model_with_a_head(config: Any) -> str:
             f"Transformers has no classifier of the kind {config.model_type}: put its encoder and a head into an "
             "nn.Module of your own, and name the encoder's layers in feature_modules."
         )
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        return "It has a stack for texts and one for images: load the model of one of them."
     return "Load the model with a class that has a head."
 
 

@@ -122,6 +122,11 @@ class SivaModel(BaseTuner):
         if peft_config.init_weights != "saved" and self._pissa is None:  # what a file says was given to another model
             warn_of_strangers(peft_config, () if isinstance(wanted, str) else wanted, linear, targets, model)
         if all_linear:
+            # without heads: PEFT takes a lm_head for embeddings, which it then saves
+            ends = [f".{name}" for name in targets]
+            peft_config.target_modules = {
+                each for each in peft_config.target_modules if any(end.endswith(f".{each}") for end in ends)
+            }
             limit_ranks(peft_config, {name: modules[name] for name in targets})
             warn_of_stacks(model, self._is_head)
         _check_tokens(peft_config, model)

@@ -152,5 +152,5 @@ def test_what_is_refused() -> None:
         ladder(RobertaWithAClassifier(tiny().config))
     tower = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=tower, vision_config=tower))
-    with pytest.raises(FastpeftError, match="CLIPModel has no head separate from its body"):
+    with pytest.raises(FastpeftError, match=r"CLIPModel has no head.* load the model of one of them"):
         ladder(clip)

@@ -286,3 +286,14 @@ def test_a_model_without_linear_layers_is_told() -> None:
 def test_an_encoder_with_the_name_of_a_backbone_is_no_head(caplog: pytest.LogCaptureFixture) -> None:
     peft.get_peft_model(dinov3(), SivaConfig(r=2, target_modules="all-linear"))
     assert not caplog.records
+
+
+def test_all_linear_names_no_head(tmp_path: Path) -> None:
+    """PEFT took Wav2Vec2's lm_head for embeddings, and saving ended with an error after the training."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sound = {"conv_dim": [8], "conv_stride": [4], "conv_kernel": [8], "num_feat_extract_layers": 1, "vocab_size": 20}
+    places = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    base = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**shape, **sound, **places))
+    model = peft.get_peft_model(base, SivaConfig(r=2, target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    assert not any("lm_head" in name for name in model.peft_config["default"].target_modules)
