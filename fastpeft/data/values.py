@@ -80,7 +80,13 @@ def as_labels(value: Any, column: str, names: Sequence[str] | None, at: RowRef) 
             raise FastpeftError(
                 f"{at} has the label {label!r} in column {column!r}, but {SEPARATOR} stands between labels. Rename it."
             )
-    return list(dict.fromkeys(labels))
+    different = list(dict.fromkeys(labels))
+    if len(different) < len(labels) and all(label.lower() in _FLAGS for label in labels):
+        raise FastpeftError(
+            f"{at} has {value!r} in column {column!r}, which are no names of labels, but say of each if it applies. "
+            "Write the names of those that do, or a column of 0 and 1 for each label (--label-column a,b,c)."
+        )
+    return different
 
 
 def as_flag(value: Any, column: str, at: RowRef) -> bool:

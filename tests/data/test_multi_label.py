@@ -96,7 +96,14 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, rows: Any, given: dict[s
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(None, "says nothing of its labels"), (["x|y"], "stands between labels"), ([["x"]], "one word")]
+    ("value", "said"),
+    [
+        (None, "says nothing of its labels"),
+        (["x|y"], "stands between labels"),
+        ([["x"]], "one word"),
+        ([0, 1, 0], "no names of labels"),
+        ([True, True], "no names of labels"),
+    ],
 )
 def test_a_cell_that_is_no_list_of_labels_is_refused(tmp_path: Path, value: Any, said: str) -> None:
     rows = [{"text": "a", "labels": ["x", "y"]}, {"text": "b", "labels": value}]
