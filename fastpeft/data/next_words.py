@@ -85,7 +85,7 @@ def _pieces(tokenizer: Any, text: Any) -> list[Piece]:
     if isinstance(text, Conversation):
         return _turns(tokenizer, text)
     if isinstance(text, tuple):
-        return [(_begun(tokenizer, text[0]), False), (_tokens(tokenizer, text[1], special=False) + end, True)]
+        return [(_begun(tokenizer, text[0]), False), (_after(tokenizer, *text) + end, True)]
     return [(_begun(tokenizer, text) + end, True)]
 
 
@@ -111,8 +111,8 @@ def _turns(tokenizer: Any, conversation: Conversation) -> list[Piece]:
                 "assistant's turns begin cannot be told. Give columns named prompt and completion, or a tokenizer "
                 "with another chat template."
             )
-        pieces.append((_tokens(tokenizer, before[len(written) :], special=False), False))
-        pieces.append((_tokens(tokenizer, after[len(before) :], special=False), True))
+        pieces.append((_after(tokenizer, written, before[len(written) :]), False))
+        pieces.append((_after(tokenizer, before, after[len(before) :]), True))
         written = after
     return pieces
 
@@ -137,6 +137,22 @@ def _begun(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text at the beginning, with the special tokens before it and not those after it."""
     tokens = _tokens(tokenizer, text, special=True)
     return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
+
+
+def _after(tokenizer: Any, before: str, text: str) -> list[int]:
+    """The tokens of a text that goes on from `before`, as it stands: some tokenizers, as Llama 2's, put a space before
+    any text that is alone."""
+    alone = _tokens(tokenizer, text, special=False)
+    if not before or _tokens(tokenizer, "a", special=False) == _in_line(tokenizer, "a"):
+        return alone
+    return _in_line(tokenizer, text) or alone
+
+
+def _in_line(tokenizer: Any, text: str) -> list[int] | None:
+    """The tokens of a text after a line break; None where they cannot be told from it."""
+    ended = _tokens(tokenizer, "\n", special=False)
+    both = _tokens(tokenizer, f"\n{text}", special=False)
+    return both[len(ended) :] if both[: len(ended)] == ended else None
 
 
 def _tokens(tokenizer: Any, text: str, *, special: bool) -> list[int]:

@@ -145,12 +145,15 @@ def parts_of_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]
     return np.stack([(outputs[..., 1] * labelled).sum(-1), labelled.sum(-1)], axis=-1).astype(np.int64)
 
 
+_PLACES = {**{place: place for place in "BIES"}, "M": "I", "L": "E", "U": "S", "W": "S"}  # in an entity, by any scheme
+
+
 def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
     """Kind, first and last word of the entities in a row of tags, as `(first, last, kind)`.
 
-    Tags are B-KIND, I-KIND, E-KIND and S-KIND, and O. One begins at B and S, where the kind changes, and after O, E and
-    S; so an I begins one too where nothing comes before it, as in the CoNLL evaluation. A tag of another form is a kind
-    that goes on as long as it is repeated.
+    Tags are O and B-KIND, I-KIND, E-KIND and S-KIND; other schemes have M for I, L for E and U or W for S. An entity
+    begins at B and S, where the kind changes, and after O, E and S; so an I begins one too where nothing comes before
+    it, as in the CoNLL evaluation. A tag of another form is a kind that goes on as long as it is repeated.
     """
     found = set()
     begun, before, kind_before = 0, "O", ""
@@ -158,7 +161,9 @@ def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
         place_in, dash, kind = tag.partition("-")
         if tag == OUTSIDE:
             place_in, kind = "O", ""
-        elif not dash or place_in not in ("B", "I", "E", "S"):
+        elif dash and place_in in _PLACES:
+            place_in = _PLACES[place_in]
+        else:
             place_in, kind = "I", tag
         goes_on = place_in in ("I", "E") and before in ("B", "I") and kind == kind_before
         if not goes_on:

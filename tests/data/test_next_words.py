@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from samples import (
     FIRST,
@@ -23,7 +24,7 @@ from samples import (
     write_jsonl,
 )
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from fastpeft import FastpeftError, TrainConfig, train
@@ -376,3 +377,17 @@ def test_of_an_assistant_that_begins_its_own_words_alone_are_learned(tokenizer: 
     learned = [token for token, label in zip(row["input_ids"], row["labels"]) if label != UNLABELLED]
     assert learned == ours("film funny", add_special_tokens=False)["input_ids"]
     assert len(row["input_ids"]) > len(learned)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_completion_goes_on_where_a_tokenizer_puts_a_space_before_any_text(scheme: str) -> None:
+    """As Llama 2's: "the cat" and "s" were "the cat s"."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    made.train_from_iterator(["the cat sat: yes\n"], tokenizers.trainers.BpeTrainer(show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=made)
+    for pair in (("the cat", "s sat"), ("the cat:", " yes"), ("the cat: ", "yes")):
+        (row,), _ = encode_counted(fast, [pair], 100)
+        said = "".join(fast.convert_ids_to_tokens(row["input_ids"]))
+        assert said.replace("\u2581", " ") == f" {pair[0]}{pair[1]}"
+        assert row["input_ids"][: len(asked := prompt_tokens(fast, pair))] == asked

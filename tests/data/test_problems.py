@@ -239,6 +239,8 @@ def test_metrics_of_tags_leave_out_what_is_outside() -> None:
         ("I-a I-a B-a", {(0, 1, "a"), (2, 2, "a")}),
         ("B-a I-b I-b", {(0, 0, "a"), (1, 2, "b")}),
         ("B-a E-a I-a S-a", {(0, 1, "a"), (2, 2, "a"), (3, 3, "a")}),
+        ("B-a I-a L-a U-a", {(0, 2, "a"), (3, 3, "a")}),
+        ("B-a M-a E-a W-a", {(0, 2, "a"), (3, 3, "a")}),
         ("a-b a-b O c", {(0, 1, "a-b"), (3, 3, "c")}),
         ("O O", set()),
     ],
