@@ -261,10 +261,10 @@ def tell_problem(table: Table, columns: Columns) -> Problem:
     """What the labels of `table` are."""
     if isinstance(table.rows[0][columns.texts[0]], list):
         return TAGGING
-    if columns.flags or all(isinstance(row.get(columns.label), list) for row in table.rows):
-        return MULTI_LABEL
     # what is missing, as NaN, says nothing of the others; who reads them names its row
     given = [value for row in table.rows if (value := row.get(columns.label)) is not None and value == value]
+    if columns.flags or (given and all(isinstance(value, list) for value in given)):
+        return MULTI_LABEL
     if {bool} < {type(value) for value in given if isinstance(value, (bool, int, float))}:
         raise FastpeftError(
             f"column {columns.label!r} of {table.name} has numbers beside true or false, which would be other "

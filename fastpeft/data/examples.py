@@ -165,10 +165,13 @@ def load_data(
 
 
 def _joined(labels: Sequence[str]) -> str | None:
-    """A class that is written as several others, with `|` between them."""
-    return next(
-        (label for label in labels if "|" in label and {part.strip() for part in label.split("|")} & {*labels}), None
-    )
+    """A class that is written as several others, with `|` between them or as a list."""
+
+    def is_joined(label: str) -> bool:
+        listed = label.startswith("[") and label.endswith("]")
+        return listed or ("|" in label and bool({part.strip() for part in label.split("|")} & {*labels}))
+
+    return next(filter(is_joined, labels), None)
 
 
 def load_rows(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
+from fastpeft.data.names import UNLABELLED
 from fastpeft.errors import EmptyTextError, FastpeftError
 
 SEPARATOR = "|"  # between the labels of a text in one cell
@@ -62,6 +63,12 @@ def as_tags(value: Any, column: str, words: int, names: Sequence[str] | None, at
             f"{at} has {what} in column {column!r}, which must be a list of one tag for each of the {words} words. "
             "Correct it or name another column with --label-column."
         )
+    for word, tag in enumerate(value, 1):
+        if tag is None or tag != tag or tag == UNLABELLED:
+            raise FastpeftError(
+                f"{at} has {tag!r} as the tag of word {word} in column {column!r}. Give each word one; O is for those "
+                "that belong to nothing."
+            )
     return [as_class(tag, column, names, at) for tag in value]
 
 

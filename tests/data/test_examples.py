@@ -352,6 +352,13 @@ def test_decimal_commas_are_refused(tmp_path: Path) -> None:
     assert load_data(str(file)).labels == ["1,5", "none"]
 
 
+@pytest.mark.parametrize(("tag", "said"), [(-100, "-100 as the tag of word 2"), (None, "None as the tag of word 2")])
+def test_a_word_without_a_tag_is_told(tmp_path: Path, tag: Any, said: str) -> None:
+    rows = [{"words": ["a", "b"], "tags": ["O", "B-film"]}, {"words": ["a", "b"], "tags": ["O", tag]}]
+    with pytest.raises(FastpeftError, match=f"row 2 of .*{said}"):
+        load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("tags", ["names", "numbers"])
 def test_tags_are_names_or_numbers(tmp_path: Path, suffix: str, tags: str) -> None:

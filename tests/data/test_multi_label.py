@@ -121,6 +121,12 @@ def test_columns_of_flags_hold_nothing_else(tmp_path: Path) -> None:
         load_data(data, label_column="x,y", problem_type="classification")
 
 
+def test_a_row_without_its_labels_is_named(tmp_path: Path) -> None:
+    rows = [{"text": "a", "labels": []}, {"text": "b", "labels": ["x"]}, {"text": "c", "labels": None}]
+    with pytest.raises(FastpeftError, match=r"row 3 of .* says nothing of its labels"):
+        load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+
+
 def test_rare_labels_are_on_both_sides(tmp_path: Path) -> None:
     rows = [
         {"text": f"text {row}", "labels": ["common"] * (row > 9) + ["rare"] * (row % 50 == 0)} for row in range(100)
@@ -169,8 +175,9 @@ def test_metrics_by_hand() -> None:
     assert lower.tolist() == (outputs > np.log(0.2 / 0.8)).astype(int).tolist()
 
 
-def test_joined_classes_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [(f"film {number}", ("dull", "fun", "dull|fun")[number % 3]) for number in range(30)]
+@pytest.mark.parametrize("joined", ["dull|fun", "['dull', 'fun']"])  # the latter by pandas' to_csv
+def test_joined_classes_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture, joined: str) -> None:
+    rows = [(f"film {number}", ("dull", "fun", joined)[number % 3]) for number in range(30)]
     data = load_data(str(write_csv(tmp_path / "joined.csv", rows)))
     assert data.problem is CLASSIFICATION
     assert "to learn several labels of a text add --problem-type multi-label" in caplog.text
