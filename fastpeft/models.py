@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import normalizers
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -132,10 +133,22 @@ def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Clas
             f"{type(tokenizer).__name__}, the tokenizer of {model!r}, does not tell which word a token is of, which "
             "tags need. Give a model that has a fast tokenizer."
         )
+    if problem.per_token:
+        _read_words_after_a_space(tokenizer)
     _settle_padding(loaded, tokenizer)
     if problem is REGRESSION:
         _keep_float32(loaded)
     return Classifier(loaded, tokenizer, _head_modules(loaded, info["missing_keys"]))
+
+
+def _read_words_after_a_space(tokenizer: Any) -> None:
+    """Have each word of a list read as in a text: byte-level tokenizers, as GPT-2's, may leave out the space before."""
+    alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    in_line = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    if alone != in_line:
+        backend = tokenizer.backend_tokenizer
+        own = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([*own, normalizers.Prepend(" ")])
 
 
 class _Float32Linear(nn.Linear):

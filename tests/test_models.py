@@ -1,4 +1,4 @@
-"""How many tokens a model reads."""
+"""How many tokens a model reads, and how its tokenizer reads words."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 import transformers
 
-from fastpeft.models import Classifier
+from fastpeft.models import Classifier, _read_words_after_a_space
 
 SIZE = {
     "hidden_size": 8,
@@ -48,3 +49,18 @@ def most(kind: str, told: int) -> int:
     config = getattr(transformers, f"{kind}Config")(**SIZE)
     model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
     return Classifier(model, SimpleNamespace(model_max_length=told), ()).max_length
+
+
+def test_words_of_a_list_are_read_as_after_a_space() -> None:
+    """A byte-level tokenizer without `add_prefix_space` read them as if they had none before them."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(show_progress=False, initial_alphabet=alphabet)
+    made.train_from_iterator(["the cat sat"], trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    for _ in range(2):  # once more it changes nothing
+        _read_words_after_a_space(fast)
+        words = fast(["the", "cat"], is_split_into_words=True)
+        assert "".join(fast.convert_ids_to_tokens(words["input_ids"])) == "\u0120the\u0120cat"
+        assert {*words.word_ids()} == {0, 1}

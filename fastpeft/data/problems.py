@@ -41,7 +41,7 @@ class Metric:
 # what is measured beside the loss, by the names in `metrics.json`, in the order of a report's columns
 METRICS = {
     ACCURACY: Metric("accuracy", note="on all dev rows, with the weights that the run kept"),
-    "f1": Metric("F1", note="of the second class where there are two, else the mean over classes"),
+    "f1": Metric("F1", note="of the second class where there are two, else the mean over the rows' classes"),
     "micro_f1": Metric("micro F1", note="over all answers of all labels"),
     "macro_f1": Metric("macro F1", note="the mean over labels"),
     "subset_accuracy": Metric("subset accuracy", note="the share of rows with all labels right"),

@@ -172,7 +172,7 @@ def test_what_is_loaded_is_not_pruned_again(tmp_path: Path, checkpoint: Path) ->
         (lambda: tiny("ModernBert"), {}, r"a ModernBertEncoderLayer has Wqkv float32 \(48, 16\)"),
         (lambda: nn.Sequential(nn.Linear(16, 16)), {"feature_modules": ["0"]}, r"a Linear has float32 \(16, 16\)"),
         (
-            lambda: nn.Sequential(nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))),
+            lambda: nn.Sequential(nn.Sequential(nn.Sequential(*(nn.Linear(16, 16) for _ in range(6))))),
             {"feature_modules": ["0"], "feature_sizes": [16, 16]},
             r"q, k or v in the names of .*; a Sequential has 0 float32 \(16, 16\)",
         ),

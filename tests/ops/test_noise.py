@@ -89,7 +89,8 @@ def element(name: str, index: int, seed: int) -> float:
     x = []
     for half in (half for word in words for half in (word & 0xFFFF, word >> 16)):
         g = np.float32((2 * (half - 2**16 * (half >> 15)) + 1) * 2**15)
-        x.append(g * (abs(g) * a + b) ** 2)
+        bent = abs(g) * a + b
+        x.append(g * (bent * bent))  # a power may be rounded otherwise
 
     def lane(first: int, count: int, which: int) -> np.float32:
         """Of `count` x from `first` on the sum with the signs of row `which` of the matrix."""

@@ -224,7 +224,7 @@ CASES = [
     (["--problem-type", "token_classification"], ["row 1 of good.csv", "must be a list of words", "jsonl and parquet"]),
     (["--data", "short-tags.jsonl"], ["row 2 of short-tags.jsonl has a list of 1", "each of the 2 words"]),
     (["--data", "no-word.jsonl"], ["row 1 of no-word.jsonl", "none of them empty"]),
-    (["--data", "no-tag.jsonl"], ["row 1 of no-tag.jsonl has no class in column 'ner_tags'"]),
+    (["--data", "no-tag.jsonl"], ["row 1 of no-tag.jsonl has None as the tag of word 2 in column 'ner_tags'"]),
     # the best checkpoint
     (["--patience", "2"], ["--patience is 2", "no metric", "leave --patience out"]),
     (["--metric", "loss", "--save-steps", "2", "--patience", "0"], ["--patience is 0"]),
