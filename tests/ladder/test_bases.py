@@ -154,7 +154,10 @@ def test_a_body_that_the_model_does_not_name() -> None:
     tower = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     image = {"image_size": 8, "patch_size": 4, "num_channels": 1}
     config = transformers.CLIPConfig(vision_config=tower | image, text_config=tower | {"hidden_size": 24}, num_labels=3)
-    model = ladder(transformers.CLIPForImageClassification(config))
+    base = transformers.CLIPForImageClassification(config)
+    if not isinstance(base.vision_model, transformers.PreTrainedModel):
+        pytest.skip("this version of transformers has no model inside")
+    model = ladder(base)
     assert model.side.feature_sizes == 4 * [16]
     assert {name for name in trainable(model) if name.startswith("base")} == {
         "base.classifier.weight",
@@ -167,7 +170,8 @@ def test_a_model_that_names_no_embeddings_is_saved(tmp_path: Path) -> None:
     shape = {"num_encoder_blocks": 1, "depths": [2], "sr_ratios": [1], "hidden_sizes": [16], "num_channels": 1}
     stage = {"patch_sizes": [3], "strides": [2], "num_attention_heads": [2], "mlp_ratios": [2], "num_labels": 3}
     base = transformers.SegformerForImageClassification(transformers.SegformerConfig(**shape, **stage)).eval()
-    model = ladder(copy.deepcopy(base), feature_modules="segformer.stages.0.blocks").eval()
+    (layers,) = (name for name, part in base.named_modules() if isinstance(part, nn.ModuleList) and len(part) == 2)
+    model = ladder(copy.deepcopy(base), feature_modules=layers).eval()
     model.save_pretrained(tmp_path)
     loaded = LadderModel.from_pretrained(tmp_path, base=base).eval()
     assert loaded(pixel_values=IMAGES).logits.equal(model(pixel_values=IMAGES).logits)
