@@ -61,10 +61,9 @@ def row_scores(above: Sequence[int], below: Sequence[int]) -> np.ndarray:
 def interval(scores: np.ndarray) -> tuple[float, float] | None:
     """The interval of a metric for new rows and, with several seeds, for new seeds; seeds that all agree are one.
 
-    Of an accuracy with one seed Wilson's. Else, with S seeds and N rows, the
-    mean plus or minus t standard errors, whose square is `var(seeds) / S + var(rows) / N` (variances of the means over
-    the other; one seed has none), with Welch's degrees of freedom. None of fractions that are all equal, as those of an
-    F1 of 0 or 1: they tell no spread.
+    Of an accuracy with one seed Wilson's. Else, with S seeds and N rows, the mean plus or minus t standard errors,
+    whose square is `var(seeds) / S + var(rows) / N` (variances of the means over the other; one seed has none), with
+    Welch's degrees of freedom. None of fractions that are all equal, as those of an F1 of 0 or 1: they tell no spread.
 
     Args:
         scores: `(seeds, rows)`.
@@ -89,9 +88,9 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     """How far `first` is above `second`, on the same rows and the same seeds.
 
     With one seed of an accuracy, or several that all agree, McNemar's exact test: of the rows that only one answers
-    rightly, half should be each method's. Else the t test of the mean difference, whose standard error is that
-    of `interval`; fractions without any spread have p = 1. Where that error is 0 for an accuracy, the interval extends
-    as far as Wilson's of as many rows, all of them right.
+    rightly, half should be each method's. Else the t test of the mean difference, whose standard error is that of
+    `interval`; fractions without any spread have p = 1. Where that error is 0 for an accuracy, the interval extends as
+    far as Wilson's of as many rows, all of them right.
 
     Args:
         first, second: `(seeds, rows)`.

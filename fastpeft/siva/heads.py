@@ -85,7 +85,7 @@ def let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_pef
 
 def warn_of_statistics(peft_config: SivaConfig, model: nn.Module) -> None:
     """Warn of norms that keep running statistics: training changes them, and an adapter does not save them."""
-    saved = tuple(peft_config.modules_to_save or ()) or "."  # which no name ends with
+    saved = (*(peft_config.modules_to_save or ()), *ADDED_BY_PEFT.get(peft_config.task_type, ()))
     found = [
         name
         for name, module in model.named_modules()

@@ -48,9 +48,10 @@ class LazyWeight(Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _KNOWN:
             return super().__torch_function__(function, types, args, kwargs)
-        if isinstance(next(iter(args), None), LazyWeight) and _IN_PLACE.fullmatch(function.__name__):
+        name = getattr(function, "__name__", "")
+        if isinstance(next(iter(args), None), LazyWeight) and _IN_PLACE.fullmatch(name):
             raise FastpeftError(
-                f"{function.__name__} would change the weight of a SiVA layer in place, but that is computed at each "
+                f"{name} would change the weight of a SiVA layer in place, but that is computed at each "
                 "use from what is trained and what is frozen. Leave the layer out of target_modules, or merge the "
                 "adapter first."
             )

@@ -71,10 +71,8 @@ def loading_snippet(
         adapted = "AutoPeftModel" if masked_words else f"AutoPeftModelFor{head}"  # the file then names the head's class
         name = adapted if adapter else f"AutoModelFor{head}"
         known = f", id2label={dict(enumerate(labels))!r}" if adapter and labels else ""
-        if known and problem_type in (
-            "regression",
-            "multi_label_classification",
-        ):  # else it is one class
+        # where it is not told, a pipeline takes classes of which one applies
+        if known and problem_type in ("regression", "multi_label_classification"):
             known += f", problem_type={problem_type!r}"
         lines += ["import torch", f"from {'peft' if adapter else 'transformers'} import {name}"]
         call = f"{name}.from_pretrained({folder!r}{known}, dtype=torch.float32)"
