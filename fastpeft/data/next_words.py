@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from fastpeft.data.conversations import ASSISTANT, USER, Conversation
@@ -142,10 +143,13 @@ def _begun(tokenizer: Any, text: str) -> list[int]:
 def _after(tokenizer: Any, before: str, text: str) -> list[int]:
     """The tokens of a text that goes on from `before`, as it stands: some tokenizers, as Llama 2's, put a space before
     any text that is alone."""
-    alone = _tokens(tokenizer, text, special=False)
-    if not before or _tokens(tokenizer, "a", special=False) == _in_line(tokenizer, "a"):
-        return alone
-    return _in_line(tokenizer, text) or alone
+    in_line = _in_line(tokenizer, text) if before and _puts_a_space_first(tokenizer) else None
+    return _tokens(tokenizer, text, special=False) if in_line is None else in_line
+
+
+@lru_cache(maxsize=1)  # it is asked for every piece of every row
+def _puts_a_space_first(tokenizer: Any) -> bool:
+    return _tokens(tokenizer, "a", special=False) != _in_line(tokenizer, "a")
 
 
 def _in_line(tokenizer: Any, text: str) -> list[int] | None:

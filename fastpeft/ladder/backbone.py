@@ -188,7 +188,7 @@ class Backbone:
         """The module of its input's embeddings, None where it names none: images may have none, CANINE several."""
         try:
             embeddings: nn.Module = self.core.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
+        except NotImplementedError:
             return None
         return embeddings
 
@@ -371,8 +371,8 @@ def _body_of(core: PreTrainedModel) -> PreTrainedModel:
 
 def _has_one_stack(core: PreTrainedModel) -> bool:
     """Whether the output of the layers is what the model is for: it is one of `AutoModel` with a single stack."""
-    name, of_text = type(core).__name__, MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
-    names = [*MODEL_MAPPING_NAMES.values(), *of_text.values()]
+    name = type(core).__name__
+    names = (*MODEL_MAPPING_NAMES.values(), *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.values())
     pairs = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()  # of texts and images, as CLIP
     one_stack = not getattr(core.config, "is_encoder_decoder", False) and name not in pairs
     return one_stack and any(name in ((each,) if isinstance(each, str) else each) for each in names)
