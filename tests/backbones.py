@@ -65,6 +65,19 @@ def vit(**changes: Any) -> Any:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**{**shape, **image, **changes})).eval()
 
 
+def sees_images(**tokens: int) -> Any:
+    """A decoder beside a model of images, whose own configuration is a part of theirs.
+
+    Args:
+        tokens: the ids of those that stand for images.
+    """
+    text = {**TINY, "num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    seen = {"embed_dim": 16, "hidden_size": 16, "num_heads": 2, "depth": 2, "mlp_ratio": 2, "patch_size": 4}
+    torch.manual_seed(0)
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=seen, **tokens)
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
 def dinov3() -> Any:
     """A vision model without a head for images `(B, 1, 8, 8)`; its encoder's name is that of a body."""
     shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from backbones import TINY, ladder, moved, tiny, trainable
+from backbones import ladder, moved, sees_images, tiny, trainable
 from causal_models import PADDED, WORDS, causal_model
 from torch import Tensor
 
@@ -88,15 +87,6 @@ def test_beside_a_head_of_words_it_starts_as_its_model(kind: str, network: dict[
     losses(model, inputs["input_ids"], 3)
     still = [name for name, parameter in trainable(model).items() if parameter.equal(before[name])]
     assert not [name for name in still if name.endswith(".weight")]
-
-
-def sees_images() -> Any:
-    """A decoder beside a model of images, whose own configuration is a part of theirs."""
-    text = {**TINY, "num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
-    seen = {"embed_dim": 16, "hidden_size": 16, "num_heads": 2, "depth": 2, "mlp_ratio": 2}
-    torch.manual_seed(0)
-    config = transformers.Qwen2VLConfig(text_config=text, vision_config=seen)
-    return transformers.Qwen2VLForConditionalGeneration(config).eval()
 
 
 def test_a_decoder_that_sees_images_too_is_taken_for_a_decoder() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from backbones import ladder, moved, tiny, trainable
+from backbones import ladder, moved, sees_images, tiny, trainable
 from causal_models import PADDED, WORDS, causal_model
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
@@ -465,21 +465,13 @@ def test_what_is_asked_of_the_words_goes_to_the_base() -> None:
 
 def test_what_is_said_of_images_is_the_bases_at_the_start() -> None:
     """Their patches are no rows to repeat for beams, and have places of their own."""
-    text = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "rope_theta": 1e4}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "rope_scaling": {"mrope_section": [1, 1, 2]}}
-    text["rope_scaling"]["type"] = "mrope"
-    seen = {"embed_dim": 16, "hidden_size": 16, "num_heads": 2, "depth": 1, "patch_size": 4, "mlp_ratio": 2}
-    tokens = {"image_token_id": 55, "vision_start_token_id": 57, "vision_end_token_id": 58}
-    torch.manual_seed(0)
-    base = transformers.Qwen2VLForConditionalGeneration(
-        transformers.Qwen2VLConfig(text_config=text, vision_config=seen, **tokens)
-    ).eval()
-    ids = torch.randint(5, 50, (2, 10))
-    ids[:, 2], ids[:, 3:7], ids[:, 7] = 57, 55, 58  # 4 patches of 4, of which a token is made
+    base = sees_images(image_token_id=45, vision_start_token_id=46, vision_end_token_id=47)
+    ids = torch.randint(5, 45, (2, 10), generator=torch.Generator().manual_seed(0))
+    ids[:, 2], ids[:, 3:7], ids[:, 7] = 46, 45, 47  # 4 patches of 4, of which a token is made
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(32, 96)}
     batch["image_grid_thw"] = torch.tensor(2 * [[1, 4, 4]])
     if "mm_token_type_ids" in inspect.signature(base.forward).parameters:  # of later versions
-        batch["mm_token_type_ids"] = (ids == 55).int()
+        batch["mm_token_type_ids"] = (ids == 45).int()
     model = ladder(copy.deepcopy(base))
     given = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
     scores = {"return_dict_in_generate": True, "output_scores": True}
