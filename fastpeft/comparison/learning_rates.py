@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
 from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import Examples, TextData
 from fastpeft.data.problems import MULTI_LABEL, NEXT_WORDS, REGRESSION, Problem
-from fastpeft.data.splitting import prompt_key, text_key
+from fastpeft.data.splitting import side_key
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 
@@ -57,7 +57,7 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
     random.Random(seed).shuffle(order)
     learned, left = order[:rows], order[rows:]
     if dev_rows is not None:
-        learned, left = _apart(data.train, order, rows, prompt_key if data.problem is NEXT_WORDS else text_key)
+        learned, left = _apart(data, order, rows)
     train = _chosen(data.train, learned)
     dev = data.dev if dev_rows is None else _chosen(data.train, left[:dev_rows])
     if data.problem is MULTI_LABEL:
@@ -74,13 +74,11 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
     return dataclasses.replace(data, train=train, dev=dev, threshold_data=None)
 
 
-def _apart(
-    examples: Examples, order: list[int], rows: int, key: Callable[[Any], Hashable]
-) -> tuple[list[int], list[int]]:
-    """Indices of at most `rows` rows in an order, and of the rest; rows whose texts share a key are on one side."""
+def _apart(data: TextData, order: list[int], rows: int) -> tuple[list[int], list[int]]:
+    """Indices of at most `rows` training rows in an order, and of the rest; what shares a `side_key` stays together."""
     asking: dict[Hashable, list[int]] = {}
     for row in order:
-        asking.setdefault(key(examples.texts[row]), []).append(row)
+        asking.setdefault(side_key(data.train.texts[row], data.problem), []).append(row)
     learned: list[int] = []
     left: list[int] = []
     for group in asking.values():

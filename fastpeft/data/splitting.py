@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from fastpeft.data.conversations import Conversation
+from fastpeft.data.conversations import USER, Conversation
 from fastpeft.data.problems import NEXT_WORDS, REGRESSION, Problem
 from fastpeft.errors import FastpeftError
 
@@ -41,9 +41,24 @@ def prompt_key(text: Any) -> Hashable:
     return text[0] if isinstance(text, tuple) else text_key(text)
 
 
+def side_key(text: Any, problem: Problem) -> Hashable:
+    """What rows have in common that must not be learned from and measured on: their text, but for white space around
+    it; of a pair to be said its prompt; of a conversation its turns through the user's first, as one row may go on
+    where another ends."""
+    if problem is NEXT_WORDS and isinstance(text, Conversation):
+        roles = [role for role, _ in text.turns]
+        return _stripped(text.turns[: roles.index(USER) + 1] if USER in roles else text.turns)
+    return _stripped(prompt_key(text) if problem is NEXT_WORDS else text_key(text))
+
+
 def digest(text: Any) -> str:
-    """Tells a text, pair or list of words from others, without showing it: 12 hex digits of the SHA-256 of its key."""
-    return hashlib.sha256(json.dumps(text_key(text)).encode()).hexdigest()[:12]
+    """Tells a text, pair or list of words from others, without showing it: 12 hex digits of the SHA-256 of its key, but
+    for white space around it."""
+    return hashlib.sha256(json.dumps(_stripped(text_key(text))).encode()).hexdigest()[:12]
+
+
+def _stripped(key: Any) -> Hashable:
+    return tuple(map(_stripped, key)) if isinstance(key, tuple) else key.strip()
 
 
 def divide(
@@ -80,8 +95,8 @@ def _split(part: Labelled, problem: Problem, split: str, seed: int) -> list[Labe
     if split == SHUFFLED:
         rows = shuffled(len(part), dev_rows, seed)
     else:
-        key = prompt_key if problem is NEXT_WORDS else text_key
-        rows = stratified([key(text) for text, _ in part], _strata(part, problem, dev_rows), dev_rows, seed)
+        keys = [side_key(text, problem) for text, _ in part]
+        rows = stratified(keys, _strata(part, problem, dev_rows), dev_rows, seed)
     return [[part[row] for row in side] for side in rows]
 
 
@@ -133,7 +148,10 @@ def stratified(
     for row in order:
         groups.setdefault(keys[row], []).append(row)
     if len(groups) < 2:
-        raise FastpeftError("all rows have the same text, so none can be kept apart to measure on. Give other data.")
+        raise FastpeftError(
+            "all rows have the same text, or begin with the same prompt, so none can be kept apart to measure on. Give "
+            "a dev part, or `split` shuffled."
+        )
     dev = _DevPart(groups, strata, dev_rows)
     totals = Counter(chain.from_iterable(strata))
     for stratum in sorted(dev.members, key=lambda stratum: len(dev.members[stratum])):

@@ -232,6 +232,19 @@ def test_prompts_are_on_one_side_of_the_split(tmp_path: Path) -> None:
     assert not trained & measured
 
 
+def test_a_conversation_is_on_the_side_of_those_that_it_goes_on_from(tmp_path: Path) -> None:
+    """Rows for every turn, as many data sets have them: a dev row's answer stands in none that is trained on."""
+    greeting = {"role": "assistant", "content": "hello"}
+    rows = []
+    for n in range(20):
+        turns = [{"role": role, "content": f"{role} {n} {turn}"} for turn in range(3) for role in ("user", "assistant")]
+        rows += [{"messages": [greeting, *turns[:length]]} for length in (2, 4, 6)]
+    data = load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)), problem_type="next_words")
+    trained, measured = ({turn for text in part.texts for turn in text.turns[1:]} for part in (data.train, data.dev))
+    assert measured
+    assert not trained & measured
+
+
 @pytest.mark.parametrize(
     ("method", "changes"),
     [

@@ -67,6 +67,14 @@ def test_what_is_too_rare_for_both_sides_is_trained_on(tmp_path: Path) -> None:
         load_data(str(write_csv(tmp_path / "same.csv", [("a", "x"), ("a", "y")] * 20)))
 
 
+def test_white_space_makes_no_other_text(tmp_path: Path) -> None:
+    rows = [(f"{before}text {n}{after}", "xy"[n % 2]) for n in range(30) for before, after in ("  ", " \n", "\t ")]
+    data = load_data(str(write_csv(tmp_path / "rows.csv", rows)))
+    trained, measured = ({text.strip() for text in part.texts} for part in (data.train, data.dev))
+    assert measured
+    assert not trained & measured
+
+
 def test_a_text_that_fills_the_file_does_not_fill_the_dev_part(tmp_path: Path) -> None:
     rows = [*([("well", "x")] * 500), *((f"text {n}", "xy"[n % 2]) for n in range(100))]
     data = load_data(str(write_csv(tmp_path / "rows.csv", rows)))
@@ -140,4 +148,5 @@ def test_digests_tell_texts_apart() -> None:
     texts = ["a b", "a  b", "A b", ("a", "b"), ("b", "a"), "\ud800", ""]
     assert len({digest(text) for text in texts}) == len(texts)
     assert digest(["a", "b"]) == digest("a b"), "words, as those that were pre-trained on as a text"
+    assert digest(" a\n") == digest("a")
     assert len(digest("a")) == 12
