@@ -5,6 +5,7 @@ An encoder of RoBERTa-base's size on SST-2, TREC and WNUT17, and a decoder on E2
     python -m bench.pretrained mpnet models/mpnet
     python -m bench.pretrained smollm2 models/smollm2
     python -m bench.evidence sst2 models/mpnet path/to/sst2 runs/evidence
+    python -m bench.evidence sst2-all models/mpnet path/to/sst2 runs/evidence --seeds 1
     python -m bench.evidence trec models/mpnet path/to/trec runs/evidence
     python -m bench.evidence wnut17 models/mpnet path/to/wnut17 runs/evidence
     python -m bench.evidence e2e models/smollm2 path/to/e2e runs/evidence
@@ -14,8 +15,8 @@ Each is a comparison in `runs/evidence/TASK` and runs a whole seed before the ne
 machine. The report is copied to `docs/results/base-TASK`. Cells compute by autocast in bfloat16, the default of a
 processor with instructions for it, but those of SST-2 in float32. The rows to measure on are the dev and the test part
 together (SST-2: 872 and 1,821 sentences) or the test part, and nothing is chosen by them. SST-2 trains on 20,000 of its
-phrases. Learning rates are those of the recipes, but on WNUT17, where 1,000 of the training rows and 800 others chose
-them.
+phrases, or on all. Learning rates are those of the recipes, but on WNUT17, where 1,000 of the training rows and 800
+others chose them.
 
 E2E trains on nine tenths of its validation part and measures on the last one, of other meanings. Then each cell answers
 all meanings of the test part, by its most likely words, and reads general text: the cross-entropy of that, before and
@@ -29,7 +30,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -61,12 +62,12 @@ _GENERAL = 32, 128  # stretches of general text, and tokens of each
 _NO_CURVE = 1_000_000  # steps between two points of the dev curve: it would take as long as the training
 
 
-def sst2(source: Path, folder: Path) -> None:
-    """Some of the phrases to train on; the dev and the test sentences to measure on."""
+def sst2(source: Path, folder: Path, rows: int | None = ROWS) -> None:
+    """Some of the phrases to train on, or all; the dev and the test sentences to measure on."""
     whole = load_data(str(source))
     test = load_rows(str(source / "test.tsv"), whole.labels, whole.problem)
     dev = Examples([*whole.dev.texts, *test.texts], [*whole.dev.labels, *test.labels])
-    write_rows(replace(take_slice(whole, ROWS), dev=dev), folder)
+    write_rows(replace(take_slice(whole, rows or len(whole.train)), dev=dev), folder)
 
 
 def trec(source: Path, folder: Path) -> None:
@@ -202,6 +203,9 @@ TASKS = {
         {"suite": "table1", "methods": ("k-lst:window=9", "lst")},
         # packs are made where a processor gains by them: without them memory is the same on all
         {"epochs": 1, "bf16": False, "pack_weights": False},
+    ),
+    "sst2-all": Evidence(
+        partial(sst2, rows=None), {"methods": (f"lora:{_ADAPTED}", "siva", "full", "k-lst:window=9")}, {"epochs": 1}
     ),
     "trec": Evidence(trec, {"methods": _METHODS}, {"epochs": 3}),
     "wnut17": Evidence(wnut17, {"methods": _TAGGING}, {"epochs": 3}),
