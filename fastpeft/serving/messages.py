@@ -106,6 +106,7 @@ class Answer(BaseModel):
 
     task: str
     predictions: list[Classified | Labelled | Number | Tagged]
+    cut: int = Field(description="How many of the texts are longer than the task reads, and were cut.")
 
 
 class TaskInfo(BaseModel):
@@ -187,7 +188,7 @@ def answer_of(encoded: EncodedRequest, scores: list[np.ndarray]) -> Answer:
         else:
             label, _ = predictor.answer(found)
             made.append(Classified(label=label, probability=every[label], probabilities=every))
-    return Answer(task=encoded.task.name, predictions=made)
+    return Answer(task=encoded.task.name, predictions=made, cut=encoded.cut)
 
 
 def describe(task: Task, beside: list[str]) -> TaskInfo:

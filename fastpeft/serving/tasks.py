@@ -123,10 +123,17 @@ class Task:
 
 @dataclass(frozen=True)
 class EncodedRequest:
-    """What is asked of one task, read and encoded."""
+    """What is asked of one task, read and encoded.
+
+    Attributes:
+        task: the task.
+        texts: what it is asked.
+        cut: how many of these go on after what the task reads of them.
+    """
 
     task: Task
     texts: list[EncodedText]
+    cut: int = 0
 
 
 class Tasks:
@@ -288,7 +295,7 @@ class Tasks:
                 return RefusedError(f"text {number}: {error}", 422)
             except Exception as error:  # the other requests must be answered
                 return error
-        return EncodedRequest(task, encoded)
+        return EncodedRequest(task, encoded, task.predictor.count_cut(encoded))
 
     def _answers(self, asked: Sequence[EncodedRequest]) -> list[list[np.ndarray] | Exception]:
         """The answers together, or each alone where that fails, so that one fails by itself."""

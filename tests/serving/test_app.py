@@ -128,6 +128,12 @@ def test_what_is_told_of_the_server(server: Server) -> None:
     }  # fmt: skip
 
 
+def test_an_answer_tells_how_many_texts_were_cut(server: Server) -> None:
+    texts = [TEXTS[0], f"{TEXTS[0]} " * 20]
+    assert server.ask("POST", "/predict", {"task": "a", "texts": texts})[1]["cut"] == 1
+    assert server.ask("POST", "/predict", {"task": "a", "texts": texts[:1]})[1]["cut"] == 0
+
+
 def test_runs_on_words_and_numbers(runs: Path) -> None:
     server = Server(create_app(Tasks({"words": runs / "words", "number": runs / "number"})))
     try:
