@@ -1,4 +1,4 @@
-"""The reference of options: what `fastpeft COMMAND --help` says, and the fields of `TrainConfig`."""
+"""The reference of options: what `fastpeft COMMAND --help-all` says, the fields of `TrainConfig`, and recipes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,24 @@ def fields() -> str:
 
     body = [[f"`{known.name}`", f"`{known.kind.__name__}`", plain(known.text())] for known in options()]
     return table(["field", "type", "what it does"], body)
+
+
+def recipes() -> str:
+    """With what each method trains if a person names nothing else."""
+    from fastpeft.data.names import DEMO
+    from fastpeft.methods.registry import METHODS
+
+    body = []
+    for name, method in METHODS.items():
+        own, demo, causal = (
+            method.recipe.for_model(model, name, causal_lm=causal_lm)
+            for model, causal_lm in (("", False), (DEMO, False), ("", True))
+        )
+        cells = [own.learning_rate, own.weight_decay, own.warmup, own.epochs]
+        rates = [f"{each.learning_rate:g}, {each.epochs:g}" for each in (causal, demo)]
+        body.append([f"`{name}`", *map("{:g}".format, cells), own.schedule, *rates])
+    heads = ["`--method`", "learning rate", "weight decay", "warm-up", "epochs", "schedule"]
+    return table([*heads, "causal: rate, epochs", "bundled model: rate, epochs"], body)
 
 
 def section(name: str, command: Any) -> str:

@@ -479,7 +479,7 @@ def distributed_beyond() -> str:
     """A step of a RoBERTa-large, calculated: sums of what `memory.csv` has, divided and sent."""
     body = []
     for row in rows("memory.csv"):
-        case = row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"], row["optimizer"]
+        case = tuple(row[name] for name in _CASE)
         if case not in LARGE or row["tokens"] != "128" or row["residual_dtype"]:
             continue
         weights, gradients, state, rest, peak = (

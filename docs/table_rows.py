@@ -43,6 +43,9 @@ def read(file: Path) -> list[Row]:
 
 
 def table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    body = list(body)
+    if not body:
+        raise ValueError(f"a table has no rows; its columns are {', '.join(heads)}")
     lines = [heads, ["---"] * len(heads), *body]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

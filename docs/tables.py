@@ -11,12 +11,14 @@ from collections.abc import Callable
 from functools import partial
 
 import accuracy_tables
+import commands
 import cost_tables
 from table_rows import DOCS
 
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?s:.*?)(<!-- end of table -->)")
 
 TABLES: dict[str, Callable[[], str]] = {
+    "recipes": commands.recipes,
     "summary": accuracy_tables.summary,
     "demo": accuracy_tables.demo,
     "sst2": accuracy_tables.sst2,

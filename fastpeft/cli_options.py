@@ -22,8 +22,8 @@ def flag(name: str) -> str:
 
 
 def _names(known: Option) -> str:
-    """What is typed: of true, false and nothing given, the two that can be."""
-    refused = f"/--no-{known.name.replace('_', '-')}" if known.kind is bool and known.default is None else ""
+    """What is typed: of a flag that is not false by default also what refuses it."""
+    refused = f"/--no-{known.name.replace('_', '-')}" if known.kind is bool and known.default is not False else ""
     return flag(known.name) + refused
 
 

@@ -115,10 +115,12 @@ def test_every_field_of_a_run_is_an_option(monkeypatch: pytest.MonkeyPatch) -> N
     # with a problem or a prompt, these are refused
     alone = {"output": "out", "objective": "causal", "packing": given.pop("packing")}
     del given["objective"]
-    for values in (given | fixed, alone):
+    refused = {known.name: False for known in options() if known.kind is bool and known.default is not False}
+    for values in (given | fixed, alone, {"output": "out", **refused}):
         arguments = []
         for name, value in values.items():
-            arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            typed = name.replace("_", "-")
+            arguments += [f"--no-{typed}"] if value is False else [f"--{typed}", *([] if value is True else [str(value)])]
         CliRunner().invoke(app, ["train", "--dry-run", "--set", "x=3", *arguments])
         assert seen.pop() == TrainConfig.from_values({**values, "settings": {"x": 3}})
 

@@ -36,8 +36,7 @@ def test_it_is_short_and_links_to_what_is_there() -> None:
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other in one program, on the bundled model and on names that a reader brings along."""
     monkeypatch.chdir(tmp_path)
-    row = {"input_ids": [0, 5, 6, 2], "attention_mask": [1, 1, 1, 1], "labels": 1}
-    program: dict[str, Any] = {"dataset": [row] * 8}
+    program: dict[str, Any] = {"rows": [("a charming journey", 1)] * 8}
     code = blocks(README, "python")
     assert code
     for block in code:

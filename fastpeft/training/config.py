@@ -240,7 +240,7 @@ class TrainConfig:
     )
     report_to: str | None = option(
         OUTPUT,
-        "Also log to this service or library; TensorBoard's files are in `logs` of the run's folder",
+        "Also log to this service or library; TensorBoard's files are in the folder logs of the run",
         choices=REPORTERS,
         unset="none",
         metavar="NAME",
