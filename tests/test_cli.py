@@ -120,7 +120,8 @@ def test_every_field_of_a_run_is_an_option(monkeypatch: pytest.MonkeyPatch) -> N
         arguments = []
         for name, value in values.items():
             typed = name.replace("_", "-")
-            arguments += [f"--no-{typed}"] if value is False else [f"--{typed}", *([] if value is True else [str(value)])]
+            shown = [] if isinstance(value, bool) else [str(value)]
+            arguments += [f"--no-{typed}" if value is False else f"--{typed}", *shown]
         CliRunner().invoke(app, ["train", "--dry-run", "--set", "x=3", *arguments])
         assert seen.pop() == TrainConfig.from_values({**values, "settings": {"x": 3}})
 

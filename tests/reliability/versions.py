@@ -103,7 +103,7 @@ versions = {name: installed.get(name, "") for name in ("torch", "transformers", 
 print(json.dumps({"python": platform.python_version(), **versions, "backend": chosen.backend}))
 """
 FOUND = ("python", "torch", "transformers", "peft", "triton", "backend", "passed", "failed", "skipped", "seconds")
-NO_INTERPRETER = "no such Python is here"
+NO_INTERPRETER = "not run"
 
 
 class UntestedError(Exception):
