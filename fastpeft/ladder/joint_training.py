@@ -163,6 +163,9 @@ class MemberTrainer:
 
     Attributes:
         losses: the loss of each step.
+
+    Raises:
+        FastpeftError: the optimizer has no parameter of the member.
     """
 
     def __init__(
@@ -173,6 +176,12 @@ class MemberTrainer:
         self._scheduler: LRScheduler | None
         self._optimizer, self._scheduler = stepping if isinstance(stepping, tuple) else (stepping, None)
         self._stream, self._max_grad_norm = stream, max_grad_norm
+        own = {id(parameter) for parameter in model.parameters()}
+        if not any(id(stepped) in own for group in self._optimizer.param_groups for stepped in group["params"]):
+            raise FastpeftError(
+                f"the optimizer of {name!r} has none of its parameters, so nothing would train. Make it of "
+                f"pool[{name!r}].parameters()."
+            )
 
     def step(self, compute: Callable[[], Any]) -> None:
         """A step on the loss of the output that `compute` returns.
@@ -187,7 +196,7 @@ class MemberTrainer:
             loss.backward()
             self.losses.append(loss.item())
             if not math.isfinite(self.losses[-1]):
-                self._optimizer.zero_grad()
+                self._clear_gradients()
                 raise FastpeftError(
                     f"the loss of {self.name!r} is {self.losses[-1]} at step {len(self.losses)}. Lower its learning "
                     "rate, give max_grad_norm, or look at that batch."
@@ -196,8 +205,13 @@ class MemberTrainer:
                 trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
                 nn.utils.clip_grad_norm_(trained, self._max_grad_norm)
             self._optimizer.step()
-            self._optimizer.zero_grad()
+            self._clear_gradients()
             if isinstance(self._scheduler, ReduceLROnPlateau):
                 self._scheduler.step(self.losses[-1])
             elif self._scheduler is not None:
                 self._scheduler.step()
+
+    def _clear_gradients(self) -> None:
+        """Those that the optimizer does not step too, or the next step would be clipped by them."""
+        self._optimizer.zero_grad()
+        self.model.zero_grad()

@@ -416,6 +416,12 @@ class MeZO(torch.optim.Optimizer):
         self.steps_done, self._dropped = saved.position
         self.estimator = Estimator(saved.estimator, saved.num_estimates)
 
+    def __getstate__(self) -> Any:
+        raise FastpeftError(
+            "a MeZO can be neither copied nor pickled. Make another of the copied model, and give that one "
+            "load_state_dict(optimizer.state_dict())."
+        )
+
     def _saved_state(self) -> SavedState:
         estimator = self.estimator
         return SavedState(

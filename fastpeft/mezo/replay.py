@@ -13,7 +13,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.estimator import HOME, Estimator, moves, update
 from fastpeft.mezo.journal_format import Kind, Record
-from fastpeft.mezo.sharding import local_part, names_of
+from fastpeft.mezo.sharding import local_part, names_of, plain_name
 
 _BLOCK = 2**16  # elements: 256 KiB in float32 stay in cache while all steps are repeated on them
 
@@ -40,8 +40,13 @@ def described_params(
     """
     described = [each for group in groups for each in group["parameters"]]
     if isinstance(model, nn.Module):
-        named = dict(model.named_parameters())
+        named = {plain_name(name): param for name, param in model.named_parameters()}
         missing = [each["name"] for each in described if each["name"] not in named]
+        if missing and missing[0].isdecimal():
+            raise FastpeftError(
+                f"the run of {path} trained parameters without names, so a model does not tell which they are. Pass a "
+                "list of them, in the order in which the optimizer had them."
+            )
         if missing:
             raise FastpeftError(
                 f"the model has no parameter {missing[0]!r}, which the run of {path} trained. Load the model of that "

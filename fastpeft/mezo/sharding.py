@@ -69,7 +69,12 @@ def local_parts(group: Mapping[str, Any], offsets: Sequence[int]) -> tuple[list[
 
 def names_of(group: Mapping[str, Any]) -> list[str]:
     """Names of the parameters of an optimizer's group, or their numbers in it."""
-    return group.get("param_names") or [str(number) for number in range(len(group["params"]))]
+    return [*map(plain_name, group.get("param_names") or ())] or [str(number) for number in range(len(group["params"]))]
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what `torch.compile` puts into it."""
+    return name.replace("_orig_mod.", "")
 
 
 def digest(params: Sequence[Tensor]) -> str:

@@ -120,7 +120,8 @@ class SivaModel(BaseTuner):
                 f'here end in {", ".join(endings(linear))}; name some of them in a list, or pass "all-linear".'
             )
         if peft_config.init_weights != "saved" and self._pissa is None:  # what a file says was given to another model
-            warn_of_strangers(peft_config, () if isinstance(wanted, str) else wanted, linear, targets, model)
+            names = () if isinstance(wanted, str) else wanted
+            warn_of_strangers(peft_config, names, linear, targets, model, self._is_head)
         if all_linear:
             # without heads: PEFT takes a lm_head for embeddings, which it then saves
             ends = [f".{name}" for name in targets]

@@ -73,7 +73,12 @@ def endings(names: Iterable[str]) -> list[str]:
 
 
 def warn_of_strangers(
-    peft_config: SivaConfig, wanted: Iterable[str], linear: list[str], targets: list[str], model: nn.Module
+    peft_config: SivaConfig,
+    wanted: Iterable[str],
+    linear: list[str],
+    targets: list[str],
+    model: nn.Module,
+    is_head: Callable[[str], bool],
 ) -> None:
     """Warn of names and numbers that were given and match nothing, so that less trains than they say.
 
@@ -85,6 +90,7 @@ def warn_of_strangers(
         linear: the names of the linear layers that it may adapt.
         targets: the names of those that it adapts.
         model: the model.
+        is_head: whether a name is of a part of the head, which is no target.
     """
     # without what PEFT wraps a module in that another adapter saves whole
     names = [name.replace(".original_module", "") for name, _ in model.named_modules(remove_duplicate=False)]
@@ -95,9 +101,9 @@ def warn_of_strangers(
     blocks = _blocks(peft_config, names) if layers else []
     unmatched: dict[str, tuple[list[Any], list[str], str]] = {
         "target_modules": (
-            [name for name in wanted if not any(f".{each}".endswith(f".{name}") for each in names)],
+            [name for name in wanted if all(is_head(each) for each in names if f".{each}".endswith(f".{name}"))],
             endings(linear),
-            f"Linear layers here end in {', '.join(endings(linear))}",
+            f"Linear layers here end in {', '.join(endings(linear))}, beside the head",
         ),
         "rank_pattern": (
             [

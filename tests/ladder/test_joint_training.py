@@ -133,6 +133,20 @@ def test_gradients_are_clipped_per_member() -> None:
     assert norms[None] > 1e-2
 
 
+def test_what_the_optimizer_leaves_out_keeps_no_gradient() -> None:
+    """The head here, by whose gradients of earlier steps the next ones would be clipped."""
+    pool = new_pool()
+    optimizer = torch.optim.SGD(pool["fast"].side.parameters(), lr=0.1)
+    pool.fit(batches(number=2), {"fast": optimizer}, max_grad_norm=1.0)
+    assert all(parameter.grad is None for parameter in pool["fast"].parameters())
+
+
+def test_an_optimizer_of_another_member_is_refused() -> None:
+    pool = new_pool()
+    with pytest.raises(FastpeftError, match="the optimizer of 'fast' has none of its parameters"):
+        pool.fit(batches(number=1), {"fast": optimizer_of(pool["slow"], "slow")[0]})
+
+
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering", "ForMaskedLM"])
 def test_outputs_for_a_loop_of_ones_own(head: str) -> None:
     pool = pool_of(tiny(head=head, num_labels=2 if head == "ForQuestionAnswering" else 3), {}, {"window_size": 5})

@@ -423,6 +423,28 @@ def test_what_does_not_fit_the_journal_is_refused(tmp_path: Path) -> None:
         optimizer.step(fit(model, 0))
 
 
+def test_names_are_those_of_the_model_that_was_compiled(tmp_path: Path) -> None:
+    model = network()
+    optimizer = MeZO(torch.compile(model, backend="eager"), lr=1e-2)
+    optimizer.record(tmp_path / "run")
+    optimizer.step(fit(model, 0))
+    again = network()
+    Journal.open(tmp_path / "run").replay(again)
+    assert equal(again, model)
+    MeZO(network(), lr=1e-2).resume(tmp_path / "run")
+
+
+def test_parameters_without_names_are_given_in_their_order(tmp_path: Path) -> None:
+    model, again = network(), network()
+    optimizer = MeZO(model.parameters(), lr=1e-2)
+    optimizer.record(tmp_path / "run")
+    optimizer.step(fit(model, 0))
+    with pytest.raises(FastpeftError, match="without names"):
+        Journal.open(tmp_path / "run").replay(again)
+    Journal.open(tmp_path / "run").replay(list(again.parameters()))
+    assert equal(again, model)
+
+
 # -- a run that is killed ----------------------------------------------------------------------------------------------
 
 _KILLED = """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -204,6 +206,14 @@ def test_perturbed_weights_are_not_saved() -> None:
     optimizer.estimate(fit(model))
     with pytest.raises(FastpeftError, match="weights are perturbed"):
         optimizer.state_dict()
+
+
+def test_a_copy_is_refused() -> None:
+    """torch's own copies leave out all but the groups."""
+    optimizer = MeZO(nn.Linear(4, 1), lr=1e-2)
+    for make in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(FastpeftError, match="can be neither copied nor pickled"):
+            make(optimizer)
 
 
 def test_the_state_of_another_optimizer_is_refused() -> None:

@@ -163,6 +163,7 @@ def test_ranks_by_pattern_are_saved_and_loaded(tmp_path: Path, given: dict[str, 
             {"target_modules": ["query", SELF.format(2, "key")]},
             r"nothing matches '.*layer\.2\..*layers here end in .*key",
         ),
+        ({"target_modules": ["query", "classifier"]}, r"nothing matches 'classifier'\. .*, beside the head"),
         (
             {"rank_pattern": {"qurey": 4}},
             r"rank_pattern: nothing matches 'qurey'\. Did you mean query\? Adapted layers",
