@@ -173,7 +173,7 @@ def evaluate(
         None, "--model", "-m", help="In place of DIR: a model with no training, by a prompt or as a decoder."
     ),
     objective: str | None = typer.Option(
-        None, metavar="causal", help="With --model: how a decoder says the texts, completions or turns of --data."
+        None, metavar="causal", help="With --model: measure a decoder on the texts, completions or turns of --data."
     ),
     prompt: str | None = typer.Option(
         None,
@@ -188,7 +188,7 @@ def evaluate(
     label_column: str | None = typer.Option(None, help="Column of classes in --data."),
     max_new_tokens: int | None = typer.Option(
         None,
-        help="The most tokens that a run on next words says to a prompt, for BLEU and ROUGE; 0 leaves these out "
+        help="The most tokens that a language model generates for a prompt, for BLEU and ROUGE; 0 leaves these out "
         "(default: 64).",
     ),
 ) -> None:
@@ -236,13 +236,13 @@ def predict(
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file that is the output."),
     max_new_tokens: int | None = typer.Option(
-        None, help="The most tokens that a run on next words says to a text (default: 64)."
+        None, help="The most tokens that a language model generates for a text (default: 64)."
     ),
 ) -> None:
     """Classify texts: prints class, probability and text, separated by tabs.
 
     A run on numbers prints the number's name, its value and the text; one on tags prints tag, probability and word, a
-    word a line, and an empty line after each text. A run on next words prints what it says, and an empty line.
+    word a line, and an empty line after each text. A language model prints what it generates, and an empty line.
 
     Exit code 1: empty texts or rows of the file were left out, each named on standard error.
     """
@@ -458,7 +458,7 @@ def serve(
     """Answer over HTTP as predict does, for one run or many.
 
     Side networks (k-LST, LST) on equal backbones share one backbone, and a pass answers for all of them. Any other run
-    is served beside them, with a model of its own. Runs on next words answer in the form of OpenAI's endpoints.
+    is served beside them, with a model of its own. Language models answer in the form of OpenAI's endpoints.
 
     There is no authentication: let a proxy keep strangers away, from --runs above all. Needs the extra serve.
     """

@@ -66,7 +66,8 @@ def evaluate_prompt(
         raise FastpeftError(_RUN_OR_MODEL)
     if max_new_tokens is not None:
         raise FastpeftError(
-            f"`max_new_tokens` is {max_new_tokens}, but a model that answers by a prompt says no words. Leave it out."
+            f"`max_new_tokens` is {max_new_tokens}, but a model that answers by a prompt generates no text. Leave it "
+            "out."
         )
     if not prompt or not (is_auto(prompt) or parse_prompt(prompt, label_words)):
         raise FastpeftError(

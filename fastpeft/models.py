@@ -233,16 +233,17 @@ def load_for_masked_words(model: str) -> Classifier:
 
 
 def load_for_next_words(model: str) -> Classifier:
-    """Load `model` to say next words, with the head that it has.
+    """Load `model` to generate text, with the head that it has.
 
     Raises:
-        FastpeftError: the model is missing, broken or incomplete, or is of a kind that says no next words.
+        FastpeftError: the model is missing, broken or incomplete, or is of a kind that predicts no next words.
     """
     config = _config_of(model)
     if config is not None and not is_causal_lm(config):
         raise FastpeftError(
-            f"the model {model!r} ({config.model_type}) does not say next words, which the objective causal learns. "
-            "Give a decoder, as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by --objective mlm."
+            f"the model {model!r} ({config.model_type}) does not predict next words, which the objective causal "
+            "learns. Give a decoder, as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by --objective "
+            "mlm."
         )
     loaded, tokenizer, info = _load(transformers.AutoModelForCausalLM, model, {})
     if new := _new_in_head(loaded, info):

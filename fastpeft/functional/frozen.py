@@ -69,7 +69,7 @@ def frozen_head_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""The cross entropy of a decoder to words that does not train, without its logits in memory.
+    r"""The cross entropy of an LM head that does not train, without its logits in memory.
 
     `F.cross_entropy(hidden W^T + b, labels)`, of which N x V logits and their gradient never exist at one time.
 

@@ -212,7 +212,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         return Body(self) if self._generates else super().base_model
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The base's decoder to words; None where it has none."""
+        """The base's LM head; None where it has none."""
         return self.backbone.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""`fastpeft::frozen_head_cross_entropy`: the cross entropy of a frozen decoder to words, without its logits in memory.
+"""`fastpeft::frozen_head_cross_entropy`: the cross entropy of a frozen LM head, without its logits in memory.
 
 Dimension letters: N tokens (all leading dimensions together), K hidden size, V words of the vocabulary.
 

@@ -1,4 +1,4 @@
-"""Language models that make no logits for their loss: `fuse_head` tells the decoder to words.
+"""Language models that make no logits for their loss: `fuse_head` tells the LM head.
 
 Where a model is given labels, its decoder answers with `LazyLogits`, which the model hands to its own loss. The cross
 entropy of these is `frozen_head_cross_entropy`; what else reads them makes them. So the model's code decides what the
@@ -238,7 +238,7 @@ def _after(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def _decoder(model: nn.Module) -> Any:
-    """A model's decoder to words; None if it has none."""
+    """A model's LM head; None if it has none."""
     try:
         return model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -264,10 +264,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse_head(model: Model) -> Model:
-    """Let a language model compute its loss without making its logits, while its decoder to words does not train.
+    """Let a language model compute its loss without making its logits, while its LM head does not train.
 
     Args:
-        model: a transformers model with a decoder to words, causal, masked or behind an encoder, or a module that holds
+        model: a transformers model with an LM head, causal, masked or behind an encoder, or a module that holds
             one, such as PEFT's wrapper. The decoder, an `nn.Linear`, changes its class, in place, and its model gets
             two hooks.
 
@@ -277,7 +277,7 @@ def fuse_head(model: Model) -> Model:
         as before.
 
     Raises:
-        FastpeftError: the model has no decoder to words, or one that is no `nn.Linear`, as a quantised or adapted one.
+        FastpeftError: the model has no LM head, or one that is no `nn.Linear`, as a quantised or adapted one.
 
     Notes:
         The model computes its own loss: shifted labels, `num_items_in_batch` and ignored tokens are its own. Where it
@@ -299,7 +299,7 @@ def fuse_head(model: Model) -> Model:
     if not fusable:
         what = f"is a {type(found[0][1]).__name__}" if found else "is not there"
         raise FastpeftError(
-            f"fuse_head: the decoder to words of the {type(model).__name__} {what}; it must be an nn.Linear, which no "
+            f"fuse_head: the LM head of the {type(model).__name__} {what}; it must be an nn.Linear, which no "
             "adapter or quantisation has replaced. Leave fuse_head out."
         )
     for owner, decoder in fusable:

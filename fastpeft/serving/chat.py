@@ -84,12 +84,12 @@ class OpenAIRequest(BaseModel):
 
     model: str = Field(description="The task's name.")
     max_tokens: int | None = Field(None, ge=1, description="The most tokens that are said; 256 unless it is given.")
-    temperature: float | None = Field(1, ge=0, le=2, description="0 says the most likely words, as predict does.")
+    temperature: float | None = Field(1, ge=0, le=2, description="0 decodes greedily, as predict does.")
     top_p: float | None = Field(1, gt=0, le=1, description="The share of the likeliest words that are drawn from.")
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
         None, description="Texts before the first of which the answer ends."
     )
-    stream: bool | None = Field(False, description="Whether the answer comes as events while it is said.")
+    stream: bool | None = Field(False, description="Whether the answer comes as events while it is generated.")
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = Field(1, description="The number of answers.")
     frequency_penalty: Neutral | None = 0
@@ -132,7 +132,7 @@ def add_openai_routes(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The tasks that say words, as OpenAI lists models."""
+        """The tasks that generate text, as OpenAI lists models."""
         return {"object": "list", "data": [model(task) for task in tasks if task.predictor is None]}
 
     @app.get("/v1/models/{name}", responses=refusals)

@@ -284,7 +284,8 @@ class Tasks:
             return error
         if task.predictor is None:
             return RefusedError(
-                f"the task {name!r} says words and tells no classes. Send it messages, by POST /v1/chat/completions.",
+                f"the task {name!r} generates text and tells no classes. Send it messages, by POST "
+                "/v1/chat/completions.",
                 422,
             )
         encoded = []
@@ -360,7 +361,8 @@ class Tasks:
             task = self[name]
             if task.predictor is not None:
                 what = (
-                    f"the task {name!r} tells classes and the like, and says no words. Send it texts, by POST /predict."
+                    f"the task {name!r} tells classes and the like, and generates no text. Send it texts, by POST "
+                    "/predict."
                 )
                 raise RefusedError(what, 404)
         except RefusedError as error:

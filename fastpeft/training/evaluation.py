@@ -69,7 +69,7 @@ def evaluate(
     run = load_run(folder)
     if max_new_tokens is not None and run.problem is not NEXT_WORDS:
         raise FastpeftError(
-            f"`max_new_tokens` is {max_new_tokens}, but the run in {str(folder)!r} says no words. Leave it out."
+            f"`max_new_tokens` is {max_new_tokens}, but the run in {str(folder)!r} generates no text. Leave it out."
         )
     kept = RunFolder(folder)
     trained_on, metrics = kept.trained_on(), kept.metrics()

@@ -41,7 +41,7 @@ def eos_token_ids(run: FinishedRun, *, chats: bool) -> set[int]:
 
 
 class TextGenerator:
-    """A finished run that learned next words, in use: it goes on from texts by its most likely words.
+    """A finished run that learned next words, in use: it continues texts by greedy decoding.
 
     Args:
         run: the run, with its model.
@@ -155,7 +155,7 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
         with suppress(FastpeftError):  # too long, or nothing was asked
             encoded[key] = generator.encode(prompt)
     if not encoded:
-        logger.warning("no prompt leaves room for %d new tokens, so nothing is said", limit)
+        logger.warning("no prompt leaves room for %d new tokens, so nothing is generated", limit)
         return {}
     said = generator.generate(list(encoded.values()))
     for count, what in (

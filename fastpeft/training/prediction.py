@@ -54,7 +54,7 @@ class Predictor:
             self.run = replace(self.run, max_length=min(max_length, self.run.max_length))
         if self.run.problem is NEXT_WORDS:
             raise FastpeftError(
-                f"the run in {str(folder)!r} learned next words and has no classes to tell. It goes on from texts: "
+                f"the run in {str(folder)!r} learned next words and has no classes to tell. It generates text: "
                 f"fastpeft predict {folder}."
             )
         if self.run.problem is MASKED_WORDS:

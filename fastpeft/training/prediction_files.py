@@ -45,7 +45,7 @@ class Prediction:
         row: its number: of texts from 1, of a file as `read_apart` counts, after the texts where there are both.
         text: a text, a pair of texts or a list of words.
         scores: the probability of every class or label, `(classes,)`; the number, `(1,)`; or of every word the
-            probabilities of the tags, `(words, tags)`; float32. Of a run on next words what it says.
+            probabilities of the tags, `(words, tags)`; float32. Of a run on next words what it generates.
         others: the row's other columns, which go to the output as they are.
     """
 
@@ -216,7 +216,7 @@ class Predictions:
 
         Of a run on tags there is a line for every word, and an empty one after each text. Of a run on several labels
         `|` stands between those that are answered, and between their probabilities. Of a run on next words it is what
-        that says, and an empty line.
+        it generates, and an empty line.
         """
         problem, text = self._predictor.run.problem, prediction.text
         if self._generates:

@@ -345,7 +345,7 @@ def test_what_a_run_refuses(tmp_path: Path, place: Path, config: TrainConfig) ->
 
 def test_models_that_say_no_next_words_are_refused(tmp_path: Path, config: TrainConfig) -> None:
     encoder = save_tiny_model(tmp_path / "encoder")
-    with pytest.raises(FastpeftError, match=r"\(roberta\) does not say next words"):
+    with pytest.raises(FastpeftError, match=r"\(roberta\) does not predict next words"):
         train(replace(config, model=str(encoder)))
     with pytest.raises(FastpeftError, match="objective 'causal' learns from the texts alone"):
         replace(config, label_column="label")
@@ -364,7 +364,7 @@ def test_a_run_on_classes_says_no_words(tmp_path: Path, place: Path) -> None:
     data = write_csv(tmp_path / "reviews.csv", reviews(24))
     output = str(tmp_path / "run")
     train(TrainConfig(output=output, method="head", model=str(model), data=str(data), max_steps=1))
-    with pytest.raises(FastpeftError, match=r"says no words\. Leave it out"):
+    with pytest.raises(FastpeftError, match=r"generates no text\. Leave it out"):
         evaluate(output, max_new_tokens=4)
     with pytest.raises(FastpeftError, match=r"tells classes or numbers\. Leave it out"):
         Predictions(output, ["film"], max_new_tokens=4)

@@ -98,7 +98,7 @@ def test_a_decoder_that_sees_images_too_is_taken_for_a_decoder() -> None:
     assert model.config.residual is True
     assert model.config.base_activation == "silu"
     assert (model.config.vocab_size, model.config.hidden_size) == (50, 16)
-    assert all(name.startswith("side.") for name in trainable(model)), "not the decoder to words"
+    assert all(name.startswith("side.") for name in trainable(model)), "not the LM head"
     torch.testing.assert_close(model(input_ids=WORDS % 49).logits, expected)
 
 

@@ -45,7 +45,7 @@ MASKED = {
 
 
 def frozen(model: Any) -> Any:
-    """The decoder to words, and with it tied embeddings."""
+    """The LM head, and with it tied embeddings."""
     model.get_output_embeddings().requires_grad_(False)
     return model.eval()
 
@@ -465,6 +465,6 @@ def test_what_has_no_plain_decoder_is_refused() -> None:
         fuse_head(classifier)
     adapted = get_peft_model(causal_model("llama"), LoraConfig(target_modules=["lm_head"]))
     assert not can_fuse_head(adapted)
-    with pytest.raises(fastpeft.FastpeftError, match=r"fuse_head: the decoder .* is a Linear"):
+    with pytest.raises(fastpeft.FastpeftError, match=r"fuse_head: the LM head .* is a Linear"):
         fuse_head(adapted)
     assert trainable(adapted)

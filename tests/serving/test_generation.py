@@ -342,7 +342,7 @@ def test_a_full_queue_of_words_leaves_a_server_that_tells_classes(tasks: Tasks, 
 CHAT = {"model": "chat", "messages": turns("film"), "max_tokens": 2}
 REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
     "no such task": ({**CHAT, "model": "x"}, 404, "there is no task 'x'", "model", "model_not_found"),
-    "a task of classes": ({**CHAT, "model": "classes"}, 404, "says no words", "model", "model_not_found"),
+    "a task of classes": ({**CHAT, "model": "classes"}, 404, "generates no text", "model", "model_not_found"),
     "a task of texts": ({**CHAT, "model": "e2e"}, 400, "learned from texts, not from conv", "messages", None),
     "a role": (
         {**CHAT, "messages": [{"role": "narrator", "content": "a"}]},
@@ -423,7 +423,7 @@ def test_what_is_refused(server: Server, stream: bool) -> None:
         assert status in (404, 405)
         assert answer["error"]["message"]
     status, answer, _ = server.ask("POST", "/predict", {"task": "chat", "texts": ["film"]})
-    assert (status, "says words" in answer["detail"]) == (422, True)
+    assert (status, "generates text" in answer["detail"]) == (422, True)
     assert server.ask("POST", *request("chat", "film"))[0] == 200
 
 

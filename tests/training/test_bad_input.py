@@ -409,7 +409,7 @@ CASES = [
     (["eval", "--model", "model", "--objective", "causal"], ["--model and --data"]),
     (["eval", "run", "--data", "good.csv", "--objective", "causal"], ["--model and --data"]),
     (["eval", "--model", "model", "--data", "good.csv", "--objective", "causal", *PROMPT], ["--model and --data"]),
-    (["eval", "--model", "model", "--data", "good.csv", "--objective", "causal"], ["does not say next words"]),
+    (["eval", "--model", "model", "--data", "good.csv", "--objective", "causal"], ["does not predict next words"]),
     (["eval", "--model", "model", "--data", "good.csv", "--prompt", "none"], ["--prompt is missing", "sst2", "auto"]),
     (["eval", "--model", "model", "--data", "good.csv", *PROMPT[:3], "a,b,c"], ["no word for negative, positive"]),
     (["eval", "pair-run", "--data", "alike.csv"], ["learned from pairs of texts, but 'alike.csv' has one text a row"]),
