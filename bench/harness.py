@@ -14,7 +14,6 @@ import argparse
 import csv
 import hashlib
 import importlib.metadata
-import io
 import math
 import platform
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 
 from bench.timers import WARM_UP, captured, elapsed, elapsed_cold, peak_mb
-from fastpeft.support.files import write_text
+from fastpeft.support.files import write_csv
 from fastpeft.support.processor import cpu_name
 
 DATA = Path(__file__).parent / "data"
@@ -177,12 +176,8 @@ def read_rows(file: Path) -> list[Row]:
 
 def write_rows(file: Path, rows: list[Row]) -> None:
     """Write a table in one atomic step; the first row names the columns."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, text.getvalue())
+    write_csv(file, rows, rows[0])
 
 
 def put_row(file: Path, row: Row, key: Iterable[str]) -> None:

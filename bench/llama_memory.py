@@ -74,6 +74,7 @@ from fastpeft.training.memory import (
     MemoryEstimate,
     MemoryTracker,
     embeddings_in_float,
+    scales_of,
     simulate_training_step,
 )
 
@@ -202,8 +203,7 @@ def _replace_linears(model: Any, made_of: Callable[[nn.Linear], nn.Module]) -> N
     body = model.base_model
     for name, layer in list(body.named_modules()):
         if type(layer) is nn.Linear:
-            parent, _, child = name.rpartition(".")
-            setattr(body.get_submodule(parent), child, made_of(layer))
+            body.set_submodule(name, made_of(layer))
 
 
 def blank_linear4bit(layer: nn.Linear) -> nn.Module:
@@ -289,11 +289,7 @@ def measured(case: Case, model: Any, rows: int, tokens: int) -> int:
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, and the scales of those that bitsandbytes has quantised."""
     for tensor in (*model.parameters(), *model.buffers()):
-        yield tensor
-        state = getattr(tensor, "quant_state", None)
-        while state is not None:
-            yield from (part for part in (state.absmax, state.code, state.offset) if part is not None)
-            state = state.state2
+        yield from (tensor, *scales_of(tensor))
 
 
 def row_of(name: str, case: Case, model: Any, rows: int, tokens: int, found: MemoryEstimate) -> Row:

@@ -20,6 +20,7 @@ from fastpeft.data.names import DEMO, DEMO_FOLDER
 from fastpeft.data.problems import REGRESSION, Problem
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.support import files
+from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.hub import model_options, source_options
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def resolve_model(model: str) -> str:
     if model == DEMO:
         return str(DEMO_FOLDER)
     folder = files.path_of(model)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if holds_adapter(folder) and not (folder / "config.json").is_file():
         raise FastpeftError(
             f"the folder {model!r} holds an adapter, not a whole model. Give the model that it was trained on, or "
             "merge the two (merge_and_unload) and give the folder of the result."

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from fastpeft.kernels import tiles
 from fastpeft.kernels.tiles import DotKind
+from fastpeft.ops.dtypes import HALVES
 
 
 def dot_kind(dtype: torch.dtype, matrix_units: bool) -> DotKind | None:
     """How the kernels multiply operands of this dtype: a key of the tile tables; None where they should not."""
-    if dtype in (torch.float16, torch.bfloat16):
+    if dtype in HALVES:
         return "half" if matrix_units else None
     if dtype is torch.float32:
         return "tf32" if matrix_units and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -69,9 +69,9 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         namespace, name = func.name().partition(".")[0].split("::")
         if namespace == "fastpeft" and name in _TRITON_LAUNCHERS:
-            module, launcher = _TRITON_LAUNCHERS[name]
+            module = importlib.import_module(f"fastpeft.kernels.{_TRITON_LAUNCHERS[name]}")
             with self:
-                return getattr(importlib.import_module(f"fastpeft.kernels.{module}"), launcher)(*args, **kwargs)
+                return getattr(module, name)(*args, **kwargs)
         assert name not in _HOST, f"{func.name()} waits for the device"
         found = func(*args, **kwargs)
         if not (func.is_view or name in _FREE):

@@ -355,7 +355,7 @@ class Plan:
 
     def save(self) -> None:
         """Make the folder, and write `comparison.json` into it; runs of a folder that moved then name where it is."""
-        with files.saving(f"to the output folder {str(self.folder)!r}", lambda: "Give one that can be written."):
+        with files.saving_into(self.folder):
             cells = _cells_folder(self.folder)
             cells.mkdir(parents=True, exist_ok=True)
             for folder in (self.folder, cells):

@@ -351,7 +351,7 @@ def _arguments(cell: Cell) -> list[str]:
 
 def _lock(folder: Path) -> BinaryIO:
     """Make a comparison's folder, and keep other comparisons out of it until the result is closed."""
-    with files.saving(f"to the output folder {str(folder)!r}", lambda: "Give one that can be written."):
+    with files.saving_into(folder):
         folder.mkdir(parents=True, exist_ok=True)
         return files.lock(
             folder / files.LOCK,

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.functional import MAX_WINDOW
 from fastpeft.models import SIDE_NETWORK
-from fastpeft.ops.quantise import Format, check_library
+from fastpeft.ops.quantise import Format, check_format
 
 Fusion = Literal["cross_attention", "gated"]
 Init = Literal["random", "pruned"]
@@ -43,14 +43,6 @@ _MOST_BLOCKS = 6  # of the default
 _WIDE_WINDOW, _WIDE_WINDOW_DROPOUT = 9, 0.2  # the paper drops features from 9 slots on
 # other names of fields: of the command line's options, and of what a field comes to
 _OTHER_NAMES = {"window": "window_size", "reduction": "reduction_factor", "dropout": "feature_dropout"}
-
-
-def check_backbone_dtype(dtype: str | None) -> None:
-    """Raise `FastpeftError` unless a backbone can be converted to `dtype` with the libraries that are installed."""
-    if dtype is not None and dtype not in get_args(BackboneDtype):
-        allowed = ", ".join(map(repr, get_args(BackboneDtype)))
-        raise FastpeftError(f"backbone_dtype={dtype!r}; allowed are {allowed}, or None for the base model's own.")
-    check_library("backbone_dtype", dtype)
 
 
 class LadderConfig(PretrainedConfig):
@@ -215,7 +207,7 @@ class LadderConfig(PretrainedConfig):
             value = getattr(self, name)
             if value is not None and not (value == word or isinstance(value, bool)):
                 raise FastpeftError(f"{name}={value!r}; allowed are {word!r}, True and False, or None.")
-        check_backbone_dtype(self.backbone_dtype)
+        check_format("backbone_dtype", self.backbone_dtype, "bfloat16")
         if self.backbone_dtype is not None and self.train_adapters:
             raise FastpeftError(
                 f"backbone_dtype={self.backbone_dtype!r} with train_adapters=True (siva_layers): an adapter trains on "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
+from fastpeft.ops.dtypes import HALVES
 
 _ADVICE_FOR_TEXT = (
     "Load the base with attn_implementation='sdpa', which keeps padding, without virtual tokens, and name in "
@@ -212,7 +213,7 @@ def tokens_of(given: Mapping[str, Any]) -> torch.Size | None:
 def autocast_of(feature: Tensor) -> contextlib.AbstractContextManager[Any] | None:
     """The context for float32 modules that read `feature`: autocast to its dtype if that has 16 bits and none is on."""
     kind, dtype = feature.device.type, feature.dtype
-    if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
+    if dtype in HALVES and not torch.is_autocast_enabled(kind):
         return torch.autocast(kind, dtype)
     return None
 

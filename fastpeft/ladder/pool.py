@@ -17,7 +17,7 @@ from fastpeft.ladder.admission import Admission, share_backbone
 from fastpeft.ladder.backbone import INPUTS, Backbone
 from fastpeft.ladder.cache import FeatureCache
 from fastpeft.ladder.causality import decide_causal
-from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
+from fastpeft.ladder.config import BackboneDtype, LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, converted_to
 from fastpeft.ladder.generation import CACHE, check_generates, with_cache
@@ -38,6 +38,7 @@ from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache,
 from fastpeft.ladder.pool_members import Members
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.sources import FeatureSource, GivenFeatures, GivenOutput
+from fastpeft.ops.quantise import check_format
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support.dropout import dropout_off
 
@@ -82,7 +83,7 @@ class LadderPool:
         backbone_dtype: BackboneDtype | None = None,
         context: Sequence[int] | None = None,
     ) -> None:
-        check_backbone_dtype(backbone_dtype)
+        check_format("backbone_dtype", backbone_dtype, "bfloat16")
         self.backbone = Backbone(base, feature_modules)
         if self.backbone.input_name != "input_ids":
             raise FastpeftError(

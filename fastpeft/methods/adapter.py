@@ -11,6 +11,8 @@ from typing import Any
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
 from fastpeft.methods.preparation import Preparation
+from fastpeft.support.adapter_files import check_file
+from fastpeft.support.model_card import loading_snippet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,6 @@ class AdapterMethod(Method):
         return dataclasses.replace(base, model=put_onto(self._base(base.model), folder))
 
     def load_checkpoint(self, model: Any, checkpoint: Path) -> None:
-        from fastpeft.support.adapter_files import check_file
-
         check_file(checkpoint)
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
 
@@ -94,8 +94,6 @@ class AdapterMethod(Method):
             self.check_merges(trained)
 
     def loading_snippet(self, folder: str, *, chained: bool, **known: Any) -> str:
-        from fastpeft.support.model_card import loading_snippet
-
         return loading_snippet(folder, adapter=True, chained=chained or self.four_bits, **known)
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.recipes import Recipe
+from fastpeft.support.model_card import loading_snippet
 
 OVER = "over"  # the setting of MeZO that names the method whose parameters it trains
 OPTIONS = ("targets", "rank", "window", "reduction")  # of a run, for some methods only
@@ -188,8 +189,6 @@ class Method(ABC):
 
     def loading_snippet(self, folder: str, *, chained: bool, **known: Any) -> str:
         """Python code that loads what a run saved, for its model card; arguments as of `model_card.loading_snippet`."""
-        from fastpeft.support.model_card import loading_snippet
-
         return loading_snippet(folder, adapter=False, **known)
 
 

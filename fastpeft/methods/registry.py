@@ -7,7 +7,7 @@ or a side network.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,17 +18,9 @@ from fastpeft.methods.recipes import Recipe
 from fastpeft.methods.side_network import GATED, SideNetworkMethod
 from fastpeft.methods.whole_model import WholeModelMethod, biases, everything, head, last_layers
 
-_LAST_LAYERS = Recipe(2e-5, weight_decay=0.01)  # the paper's
 # the paper's: 48,000 steps, 11.4 epochs of SST-2
 _MEZO = Recipe(1e-6, warmup=0.0, schedule="constant", epochs=12, for_causal_lm={})
-_FULL = Recipe(2e-5, weight_decay=0.1, epochs=10)  # Liu et al. 2019, RoBERTa on GLUE: the middle of their rates
 _LORA = Recipe(4e-4, epochs=10)  # Hu et al. 2022, RoBERTa-large on SST-2; PiSSA is LoRA from another start
-_QLORA = Recipe(2e-4)  # Dettmers et al. 2023, models of 7 and 13 billion weights
-_IA3 = Recipe(3e-3)  # Liu et al. 2022
-_PROMPT_TUNING = Recipe(1e-3, epochs=20)  # PEFT's example of RoBERTa-large
-_BITFIT = Recipe(4e-4)  # Ben Zaken et al. 2022: between their 1e-4 and 1e-3
-_SIVA = Recipe(1e-3)  # measured here, as the next; see `bench/data/siva_rates.csv`
-_HEAD = Recipe(1e-3, weight_decay=0.01)
 
 
 # the paper's; of words the best of the rates measured here, see `bench/data/words_rates.csv`
@@ -42,18 +34,15 @@ _SIDE_NETWORK = Recipe(
 _lora = partial(AdapterMethod, recipe=_LORA, config="LoraConfig", rank=8)
 
 
-def _by_name(methods: Iterable[Method]) -> dict[str, Method]:
-    return {method.name: method for method in methods}
-
-
 # of adapters: as PEFT has them, LoRA with its usual scaling of 2, what starts from the weight itself unscaled
-METHODS: dict[str, Method] = _by_name(
-    (
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
         AdapterMethod(
             name="siva",
             title="SiVA",
             description="top singular vectors train, the rest is frozen",
-            recipe=_SIVA,
+            recipe=Recipe(1e-3),  # measured here; see `bench/data/siva_rates.csv`
             config="SivaConfig",
             rank=4,
             by_mezo={"scaling": "plain"},  # the other form evens out the steps of Adam, which are as long as the rate
@@ -76,7 +65,7 @@ METHODS: dict[str, Method] = _by_name(
             name="full",
             title="full fine-tuning",
             description="every weight trains",
-            recipe=_FULL,
+            recipe=Recipe(2e-5, weight_decay=0.1, epochs=10),  # Liu et al. 2019, RoBERTa on GLUE: their middle rate
             trains=everything,
         ),
         WholeModelMethod(
@@ -115,7 +104,7 @@ METHODS: dict[str, Method] = _by_name(
             name="qlora",
             title="QLoRA",
             description="LoRA in all linear layers, beside weights in 4 bits",
-            recipe=_QLORA,
+            recipe=Recipe(2e-4),  # Dettmers et al. 2023, models of 7 and 13 billion weights
             fields=lambda r: {"lora_alpha": 2 * r, "target_modules": "all-linear"},
             four_bits=True,
             merges=False,
@@ -133,7 +122,7 @@ METHODS: dict[str, Method] = _by_name(
             name="ia3",
             title="IA3",
             description="factors on keys, values and the feed-forward's inside train",
-            recipe=_IA3,
+            recipe=Recipe(3e-3),  # Liu et al. 2022
             config="IA3Config",
             options=("targets",),
         ),
@@ -141,13 +130,13 @@ METHODS: dict[str, Method] = _by_name(
             name="prompt-tuning",
             title="prompt tuning",
             description="vectors before the words of each text train",
-            recipe=_PROMPT_TUNING,
+            recipe=Recipe(1e-3, epochs=20),  # PEFT's example of RoBERTa-large
         ),
         WholeModelMethod(
             name="last-n",
             title="last layers",
             description="the last layers (3) train",
-            recipe=_LAST_LAYERS,
+            recipe=Recipe(2e-5, weight_decay=0.01),  # the paper's
             trains=last_layers,
             takes={"layers": int},
         ),
@@ -155,14 +144,14 @@ METHODS: dict[str, Method] = _by_name(
             name="bitfit",
             title="BitFit",
             description="the biases train",
-            recipe=_BITFIT,
+            recipe=Recipe(4e-4),  # Ben Zaken et al. 2022: between their 1e-4 and 1e-3
             trains=biases,
         ),
         WholeModelMethod(
             name="head",
             title="head only",
             description="the classification head trains on frozen features",
-            recipe=_HEAD,
+            recipe=Recipe(1e-3, weight_decay=0.01),  # measured here; see `bench/data/siva_rates.csv`
             trains=head,
         ),
         WholeModelMethod(
@@ -190,7 +179,7 @@ METHODS: dict[str, Method] = _by_name(
             direct=True,
         ),
     )
-)
+}
 
 
 def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:

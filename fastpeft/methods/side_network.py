@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import EarlierRun, Method, name_after
 from fastpeft.methods.preparation import Preparation
+from fastpeft.support.model_card import loading_snippet
 
 SIVA_LAYERS = "siva_layers"  # the setting of a side network beside which SiVA trains
 EXAMPLES = "examples"  # that of one whose decoder reads some training rows in front of every text
@@ -144,8 +145,6 @@ class SideNetworkMethod(Method):
         inside_prompt(model).take_over(run.folder, head=run.same_head)
 
     def loading_snippet(self, folder: str, *, chained: bool, **known: Any) -> str:
-        from fastpeft.support.model_card import loading_snippet
-
         return loading_snippet(folder, adapter=False, ladder=True, chained=chained, **known)
 
 

@@ -172,8 +172,7 @@ def merge(model: PeftModel) -> Any:
     base = model.get_base_model()
     for name, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, module.modules_to_save[model.active_adapter])
+            base.set_submodule(name, module.modules_to_save[model.active_adapter])
     return model.merge_and_unload()
 
 
@@ -224,7 +223,6 @@ def in_4_bits(model: Any) -> Any:
         quantised.weight, quantised.bias = weight.to(layer.weight.device), layer.bias
         # a form for inference, which bitsandbytes would go over to when it is evaluated: no gradient passes through it
         quantised.support_avx512bf16_for_cpu = False
-        parent, _, child = name.rpartition(".")
-        setattr(backbone.get_submodule(parent), child, quantised.train(layer.training))
+        backbone.set_submodule(name, quantised.train(layer.training))
     model.is_loaded_in_4bit = True  # what PEFT looks at
     return model

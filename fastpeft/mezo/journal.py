@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
-from fastpeft.mezo.estimator import Estimator
 from fastpeft.mezo.journal_format import Position, Record, RecordFormat, pack_header, unpack_header
 from fastpeft.mezo.replay import described_params, repeat
 from fastpeft.mezo.sharding import digest
@@ -46,7 +45,6 @@ class Journal:
     def __init__(self, path: Path, header: dict[str, Any], size: int = 0) -> None:
         self.path = path
         self.header = header
-        self.estimator = Estimator(header["estimator"], header["num_estimates"])
         self.begins_at: Position = header["first_step"], header.get("dropped", 0)
         self.steps, self.dropped = self.begins_at
         self._format = RecordFormat(header)

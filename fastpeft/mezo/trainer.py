@@ -330,8 +330,7 @@ class MeZOTrainer(Trainer):
             self.mezo.resume(file, None if start.weights is None else start.weights.position(), start.steps)
         if not start.at_checkpoint:
             self.state.compute_steps(self.args, self.state.max_steps)  # of shares, as in logging_steps=0.1
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the optimizer made no step: the journal made them
+            with warnings.catch_warnings(action="ignore"):  # that the optimizer made no step: the journal made them
                 for _ in range(start.steps):
                     self.lr_scheduler.step()
 

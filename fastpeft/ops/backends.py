@@ -11,6 +11,7 @@ asks for what is not available, the package still imports, so that the command l
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -63,24 +64,25 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("mezo_perturb", "cuda"): ("cuda", "triton"),
 }
 
-# launchers of the Triton backend: op -> (module of fastpeft.kernels, function)
+# launchers of the Triton backend, each named as its op: op -> module of fastpeft.kernels
 _TRITON_LAUNCHERS = {
-    "siva_linear": ("siva_linear", "siva_linear"),
-    "siva_linear_backward": ("siva_linear_backward", "siva_linear_backward"),
-    "siva_linear_group": ("siva_linear", "siva_linear_group"),
-    "siva_linear_group_backward": ("siva_linear_backward", "siva_linear_group_backward"),
-    "siva_linear_mixed": ("siva_linear_mixed", "siva_linear_mixed"),
-    "siva_linear_mixed_backward": ("siva_linear_mixed", "siva_linear_mixed_backward"),
-    "window_attention": ("window_attention", "window_attention"),
-    "window_attention_backward": ("window_attention_backward", "window_attention_backward"),
-    "frozen_head_cross_entropy": ("frozen_head_cross_entropy", "frozen_head_cross_entropy"),
-    "mezo_perturb_": ("mezo_perturb", "mezo_perturb_"),
-    "mezo_perturb_replay_": ("mezo_perturb", "mezo_perturb_replay_"),
-    "mezo_perturb": ("mezo_perturb", "mezo_perturb"),
+    "siva_linear": "siva_linear",
+    "siva_linear_backward": "siva_linear_backward",
+    "siva_linear_group": "siva_linear",
+    "siva_linear_group_backward": "siva_linear_backward",
+    "siva_linear_mixed": "siva_linear_mixed",
+    "siva_linear_mixed_backward": "siva_linear_mixed",
+    "window_attention": "window_attention",
+    "window_attention_backward": "window_attention_backward",
+    "frozen_head_cross_entropy": "frozen_head_cross_entropy",
+    "mezo_perturb_": "mezo_perturb",
+    "mezo_perturb_replay_": "mezo_perturb",
+    "mezo_perturb": "mezo_perturb",
 }
 
 # backends that are compiled modules: loading one registers its implementations of all its ops
 _COMPILED = {"cpp": "fastpeft._C", "cuda": "fastpeft._C_cuda"}
+_NAMES = (*_COMPILED, "triton", "aten", "reference")
 
 
 @dataclass(frozen=True)
@@ -93,37 +95,18 @@ class Choice:
     reason: str
 
 
-def _load_compiled(backend: str) -> str:
-    """'' when the backend's module is loaded (which registers its implementations), else why not."""
-    try:
-        importlib.import_module(_COMPILED[backend])
-    except ImportError as error:
-        return f"the compiled module {_COMPILED[backend]} is not available ({error})"
-    return ""
-
-
-def _probe_cuda() -> str:
-    """'' when the CUDA module is loaded, else why not."""
-    return _load_compiled("cuda") if torch.cuda.is_available() else "no CUDA device"
-
-
-def _probe_triton() -> str:
-    """'' when Triton kernels can run, else why not."""
-    if not torch.cuda.is_available():
+@functools.cache
+def _why_not(backend: str) -> str:
+    """Why a backend cannot run here, or ''; asked of a compiled module, it loads it, which registers its ops."""
+    module = {**_COMPILED, "triton": "triton"}.get(backend)
+    if backend in ("cuda", "triton") and not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        importlib.import_module("triton")
+        if module:
+            importlib.import_module(module)
     except ImportError as error:
-        return f"Triton is not available ({error})"
+        return f"{module} is not available ({error})"
     return ""
-
-
-_PROBES: dict[str, Callable[[], str]] = {
-    "cpp": lambda: _load_compiled("cpp"),
-    "cuda": _probe_cuda,
-    "triton": _probe_triton,
-    "aten": lambda: "",
-}
 
 
 def _overrides(text: str) -> dict[str, str]:
@@ -131,10 +114,10 @@ def _overrides(text: str) -> dict[str, str]:
     chosen = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         op, _, name = item.partition("=")
-        if op not in OPS or name not in ("reference", *_PROBES):
+        if op not in OPS or name not in _NAMES:
             raise FastpeftError(
                 f"{VARIABLE} has {item!r}; allowed are OP=NAME with OP one of {', '.join(OPS)} and NAME one of "
-                f"{', '.join(_PROBES)}, reference. Correct or unset the variable."
+                f"{', '.join(_NAMES)}. Correct or unset the variable."
             )
         backends = {backend for key, found in IMPLEMENTED.items() if key[0] == op for backend in found} | {"reference"}
         if name not in backends:
@@ -190,9 +173,8 @@ def gpu_forms(op: str) -> dict[str, Callable[..., Any]]:
 
     A launcher of several ways picks one by a model; each is a form too.
     """
-    module_name, function = _TRITON_LAUNCHERS[op]
-    module: ModuleType = importlib.import_module(f"fastpeft.kernels.{module_name}")
-    launcher, aten = getattr(module, function), OPS[op].aten
+    module: ModuleType = importlib.import_module(f"fastpeft.kernels.{_TRITON_LAUNCHERS[op]}")
+    launcher, aten = getattr(module, op), OPS[op].aten
     forms = {"triton": launcher}
     if aten is not None and "aten" in IMPLEMENTED[op, "cuda"]:
         forms["aten"] = torch.no_grad()(aten)  # it writes in place; a formula differentiates it
@@ -218,20 +200,13 @@ def _flat(implementation: Callable[..., Any]) -> Callable[..., list[Tensor]]:
 
 
 def _activate() -> tuple[torch.library.Library, list[Choice], FastpeftError | None]:
-    reasons: dict[str, str] = {}
-
-    def why_not(name: str) -> str:
-        if name not in reasons:
-            reasons[name] = _PROBES[name]()
-        return reasons[name]
-
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     try:
         wanted = _overrides(os.environ.get(VARIABLE, ""))
-        found = [_choose(op, device, wanted.get(op), why_not) for op in OPS for device in ("cpu", "cuda")]
+        found = [_choose(op, device, wanted.get(op), _why_not) for op in OPS for device in ("cpu", "cuda")]
     except FastpeftError as error:
         for name in OPS:
-            library.impl(name, lambda *_, fault=error: _raise(fault), "CompositeExplicitAutograd")
+            library.impl(name, partial(_raise, error), "CompositeExplicitAutograd")
         return library, [], error
     for op in OPS.values():
         library.impl(op.name, op.reference, "CompositeExplicitAutograd")
@@ -240,7 +215,7 @@ def _activate() -> tuple[torch.library.Library, list[Choice], FastpeftError | No
     return library, found, None
 
 
-def _raise(fault: FastpeftError) -> None:
+def _raise(fault: FastpeftError, *_: Any) -> None:
     raise fault
 
 

@@ -22,9 +22,9 @@ import torch
 
 from fastpeft.ops.autotune import Candidates, Timings, is_captured, timings
 from fastpeft.ops.define import Op
+from fastpeft.ops.dtypes import HALVES
 from fastpeft.ops.packing import num_rows
 
-_HALVES = torch.bfloat16, torch.float16
 _FEWEST_ROWS = 16  # that fill a tile
 
 
@@ -82,7 +82,7 @@ def _of_siva(named: Mapping[str, Any]) -> _Call:
     rank = next_power_of_two(max(map(len, ss)), 16)
     is_few = rows < _FEWEST_ROWS
     question = x.dtype, *sizes, "rank", rank, "rows", "few" if is_few else next_power_of_two(rows), *adapters, *needs
-    is_open = x.dtype in _HALVES and not is_few
+    is_open = x.dtype in HALVES and not is_few
     return _Call(question, "triton" if is_open else "aten", is_open, x.device)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+HALVES = torch.float16, torch.bfloat16
+
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What an op on x computes in: the dtype of `weight`, under autocast (but for float64) that of autocast."""
@@ -17,7 +19,7 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def factors_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of the factors of an op that computes in `dtype`: float32 for half precision, on a CPU for bfloat16."""
-    halves = (torch.bfloat16,) if device.type == "cpu" else (torch.bfloat16, torch.float16)
+    halves = (torch.bfloat16,) if device.type == "cpu" else HALVES
     return torch.float32 if dtype in halves else dtype
 
 

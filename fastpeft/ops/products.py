@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpeft.ops.dtypes import HALVES
 from fastpeft.ops.packing import multiplies_in, num_rows, packed_linear
 
 
@@ -64,7 +65,7 @@ def multiplies_in_float32(x: Tensor, most: int = 2) -> bool:
     This holds on CPUs for which oneDNN has no kernel in the dtype, such as bfloat16 without AVX-512: in half precision
     AVX2 takes 7 times as long forward and up to 75 times backward.
     """
-    is_half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
+    is_half = x.dtype in HALVES and x.device.type == "cpu"
     return is_half and not multiplies_in(x.dtype) and num_rows(x) > most and not torch.compiler.is_compiling()
 
 
@@ -75,8 +76,7 @@ def lowered(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def raised(rows: Tensor, factor: Tensor) -> Tensor:
     """Rows in half precision in the dtype of a factor that is in float32."""
-    halves = torch.float16, torch.bfloat16
-    return rows.float() if factor.dtype is torch.float32 and rows.dtype in halves else rows
+    return rows.float() if factor.dtype is torch.float32 and rows.dtype in HALVES else rows
 
 
 def stacked(vs: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ to the dtype of its input (`fastpeft/ops/quantised_linear.py`).
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,13 @@ Format = Literal["int8", "nf4", "nf4-double"]
 _NESTED = ("coarse", "table", "mean")  # parameters that only scales in 8 bits have
 
 
-def check_library(argument: str, kind: str | None) -> None:
-    """Raise `FastpeftError` if `kind`, the value of `argument`, is a format whose library is not installed."""
+def check_format(argument: str, kind: str | None, *others: str) -> None:
+    """Raise `FastpeftError` unless `kind`, the value of `argument`, is None, one of `others` or an installed format."""
+    allowed = (*others, *get_args(Format))
+    if kind is not None and kind not in allowed:
+        raise FastpeftError(
+            f"{argument}={kind!r}; allowed are {', '.join(map(repr, allowed))}, or None for the base model's own dtype."
+        )
     if kind in ("nf4", "nf4-double") and importlib.util.find_spec("bitsandbytes") is None:
         raise FastpeftError(
             f"{argument}={kind!r} needs the library bitsandbytes, which is not installed. Run "
@@ -41,22 +46,18 @@ def check_library(argument: str, kind: str | None) -> None:
         )
 
 
-def _quantise_int8(matrix: Tensor) -> tuple[Tensor, Tensor, None]:
-    codes, scales, _ = quantise_rows(matrix)
-    return codes, scales, None
-
-
-def _quantise_nf4(matrix: Tensor, double: bool) -> tuple[Tensor, Tensor, Nested | None]:
+def _quantise(matrix: Tensor, kind: Format) -> tuple[Tensor, Tensor, Nested | None]:
+    """Codes, scales, and what scales in 8 bits stand for."""
+    if kind == "int8":
+        codes, scales, _ = quantise_rows(matrix)
+        return codes, scales, None
     from bitsandbytes.functional import quantize_4bit
 
+    double = kind == "nf4-double"
     whole_blocks = F.pad(matrix.flatten(), (0, -matrix.numel() % BLOCK))
     codes, state = quantize_4bit(whole_blocks, blocksize=BLOCK, quant_type="nf4", compress_statistics=double)
     nested = (state.state2.absmax, state.state2.code.clone(), state.offset) if double else None
     return codes, state.absmax, nested
-
-
-def _quantise(matrix: Tensor, kind: Format) -> tuple[Tensor, Tensor, Nested | None]:
-    return _quantise_int8(matrix) if kind == "int8" else _quantise_nf4(matrix, kind == "nf4-double")
 
 
 class QuantisedWeight(nn.Module):

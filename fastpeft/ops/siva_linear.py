@@ -102,18 +102,9 @@ def siva_linear_shapes(
 
 
 def siva_linear_backward_shapes(
-    dh: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    u: Tensor,
-    s: Tensor,
-    v: Tensor,
-    p: Tensor,
-    need_dx: bool,
-    need_du: bool,
-    need_dv: bool,
-    need_dbias: bool,
+    dh: Tensor, x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, p: Tensor, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_dx, need_du, need_dv, need_dbias = needs
     return (
         dh.new_empty((*dh.shape[:-1], v.shape[1]) if need_dx else (0,)),
         u.new_empty(u.shape if need_du else (0,)),

@@ -127,30 +127,16 @@ def siva_linear_group_backward_aten(
 
 
 def _siva_linear_group_shapes(
-    x: Tensor,
-    weights: list[Tensor],
-    us: list[Tensor],
-    ss: list[Tensor],
-    vs: list[Tensor],
-    biases: list[Tensor | None],
+    x: Tensor, weights: list[Tensor], us: list[Tensor], ss: list[Tensor], vs: list[Tensor], *rest: Any
 ) -> tuple[list[Tensor], Tensor]:
     hs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     return hs, vs[0].new_empty((sum(v.shape[0] for v in vs), math.prod(x.shape[:-1])))
 
 
 def _siva_linear_group_backward_shapes(
-    dhs: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    us: list[Tensor],
-    ss: list[Tensor],
-    vs: list[Tensor],
-    p: Tensor,
-    need_dx: bool,
-    need_du: list[bool],
-    need_dv: bool,
-    need_dbias: list[bool],
+    dhs: list[Tensor], x: Tensor, weights: list[Tensor], us: list[Tensor], ss: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    vs, _, need_dx, need_du, need_dv, need_dbias = rest
     k = vs[0].shape[1]
     return (
         dhs[0].new_empty((*dhs[0].shape[:-1], k) if need_dx else (0,)),

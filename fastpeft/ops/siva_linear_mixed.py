@@ -153,14 +153,7 @@ def _unsorted(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _siva_linear_mixed_shapes(
-    x: Tensor,
-    weight: Tensor,
-    us: list[Tensor],
-    ss: list[Tensor],
-    vs: list[Tensor],
-    sizes: list[int],
-    order: Tensor | None,
-    bias: Tensor | None,
+    x: Tensor, weight: Tensor, us: list[Tensor], ss: list[Tensor], vs: list[Tensor], sizes: list[int], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
     tokens = math.prod(x.shape[1:-1])
     ps = [v.new_empty((v.shape[0], size * tokens)) for v, size in zip(vs, sizes, strict=True)]
@@ -168,20 +161,9 @@ def _siva_linear_mixed_shapes(
 
 
 def _siva_linear_mixed_backward_shapes(
-    dh: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    us: list[Tensor],
-    ss: list[Tensor],
-    vs: list[Tensor],
-    ps: list[Tensor],
-    sizes: list[int],
-    order: Tensor | None,
-    need_dx: bool,
-    need_du: list[bool],
-    need_dv: list[bool],
-    need_dbias: bool,
+    dh: Tensor, x: Tensor, weight: Tensor, us: list[Tensor], ss: list[Tensor], vs: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    *_, need_dx, need_du, need_dv, need_dbias = rest
     return (
         dh.new_empty((*dh.shape[:-1], vs[0].shape[1]) if need_dx else (0,)),
         [u.new_empty(u.shape if needed else (0,)) for u, needed in zip(us, need_du, strict=True)],

@@ -101,14 +101,14 @@ class PromptModel(PreTrainedModel):
                 f"a prompt with head={prompt.head!r} needs no PromptModel, which reads label words. Train a model with "
                 'a classification head on prompt.encode(...), or take head="label_words".'
             )
-        if _find_core(masked_lm) is None:
+        core = _find_core(masked_lm)
+        if core is None:
             raise FastpeftError(
                 f"{type(masked_lm).__name__} has no head for words, which label words need. Load a masked language "
                 "model by AutoModelForMaskedLM or a decoder by AutoModelForCausalLM. Any other needs no PromptModel: "
                 "load it by AutoModelForSequenceClassification and train it on the rows that a Prompt without <mask> "
                 'and with head="classifier" encodes.'
             )
-        core = _find_core(masked_lm)
         if getattr(core.config, "is_encoder_decoder", False):
             raise FastpeftError(
                 f"{type(core).__name__} has an encoder and a decoder, and a prompt is read by one of them. Load a "

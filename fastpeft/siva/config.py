@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.quantise import Format
+from fastpeft.ops.quantise import Format, check_format
 from fastpeft.siva.pissa import PissaAdapter
-from fastpeft.siva.quantise import ITERATIONS, check_format
+from fastpeft.siva.quantise import ITERATIONS
 from fastpeft.siva.rows import BASE
 from fastpeft.support.model_card import loading_snippet, model_card, write_card
 
@@ -45,7 +45,7 @@ def check_residual(residual: str, d: int | None, residual_dtype: str | None) -> 
             f"d={d} with residual='implicit': a lower d replaces the weight, which 'implicit' leaves untouched. Use "
             "residual='frozen', or d=None."
         )
-    check_format(residual_dtype)
+    check_format("residual_dtype", residual_dtype)
     if residual_dtype is not None and (residual == "implicit" or d is not None):
         other = "residual='implicit'" if residual == "implicit" else f"d={d}"
         raise FastpeftError(

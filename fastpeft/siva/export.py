@@ -24,7 +24,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.siva.change import plus
 from fastpeft.siva.config import SivaConfig
 from fastpeft.siva.decompose import Factors
-from fastpeft.support.adapter_files import PREFIX
+from fastpeft.support.adapter_files import PREFIX, WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     )
     Path(folder).mkdir(parents=True, exist_ok=True)
     lora.save_pretrained(str(folder))
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
 
 
 def _convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:

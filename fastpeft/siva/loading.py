@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.dtypes import HALVES
 from fastpeft.ops.quantise import QuantisedWeight
 from fastpeft.siva.adapters import AdaptedLinear
 from fastpeft.siva.change import plus, weight_of
@@ -262,7 +263,7 @@ def _save_in_float32(layer: LoadableLinear, state_dict: dict[str, Tensor], prefi
     """Save factors in float32, even if `autocast_adapter_dtype=False` keeps them in half precision."""
     for key, tensor in state_dict.items():
         factor = key.startswith(f"{prefix}siva_") and not key.startswith(f"{prefix}siva_residual")
-        if factor and tensor.dtype in (torch.float16, torch.bfloat16):
+        if factor and tensor.dtype in HALVES:
             state_dict[key] = tensor.float()
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 from fastpeft.siva.decompose import Factors
 from fastpeft.support import files
-from fastpeft.support.adapter_files import PREFIX
+from fastpeft.support.adapter_files import CONFIG, PREFIX, WEIGHTS
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -51,7 +51,7 @@ class PissaAdapter:
             FastpeftError: it holds no PiSSA adapter, or one that SiVA cannot take over.
         """
         path = files.path_of(path)
-        kind = files.read_json(path / "adapter_config.json").get("peft_type")
+        kind = files.read_json(path / CONFIG).get("peft_type")
         config: Any = PeftConfig.from_pretrained(str(path)) if kind == "LORA" else None
         start = config.init_lora_weights if config is not None else None
         if isinstance(start, str) and start.startswith("pissa_niter"):
@@ -72,7 +72,7 @@ class PissaAdapter:
                 f"the adapter in {str(path)!r} has {', '.join(used) or f'bias={config.bias!r}'}, which SiVA does not "
                 "take over. Merge it into its base model instead."
             )
-        weights = path / "adapter_model.safetensors"
+        weights = path / WEIGHTS
         if not weights.is_file():
             raise FastpeftError(f"there is no {weights}. Save the adapter again with safe_serialization=True.")
         if config.lora_dropout:

@@ -9,30 +9,17 @@ ends with Q. So Q follows from the pretrained weight and the factors in a file, 
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 
 from fastpeft import functional  # noqa: F401  (registers the ops)
-from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import factors_dtype
-from fastpeft.ops.quantise import Format, QuantisedWeight, check_library
+from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.ops.quantised_linear import SivaLinearQuantised
 from fastpeft.siva.decompose import Factors, decompose, subtract, top_triplets
 from fastpeft.siva.four_bits import WeightIn4Bits
 
 ITERATIONS = 5
-
-
-def check_format(residual_dtype: str | None) -> None:
-    """Raise `FastpeftError` unless the format exists and its library is installed."""
-    if residual_dtype is not None and residual_dtype not in get_args(Format):
-        raise FastpeftError(
-            f"residual_dtype={residual_dtype!r}; allowed are {', '.join(map(repr, get_args(Format)))}, or None for "
-            "the dtype of the base model."
-        )
-    check_library("residual_dtype", residual_dtype)
 
 
 def decompose_quantised(

@@ -27,8 +27,6 @@ from fastpeft.support.fingerprints import fingerprints_agree
 
 logger = logging.getLogger(__name__)
 
-# Names of the query and key projections, architecture by architecture.
-QUERY_AND_KEY = tuple(names[:2] for names in grouping.ATTENTION)
 # Projections that hold query, key and value in one matrix.
 FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
 
@@ -39,14 +37,11 @@ def query_and_key(model: nn.Module) -> set[str]:
     Raises:
         FastpeftError: they are fused with others, or their names are not known here.
     """
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, SivaLinear))
-    }
-    for pair in QUERY_AND_KEY:
-        if names.issuperset(pair):
-            return set(pair)
+    linear = nn.Linear, Conv1D, SivaLinear
+    names = endings(name for name, module in model.named_modules() if isinstance(module, linear))
+    for query, key, *_ in grouping.ATTENTION:
+        if {query, key} <= {*names}:
+            return {query, key}
     fused = [name for name in FUSED if name in names]
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if fused:
@@ -56,7 +51,7 @@ def query_and_key(model: nn.Module) -> set[str]:
         )
     raise FastpeftError(
         f"target_modules=None means the query and key projections, whose names in {kind} are not known here. Linear "
-        f"layers end in {', '.join(sorted(names)) or 'nothing: there are none'}; name some of them in target_modules, "
+        f"layers end in {', '.join(names) or 'nothing: there are none'}; name some of them in target_modules, "
         'or pass "all-linear".'
     )
 

@@ -5,13 +5,15 @@ Whoever reads a file at its final name, even after a power cut, finds all of it 
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,6 +85,11 @@ def saving(what: str, remedy: Callable[[], str]) -> Iterator[None]:
         raise FastpeftError(f"cannot write {what} ({reason}). {remedy()}") from error
 
 
+def saving_into(folder: Path) -> AbstractContextManager[None]:
+    """`saving` of anything to an output folder."""
+    return saving(f"to the output folder {str(folder)!r}", lambda: "Give one that can be written.")
+
+
 def _sync_tree(path: Path) -> None:
     """Flush a file, or every file and folder below `path`, to the disk."""
     for folder, _, names in os.walk(path):
@@ -95,9 +102,14 @@ def _sync_tree(path: Path) -> None:
             os.fsync(file.fileno())
 
 
+def unfinished(path: Path) -> Path:
+    """A name beside `path` for what is on its way there, one of `UNFINISHED`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` in one atomic step."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # as UNFINISHED
+    temporary = unfinished(path)
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -152,6 +164,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` to `path` as readable JSON in one atomic step."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> None:
+    """Write a table to `path` in one atomic step."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def parse_json(text: str | bytes) -> Any:

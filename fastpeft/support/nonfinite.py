@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 def where_it_began(model: nn.Module, compute: Callable[[], Any]) -> str:
@@ -46,7 +48,7 @@ def _watching(model: nn.Module) -> Iterator[list[str]]:
             found.append(f"The first value that is not finite is in {what}.")
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        for tensor in _tensors(output):
+        for tensor in filter(torch.is_tensor, tree_leaves(output)):
             note(f"the output of {name}", tensor)
             if tensor.requires_grad:
                 tensor.register_hook(partial(note, f"the gradient that reaches the output of {name}"))
@@ -65,16 +67,6 @@ def _watching(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of floating dtype in what a module returned."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, (dict, tuple, list)):
-        for each in output.values() if isinstance(output, dict) else output:
-            yield from _tensors(each)
 
 
 def is_finite(tensor: Tensor) -> bool:

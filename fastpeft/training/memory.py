@@ -281,7 +281,7 @@ def simulate_training_step(
     state: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in real.items()}
     # a weight of a kind of its own, as bitsandbytes', knows more than its values: it stays, and ops meet it as its fake
     put_in = {f"model.{name}": fake for name, fake in state.items() if type(real[name]) in (Tensor, nn.Parameter)}
-    beside = [fakes.from_tensor(tensor) for weight in real.values() for tensor in _scales(weight)]
+    beside = [fakes.from_tensor(tensor) for weight in real.values() for tensor in scales_of(weight)]
     trained = [tensor for tensor in state.values() if tensor.requires_grad]
     if not trained:
         raise FastpeftError(
@@ -350,7 +350,7 @@ def _run_backward(loss: Tensor) -> None:
     torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss))
 
 
-def _scales(weight: Tensor) -> Iterator[Tensor]:
+def scales_of(weight: Tensor) -> Iterator[Tensor]:
     """The tensors that belong to a weight of bitsandbytes in 4 bits; of any other there are none."""
     state = getattr(weight, "quant_state", None)
     while state is not None:  # whose scales may be quantised too

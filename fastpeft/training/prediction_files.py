@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
 from fastpeft.data.values import SEPARATOR, RowRef, as_text, as_words
 from fastpeft.errors import EmptyTextError, FastpeftError
-from fastpeft.support.files import path_of, publish, saving
+from fastpeft.support.files import path_of, publish, saving, unfinished
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.training.generation import TextGenerator, generates_text
 from fastpeft.training.loading import EncodedText, load_run
@@ -349,7 +348,7 @@ def writing(path: Path, columns: Mapping[str, type]) -> Iterator[Write]:
         FastpeftError: the file cannot be written.
         KeyboardInterrupt: Ctrl-C or SIGTERM came.
     """
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    staged = unfinished(path)
     kept = path.with_name(f"{path.stem}.unfinished{path.suffix}")
     count = 0  # rows that are worth keeping
 

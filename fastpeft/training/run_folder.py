@@ -247,7 +247,7 @@ class RunFolder:
 
     def _check_place(self) -> None:
         """Raise `FastpeftError` where the folder, if it is not there, cannot be made, or can hold no files."""
-        with files.saving(f"to the output folder {str(self.path)!r}", lambda: "Give one that can be written."):
+        with files.saving_into(self.path):
             if not os.path.exists(self.path):
                 # permissions alone do not tell, as of /proc; a folder of another name is in nobody's way
                 above = next(folder for folder in self.path.parents if os.path.exists(folder))
@@ -291,7 +291,7 @@ class RunFolder:
         Raises:
             FastpeftError: another run writes there, or the folder cannot be written.
         """
-        with files.saving(f"to the output folder {str(self.path)!r}", lambda: "Give one that can be written."):
+        with files.saving_into(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = files.lock(
                 self.path / files.LOCK,
@@ -329,7 +329,7 @@ class RunFolder:
             notes[_RECIPE_KEY] = dict(recipe)
         if config.get("init_from") is not None:
             notes[START_KEY] = RunFolder(config["init_from"]).fingerprint()
-        with files.saving(f"to the output folder {str(self.path)!r}", lambda: "Give one that can be written."):
+        with files.saving_into(self.path):
             files.clear_unfinished(self.path)
             if overwrite:
                 for pattern in _WRITTEN:

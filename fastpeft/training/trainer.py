@@ -52,6 +52,7 @@ from fastpeft.training.callbacks import (
     logged,
 )
 from fastpeft.training.encoding import collator
+from fastpeft.training.losses import training_loss
 from fastpeft.training.optimizer_in_backward import StepsInBackward
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run_folder import LOGS, RunFolder
@@ -102,8 +103,6 @@ class RunTrainer(Trainer):
         self.starts_from_a_run = task.config.init_from is not None
         self.custom_loss = None
         if task.config.custom_loss:
-            from fastpeft.training.losses import training_loss
-
             self.custom_loss = training_loss(task.config, task.data)
         curve_rows = task.dev_rows
         if self.chosen_by is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 
@@ -376,14 +375,6 @@ def test_what_the_kernels_leave_to_aten(device):
             strict=True,
         ):
             assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("name", ["siva_linear", "siva_linear_backward"])
-def test_launchers_take_what_the_op_passes(name):
-    module = kernel_backward if "backward" in name else kernel
-    *taken, ways = inspect.signature(getattr(module, name)).parameters.values()
-    assert taken == [*inspect.signature(getattr(reference, name)).parameters.values()]
-    assert ways.default == tiles.WAYS
 
 
 def test_products_follow_pytorch_and_the_gpu():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from siva_operands import each, flat, in_double
 from torch import Tensor
 
 from fastpeft import FastpeftError, functional
+from fastpeft.kernels import tiles
 from fastpeft.ops import aten, backends, define, reference
 from fastpeft.ops.packing import quantise_rows
 from fastpeft.ops.quantise import Format, QuantisedWeight
@@ -190,8 +192,7 @@ def test_every_op_is_here() -> None:
 
 def launcher(op: str) -> Op:
     """Triton's function for an op."""
-    module, function = backends._TRITON_LAUNCHERS[op]
-    found: Op = getattr(importlib.import_module(f"fastpeft.kernels.{module}"), function)
+    found: Op = getattr(importlib.import_module(f"fastpeft.kernels.{backends._TRITON_LAUNCHERS[op]}"), op)
     return found
 
 
@@ -206,6 +207,15 @@ def implementations() -> Iterator[Any]:
             yield pytest.param(op, "triton", id=f"{op}-triton", marks=pytest.mark.interp_full)
         cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
         yield pytest.param(op, "cuda", id=f"{op}-cuda", marks=cuda)
+
+
+@pytest.mark.parametrize("op", list(backends._TRITON_LAUNCHERS))
+def test_launchers_take_what_the_op_passes(op: str) -> None:
+    pytest.importorskip("triton")
+    taken = dict(inspect.signature(launcher(op)).parameters)
+    ways = taken.pop("ways", None)
+    assert [*taken] == [argument.name for argument in getattr(torch.ops.fastpeft, op).default._schema.arguments]
+    assert ways is None or ways.default == tiles.WAYS
 
 
 everywhere = pytest.mark.parametrize(("op", "backend"), list(implementations()))

@@ -16,6 +16,7 @@ from typing import Any
 from fastpeft.comparison.cells import Cell
 from fastpeft.data.problems import in_order, title_of
 from fastpeft.support import files
+from fastpeft.support.adapter_files import CONFIG
 
 FOLDER = "method_comparison"
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # (step, value), by name
@@ -24,8 +25,8 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]  # (step, value), by name
 def result(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What `run_info`, `train_info` and `meta_info` say of a cell that has these metrics."""
     folder = cell.folder.path
-    adapter = folder / "adapter_config.json"
-    ended = datetime.fromtimestamp((folder / "metrics.json").stat().st_mtime, UTC)
+    adapter = folder / CONFIG
+    ended = datetime.fromtimestamp(cell.folder.metrics_file.stat().st_mtime, UTC)
     peak = metrics.get("peak_memory_mb")
     return {
         "run_info": {
@@ -59,7 +60,7 @@ def result(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _train_config(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    file = cell.folder.path / "run.json"
+    file = cell.folder.config_file
     run = files.read_json(file) if file.is_file() else {}
     recipe = run.get("recipe", {})
     return {

@@ -12,6 +12,7 @@ from fastpeft.comparison.report.document import Block, Heading, Matrix, Table, T
 from fastpeft.comparison.report.results import Variant
 from fastpeft.errors import FastpeftError
 from fastpeft.support.logs import at_least
+from fastpeft.training.task import data_for
 
 _CLASSES = 10  # the most classes of a matrix that is shown whole
 _ROWS = 20  # the most dev rows, and pairs of classes, that are shown
@@ -86,8 +87,6 @@ def _mark(right: Sequence[bool]) -> str:
 
 def _texts(variant: Variant, labels: np.ndarray) -> list[str]:
     """The dev texts of a comparison, shortened; none where they cannot be loaded, or have other labels by now."""
-    from fastpeft.training.task import data_for
-
     # the runs have told what they load
     with suppress(FastpeftError, OSError), at_least("fastpeft.data", logging.ERROR):
         dev = data_for(variant.cells[0].config).dev

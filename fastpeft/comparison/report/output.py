@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastpeft.comparison.cells import Cell
@@ -30,7 +29,7 @@ def summary(plan: Plan) -> tuple[list[str], document.Table, list[str]]:
 
 def write(plan: Plan, *, whole: bool) -> None:
     """Write `results.csv` and `report.md`, and if `whole` the rest; each file atomically."""
-    files.write_text(plan.folder / "results.csv", _results(plan.cells))
+    _write_results(plan.folder / "results.csv", plan.cells)
     parts = sections.report(plan, pictures=whole)
     title = sections.title(plan)
     if whole:
@@ -48,8 +47,8 @@ def write(plan: Plan, *, whole: bool) -> None:
     files.write_text(plan.folder / "report.md", document.markdown(title, parts))
 
 
-def _results(cells: Iterable[Cell]) -> str:
-    """The cells as csv, with the numbers and texts of their `metrics.json`."""
+def _write_results(file: Path, cells: Iterable[Cell]) -> None:
+    """Write the cells as csv, with the numbers and texts of their `metrics.json`."""
     rows = []
     for cell in cells:
         metrics = cell.metrics() or {}
@@ -59,8 +58,4 @@ def _results(cells: Iterable[Cell]) -> str:
         plain = {name: value for name, value in metrics.items() if not isinstance(value, (list, dict))}
         rows.append({**own, **plain, **own, **last})
     columns = dict.fromkeys(name for row in (max(rows, key=len), *rows) for name in row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    files.write_csv(file, rows, columns)
