@@ -154,6 +154,34 @@ def share_backbone(model: LadderModel, backbone: Backbone) -> None:
                 setattr(module, key, replaced[id(parameter)])
 
 
+def check_dtypes(model: LadderModel, backbone: Backbone) -> None:
+    """Raise `FastpeftError` unless a side network and its head have the dtypes that they have beside `backbone`."""
+    own = next(parameter.dtype for parameter in backbone.body.parameters() if parameter.is_floating_point())
+    wanted = {"side network": torch.float32, "head": torch.promote_types(own, torch.float32)}
+    parts = model.side.parameters(), model.backbone.head_parameters().values()
+    for (part, dtype), parameters in zip(wanted.items(), parts):
+        if others := {parameter.dtype for parameter in parameters} - {dtype}:
+            raise FastpeftError(
+                f"the {part} is in {others.pop()}; beside the pool's backbone it must be in {dtype}. Cast the model "
+                "back, as by model.float(), or save it and add its folder."
+            )
+
+
+def leave_backbone(model: LadderModel, backbone: Backbone) -> None:
+    """Let a model have parameters of its own over the memory that it shares with `backbone`.
+
+    A cast or a move of the model then changes it alone.
+    """
+    for each in (backbone.model, model.base):
+        bring_back(each)
+    shared = {id(parameter) for parameter in backbone.model.parameters()}
+    own: dict[int, nn.Parameter] = {}
+    for module in model.base.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in shared:
+                setattr(module, key, own.setdefault(id(parameter), nn.Parameter(parameter.data, requires_grad=False)))
+
+
 def _relabel(core: Any, fields: Mapping[str, Any]) -> None:
     """Give a model's head the outputs that other labels need; its weights are loaded later."""
     for name, value in fields.items():

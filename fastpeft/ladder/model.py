@@ -48,7 +48,7 @@ from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
-from fastpeft.ladder.saving import SavedModel, describe_base, some
+from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base, some
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
@@ -178,6 +178,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             parameter.requires_grad_(True)
         self._trained = {f"base.{name}" for name in (*head, *adapters, *backbone.head_buffers())}
         self._trained |= {f"side.{name}" for name in side.state_dict()}
+        agree_on_problem(self.config, backbone)
         describe_base(self.config, backbone)
         self.post_init()
         # ties are between frozen weights, and the base keeps them; save_pretrained and the Trainer read these names

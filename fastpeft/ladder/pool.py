@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft.data.names import FEATURE_DTYPES
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.admission import Admission, share_backbone
+from fastpeft.ladder.admission import Admission, check_dtypes, leave_backbone, share_backbone
 from fastpeft.ladder.backbone import INPUTS, Backbone
 from fastpeft.ladder.cache import FeatureCache
 from fastpeft.ladder.causality import decide_causal
@@ -66,7 +66,7 @@ class LadderPool:
         that were there at its start. Calls may also come while members train by `fit`: they run between the steps. Do
         not add or remove members while one trains. Side networks of one shape share memory: optimizers and
         `load_state_dict` may change weights (not with `assign=True`: remove the member and add it again), but remove a
-        member before you move it to another device or dtype.
+        member before you move it to another device or dtype, or pickle it.
 
     Example:
         >>> pool = fastpeft.LadderPool(base)  # doctest: +SKIP
@@ -116,6 +116,12 @@ class LadderPool:
         """The member of that name, a `LadderModel` or a `PromptModel` around one."""
         return self._members[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._members.models
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
     # -- members -------------------------------------------------------------------------------------------------
 
     def add(self, name: str, side: str | os.PathLike[str] | nn.Module | LadderConfig) -> Any:
@@ -150,6 +156,7 @@ class LadderPool:
                         "or a LadderConfig, for which the pool makes a head, or make it on a base of its own."
                     )
             if member is side:
+                check_dtypes(inside_prompt(member), self.backbone)
                 share_backbone(inside_prompt(member), self.backbone)
             inside_prompt(member).backbone.context = self.backbone.context
             member.eval()
@@ -161,7 +168,9 @@ class LadderPool:
             raise FastpeftError(f"the pool has a task {name!r}. Remove it first, or give another name.")
 
     def remove(self, name: str) -> Any:
-        """Remove a member and return it; it still shares the backbone's weights. Running calls still answer for it.
+        """Remove a member and return it. Running calls still answer for it.
+
+        It still shares the memory of the backbone's weights, until it is cast or moved.
 
         Raises:
             FastpeftError: there is no member of that name.
@@ -172,6 +181,7 @@ class LadderPool:
             self._members = self._members.changed(left, member)
             for parameter in inside_prompt(member).side.parameters():
                 parameter.data = parameter.data.clone()  # it was a slice of a stack
+            leave_backbone(inside_prompt(member), self.backbone)
         return member
 
     # -- answers -------------------------------------------------------------------------------------------------
@@ -402,6 +412,8 @@ class LadderPool:
     def _check_rows(self, batch: Batch, tasks: Sequence[str]) -> dict[str, Tensor]:
         """The batch of a call on the backbone's device."""
         batch = self._check_batch(batch)
+        if not tasks:
+            raise FastpeftError("no tasks are given. Give a batch of one row or more, and the task of each.")
         if len(tasks) != len(source_of(batch)):
             raise FastpeftError(f"the batch has {len(source_of(batch))} rows, but {len(tasks)} tasks were given.")
         if labels := [name for name in LABELS if name in batch]:

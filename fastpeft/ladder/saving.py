@@ -237,6 +237,23 @@ def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
     return base
 
 
+def agree_on_problem(config: LadderConfig, backbone: Backbone) -> None:
+    """Give a transformers base, whose head computes the loss, the `problem_type` that is asked for.
+
+    Raises:
+        FastpeftError: it has another.
+    """
+    if backbone.plain or config.problem_type is None:
+        return
+    own = getattr(backbone.core.config, "problem_type", None)
+    if own not in (None, config.problem_type):
+        raise FastpeftError(
+            f"the side network's problem_type is {config.problem_type!r}, but the base's is {own!r}. Load the base "
+            f"with problem_type={config.problem_type!r}, or leave it out of LadderConfig."
+        )
+    backbone.core.config.problem_type = config.problem_type
+
+
 def describe_base(config: LadderConfig, backbone: Backbone) -> None:
     """Copy the name, revision, class and task of a base into the configuration of its side network."""
     core, text = backbone.core, backbone.text_config

@@ -302,6 +302,7 @@ class SideNetwork(nn.Module):
         if config.output_mix == "add":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
+        self.register_state_dict_post_hook(_detach_from_stack)
 
     def projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that project `B_layer`, D rows for each of `readers[layer]`."""
@@ -337,6 +338,13 @@ class SideNetwork(nn.Module):
         for layer, feature in enumerate(features):
             run.feed(layer, feature)
         return run.output()
+
+
+def _detach_from_stack(side: SideNetwork, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Copy weights that are slices of a pool's: `torch.save` would write those of all networks of the stack."""
+    for key, value in state.items():
+        if key.startswith(prefix) and type(value) is Tensor and value.untyped_storage().nbytes() > value.nbytes:
+            state[key] = value.clone()
 
 
 def _divide(name: str, divisor: int, what: str, width: int) -> int:

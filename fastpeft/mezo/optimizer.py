@@ -22,7 +22,7 @@ from fastpeft.mezo.journal_format import Kind, Record
 from fastpeft.mezo.perturbed_weights import PerturbedWeights, check_group
 from fastpeft.mezo.replay import describe_groups
 from fastpeft.mezo.saved_state import SavedState
-from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, reshard
+from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, names_of, reshard
 from fastpeft.ops.noise import NAMES
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.interrupts import uninterrupted
@@ -243,11 +243,14 @@ class MeZO(torch.optim.Optimizer):
             skipped.
 
         Raises:
-            FastpeftError: a loss is not finite, or at the first step two losses at equal weights differ, or processes
-                do. Here and after any exception in `closure` the weights are those before, to rounding.
+            FastpeftError: a group's setting is out of its range, a loss is not finite, or at the first step two losses
+                at equal weights differ, or processes do. Here and after any exception in `closure` the weights are
+                those before, to rounding.
         """
         if self._held:
             raise FastpeftError("MeZO: no step inside `with optimizer.settled()`: it would perturb the weights.")
+        for group in self.param_groups:  # which schedules and others change
+            check_group(group)
         if self._points_seen:
             self.settle()
         losses: list[float] = []
@@ -401,9 +404,20 @@ class MeZO(torch.optim.Optimizer):
         A journal goes back to there.
 
         Raises:
-            FastpeftError: another optimizer wrote it; or there is a journal, of other settings or of other steps.
+            FastpeftError: another optimizer wrote it, or one of parameters with other names or in another order; or
+                there is a journal, of other settings or of other steps.
         """
         saved = SavedState.read(state_dict)
+        own, given = (
+            [name for group in groups if "param_names" in group for name in names_of(group)]
+            for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        for name, other in zip(own, given):
+            if name != other:
+                raise FastpeftError(
+                    f"MeZO: the state has {other} in the place of {name}, and the noise follows the order of the "
+                    "parameters. Make the optimizer of the same parameters, in the same order."
+                )
         self.settle()
         if self.journal is not None:
             self.journal.check_settings(saved.settings)

@@ -13,11 +13,11 @@ import peft
 import pytest
 import torch
 import transformers
-from backbones import ladder, trainable, vit
+from backbones import IDS, ladder, tiny, trainable, vit
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastpeft import FastpeftError, LadderModel
+from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.passes import skip_layers
 
@@ -274,6 +274,16 @@ def test_over_a_peft_model_of_a_plain_module() -> None:
     run(model, "perceptron", labels=LABELS).loss.backward()
     trained = {name for name in trainable(model) if not name.startswith("side.")}
     assert trained == {"base.base_model.model.4.weight", "base.base_model.model.4.bias"}
+
+
+def test_the_problem_type_that_is_asked_for_is_the_bases_too() -> None:
+    """Whose head computes the loss, by the dtype of labels if nothing else is said."""
+    labels = torch.randn(3, 3)
+    model = LadderModel(tiny(num_labels=3), LadderConfig(reduction_factor=4, problem_type="regression")).eval()
+    output = model(IDS, labels=labels)
+    torch.testing.assert_close(output.loss, (output.logits - labels).square().mean())
+    with pytest.raises(FastpeftError, match="the base's is 'regression'"):
+        LadderModel(model.base, LadderConfig(reduction_factor=4, problem_type="multi_label_classification"))
 
 
 def test_losses_beside_a_plain_module() -> None:

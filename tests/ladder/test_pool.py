@@ -136,6 +136,34 @@ def test_a_member_saves_and_leaves_as_an_ordinary_model(tmp_path: Path) -> None:
     assert_answers_are_the_models(pool, BATCH, ["2", "0", "1"])
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_member_that_left_is_cast_alone(given: bool) -> None:
+    """Its modules held the backbone's own parameters, and a cast changed them for all."""
+    pool = pool_of(tiny(), {}, {})
+    expected = answers(pool, ["0"] * 3)
+    pool.add("cast", shuffled(ladder(tiny()), 1) if given else LadderConfig(**SMALL))
+    left = pool.remove("cast").bfloat16()
+    assert {parameter.dtype for parameter in left.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in pool.base.parameters()} == {torch.float32}
+    assert answers(pool, ["0"] * 3).equal(expected)
+    with pytest.raises(FastpeftError, match=r"the side network is in torch\.bfloat16; .* Cast the model back"):
+        pool.add("cast", left)
+
+
+def test_a_state_dict_of_a_member_holds_no_other_members_weights(tmp_path: Path) -> None:
+    pool = pool_of(tiny(), *([{}] * 8))
+    torch.save(pool["3"].side.state_dict(), tmp_path / "3.pt")
+    torch.save(LadderModel(tiny(), LadderConfig(**SMALL)).side.state_dict(), tmp_path / "alone.pt")
+    assert (tmp_path / "3.pt").stat().st_size == pytest.approx((tmp_path / "alone.pt").stat().st_size, rel=0.02)
+
+
+def test_a_pool_tells_what_is_in_it() -> None:
+    pool = pool_of(tiny(), {}, {})
+    assert "1" in pool
+    assert "2" not in pool
+    assert list(pool) == ["0", "1"]
+
+
 def test_what_a_pool_refuses(tmp_path: Path) -> None:
     pool = LadderPool(tiny())
     other = tiny()
@@ -170,6 +198,7 @@ def test_what_a_pool_refuses(tmp_path: Path) -> None:
         "has no entries": ({}, []),
         "a pool takes a batch as a dictionary of tensors": (IDS, ["a"] * 3),
         "takes a batch as a dictionary": ({**BATCH, "input_ids": IDS.tolist()}, ["a"] * 3),
+        "no tasks are given": ({"input_ids": IDS[:0]}, []),
         "attention_mask has the shape": ({**BATCH, "attention_mask": MASK[:, :4]}, ["a"] * 3),
         "position_ids has the shape": ({**BATCH, "position_ids": IDS[:2]}, ["a"] * 3),
     }.items():

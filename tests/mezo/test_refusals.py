@@ -223,6 +223,22 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
         MeZO(model, lr=0.1).load_state_dict(other.state_dict())
 
 
+def test_the_state_of_parameters_in_another_order_is_refused() -> None:
+    model = nn.Linear(4, 4)
+    state = MeZO(model, lr=1e-2).state_dict()
+    other = MeZO([*reversed([*model.named_parameters()])], lr=1e-2)
+    with pytest.raises(FastpeftError, match="the state has weight in the place of bias"):
+        other.load_state_dict(state)
+
+
+def test_a_setting_that_was_changed_is_checked() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = MeZO(model, lr=1e-2)
+    optimizer.param_groups[0]["eps"] = 0
+    with pytest.raises(FastpeftError, match="MeZO: eps is 0; allowed is a finite number, above 0"):
+        optimizer.step(lambda: model(torch.ones(2, 4)).square().mean())
+
+
 def test_the_state_of_other_noise_is_refused() -> None:
     state = MeZO(network(), lr=0.1).state_dict()
     state["drawn_by"] = "philox10-box-muller"
