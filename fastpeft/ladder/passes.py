@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +23,8 @@ _ADVICE = (
     "Name in feature_modules layers between which the number of tokens stays the same (H W for (B, C, H, W)), and give "
     "the widths that were not found in feature_sizes."
 )
+
+_STARTING = threading.Lock()
 
 
 class IdleLayersError(FastpeftError):
@@ -142,12 +146,23 @@ def skip_layers(backbone: Backbone, output: Tensor, given: Mapping[str, Any]) ->
 
 @contextlib.contextmanager
 def _forwards(backbone: Backbone, around: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """While the block runs, layer i, from 1, has the forward `around(i, its own)`, which torch.compile traces."""
-    before = [layer.forward for layer in backbone.layers]
-    own = [torch.compiler.is_compiling() or "forward" in vars(layer) for layer in backbone.layers]
-    try:
+    """While the block runs, layer i, from 1, has the forward `around(i, its own)`, which torch.compile traces.
+
+    Raises:
+        FastpeftError: another pass runs meanwhile, whose forwards would stay.
+    """
+    compiling = torch.compiler.is_compiling()
+    with contextlib.nullcontext() if compiling else _STARTING:
+        before = [layer.forward for layer in backbone.layers]
+        if not compiling and inspect.isfunction(before[0]) and before[0].__module__ == __name__:
+            raise FastpeftError(
+                "another thread runs this model. A LadderModel, or a member that is called by itself, answers one call "
+                "at a time: give threads a lock, or call a LadderPool, of which a base has one."
+            )
+        own = [compiling or "forward" in vars(layer) for layer in backbone.layers]
         for index, layer in enumerate(backbone.layers, 1):
             layer.forward = around(index, before[index - 1])
+    try:
         yield
     finally:
         for layer, forward, keeps in zip(backbone.layers, before, own):

@@ -64,7 +64,8 @@ class LadderPool:
     Notes:
         Threads may call, add and remove at the same time: one pass runs at a time, and a call answers with the tasks
         that were there at its start. Calls may also come while members train by `fit`: they run between the steps. Do
-        not add or remove members while one trains. Side networks of one shape share memory: optimizers and
+        not add or remove members while one trains. A member that is called by itself does not wait: no other call may
+        run meanwhile. A base has one pool. Side networks of one shape share memory: optimizers and
         `load_state_dict` may change weights (not with `assign=True`: remove the member and add it again), but remove a
         member before you move it to another device or dtype, or pickle it.
 

@@ -26,6 +26,7 @@ class AdaptedLinear(BaseWeightLayer):
     until a saved adapter, or a copy of another, fills them.
     """
 
+    cast_input_dtype_enabled = True  # PEFT's helper sets it; inputs are not cast
     adapter_layer_names = ("siva_du", "siva_dv")
     other_param_names = (
         "siva_s",

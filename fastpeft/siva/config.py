@@ -28,11 +28,12 @@ InitWeights = bool | Literal["saved"]
 
 def check_name(adapter_name: str) -> None:
     """Raise `FastpeftError` unless the tensors of an adapter can have its name."""
-    taken = adapter_name == BASE or any(hasattr(kind(), adapter_name) for kind in (nn.ParameterDict, BufferDict))
+    taken = adapter_name in (BASE, "weight", "bias")  # PEFT cuts the name out of the keys of a head's tensors
+    taken |= any(hasattr(kind(), adapter_name) for kind in (nn.ParameterDict, BufferDict))
     if not adapter_name or "." in adapter_name or taken:
         raise FastpeftError(
             f"adapter name {adapter_name!r}; give one that is not empty, has no dot and is no attribute of modules, as "
-            f"'keys' and 'train' are ({BASE!r} is the pretrained model)."
+            f"'keys' and 'weight' are ({BASE!r} is the pretrained model)."
         )
 
 

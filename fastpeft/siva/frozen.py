@@ -148,6 +148,11 @@ def check_kind(base_layer: nn.Module, name: str) -> None:
             f"{name} is a {kind.__name__}; SiVA adapts nn.Linear and transformers' Conv1D. Leave it out of "
             "target_modules."
         )
+    if kind.__name__ == "Linear8bitLt":
+        raise FastpeftError(
+            f"{name} has a weight in 8 bits of bitsandbytes, which SiVA does not adapt. Load the model unquantised, "
+            "with SivaConfig(residual_dtype='int8')."
+        )
     # accelerate's hooks replace the forward of an instance; they move x and the weight alone
     forward = kind.forward if hasattr(base_layer, "_hf_hook") else getattr(base_layer.forward, "__func__", None)
     plain = forward in (nn.Linear.forward, Conv1D.forward, Packed.forward) or kind.__name__ in _PLAIN

@@ -7,6 +7,7 @@ run once for each adapter, on its rows.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastpeft.errors import FastpeftError
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
+_STARTING = threading.Lock()
 _CHECKPOINT = "_gradient_checkpointing_func"  # modules of transformers call this to checkpoint
 
 
@@ -72,6 +74,9 @@ def acting(model: nn.Module, kind: type[nn.Module], rows: AdapterRows) -> Iterat
     """Inside it the layers of `kind` in `model`, and modules that adapters saved whole, use each row's adapter.
 
     Blocks that transformers checkpoints meanwhile use the same rows when backward runs them again.
+
+    Raises:
+        FastpeftError: other rows act meanwhile, which would stay.
     """
     changes: list[tuple[nn.Module, str, Any]] = []
     for name, module in model.named_modules():
@@ -82,10 +87,16 @@ def acting(model: nn.Module, kind: type[nn.Module], rows: AdapterRows) -> Iterat
         if _CHECKPOINT in module.__dict__:
             function = partial(_checkpoint, module.__dict__[_CHECKPOINT], module, kind, rows)
             changes.append((module, _CHECKPOINT, function))
-    before = [module.__dict__.get(name) for module, name, _ in changes]
-    try:
+    with _STARTING:
+        before = [module.__dict__.get(name) for module, name, _ in changes]
+        if any(name == "rows" and each not in (None, rows) for (_, name, _), each in zip(changes, before)):
+            raise FastpeftError(
+                "another thread runs this model with adapter_names. Which row has which adapter is noted in its "
+                "layers, so give threads a lock."
+            )
         for module, name, value in changes:
             setattr(module, name, value)
+    try:
         yield
     finally:
         for (module, name, _), value in zip(changes, before, strict=True):

@@ -484,3 +484,14 @@ def test_virtual_tokens_are_refused() -> None:
     model = ladder(peft.get_peft_model(tiny(), config))
     with pytest.raises(FastpeftError, match="without virtual tokens"):
         model(IDS, attention_mask=MASK)
+
+
+def test_a_pass_during_another_is_refused_and_leaves_nothing_behind() -> None:
+    """As of two threads: the forwards of one pass stayed on the layers, and all later passes were wrong."""
+    model = ladder().eval()
+    expected = logits(model)
+    hook = model.backbone.layers[1].register_forward_pre_hook(lambda *_: logits(model) and None)
+    with pytest.raises(FastpeftError, match="another thread runs this model"):
+        model(IDS)
+    hook.remove()
+    assert logits(model).equal(expected)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from peft.helpers import disable_input_dtype_casting
 from siva_adapters import CLOSE, RESIDUALS, move
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
@@ -94,6 +95,18 @@ def test_a_layer_that_computes_more_is_refused(make: Callable[[], nn.Linear], wo
     with pytest.raises(FastpeftError, match=rf"{words}; .* Leave the layer out with exclude_modules"):
         SivaLinear(base)
     assert base.weight.equal(weight)
+
+
+def test_weights_of_bitsandbytes_in_8_bits_are_refused() -> None:
+    linear = type("Linear8bitLt", (nn.Linear,), {"forward": lambda layer, x: x})
+    with pytest.raises(FastpeftError, match=r"8 bits of bitsandbytes.*residual_dtype='int8'"):
+        SivaLinear(linear(20, 12))
+
+
+def test_pefts_helper_finds_that_inputs_are_not_cast() -> None:
+    layer = SivaLinear(nn.Linear(20, 12))
+    with disable_input_dtype_casting(layer):
+        assert layer(torch.ones(1, 20)).shape == (1, 12)
 
 
 @pytest.mark.parametrize("kind", [Named, FalconLinear, "freeze", "accelerate", "accelerate no more"])

@@ -292,6 +292,19 @@ def test_an_exception_leaves_no_rows_behind() -> None:
         assert model(token_ids(7)).logits.equal(expected)
 
 
+def test_a_mixed_batch_during_another_is_refused_and_leaves_nothing_behind() -> None:
+    """As of two threads: the rows of one stayed in the layers, and all later batches were wrong."""
+    model, inputs = classifier(), token_ids(7)
+    layer = model.base_model.model.roberta.encoder.layer[1]
+    with torch.no_grad():
+        expected = model(inputs).logits
+        handle = layer.register_forward_pre_hook(lambda *_: model(inputs, adapter_names=NAMES[::-1]) and None)
+        with pytest.raises(FastpeftError, match="another thread runs this model with adapter_names"):
+            model(inputs, adapter_names=NAMES)
+        handle.remove()
+        assert model(inputs).logits.equal(expected)
+
+
 def test_disabled_adapters_disable_those_of_rows() -> None:
     model = classifier()
     with torch.no_grad(), model.disable_adapter():
