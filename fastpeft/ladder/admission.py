@@ -170,8 +170,10 @@ def check_dtypes(model: LadderModel, backbone: Backbone) -> None:
 def leave_backbone(model: LadderModel, backbone: Backbone) -> None:
     """Let a model have parameters of its own over the memory that it shares with `backbone`.
 
-    A cast or a move of the model then changes it alone.
+    A cast or a move of the model then changes it alone. A model on the pool's very base keeps that.
     """
+    if model.backbone.body is backbone.body:
+        return
     for each in (backbone.model, model.base):
         bring_back(each)
     shared = {id(parameter) for parameter in backbone.model.parameters()}

@@ -171,7 +171,8 @@ class LadderPool:
     def remove(self, name: str) -> Any:
         """Remove a member and return it. Running calls still answer for it.
 
-        It still shares the memory of the backbone's weights, until it is cast or moved.
+        It still shares the memory of the backbone's weights, until it is cast or moved. A `LadderModel` that was made
+        on the pool's own base stays on it.
 
         Raises:
             FastpeftError: there is no member of that name.

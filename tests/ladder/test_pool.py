@@ -150,6 +150,16 @@ def test_a_member_that_left_is_cast_alone(given: bool) -> None:
         pool.add("cast", left)
 
 
+def test_a_member_on_the_pools_own_base_leaves_that_as_it_is() -> None:
+    """As a server has its first run: other members share these parameters."""
+    first = ladder(tiny())
+    pool = LadderPool(first.base)
+    pool.add("first", first)
+    shared = {*map(id, pool.add("second", LadderConfig(**SMALL)).backbone.body.parameters())}
+    pool.remove("first")
+    assert {*map(id, pool.backbone.body.parameters())} == shared
+
+
 def test_a_state_dict_of_a_member_holds_no_other_members_weights(tmp_path: Path) -> None:
     pool = pool_of(tiny(), *([{}] * 8))
     torch.save(pool["3"].side.state_dict(), tmp_path / "3.pt")
