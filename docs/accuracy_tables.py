@@ -71,7 +71,7 @@ def demo() -> str:
                 whole(row["trainable_parameters"]),
             ]
         )
-    return table(["method", "layers", "peak memory, MB", "accuracy", "samples/s", "trained parameters"], body)
+    return table(["method", "layers", "peak memory, MB", "accuracy", "samples/s", "trainable parameters"], body)
 
 
 def comparison(folder: str) -> dict[str, list[Row]]:
@@ -414,7 +414,7 @@ def ladder_options() -> str:
         body.append(
             [data, f"`{variant}`", f"{len(found)}", f"{mean(accuracies):.3f}", f"{mean(losses):.3f}", parameters]
         )
-    return table(["data", "variant", "seeds", "accuracy, of tags F1", "loss", "trained parameters"], body)
+    return table(["data", "variant", "seeds", "accuracy, of tags F1", "loss", "trainable parameters"], body)
 
 
 def frozen_accuracy() -> str:

@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "table2-quick": partial(accuracy_tables.suite, "table2-quick"),
     "table2-full": partial(accuracy_tables.suite, "table2-full", speeds=False),
     "base-sst2": partial(accuracy_tables.evidence, "sst2"),
+    "base-sst2-all": partial(accuracy_tables.evidence, "sst2-all"),
     "base-rates": accuracy_tables.base_rates,
     "base-trec": partial(accuracy_tables.evidence, "trec", is_papers=False),
     "base-wnut17": accuracy_tables.tagging,

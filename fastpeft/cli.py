@@ -45,7 +45,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Fine-tune transformers on little memory.",
+    help="Fine-tune transformers with little memory.",
     epilog="To begin: fastpeft train --data reviews.csv",
 )
 
@@ -79,21 +79,25 @@ def _stem(data: str) -> str:
 def train(
     *,
     config: Path | None = panel_option(
-        None, "--config", panel=ADVANCED, metavar="FILE", help="A run.json to repeat; other options change it."
+        None,
+        "--config",
+        panel=ADVANCED,
+        metavar="FILE",
+        help="Repeat the run of this run.json; other options override its values.",
     ),
     settings: list[str] | None = SETTINGS,
     resume: bool = panel_option(
         False, "--resume", panel=OUTPUT, common=True, help="Resume the run in the output folder."
     ),
-    overwrite: bool = panel_option(False, "--overwrite", panel=OUTPUT, help="Replace the run in the output."),
+    overwrite: bool = panel_option(False, "--overwrite", panel=OUTPUT, help="Replace the run in the output folder."),
     quiet: bool = QUIET,
     progress: str = panel_option(
         "auto",
         "--progress",
         panel=OUTPUT,
         metavar="KIND",
-        help="How progress is shown: auto, a bar on a terminal and lines elsewhere; json, an object a line on standard "
-        "output, the result last; or none",
+        help="How progress is shown: auto, a bar on a terminal and lines elsewhere; json, one object per line on "
+        "standard output, the result last; or none",
     ),
     dry_run: bool = panel_option(
         False,
@@ -125,8 +129,8 @@ def train(
         values = {**folder.config(), **values}
     elif resume and given == ["output"]:
         raise FastpeftError(
-            f"there is no run in {str(folder.path)!r} to resume, and nothing says what to train there. Check the name, "
-            "or say more than --output."
+            f"there is no run in {str(folder.path)!r} to resume. Check --output; to start a new run there, give its "
+            "options too, such as --method and --data."
         )
     if new_settings:
         values["settings"] = {**(values.get("settings") or {}), **new_settings}
@@ -167,32 +171,41 @@ def evaluate(
         None,
         "--data",
         "-d",
-        help="Other data: all rows of a file (with --prompt auto those held out), or the dev file of a folder.",
+        help="Data in place of the run's own: all rows of a file (with --prompt auto only the rows held out of it), or "
+        "the dev part of a folder or hub data set.",
     ),
     model: str | None = typer.Option(
-        None, "--model", "-m", help="In place of DIR: a model with no training, by a prompt or as a decoder."
+        None,
+        "--model",
+        "-m",
+        help="In place of DIR: a model without fine-tuning, which classifies by --prompt or, "
+        "with --objective causal, predicts next tokens.",
     ),
     objective: str | None = typer.Option(
-        None, metavar="causal", help="With --model: measure a decoder on the texts, completions or turns of --data."
+        None,
+        metavar="causal",
+        help="With --model: evaluate a decoder on the texts, completions or assistant's turns of --data.",
     ),
     prompt: str | None = typer.Option(
         None,
         metavar="TEMPLATE|NAME|auto",
         help="The prompt, with --model; auto finds one on the training rows of --data.",
     ),
-    label_words: str | None = typer.Option(None, help="The words of --prompt, as for train."),
+    label_words: str | None = typer.Option(None, help="Label words of --prompt, as for train."),
     calibrate: bool = typer.Option(
-        False, "--calibrate", help="With --model: subtract what the words score for an empty text."
+        False,
+        "--calibrate",
+        help="With --prompt: calibrate, that is, subtract the log-probabilities of the label words for an empty text.",
     ),
     text_column: str | None = typer.Option(None, help="Column of texts in --data, or two joined by a comma for pairs."),
     label_column: str | None = typer.Option(None, help="Column of classes in --data."),
     max_new_tokens: int | None = typer.Option(
         None,
-        help="The most tokens that a language model generates for a prompt, for BLEU and ROUGE; 0 leaves these out "
+        help="Maximum number of tokens that a language model generates for a prompt, for BLEU and ROUGE; 0 skips both "
         "(default: 64).",
     ),
 ) -> None:
-    """Measure a finished run, or a model with no training, on dev rows."""
+    """Evaluate a finished run, or a model without fine-tuning, on dev rows."""
     columns = {"text_column": text_column, "label_column": label_column}
     of_prompts = (prompt, label_words, calibrate) != (None, None, False)
     if objective is not None:
@@ -216,27 +229,29 @@ def evaluate(
 def predict(
     folder: Path = typer.Argument(..., metavar="DIR", help="Folder of a finished run."),
     texts: list[str] | None = typer.Argument(
-        None, metavar="TEXT...", help="Texts to classify; of a pair both, separated by a tab."
+        None, metavar="TEXT...", help="Texts to classify; separate the two texts of a pair by a tab."
     ),
     file: str | None = typer.Option(
         None,
-        help="A csv, tsv, jsonl or parquet file, read as train does; or txt with one text, or pair separated by a "
-        "tab, a line. - is the standard input, txt without --format.",
+        help="A csv, tsv, jsonl or parquet file, read as by train; or a txt file with one text per line (for pairs: "
+        "two texts separated by a tab). - reads standard input, as txt unless --format is given.",
     ),
     kind: str | None = typer.Option(
         None, "--format", help="What --file is: csv, tsv, jsonl, parquet or txt (default: by its name)"
     ),
     text_column: str | None = typer.Option(None, help="Column of texts in --file, or two joined by a comma for pairs."),
-    every: bool = typer.Option(False, "--all", help="Show the probability of every class, not of one."),
+    every: bool = typer.Option(
+        False, "--all", help="Show the probability of every class, not only of the predicted one."
+    ),
     output: Path | None = typer.Option(
         None,
         "--output",
         "-o",
         help="Write texts, classes, probabilities and other columns of --file to this csv, tsv, jsonl or parquet file.",
     ),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file that is the output."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the output file if it exists."),
     max_new_tokens: int | None = typer.Option(
-        None, help="The most tokens that a language model generates for a text (default: 64)."
+        None, help="Maximum number of tokens that a language model generates for a text (default: 64)."
     ),
 ) -> None:
     """Classify texts: prints class, probability and text, separated by tabs.
@@ -249,13 +264,13 @@ def predict(
     if not texts and file is None:
         raise FastpeftError("nothing to classify; give texts, or --file with a row for each.")
     if kind is not None and file is None:
-        raise FastpeftError(f"--format is {kind!r}, but there is no --file. Name one, or leave it out.")
+        raise FastpeftError(f"--format is {kind!r}, but there is no --file. Give --file, or remove --format.")
     if overwrite and output is None:
-        raise FastpeftError("--overwrite is given, but there is no --output. Name one, or leave it out.")
+        raise FastpeftError("--overwrite is given, but there is no --output. Give --output, or remove --overwrite.")
     if every and output is not None:
         raise FastpeftError(
-            "--all is for what is printed, but --output writes a file, which always has every class or label, and of "
-            "tags the likeliest. Leave --all out."
+            "--all changes only what is printed, but --output writes a file, which always has the probability of every "
+            "class or label (of tags, that of the most likely tag). Remove --all."
         )
     RunFolder(folder).metrics()  # raises where it is no finished run
     with showing():
@@ -285,7 +300,7 @@ def compare(
         panel=OUTPUT,
         common=True,
         metavar="DIR",
-        help="Folder of the comparison; in one that is there it goes on.",
+        help="Folder of the comparison; a comparison that is already there is continued.",
     ),
     suite: str | None = panel_option(
         None,
@@ -293,7 +308,7 @@ def compare(
         panel=COMPARISON,
         common=True,
         metavar="NAME",
-        help="table1, table2 or figure5: the rows that the paper has there, beside --methods.",
+        help="Add the rows of this table or figure of the paper: table1, table2 or figure5.",
     ),
     methods: list[str] | None = panel_option(
         None,
@@ -301,8 +316,8 @@ def compare(
         panel=COMPARISON,
         common=True,
         metavar="VARIANT,...",
-        help=f"Of {_NAMES}. A variant is a method and its options after colons: "
-        "k-lst:window=5, or lora:rank=8. In a list + is a comma; a value with a comma goes in quotes. "
+        help=f"Variants to compare. A variant is a method ({_NAMES}) and its options after colons: "
+        "k-lst:window=5, or lora:rank=8. Inside a value write + for a comma, or put the value in double quotes. "
         "zero-shot:prompt=sst2 is not trained; lst:init_from=mezo starts from another variant.",
     ),
     protocol: str | None = panel_option(
@@ -311,8 +326,8 @@ def compare(
         panel=COMPARISON,
         common=True,
         metavar="NAME",
-        help="quick: one seed, one epoch, the recipes' rates. full: three seeds, and of each variant the best of "
-        "three rates on a slice of the training rows.",
+        help="quick: one seed, one epoch, the learning rates of the recipes. full: three seeds, and for each variant "
+        "the best of three learning rates on a slice of the training rows.",
     ),
     seeds: int | None = panel_option(
         None,
@@ -327,8 +342,9 @@ def compare(
         "--prompts",
         panel=COMPARISON,
         metavar="PROMPT,...",
-        help="Combine each variant that has no prompt with each of these: templates, names, auto or none, as "
-        "sst2:label_words=bad+good. With --suite one prompt, for its prompted rows; none leaves them out.",
+        help="Run every variant that has no prompt of its own once with each of these: templates, names, auto or none; "
+        "fields follow after colons, such as sst2:label_words=bad+good. With --suite give one prompt, for the rows "
+        "of the paper that have one; none skips these rows.",
     ),
     jobs: int | None = panel_option(
         None,
@@ -361,9 +377,9 @@ def compare(
 ) -> None:
     """Train by several methods, each run in a process of its own, and make one table of them.
 
-    The same command goes on where it was: finished runs are kept, failed ones tried again.
+    Repeat the same command to continue: finished runs are kept, failed ones are tried again.
 
-    Exit code 1: some failed, or with --dry-run would.
+    Exit code 1: a run failed, or with --dry-run would fail.
     """
     check_budget(memory_budget, dry_run)
     new_settings = parse_settings(settings)
@@ -399,7 +415,9 @@ def compare(
         with console.live_comparison(comparison, quiet):
             result = comparison.run()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Interrupted. What is finished is in {output}; the same command goes on.") from None
+        raise KeyboardInterrupt(
+            f"Interrupted. Finished runs are kept in {output}; repeat the same command to continue."
+        ) from None
     if not quiet:
         console.show_report(comparison)
     for name, error in result.failed.items():
@@ -410,15 +428,17 @@ def compare(
 @app.command(cls=Command)
 def export(
     folder: Path = typer.Argument(..., metavar="RUN", help="Folder of a finished run or of a PEFT adapter."),
-    output: Path = typer.Argument(..., metavar="OUT", help="The folder to make."),
+    output: Path = typer.Argument(..., metavar="OUT", help="Folder to write to; it must not exist."),
     to: str = typer.Option(
         "merged",
         help="merged: a plain transformers model; lora: a SiVA adapter as a LoRA of twice its rank, for its base "
         "model; onnx: a file for ONNX Runtime, of side networks too.",
     ),
-    step: int | None = typer.Option(None, help="Of a run by MeZO: the weights after so many steps, from its journal."),
+    step: int | None = typer.Option(
+        None, help="For a MeZO run: export the weights after this step, replayed from the journal."
+    ),
 ) -> None:
-    """Write the model of a run, or of an adapter that save_pretrained wrote, as other libraries load it."""
+    """Export the model of a run, or of an adapter saved by save_pretrained, in a form that other libraries can load."""
     if not holds_adapter(folder):
         RunFolder(folder).metrics()  # raises where it is no finished run
     with showing():
@@ -437,7 +457,9 @@ def serve(
         "127.0.0.1", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is reached from other machines."
     ),
     port: int = typer.Option(8000, min=0, max=65535, metavar="N", help="Port to listen on; 0 is any free one."),
-    max_rows: int = typer.Option(64, min=1, metavar="N", help="Most texts of one pass; on a CPU 16 at most."),
+    max_rows: int = typer.Option(
+        64, min=1, metavar="N", help="Maximum number of texts per forward pass; on a CPU 16 at most."
+    ),
     max_wait: float = typer.Option(
         0.004, min=0, max=10, metavar="SECONDS", help="Seconds that a request waits for others to share a pass."
     ),
@@ -445,22 +467,22 @@ def serve(
         None,
         min=2,
         metavar="N",
-        help="Cut texts at so many tokens (default: where the run was trained to; never later). For next words: refuse "
-        "what has more with its answer (default: what the model reads; never more)",
+        help="Truncate texts to N tokens (default and most: the max_length of the run). For a language model: refuse a "
+        "prompt that with its answer has more than N (default and most: what the model can read)",
     ),
     device: str | None = typer.Option(
         None, metavar="DEVICE", help="cpu, cuda, cuda:1 (default: the accelerator, or the CPU)"
     ),
     runs: Path | None = typer.Option(
-        None, metavar="DIR", help="Let clients add runs that lie in this folder, and remove tasks."
+        None, metavar="DIR", help="Let clients add runs from this folder, and remove tasks."
     ),
 ) -> None:
-    """Answer over HTTP as predict does, for one run or many.
+    """Serve the predictions of one or more runs over HTTP.
 
     Side networks (k-LST, LST) on equal backbones share one backbone, and a pass answers for all of them. Any other run
     is served beside them, with a model of its own. Language models answer in the form of OpenAI's endpoints.
 
-    There is no authentication: let a proxy keep strangers away, from --runs above all. Needs the extra serve.
+    The server has no authentication: put it behind a proxy that has, above all with --runs. Requires the extra serve.
     """
     from fastpeft.progress import shown
 
@@ -483,7 +505,9 @@ def serve(
 
 @app.command(cls=Command)
 def info(
-    timings: bool = typer.Option(False, "--timings", help="Show the times too by which an implementation was chosen."),
+    timings: bool = typer.Option(
+        False, "--timings", help="Show also the timings by which implementations were chosen."
+    ),
 ) -> None:
     """Show versions, devices, and what each op runs on and why."""
     with showing():
@@ -497,10 +521,10 @@ def info(
     console.show_table("ops", ops)
     timed = autotune.timings.known()
     if timed and not timings:
-        typer.echo(f"timed here: {len(timed):,}, in {autotune.timings.file}; --timings shows them")
+        typer.echo(f"{len(timed):,} timings of implementations are in {autotune.timings.file}; --timings shows them")
     elif timed:
         rows = [(question, autotune.in_words(times)) for question, times in timed.items()]
-        console.show_table(f"timed here; delete {autotune.timings.file} to have it timed again", rows)
+        console.show_table(f"timings of implementations; delete {autotune.timings.file} to measure them again", rows)
 
 
 def main() -> None:

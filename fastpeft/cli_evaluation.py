@@ -11,7 +11,10 @@ from fastpeft.errors import FastpeftError
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.training.run_folder import RunFolder
 
-_RUN_OR_MODEL = "eval takes the DIR of a finished run alone, or no DIR but --model and --prompt. Give one of the two."
+_RUN_OR_MODEL = (
+    "eval takes either DIR, the folder of a finished run, or --model with --prompt or --objective causal. Give one of "
+    "the two."
+)
 
 
 def evaluate_run(
@@ -39,11 +42,13 @@ def evaluate_decoder(
 ) -> tuple[str, dict[str, Any]]:
     """Measure a decoder with no training; `others` says whether options were given that do not go with it."""
     if objective != "causal":
-        raise FastpeftError(f"--objective is {objective!r}; eval takes causal alone. Leave it out, or give that.")
+        raise FastpeftError(
+            f"--objective is {objective!r}; eval allows only causal. Give --objective causal, or remove the option."
+        )
     if others or model is None or data is None:
         raise FastpeftError(
-            "with --objective causal eval takes --model and --data, both needed, and perhaps --text-column and "
-            "--max-new-tokens. Give these alone."
+            "--objective causal requires --model and --data; it allows also --text-column and --max-new-tokens. Remove "
+            "all other options and DIR."
         )
     with showing():
         from fastpeft.training import evaluation
@@ -71,9 +76,10 @@ def evaluate_prompt(
         )
     if not prompt or not (is_auto(prompt) or parse_prompt(prompt, label_words)):
         raise FastpeftError(
-            "--prompt is missing: a model with no training answers by one. Give a name, as --prompt sst2; a template "
-            "and its words, as --prompt '{text} It was <mask>.' --label-words terrible,great; or --prompt auto, which "
-            "finds one on the training rows of --data. What a decoder says is measured by --objective causal."
+            "--prompt is missing: a model without fine-tuning classifies by a prompt. Give a name, such as --prompt "
+            "sst2; a template and its label words, such as --prompt '{text} It was <mask>.' --label-words "
+            "terrible,great; or --prompt auto, which finds one on the training rows of --data. To evaluate a decoder "
+            "on texts, give --objective causal."
         )
     with showing():
         from fastpeft.training import evaluation

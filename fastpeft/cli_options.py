@@ -55,7 +55,7 @@ SETTINGS = panel_option(
     "--set",
     panel=METHOD,
     metavar="KEY=VALUE",
-    help="A field of the method's configuration or of TrainingArguments.",
+    help="Set a field of the method's configuration or of TrainingArguments; may be given several times.",
 )
 QUIET = panel_option(False, "--quiet", "-q", panel=OUTPUT, help="Show nothing but errors.")
 BUDGET = panel_option(
@@ -63,7 +63,7 @@ BUDGET = panel_option(
     "--memory-budget",
     panel=OUTPUT,
     metavar="MB",
-    help="With --dry-run: show what fits into so much memory.",
+    help="With --dry-run: show what fits into this many MB of memory.",
 )
 
 

@@ -124,7 +124,7 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if always := metrics.get("most_frequent_class"):
         kind = "tag" if "word_f1" in always else "labels" if "micro_f1" in always else "class"
         scores = ", ".join(f"{TITLES[name]} {always[name]:.3f}" for name in always if name in TITLES)
-        rows.append((f"most frequent {kind}", f"{scores} (always {always['class']})"))
+        rows.append((f"baseline: most frequent {kind}", f"{scores} (always {always['class']})"))
     if threshold := threshold_in_words(metrics):
         rows.append(("threshold", threshold))
     return [*rows, *class_scores(metrics).items()]
@@ -145,8 +145,8 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
             *measured(metrics),
             ("samples/s", "-" if speed is None else f"{speed:.1f}"),
             *memory(metrics).items(),
-            ("computed in", metrics["compute_dtype"]),
-            ("trained parameters", f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}"),
+            ("compute dtype", metrics["compute_dtype"]),
+            ("trainable parameters", f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}"),
             ("saved in", str(folder)),
         ],
     )
@@ -165,7 +165,7 @@ def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None)
     known, peak = what.estimate, what.peak_memory_mb
     seconds = known.seconds(what.rows)
     rows = [
-        ("trained parameters", f"{what.trainable_parameters:,} of {what.parameters:,}"),
+        ("trainable parameters", f"{what.trainable_parameters:,} of {what.parameters:,}"),
         ("estimated peak memory of a step", "unknown" if peak is None else f"{peak:,.0f} MB (simulated: tensors only)"),
     ]
     if seconds is not None and (resident := peak_rss_mb()) is not None and not torch.accelerator.is_available():
@@ -175,9 +175,9 @@ def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None)
     rows += [
         ("estimated time", known.error or _time(known, seconds, budget_mb)),
         ("steps of the run", f"{what.steps:,}"),
-        ("rows", f"{what.train_rows:,} to train on, {what.dev_rows:,} to measure on"),
+        ("rows", f"{what.train_rows:,} training rows, {what.dev_rows:,} dev rows"),
         ("longest row", f"{what.longest_row} tokens"),
-        ("computes in", what.compute_dtype),
+        ("compute dtype", what.compute_dtype),
         *((name.replace("_", " "), f"{value}") for name, value in what.recipe.items()),
     ]
     show_table(f"{config.method} on {config.data}: nothing was trained or written", rows)
@@ -231,7 +231,8 @@ def show_plan(comparison: Comparison, known: Mapping[str, Estimate], budget_mb: 
     finished = len(cells) - len(unfinished)
     left = ""
     if timed:
-        left = f", about {_duration(seconds_of_all(unfinished, timed, executor.jobs))} for what has a time"
+        about = _duration(seconds_of_all(unfinished, timed, executor.jobs))
+        left = f", about {about} for the cells with an estimated time"
         if executor.jobs > 1:
             each = f"{executor.threads} CPU thread{'s' * (executor.threads > 1)} each"
             left += f", if {executor.jobs} cells at once, with {each}, do not slow one another"

@@ -131,8 +131,8 @@ def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Clas
     )
     if problem.per_token and not tokenizer.is_fast:
         raise FastpeftError(
-            f"{type(tokenizer).__name__}, the tokenizer of {model!r}, does not tell which word a token is of, which "
-            "tags need. Give a model that has a fast tokenizer."
+            f"{type(tokenizer).__name__}, the tokenizer of {model!r}, does not map tokens to words, which tagging "
+            "requires. Give a model with a fast tokenizer."
         )
     if problem.per_token:
         _read_words_after_a_space(tokenizer)
@@ -242,15 +242,14 @@ def load_for_next_words(model: str) -> Classifier:
     config = _config_of(model)
     if config is not None and not is_causal_lm(config):
         raise FastpeftError(
-            f"the model {model!r} ({config.model_type}) does not predict next words, which the objective causal "
-            "learns. Give a decoder, as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by --objective "
-            "mlm."
+            f"the model {model!r} ({config.model_type}) is not a decoder, which the objective causal requires. Give a "
+            "decoder, such as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by "
+            "--objective mlm."
         )
     loaded, tokenizer, info = _load(transformers.AutoModelForCausalLM, model, {})
     if new := _new_in_head(loaded, info):
         raise FastpeftError(
-            f"the model {model!r} has no head for next words: its checkpoint lacks {new[0]}. Give a decoder's "
-            "checkpoint."
+            f"the model {model!r} has no LM head: its checkpoint lacks {new[0]}. Give a decoder's checkpoint."
         )
     _settle_padding(loaded, tokenizer)
     tokenizer.padding_side = "right"  # to train on; to go on from prompts they are padded on the left

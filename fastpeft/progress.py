@@ -36,7 +36,7 @@ _SHOWN = {
 
 def in_words(measured: Mapping[str, float]) -> str:
     """Measurements on one line."""
-    return "  ".join(_SHOWN.get(name, f"{title_of(name)} {{:.3f}}").format(measured[name]) for name in measured)
+    return "  ".join(_SHOWN.get(name, f"dev {title_of(name)} {{:.3f}}").format(measured[name]) for name in measured)
 
 
 class _Pace:

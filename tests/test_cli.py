@@ -42,7 +42,7 @@ def test_train_eval_predict(place: Path, method: str) -> None:
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     for shown in (f"{metrics['accuracy']:.3f}", f"{metrics['f1']:.3f}", f"{metrics['trainable_parameters']:,}"):
         assert shown in trained.stdout
-    for name in ("accuracy before", "accuracy after", "F1", "samples/s", "trained parameters"):
+    for name in ("accuracy before", "accuracy after", "F1", "samples/s", "trainable parameters"):
         assert name in trained.stdout
     peaks = {
         "peak memory of a step": f"{metrics['peak_memory_mb']:,.0f} MB (simulated: tensors only)",
@@ -212,7 +212,7 @@ def test_a_reporter_that_is_not_installed_is_one_message(place: Path, monkeypatc
 def test_what_trains_with_label_words(place: Path) -> None:
     counts = {}
     for method in ("siva", "head", "full"):
-        counts[method] = run(*TRAIN, *PROMPT, "--method", method, "--dry-run").stdout.split("trained parameters")[1]
+        counts[method] = run(*TRAIN, *PROMPT, "--method", method, "--dry-run").stdout.split("trainable parameters")[1]
     dense_and_norm = 16 * 16 + 16 + 2 * 16
     factors = 2 * 2 * 4 * (16 + 16)  # of query and key in two layers
     assert counts["head"].split()[1] == str(dense_and_norm)
@@ -252,9 +252,7 @@ def test_zero_shot(place: Path) -> None:
 def test_zero_shot_tells_of_texts_that_it_cuts(place: Path) -> None:
     write_csv(place / "long.csv", [(text * 40, label) for text, label in reviews(3)] + reviews(3))
     shown = run("eval", "--model", "model", "--data", "long.csv", *PROMPT).stdout
-    assert re.search(
-        r"Warning: 3 of 6 texts \(50 %\) are longer than the \d+ tokens that are read, and were cut", shown
-    )
+    assert re.search(r"Warning: 3 of 6 texts \(50 %\) are longer than \d+ tokens and were truncated", shown)
 
 
 @pytest.mark.parametrize("prompt", [(), ("--prompt", "none"), ("--calibrate",)])
@@ -313,8 +311,8 @@ def test_numbers_and_tags_are_shown(place: Path) -> None:
     assert (name, text) == ("score", "a lovely film")
     float(value)
     shown = run(*options, "--data", "tagged.jsonl", "--output", "tagged")
-    assert "F1 of words before" in shown.stdout
-    assert "F1 of words 0." in shown.stderr
+    assert "word F1 before" in shown.stdout
+    assert "dev word F1 0." in shown.stderr
     lines = run("predict", "tagged", "a lovely film", "the end").stdout.splitlines()
     assert [line.split("\t")[2] for line in lines if line] == ["a", "lovely", "film", "the", "end"]
     assert [bool(line) for line in lines] == [True, True, True, False, True, True, False]
@@ -364,7 +362,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     assert "trial steps 7/7" in result.stderr
     assert "training" not in result.stderr, "what a dry run says that it does not do"
     assert re.search(r"steps of the run +│ 4 ", shown)
-    assert "trained parameters" in shown
+    assert "trainable parameters" in shown
     assert re.search(r"estimated peak memory of a step │ \d+ MB \(simulated: tensors only\)", shown)
     assert re.search(r"peak resident memory +│ [\d,]+ MB \(the whole process\)", shown)
     assert re.search(r"estimated time +│ \d+ s", shown)

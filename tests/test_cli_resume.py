@@ -42,7 +42,7 @@ def test_resume_by_the_file_of_a_run_goes_on_there_from_any_folder(
 def test_resume_of_a_name_with_no_run_begins_none(place: Path) -> None:
     shown = CliRunner().invoke(app, ["train", "--output", "typo", "--resume"])
     assert shown.exit_code == 2
-    assert "there is no run in 'typo' to resume, and nothing says what to train there" in shown.stderr
+    assert "there is no run in 'typo' to resume. Check --output; to start a new run there, give its" in shown.stderr
     assert not (place / "typo").exists()
 
 

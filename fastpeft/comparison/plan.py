@@ -95,8 +95,8 @@ class CompareConfig:
             raise FastpeftError(f"`protocol` is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}.{close}")
         if self.suite is None and not self.methods:
             raise FastpeftError(
-                f"there is no method to compare. Name some by --methods, as {', '.join((*METHODS, ZERO_SHOT))}; or a "
-                f"table by --suite, as {', '.join(suite_names())}."
+                "there is no method to compare. Give --methods with one or more of "
+                f"{', '.join((*METHODS, ZERO_SHOT))}; or --suite with one of {', '.join(suite_names())}."
             )
         if self.suite is not None and get_suite(self.suite) and len(self.prompts) > 1:
             raise FastpeftError(
@@ -107,7 +107,7 @@ class CompareConfig:
             raise FastpeftError(f"`seeds` is {self.seeds!r}; it must be a whole number from 1.")
         if self.prompts and "prompt" in self.common:
             raise FastpeftError(
-                "a prompt is given for all cells and prompts to combine them with. Give one of the two."
+                "both prompt, for all cells, and prompts, to combine the variants with, are given. Give one of the two."
             )
         if "init_from" in self.common and any(CHAIN in text for text, _ in self._variants()):
             raise FastpeftError("`init_from` is given for all cells and by a variant. Give one of the two.")
@@ -130,8 +130,8 @@ class CompareConfig:
                 other = made.setdefault(cell.name.casefold(), cell)
                 if other is not cell:
                     raise FastpeftError(
-                        f"the variants {other.variant!r} and {variant!r} are one, or would share the folder "
-                        f"{cell.name!r}. Leave one out."
+                        f"the variants {other.variant!r} and {variant!r} are the same, or would write to the same "
+                        f"folder {cell.name!r}. Remove one of them."
                     )
         return list(made.values())
 

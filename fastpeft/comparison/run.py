@@ -201,7 +201,7 @@ class Comparison:
             output.write(self.plan, whole=whole)
 
     def _saving(self) -> AbstractContextManager[None]:
-        remedy = "Finished cells are kept. Make room, or let it be written; the same command goes on."
+        remedy = "Finished cells are kept. Free disk space, or make the folder writable, then repeat the same command."
         return files.saving(f"to the output folder {str(self.plan.folder)!r}", lambda: remedy)
 
     def _run_cells(self, lock: BinaryIO) -> None:

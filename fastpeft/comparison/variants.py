@@ -46,7 +46,7 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
             f"{did_you_mean(method, METHODS)}"
         )
     if chain and ZERO_SHOT in (method, earlier.partition(":")[0]):
-        raise FastpeftError(f"{ZERO_SHOT} neither starts from a run nor leaves one.")
+        raise FastpeftError(f"{ZERO_SHOT} trains nothing, so it cannot start from a run, and no run can start from it.")
     values: dict[str, Any] = {}
     for item in items:
         name, _, value = item.partition("=")

@@ -234,7 +234,7 @@ def labels_in_words(data: TextData) -> str:
     if len(shown) > _SHOWN_CLASSES:
         half = _SHOWN_CLASSES // 2
         shown = [*shown[:half], f"{len(shown) - 2 * half:,} more", *shown[-half:]]
-    return f"{data.problem.labels}, to train on + to measure on: {', '.join(shown)}"
+    return f"{data.problem.labels} (training + dev): {', '.join(shown)}"
 
 
 def texts_in_words(examples: Examples) -> str:
@@ -278,9 +278,9 @@ def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence
         return [(text, None) for text in _read_texts(table, columns.texts, problem)]
     texts_from = " and ".join(map(repr, columns.texts))
     logger.info(
-        "%s: %d rows, texts from column %s, %s from %s",
+        "%s: %s rows, texts from column %s, %s from %s",
         table.name,
-        len(table.rows),
+        f"{len(table.rows):,}",
         texts_from,
         problem.labels,
         columns.labels,
@@ -323,7 +323,7 @@ def _read_texts(table: Table, columns: Sequence[str], problem: Problem) -> list[
     if chats and columns[1:]:
         raise FastpeftError(
             f"{table.name} has turns in column {columns[0]!r}, and what answers them in column {columns[1]!r}. Write "
-            "both into one column, as messages: what the assistant says is learned."
+            "both into one column as messages: the assistant's turns are learned."
         )
     for number, row in enumerate(table.rows, start=1):
         at = RowRef(table.name, number)
@@ -339,7 +339,7 @@ def _read_texts(table: Table, columns: Sequence[str], problem: Problem) -> list[
         if problem is NEXT_WORDS and len(parts) == 2:
             for name, part in zip(columns, parts):
                 if not part.strip():
-                    raise FastpeftError(f"{at} says nothing in column {name!r}. Write it, or remove the row.")
+                    raise FastpeftError(f"{at} is empty in column {name!r}. Write a text there, or remove the row.")
         if any(part.strip() for part in parts):
             texts.append(tuple(parts) if len(parts) == 2 else parts[0])
     if not texts:

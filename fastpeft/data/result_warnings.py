@@ -47,16 +47,17 @@ def of_dev_rows(
     if len(texts) < _FEW_ROWS:
         rows = "rows were" if len(texts) > 1 else "row was"
         found.append(
-            f"Only {len(texts)} {rows} measured on, so the figures are rough; {_FEW_ROWS} are the least that tell one "
-            "result from another."
+            f"Only {len(texts)} {rows} evaluated, so the metrics are rough; use at least {_FEW_ROWS} to tell one "
+            "result "
+            "from another."
         )
     if problem.has_classes:
         found += _never_told(problem, outputs, labels, names)
     words = sum(map(len, texts)) if problem.per_token and not problem.of_texts_alone else 0
     if left := words and words - int((labels != UNLABELLED).sum()):
         found.append(
-            f"{left} of {words} words have no token among those that are read of a row, so the figures leave them out "
-            "and cannot be compared with those of runs that read more."
+            f"{left} of {words} words have no token within the maximum length, so the metrics leave them out. Do not "
+            "compare these metrics with those of runs with a larger maximum length."
         )
     return found
 
@@ -65,7 +66,7 @@ def of_threshold(rows: int) -> list[str]:
     """What makes a threshold doubtful that was chosen on so many rows; none where none was."""
     if not 0 < rows < _FEW_ROWS:
         return []
-    return [f"The threshold was chosen on only {rows} rows, so it is rough; {_FEW_ROWS} are the least to choose by."]
+    return [f"The threshold was chosen on only {rows} rows, so it is rough; use at least {_FEW_ROWS}."]
 
 
 def of_train_rows(problem: Problem, counts: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
@@ -73,7 +74,7 @@ def of_train_rows(problem: Problem, counts: Sequence[tuple[int, int]], names: Se
     missing = [name for name, (rows, _) in zip(names, counts) if not rows]
     if not missing:
         return []
-    return [f"No training row has these {problem.labels}, so nothing is learned of them: {_some(missing)}."]
+    return [f"No training row has these {problem.labels}, so the model cannot learn them: {_some(missing)}."]
 
 
 def of_names(problem: Problem, names: Sequence[str]) -> list[str]:
@@ -83,8 +84,8 @@ def of_names(problem: Problem, names: Sequence[str]) -> list[str]:
     if not alike:
         return []
     return [
-        f"These {problem.labels} differ by capitals alone, and are learned as different ones: {_some(alike)}. If they "
-        "mean the same, write them alike in the data."
+        f"These {problem.labels} differ only in upper and lower case, and are trained as different {problem.labels}: "
+        f"{_some(alike)}. If they mean the same, spell them the same way in the data."
     ]
 
 
@@ -100,21 +101,21 @@ def of_cut_texts(cut: int, texts: int, lost: int, max_length: int, model_reads: 
     """
     if not cut:
         return []
-    left_out = f", {lost:,} of them left out, as nothing to learn was left" if lost else ""
+    left_out = f", and {lost:,} of them dropped, because no token to train on was left" if lost else ""
     remedy = ""
     if model_reads is not None and model_reads > max_length:
-        remedy = f" The model can read {model_reads:,}: give more by --max-length."
+        remedy = f" The model can read {model_reads:,} tokens: raise --max-length."
     return [
-        f"{cut:,} of {texts:,} texts ({_share(cut, texts)}) are longer than the {max_length:,} tokens that are read, "
-        f"and were cut{left_out}.{remedy}"
+        f"{cut:,} of {texts:,} texts ({_share(cut, texts)}) are longer than {max_length:,} tokens and were "
+        f"truncated{left_out}.{remedy}"
     ]
 
 
 def of_numbers(data: str, problem: Problem, read_as: str) -> list[str]:
     """What is to be said where rows have numbers in place of the names of classes, tags or labels."""
     return [
-        f"{data!r} has numbers for {problem.labels}, which are read by their places: {read_as}. If they mean others, "
-        "the figures are wrong; write the names in their place."
+        f"{data!r} has numbers in place of names of {problem.labels}; each is read as the index of a name: {read_as}. "
+        "If they mean something else, the metrics are wrong: write the names instead."
     ]
 
 
@@ -124,8 +125,8 @@ def seen_rows(texts: Sequence[Any], trained_on: Set[str]) -> list[str]:
     if not seen:
         return []
     return [
-        f"{seen:,} of {len(texts):,} rows ({_share(seen, len(texts))}) were trained on: of these the figures show "
-        "what the model remembers, not how it does on new texts."
+        f"{seen:,} of {len(texts):,} rows ({_share(seen, len(texts))}) are in the training data: on these the metrics "
+        "show what the model remembers, not how well it predicts new texts."
     ]
 
 
@@ -168,8 +169,8 @@ def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list
     else:
         return []
     return [
-        f"The training loss ended above its start ({first:.3g} at first, {last:.3g} at last), so training made the "
-        "model worse; lower the learning rate."
+        f"The training loss ended above its start ({first:.3g} at the start, {last:.3g} at the end), so training made "
+        "the model worse; lower the learning rate."
     ]
 
 
@@ -190,13 +191,15 @@ def _never_told(problem: Problem, outputs: np.ndarray, labels: np.ndarray, names
         answers, labels = problem.answers(outputs[labelled])[:, None] == classes, labels[labelled][:, None] == classes
     told, there = answers.sum(0), labels.sum(0)
     if len(answers) >= 2 and len(np.unique(answers, axis=0)) == 1:
-        also = ", and no other is among their labels" if len(np.unique(labels, axis=0)) == 1 else ""
+        also = ", and so is every label" if len(np.unique(labels, axis=0)) == 1 else ""
         answer = ", ".join(repr(name) for name, count in zip(names, told) if count) or "no label"
-        return [f"Every answer is {answer}{also}, so nothing shows that the model tells the {problem.labels} apart."]
+        return [
+            f"Every prediction is {answer}{also}, so nothing shows that the model can distinguish the {problem.labels}."
+        ]
     never = [name for name, said, rows in zip(names, told, there) if rows and not said]
     if not never or len(answers) < 2:
         return []
-    return [f"These {problem.labels} were never answered, though some rows have them: {_some(never)}."]
+    return [f"These {problem.labels} were never predicted, though some rows have them: {_some(never)}."]
 
 
 def _share(part: int, whole: int) -> str:

@@ -78,7 +78,7 @@ def as_labels(value: Any, column: str, names: Sequence[str] | None, at: RowRef) 
         value = value.split(SEPARATOR) if value.strip() else []
     if value is None or value != value:
         raise FastpeftError(
-            f"{at} says nothing of its labels in column {column!r}. Write an empty list, or in csv and tsv files an "
+            f"{at} has no value for its labels in column {column!r}. Write an empty list, or in csv and tsv files an "
             "empty text, where no label applies; or leave the row out."
         )
     labels = [as_class(label, column, names, at) for label in (value if isinstance(value, list) else [value])]
@@ -90,8 +90,8 @@ def as_labels(value: Any, column: str, names: Sequence[str] | None, at: RowRef) 
     different = list(dict.fromkeys(labels))
     if len(different) < len(labels) and all(label.lower() in _FLAGS for label in labels):
         raise FastpeftError(
-            f"{at} has {value!r} in column {column!r}, which are no names of labels, but say of each if it applies. "
-            "Write the names of those that do, or a column of 0 and 1 for each label (--label-column a,b,c)."
+            f"{at} has {value!r} in column {column!r}, which are not names of labels, but flags. Write the names of "
+            "the labels that apply, or a column of 0 and 1 for each label (--label-column a,b,c)."
         )
     return different
 

@@ -54,7 +54,7 @@ class LadderConfig(PretrainedConfig):
         layers_per_block: layers of the backbone for each side block, counted from the last. With 3 there is a block at
             every third layer, and the side network takes a third of its memory and time. A window is still of layers
             that follow each other. 1 is the paper's. None is the least with which there are at most six blocks: more
-            were no better on classes and tags, and worse on words.
+            were no better on classes and tags, and worse for language modelling.
         feature_dropout: probability of dropping an element of a projected feature in training. None is 0.2 for windows
             of 9 or more and 0 below.
         fusion: `"cross_attention"` lets the side state attend to the window; `"gated"` is the original LST, which mixes

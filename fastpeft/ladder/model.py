@@ -68,8 +68,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     r"""A pretrained model whose encoder's output is replaced by that of a side network, which reads its features.
 
     The backbone runs in evaluation mode and without gradients; it is never changed, saved or given to an optimizer.
-    The side network trains, in float32, and so does the model's own head except for a decoder to the vocabulary, in
-    float32 or float64. `save_pretrained` writes what trains, and names the backbone.
+    The side network trains, in float32, and so does the model's own head except for an LM head, in float32 or float64.
+    `save_pretrained` writes what trains, and names the backbone.
 
     A base of `AutoModel` has no head: the output is its own, and `last_hidden_state` is what the side network made, in
     the backbone's width and dtype. So it makes embeddings, and the side network alone trains.
@@ -227,7 +227,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         return decoder
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the base's vocabulary, as transformers does; the new words do not train, as the others."""
+        """Resize the base's vocabulary, as transformers does; the new token embeddings are frozen like the others."""
         resized: nn.Module = self.backbone.core.resize_token_embeddings(*args, **kwargs)
         for module in (resized, self.backbone.decoder):
             if module is not None:
@@ -396,7 +396,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     # -- generation ----------------------------------------------------------------------------------------------
 
     def can_generate(self) -> bool:
-        """Whether the base is a decoder with a head of words, beside which `generate` works."""
+        """Whether the base is a decoder with an LM head, so that `generate` works."""
         return self._generates
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:

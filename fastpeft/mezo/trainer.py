@@ -165,8 +165,9 @@ class MeZOTrainer(Trainer):
         if any(model.get_output_embeddings() is not None for model in models):
             return []
         return [
-            f"MeZO trains {type(self.model).__name__}, which predicts no words: without a prompt, or a head that was "
-            "trained before, it learns little. Give a prompt (--prompt, or in Python fastpeft.PromptModel)."
+            f"MeZO trains {type(self.model).__name__}, which has no LM head: with a newly initialised head MeZO learns "
+            "little. Train with a prompt (--prompt, or in Python fastpeft.PromptModel), or start from a trained head "
+            "(--init-from)."
         ]
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -143,7 +143,7 @@ def _choose(op: str, device: str, wanted: str | None, why_not: Callable[[str], s
         reason = why_not(name)
         if not reason:
             return Choice(op, device, name, "; ".join(missing) or "available")
-        missing.append(f"{name}: {reason}")
+        missing.append(f"{name} is unavailable ({reason})")
     return Choice(op, device, "reference", "; ".join(missing) or "the only implementation")
 
 

@@ -82,8 +82,8 @@ class LazyLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise FastpeftError(
-            f"{func} got logits that were not made, past PyTorch's way to say so. Read them by outputs.logits.clone() "
-            "first, or call fastpeft.unfuse_head(model)."
+            f"{func} got logits that fuse_head has not computed, on a path that PyTorch does not report. Call "
+            "outputs.logits.clone() first, or fastpeft.unfuse_head(model)."
         )
 
     def make(self, name: str) -> Tensor:
@@ -101,8 +101,8 @@ class LazyLogits(Tensor):
         """Note that `name` reads hidden and weight. Raise if the weight has changed since the decoder ran."""
         if self.version != _version(self.weight):
             raise FastpeftError(
-                "logits are read that were not made when the decoder ran, and its weight has changed since. Read them "
-                "before, or call fastpeft.unfuse_head(model)."
+                "logits were read after the weight of the LM head had changed; fuse_head computes them only when they "
+                "are read. Read them before the change, or call fastpeft.unfuse_head(model)."
             )
         self.uses.append(name)
 
@@ -231,7 +231,7 @@ def _after(model: nn.Module, args: Any, output: Any) -> None:
         if reads and not decoder.is_told:
             decoder.is_told = True
             logger.warning(
-                "%s reads its logits by %s, so they are made: fastpeft.fuse_head saves nothing here.",
+                "%s reads its logits by %s, so they are computed: fastpeft.fuse_head saves nothing here.",
                 type(model).__name__,
                 reads[0],
             )

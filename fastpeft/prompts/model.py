@@ -59,7 +59,7 @@ class PromptModel(PreTrainedModel):
     up to it, and the position is that of the last token, whose logits are those of the next word.
 
     Args:
-        masked_lm: a transformers model with a masked-word head, or a decoder with its head for next words, alone,
+        masked_lm: a transformers model with a masked-word head, or a decoder with its LM head, alone,
             wrapped by PEFT or beside a side network; used as it is, not copied.
         tokenizer: its tokenizer; of a decoder one without a mask token, with a padding token.
         prompt: template and label words.
@@ -104,7 +104,7 @@ class PromptModel(PreTrainedModel):
         core = _find_core(masked_lm)
         if core is None:
             raise FastpeftError(
-                f"{type(masked_lm).__name__} has no head for words, which label words need. Load a masked language "
+                f"{type(masked_lm).__name__} has no LM head, which label words require. Load a masked language "
                 "model by AutoModelForMaskedLM or a decoder by AutoModelForCausalLM. Any other needs no PromptModel: "
                 "load it by AutoModelForSequenceClassification and train it on the rows that a Prompt without <mask> "
                 'and with head="classifier" encodes.'

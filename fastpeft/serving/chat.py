@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 def _unwanted(wanted: bool) -> bool:
     if wanted:
-        raise ValueError("there are none. Leave it out")
+        raise ValueError("this is not supported. Remove it")
     return wanted
 
 
 Text = Annotated[str, AfterValidator(check_encodable)]
 Unwanted = Annotated[StrictBool, AfterValidator(_unwanted)]
-Neutral = Annotated[float, Field(ge=0, le=0, description="There is none.")]
+Neutral = Annotated[float, Field(ge=0, le=0, description="Not supported: must be 0.")]
 Stop = Annotated[Text, Field(min_length=1)]
 
 
@@ -53,7 +53,7 @@ class Message(BaseModel):
 
     role: str = Field(description="system or developer, which comes first or not at all, user, assistant or tool.")
     content: Text | list[Part]
-    name: str | None = Field(None, description="Is not read.")
+    name: str | None = Field(None, description="Ignored.")
 
     @property
     def turn(self) -> dict[str, str]:
@@ -74,7 +74,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool = Field(False, description="Whether a last event counts the tokens.")
+    include_usage: bool = Field(False, description="Whether a last event has the token counts.")
 
 
 class OpenAIRequest(BaseModel):
@@ -83,11 +83,18 @@ class OpenAIRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="The task's name.")
-    max_tokens: int | None = Field(None, ge=1, description="The most tokens that are said; 256 unless it is given.")
-    temperature: float | None = Field(1, ge=0, le=2, description="0 decodes greedily, as predict does.")
-    top_p: float | None = Field(1, gt=0, le=1, description="The share of the likeliest words that are drawn from.")
+    max_tokens: int | None = Field(None, ge=1, description="Maximum number of generated tokens (default: 256).")
+    temperature: float | None = Field(
+        1, ge=0, le=2, description="Sampling temperature; 0 is greedy decoding, as in predict."
+    )
+    top_p: float | None = Field(
+        1,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: tokens are drawn from the most likely ones with this total probability.",
+    )
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
-        None, description="Texts before the first of which the answer ends."
+        None, description="Generation stops before the first of these texts."
     )
     stream: bool | None = Field(False, description="Whether the answer comes as events while it is generated.")
     stream_options: StreamOptions | None = None

@@ -70,13 +70,13 @@ class Classified(BaseModel):
 
     label: str
     probability: float
-    probabilities: dict[str, float] = Field(description="That of every class.")
+    probabilities: dict[str, float] = Field(description="The probability of every class.")
 
 
 class Labelled(BaseModel):
     """What a run on several labels says of a text."""
 
-    labels: list[str] = Field(description="Those that are answered; there may be none.")
+    labels: list[str] = Field(description="The predicted labels; the list may be empty.")
     probabilities: dict[str, float] = Field(description="That of every label.")
 
 
@@ -106,7 +106,7 @@ class Answer(BaseModel):
 
     task: str
     predictions: list[Classified | Labelled | Number | Tagged]
-    cut: int = Field(description="How many of the texts are longer than the task reads, and were cut.")
+    cut: int = Field(description="How many of the texts were truncated to the task's max_length.")
 
 
 class TaskInfo(BaseModel):

@@ -284,7 +284,7 @@ class Tasks:
             return error
         if task.predictor is None:
             return RefusedError(
-                f"the task {name!r} generates text and tells no classes. Send it messages, by POST "
+                f"the task {name!r} generates text and predicts no classes. Send it messages by POST "
                 "/v1/chat/completions.",
                 422,
             )
@@ -361,8 +361,8 @@ class Tasks:
             task = self[name]
             if task.predictor is not None:
                 what = (
-                    f"the task {name!r} tells classes and the like, and generates no text. Send it texts, by POST "
-                    "/predict."
+                    f"the task {name!r} predicts classes, labels, tags or numbers and generates no text. Send it texts "
+                    "by POST /predict."
                 )
                 raise RefusedError(what, 404)
         except RefusedError as error:
@@ -386,7 +386,7 @@ class Tasks:
         except FastpeftError as error:  # of the template
             raise RefusedError(str(error), 400, param) from error
         if not tokens:
-            raise RefusedError("the prompt has no token to go on from. Give a text.", 400, param)
+            raise RefusedError("the prompt has no tokens to continue from. Give a text.", 400, param)
         limit = task.run.max_length
         room = limit - len(tokens)
         if room < (max_tokens or 1):

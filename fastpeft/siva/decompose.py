@@ -36,7 +36,7 @@ class Factors(NamedTuple):
 
     def product(self) -> Tensor:
         """`(u * s) v`, `(N, K)`."""
-        return (self.u * self.s) @ self.v
+        return ((exact(self.u) * exact(self.s)) @ exact(self.v)).to(self.u.dtype)
 
 
 class Decomposition(NamedTuple):
@@ -159,6 +159,11 @@ def is_lossy(shape: tuple[int, int] | torch.Size, d: int | None) -> bool:
     return d is not None and d < min(shape)
 
 
+def exact(part: Tensor) -> Tensor:
+    """An operand of a product that all bits of float32 must reach: a run may let a GPU multiply float32 in TF32."""
+    return part.double() if part.is_cuda else part
+
+
 def subtract(weight: Tensor, factors: Factors) -> Tensor:
     """`weight - (u * s) v`, computed in float32 (float64 for float64) and rounded once to the dtype of `weight`.
 
@@ -176,7 +181,7 @@ def add(weight: Tensor, factors: Factors) -> Tensor:
 def belongs(weight: Tensor, factors: Factors) -> bool:
     """Whether `factors` are singular triplets of `weight`, `W V^T = U diag(s)`, to the precision of its dtype."""
     u, s, v = (part.to(weight.device, torch.float32) for part in factors)
-    error = torch.linalg.matrix_norm(weight.float() @ v.t() - u * s)
+    error = torch.linalg.matrix_norm(exact(weight.float()) @ exact(v).t() - u * s)
     return bool(error <= max(1e-4, 4 * torch.finfo(weight.dtype).eps) * torch.linalg.vector_norm(s))
 
 

@@ -112,11 +112,11 @@ def _chained_snippet(folder: str, prompt_head: str | None) -> str:
     lines = [
         "from fastpeft.training.loading import load_run",
         "",
-        f"run = load_run({folder!r})  # with all that it was put onto",
+        f"run = load_run({folder!r})  # with the models that it was trained on",
         "model, tokenizer = run.classifier.model, run.classifier.tokenizer",
     ]
     if prompt_head is not None:
-        lines.append("prompt = run.prompt  # prompt.encode(tokenizer, texts) makes what the model reads")
+        lines.append("prompt = run.prompt  # prompt.encode(tokenizer, texts) makes the model's inputs")
     return "\n".join(lines)
 
 
@@ -182,9 +182,9 @@ def model_card(
     if labels:
         lines.append(f"- {labels_are.capitalize()}: {', '.join(map(_in_line, labels))}")
     if answers:
-        lines.append(f"- Answers: {_in_line(answers)}")
+        lines.append(f"- Predictions: {_in_line(answers)}")
     if chosen_by:
-        lines.append(f"- Checkpoint: the best by {chosen_by} on the dev rows, the same that the results are of")
+        lines.append(f"- Checkpoint: the best by {chosen_by} on the dev rows, on which the results were measured too")
     for title, values in (("Results", metrics), ("Settings", settings)):
         if values:
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]

@@ -24,8 +24,8 @@ def refuse_several(what: str) -> None:
     """Raise `FastpeftError` where a launcher started several processes for `what`, which has one."""
     if launched() > 1:
         raise FastpeftError(
-            f"{what} has one process, but a launcher started {launched()}. Start it without; `fastpeft train` shares "
-            "the rows of a run among several."
+            f"{what} runs in one process, but a launcher such as torchrun started {launched()}. Start it without the "
+            "launcher; only `fastpeft train` shares the rows of a run among processes."
         )
 
 

@@ -108,15 +108,19 @@ def _check(first: TrainingArguments, task: Task) -> None:
         raise ValueError("gradient_accumulation_steps must be at least 1.")
     # of a side network its own blocks are computed again, whatever the frozen model can do
     if first.gradient_checkpointing and not (is_beside or _supports_checkpointing(task.model)):
-        raise ValueError(f"{title} does not go with gradient_checkpointing.")
+        raise ValueError(f"{title} does not support gradient_checkpointing on this model.")
     if first.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
     if first.fp16 and first.device.type == "cpu":
         raise ValueError("fp16 is for GPUs, and on a CPU everything would be computed in float32; use `bf16` there.")
     if first.optim_args and first.optim in (*ADAMW, *ADAMW_8BIT):
-        raise ValueError(f"optim_args says nothing to {first.optim.value}, which has adam_beta1 and the like.")
+        raise ValueError(
+            f"optim_args has no effect on {first.optim.value}: set adam_beta1, adam_beta2 and adam_epsilon instead."
+        )
     if first.optim_target_modules and not first.optim.startswith(_OF_SOME_LAYERS):
-        raise ValueError(f"optim_target_modules says nothing to {first.optim.value}; all that trains is optimised.")
+        raise ValueError(
+            f"optim_target_modules has no effect on {first.optim.value}, which optimises all trainable parameters."
+        )
     if first.eval_steps and task.config.metric is not None:
         raise ValueError("with `metric`, dev rows are measured at each checkpoint: use `save_steps`.")
     for name in ("neftune_noise_alpha", "label_smoothing_factor", "weight_decay", "eval_steps"):

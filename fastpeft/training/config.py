@@ -144,15 +144,15 @@ class TrainConfig:
     )
     init_from: str | None = option(
         MODEL,
-        "Folder of a finished run to go on from: a whole model, an adapter, which is merged into its base, or "
-        "a side network, which only a method with the same side network takes",
+        "Folder of a finished run to start from: a whole model; an adapter, which is merged into its base model; or a "
+        "side network, which only a method with the same side network can continue",
         metavar="RUN",
         folder=True,
     )
     data: str = option(
         DATA,
-        "demo; a csv, tsv, jsonl or parquet file; a folder with train.* and perhaps dev.*, or saved by datasets; or a "
-        "hub data set as nyu-mll/glue:sst2",
+        "demo; a csv, tsv, jsonl or parquet file; a folder with train.* and optionally dev.*, or one saved by the "
+        "library datasets; or a data set on the hub, such as nyu-mll/glue:sst2",
         DEMO,
         metavar="DATA",
         letter="d",
@@ -160,10 +160,11 @@ class TrainConfig:
     )
     objective: str | None = option(
         DATA,
-        "Learn texts, as of a txt file, without labels: mlm by their masked words, causal by their next ones, also "
-        "completions of prompts and the assistant's turns of conversations; another run goes on by `init_from`",
+        "Train a language model on texts without labels, such as a txt file: mlm predicts masked tokens; causal "
+        "predicts next tokens, and of prompts with completions or of conversations only the completions or the "
+        "assistant's turns. Another run can start from the result by `init_from`",
         choices=OBJECTIVES,
-        unset="the labels are learned",
+        unset="train on the labels",
         metavar="NAME",
     )
     problem_type: str | None = option(
@@ -194,49 +195,62 @@ class TrainConfig:
     max_steps: int | None = option(TRAINING, "Optimizer steps, in place of `epochs`", least=1, metavar="N")
     batch_size: int = option(
         TRAINING,
-        "Rows a step, shared by the processes of a launcher; by one process, on each device",
+        "Rows per step: over all processes of a launcher such as torchrun, or in one process on each device",
         16,
         least=1,
         metavar="N",
         common=True,
     )
     learning_rate: float | None = option(
-        TRAINING, "Peak rate of AdamW, or the rate of MeZO", unset="the method's recipe", metavar="RATE", common=True
+        TRAINING,
+        "Learning rate at the peak of the schedule",
+        unset="the method's recipe",
+        metavar="RATE",
+        common=True,
     )
     max_length: int | None = option(
         DATA,
-        "Longest text in tokens; longer ones are cut",
+        "Maximum length of a text in tokens; longer texts are truncated",
         least=2,
-        unset="128, of next words 512, or the model's limit where that is less",
+        unset="128, or 512 with the objective causal, but never more than the model's limit",
         metavar="N",
     )
     packing: bool = option(
         TRAINING,
-        "With the objective causal, join short texts to rows of `max_length` tokens; each still reads itself alone",
+        "With the objective causal, pack short texts into rows of `max_length` tokens; no text attends to another",
         False,
     )
     seed: int = option(
-        TRAINING, "Decides the new head, the order of rows and dropout", 0, most=_HIGHEST_SEED, metavar="N"
+        TRAINING, "Random seed of the new head, the order of rows and dropout", 0, most=_HIGHEST_SEED, metavar="N"
     )
     split_seed: int = option(
-        DATA, "Decides which rows become dev rows where the data has none", 0, most=_HIGHEST_SEED, metavar="N"
+        DATA,
+        "Random seed of the split into training and dev rows, where the data has no dev rows",
+        0,
+        most=_HIGHEST_SEED,
+        metavar="N",
     )
     split: str = option(
         DATA,
-        "How dev rows are chosen: by class with equal texts on one side, or at random",
+        "How dev rows are held out: in the proportions of the classes and with identical texts in one part, or at "
+        "random",
         SPLITS[0],
         choices=SPLITS,
         metavar="HOW",
     )
-    save_steps: int | None = option(OUTPUT, "Save a checkpoint every so many steps", least=1, unset="none", metavar="N")
+    save_steps: int | None = option(OUTPUT, "Save a checkpoint every N steps", least=1, unset="none", metavar="N")
     metric: str | None = option(
         OUTPUT,
-        "Keep the checkpoint that is best by this metric of the dev rows, as accuracy, f1, pearson or loss",
+        "Keep the checkpoint with the best value of this metric on the dev rows, such as accuracy, f1, pearson or loss",
         unset="the weights after the last step",
         metavar="NAME",
     )
     patience: int | None = option(
-        OUTPUT, "End when `metric` was not better for so many checkpoints in a row", least=1, unset="never", metavar="N"
+        OUTPUT,
+        "Early stopping: end after N checkpoints in a row without a better `metric`",
+        least=1,
+        unset="never",
+        metavar="N",
     )
     report_to: str | None = option(
         OUTPUT,
@@ -247,23 +261,31 @@ class TrainConfig:
     )
     prompt: str | None = option(
         MODEL,
-        "A template as '{text} It was <mask>.', a name as sst2, or auto to find one on training rows",
+        "A template such as '{text} It was <mask>.', the name of a prompt such as sst2, or auto, which searches for "
+        "one on training rows",
         metavar="PROMPT",
         unset="none",
     )
     label_words: str | None = option(
         MODEL,
-        "Words of the prompt: terrible,great in the order of the classes, or negative=terrible,positive=great",
+        "Label words of the prompt, one for each class: terrible,great in the order of the classes, or "
+        "negative=terrible,positive=great",
         unset="the named prompt's",
         metavar="WORDS",
     )
-    prompt_head: str | None = option(MODEL, "What answers a prompt", choices=HEADS, unset=HEADS[0], metavar="KIND")
+    prompt_head: str | None = option(
+        MODEL,
+        "Head that predicts the class from the prompt: the LM head by its label words, or a new classifier",
+        choices=HEADS,
+        unset=HEADS[0],
+        metavar="KIND",
+    )
     found_prompt: dict[str, Any] | None = field(
         default=None, metadata={"help": "What was found for the prompt auto. It is not searched for again"}
     )
     cache_features: str | None = option(
         ADVANCED,
-        "Folder for features of a frozen backbone; any run with k-lst or lst reads those that are there",
+        "Folder in which to cache the features of the frozen backbone; every run with k-lst or lst reuses them",
         metavar="DIR",
         folder=True,
         unset="computed in every epoch",
@@ -278,16 +300,17 @@ class TrainConfig:
     bf16: bool | None = option(
         TRAINING,
         "Compute in bfloat16 by autocast; weights stay in float32",
-        unset="on a CPU that has instructions for it, but not by MeZO",
+        unset="on when computing on a CPU with bfloat16 instructions, except by MeZO; else off",
     )
     pack_weights: bool = option(
         TRAINING,
-        "Keep copies of frozen weights: on a CPU packed, twice with gradients, on a GPU under autocast cast",
+        "Keep copies of frozen weights, which costs memory and saves time: on a CPU in a packed layout (two where "
+        "gradients pass through), on a GPU in autocast's dtype",
         True,
     )
     optimizer_in_backward: bool = option(
         ADVANCED,
-        "Step during backward, and free each gradient after its use; gradients are not clipped by their norm",
+        "Update each parameter during the backward pass and free its gradient at once; gradients are not clipped",
         False,
     )
     deterministic: bool = option(ADVANCED, "Use deterministic kernels only", False)
@@ -303,7 +326,8 @@ class TrainConfig:
     )
     class_weights: str | None = option(
         TRAINING,
-        "Weigh classes in the loss so that all have the same share of it: n / (k count) for k classes and n rows",
+        "Weight the classes in the loss so that each has the same share: by n / (k count) for n rows, k classes and "
+        "count rows of the class",
         choices=("balanced",),
         unset="each row counts the same",
         metavar="HOW",
@@ -316,10 +340,10 @@ class TrainConfig:
     )
     threshold: str | None = option(
         TRAINING,
-        "Answer the second of two classes, or labels, above the probability with the best F1 on a tenth of the "
-        "training rows, which is kept apart for that",
+        "Choose the decision threshold: the probability, of the second of two classes or of a label, with the best F1 "
+        "on a tenth of the training rows, which is held out for this",
         choices=("auto",),
-        unset="above a half",
+        unset="0.5",
         metavar="HOW",
     )
     settings: dict[str, Any] = field(
@@ -346,17 +370,21 @@ class TrainConfig:
             object.__setattr__(self, "found_prompt", None)
         method = get_method(self.method, self.settings)
         if self.cache_dtype is not None and self.cache_features is None:
-            self._refuse("cache_dtype", "no features are cached. Name a folder by `cache_features`, or leave it out.")
+            self._refuse(
+                "cache_dtype", "no features are cached. Name a folder by `cache_features`, or remove `cache_dtype`."
+            )
         if self.cache_features is not None and (reason := self._changing(method)):
             self._refuse("cache_features", reason)
         for name in FOR_LABELS:
             if self.objective is not None and getattr(self, name) is not None:
-                self._refuse(name, f"the objective {self.objective!r} learns from the texts alone. Leave out either.")
+                self._refuse(
+                    name, f"the objective {self.objective!r} learns from texts without labels. Remove one of the two."
+                )
         if self.packing and self.objective != "causal":
-            self._refuse("packing", "only texts of the objective causal can be joined. Leave it out.")
+            self._refuse("packing", "only texts of the objective causal can be packed. Remove `packing`.")
         if self.packing and method.frozen_features:
             self._refuse(
-                "packing", "a side network cannot tell joined texts apart. Leave it out, or choose siva or lora."
+                "packing", "a side network cannot tell packed texts apart. Remove `packing`, or choose siva or lora."
             )
         if self.metric is not None and self.metric not in (LOSS, *TITLES):
             close = did_you_mean(self.metric, (LOSS, *TITLES))
@@ -379,7 +407,7 @@ class TrainConfig:
         if not method.frozen_features:
             return (
                 f"the method {self.method!r} has no frozen features: its layers change as it trains, or gradients pass "
-                "through them. Leave it out, or choose k-lst, lst, or mezo over one of them."
+                "through them. Remove `cache_features`, or choose k-lst, lst, or mezo over one of them."
             )
         if SIVA_LAYERS in self.settings:
             return f"with {SIVA_LAYERS} features of the backbone change at every step. Leave out either."

@@ -45,7 +45,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics and loss of a finished run on its own dev rows, or on the rows of `data`, and `dev_rows`, their number.
 
-    Of a run on next words also what `measure_generations` gives, where rows have prompts. Beside these it has what
+    For a causal language model also what `measure_generations` gives, where rows have prompts. Beside these it has what
     `metrics.json` has of classes, see `fastpeft.data.problems.describe`, and `warnings`, which are logged too: what
     makes the figures doubtful, as rows that the run was trained on.
 

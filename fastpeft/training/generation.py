@@ -74,7 +74,7 @@ class TextGenerator:
         given = self._as_prompt(text)
         tokens = prompt_tokens(self.run.classifier.tokenizer, given)
         if not tokens:
-            raise FastpeftError(f"{text!r} has no token to go on from. Give a text.")
+            raise FastpeftError(f"{text!r} has no tokens to continue from. Give a text.")
         if len(tokens) > self._reads:
             raise FastpeftError(
                 f"the text that begins with {str(given)[:40]!r} has {len(tokens)} tokens, but {self._reads} are the "
@@ -91,7 +91,7 @@ class TextGenerator:
         if is_text(text):
             refuse_empty(text)
             return Conversation(((USER, text),)) if self.run.chats else text
-        raise FastpeftError(f"the run goes on from a text or a conversation; got {text!r}. Give one, in UTF-8.")
+        raise FastpeftError(f"the run continues a text or a conversation; got {text!r}. Give one, in UTF-8.")
 
     @torch.inference_mode()
     def generate(self, encoded: Sequence[EncodedText]) -> list[str]:
@@ -159,8 +159,11 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
         return {}
     said = generator.generate(list(encoded.values()))
     for count, what in (
-        (len(prompts) - len(encoded), "cannot be gone on from within what the model reads, and are left out"),
-        (generator.cut, f"have answers that were cut after {limit} tokens; give more `max_new_tokens`"),
+        (
+            len(prompts) - len(encoded),
+            "leave no room for new tokens within the model's maximum length, and are skipped",
+        ),
+        (generator.cut, f"have completions that were cut off after {limit} tokens; raise `max_new_tokens`"),
     ):
         if count:
             logger.warning("%d of %d prompts %s", count, len(prompts), what)

@@ -54,13 +54,13 @@ class Predictor:
             self.run = replace(self.run, max_length=min(max_length, self.run.max_length))
         if self.run.problem is NEXT_WORDS:
             raise FastpeftError(
-                f"the run in {str(folder)!r} learned next words and has no classes to tell. It generates text: "
-                f"fastpeft predict {folder}."
+                f"the run in {str(folder)!r} is of a causal language model and predicts no classes. Let it generate "
+                f"text: fastpeft predict {folder}."
             )
         if self.run.problem is MASKED_WORDS:
             raise FastpeftError(
-                f"the run in {str(folder)!r} learned masked words and has no classes to tell. Train another from it on "
-                f"labelled texts: --init-from {folder}."
+                f"the run in {str(folder)!r} is of a masked language model and predicts no classes. Train a run from "
+                f"it on labelled texts: --init-from {folder}."
             )
 
     def encode(self, text: Any) -> EncodedText:
@@ -121,7 +121,7 @@ class Predictor:
 
 
 def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
-    """What a finished run says of each text; of the rows of a file, see `fastpeft.training.prediction_files`.
+    """The predictions of a finished run for texts; for the rows of a file see `fastpeft.training.prediction_files`.
 
     Args:
         folder: folder of the run.
@@ -160,7 +160,7 @@ def _word_tokens(row: TokenRow, words: Sequence[str], max_length: int) -> list[i
     if len(tokens) < len(words):
         if len(row["input_ids"]) < max_length:
             missing = next(index for index in range(len(words)) if index not in set(row["labels"]))
-            raise FastpeftError(f"the model has no token for the word {words[missing]!r}. Leave it out.")
+            raise FastpeftError(f"the tokenizer makes no token of the word {words[missing]!r}. Remove the word.")
         raise FastpeftError(
             f"of the {len(words)} words that begin with {' '.join(words[:3])!r}, only {len(tokens)} fit into the "
             f"{max_length} tokens that the run reads. Give shorter texts."

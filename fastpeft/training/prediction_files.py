@@ -38,7 +38,7 @@ OutputRow = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run says of one text.
+    """The prediction of a run for one text.
 
     Attributes:
         row: its number: of texts from 1, of a file as `read_apart` counts, after the texts where there are both.
@@ -100,8 +100,8 @@ class Predictions:
             self._predictor = TextGenerator(load_run(folder), max_new_tokens)
         elif max_new_tokens is not None:
             raise FastpeftError(
-                f"`max_new_tokens` is {max_new_tokens}, but the run in {str(folder)!r} tells classes or numbers. Leave "
-                "it out."
+                f"`max_new_tokens` is {max_new_tokens}, but the run in {str(folder)!r} predicts classes or numbers and "
+                "generates no text. Remove the option."
             )
         else:
             self._predictor = Predictor(folder)

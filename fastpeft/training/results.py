@@ -32,7 +32,7 @@ def results(metrics: Mapping[str, Any]) -> dict[str, str]:
         **{TITLES[name]: f"{metrics[name]:.3f}" for name in problem.metrics},
         f"{TITLES[problem.primary]} before training": f"{metrics[f'{problem.primary}_before']:.3f}",
         **memory(metrics),
-        "trained parameters": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}",
+        "trainable parameters": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}",
     }
 
 
@@ -60,7 +60,7 @@ def class_scores(metrics: Mapping[str, Any]) -> dict[str, str]:
     known = metrics.get("per_class", {})
     shown = sorted(known, key=lambda name: known[name]["f1"])[:_WORST] if len(known) > _MOST_ROWS else list(known)
     rows = {
-        f"F1 of {name} ({(found := known[name])['support']:,})": f"{found['f1']:.3f}, "
+        f"F1 of {name} (support {(found := known[name])['support']:,})": f"{found['f1']:.3f}, "
         f"precision {found['precision']:.3f}, recall {found['recall']:.3f}"
         for name in shown
     }
@@ -80,6 +80,6 @@ def found_settings(found: Mapping[str, Any]) -> dict[str, str]:
     words = ", ".join(f"{label}={word}" for label, word in (found["label_words"] or {}).items())
     search = (
         f"the best of {found['templates']} templates on {found['rows']} and {found['ranked_rows']} training rows, "
-        f"accuracy {found['accuracy']:.3f} with no training"
+        f"zero-shot accuracy {found['accuracy']:.3f}"
     )
     return {"prompt": found["template"], **({"label_words": words} if words else {}), "prompt found": search}

@@ -154,14 +154,12 @@ def _as_begun(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
     """Tell what is computed in bfloat16 though nobody asked for it, or though it is slow here."""
     if given.bf16 is None and resolved.bf16:
-        logger.info(
-            "computing in bfloat16, for which this CPU has instructions; --no-bf16, in Python bf16=False, refuses it"
-        )
+        logger.info("computing in bfloat16, which this CPU supports; --no-bf16 (in Python bf16=False) turns it off")
     in_bfloat16 = resolved.bf16 or resolved.settings.get("backbone_dtype") == "bfloat16"
     if in_bfloat16 and best_device() == "cpu" and not has_bfloat16():
         logger.warning(
-            "this CPU has no instructions for bfloat16: frozen layers multiply in float32, and what trains takes "
-            "several times as long as in float32"
+            "this CPU has no bfloat16 instructions: frozen layers compute in float32, and trained layers take several "
+            "times as long as in float32"
         )
 
 

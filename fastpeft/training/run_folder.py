@@ -162,7 +162,7 @@ class RunFolder:
             return files.read_json(self.path / TIMINGS)
         except FastpeftError as error:
             raise FastpeftError(
-                f"{error} Or delete it and have its ways timed again, after which the last bits may be others."
+                f"{error} Or delete it: implementations are then timed again, and results may differ in the last bits."
             ) from None
 
     def keep_timings(self, timings: Mapping[str, Any]) -> None:
@@ -201,8 +201,8 @@ class RunFolder:
         found = set(file.read_text(encoding="utf-8", errors="replace").split())
         if not all(map(re.compile("[0-9a-f]{12}").fullmatch, found)):
             raise FastpeftError(
-                f"{file} is damaged: it holds what is no digest of a text. Restore it; without it the run is measured "
-                "without a word on rows that it was trained on."
+                f"{file} is damaged: a line is not a digest of a text. Restore the file; without it eval cannot warn "
+                "of rows that are in the training data."
             )
         return found
 
@@ -345,7 +345,7 @@ class RunFolder:
 
         def clear() -> str:
             shutil.rmtree(self.staging, ignore_errors=True)
-            return f"Make room, or let it be written. {self.going_on()}"
+            return f"Free disk space, or make the folder writable. {self.going_on()}"
 
         with files.saving(f"{what} to the output folder {str(self.path)!r}", clear):
             yield
@@ -353,11 +353,11 @@ class RunFolder:
     def going_on(self) -> str:
         """What is kept of a run that is not finished, and the command that goes on with it."""
         checkpoint = self.newest_checkpoint()
-        kept = "Nothing of the run is saved; it begins anew with"
+        kept = "Nothing of the run is saved; start it again with"
         if self.journal.exists():
             kept = f"Every step is in {self.journal}; go on with"
         elif checkpoint is not None:
-            kept = f"The newest checkpoint is {checkpoint}; go on with"
+            kept = f"The newest checkpoint is {checkpoint}; resume with"
         return f"{kept} `fastpeft train --output {shlex.quote(str(self.path))} --resume`."
 
     def all_checkpoints(self) -> list[Path]:

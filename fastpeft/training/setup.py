@@ -59,7 +59,7 @@ class Head:
         prompt = config.parse_prompt()
         if prompt is not None and problem.per_token:
             raise FastpeftError(
-                f"the prompt {prompt.template!r} is for texts, but the data has a tag for every word. Leave it out."
+                f"the prompt {prompt.template!r} is for texts, but the data has a tag for every word. Remove `prompt`."
             )
         if prompt is not None and problem is not CLASSIFICATION and prompt.head == "label_words":
             raise FastpeftError(

@@ -203,7 +203,9 @@ def _max_length(config: TrainConfig, usual: int, reads: int, own: int) -> int:
     limit = reads - own
     before = f", of which the method takes {own} for itself" if own else ""
     if limit < 2:  # a text has two special tokens
-        raise FastpeftError(f"the model {config.model!r} reads {reads} tokens{before}. Let it take fewer.")
+        raise FastpeftError(
+            f"the model {config.model!r} reads {reads} tokens{before}. Choose a smaller num_virtual_tokens."
+        )
     max_length = config.max_length or min(usual, limit)
     if max_length > limit:
         raise FastpeftError(

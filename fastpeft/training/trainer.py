@@ -138,8 +138,8 @@ class RunTrainer(Trainer):
         parts = arguments.gradient_accumulation_steps * self.ranks.size
         if self.problem.of_texts_alone and parts > 1 and not self.model_accepts_loss_kwargs:
             logger.warning(
-                "each of the %d parts of a step counts alike, however many words it has to learn; a larger batch_size "
-                "in their place counts every word alike",
+                "each of the %d micro-batches of a step has the same weight, however many tokens count in its loss; "
+                "with a larger batch_size instead, every token has the same weight",
                 parts,
             )
 

@@ -59,7 +59,7 @@ def test_cells_run_at_once_and_divide_the_threads(monkeypatch: pytest.MonkeyPatc
     assert compare(config("head", "lora", "bitfit"), jobs=2).failed == {}, "each of two waits for the other"
     assert started()[2] == "bitfit-seed0"
     assert [(row["threads"], row["jobs"]) for row in results()] == [("3", "2")] * 3
-    told = "- all variants: It ran on a machine with up to 2 cells at once. Compare its speed"
+    told = "- all variants: Up to 2 cells ran at once on its machine. Compare its speed"
     assert told in Path("out/report.md").read_text()
 
 
@@ -69,7 +69,7 @@ def test_a_speed_measured_beside_others_is_marked() -> None:
     stand_in_that()
     compare(config("head", "lora", "bitfit"), jobs=2)
     report = Path("out/report.md").read_text()
-    assert "- lora †, bitfit †: It ran on a machine with up to 2 cells at once." in report
+    assert "- lora †, bitfit †: Up to 2 cells ran at once on its machine." in report
     assert "| head | 0.500" in report
 
 
@@ -241,8 +241,9 @@ def test_a_dry_run_tells_the_time_of_several_at_once() -> None:
         patch.setattr(run.Comparison, "estimates", lambda comparison, budget_mb: told)
         shown = [CliRunner().invoke(app, [*command, *more]).stdout for more in ([], ["--jobs", "2"])]
     one, two = (" ".join(text.split()) for text in shown)
-    assert "0 of 3 finished, about 9 s for what has a time; nothing was written" in one
-    assert "about 6 s for what has a time, if 2 cells at once, with 1 CPU thread each, do not slow one another" in two
+    assert "0 of 3 finished, about 9 s for the cells with an estimated time; nothing was written" in one
+    told_two = "about 6 s for the cells with an estimated time, if 2 cells at once, with 1 CPU thread each, do not slow"
+    assert f"{told_two} one another" in two
     assert not Path("out").exists()
 
 

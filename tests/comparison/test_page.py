@@ -250,7 +250,7 @@ def test_of_many_classes_the_most_frequent_mistakes_are_told(tmp_path: Path) -> 
         cell.folder.metrics_file.write_text(json.dumps(metrics))
     *_, table = mistakes.matrices(variants(plan.results))
     assert isinstance(table, Table)
-    assert table.rows == [["label", "answer", "siva", "lora"], ["c3", "c7", "5", "0"], ["c1", "c0", "1", "1"]]
+    assert table.rows == [["true label", "prediction", "siva", "lora"], ["c3", "c7", "5", "0"], ["c1", "c0", "1", "1"]]
 
 
 def test_rows_on_which_variants_differ(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -265,7 +265,8 @@ def test_rows_on_which_variants_differ(tmp_path: Path, caplog: pytest.LogCapture
     right = [list((cell.predictions() or {})["predictions"]) for cell in plan.results]
     shares = [tuple(sum(right[2 * v + s][row] == row % 2 for s in (0, 1)) for v in range(3)) for row in range(ROWS)]
     differ = [row for row in range(ROWS) if len(set(shares[row])) > 1]
-    assert text.text.startswith(f"Some variants answer {len(differ)} of {ROWS} dev rows rightly and others do not. ")
+    told = f"On {len(differ)} of {ROWS} dev rows some variants predict the true label and others do not. "
+    assert text.text.startswith(told)
     assert len(table.rows) == 1 + min(20, len(differ))
     for number, shown, label, *marks in table.rows[1:]:
         row = int(number) - 1
@@ -276,7 +277,7 @@ def test_rows_on_which_variants_differ(tmp_path: Path, caplog: pytest.LogCapture
     *_, text, table = mistakes.disagreements(variants(plan.results))
     assert isinstance(text, Text)
     assert isinstance(table, Table)
-    assert "The texts could not be loaded again, or have changed" in text.text
+    assert "The texts could not be loaded again, or have changed, so only row numbers are shown." in text.text
     assert table.rows[0] == ["row", "label", "siva", "lora", "head"]
 
 
@@ -382,7 +383,7 @@ def test_rows_are_sorted_hidden_and_taken_along(open_page: Any) -> None:
         saved = list(csv.DictReader(file))
     assert waiting.value.suggested_filename == "comparison.csv"
     names = [row["method"] for row in saved]
-    assert names == [*reversed([name for name in NAMES if name != "lora"]), f"most frequent class ({BAD})"]
+    assert names == [*reversed([name for name in NAMES if name != "lora"]), f"baseline: most frequent class ({BAD})"]
     assert saved[-2]["CUDA allocator peak, MB"] == "102 ± 2"
     page.get_by_role("button", name="Copy as Markdown").click()
     page.get_by_text("Copied the rows that are shown.").wait_for()

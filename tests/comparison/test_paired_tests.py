@@ -48,7 +48,7 @@ def without(*wrong: int, rows: int = 1000) -> list[int]:
 # -- the first lines ---------------------------------------------------------------------------------------------------
 
 ONE_SEED = (
-    "With one seed the test counts dev rows alone: it cannot show what another seed would change. Run "
+    "With one seed the test accounts only for the choice of dev rows, not for variation between seeds. Run with "
     "--seeds 3 or more."
 )
 
@@ -167,8 +167,8 @@ def test_two_seeds_are_the_limit_and_not_the_rows(tmp_path: Path) -> None:
     first, *rest = first_lines(plan)
     assert first.startswith("No significant difference in accuracy between siva and head on 150 dev rows")
     assert rest == [
-        "With two seeds the test knows little of how results vary from seed to seed: it can miss even a large "
-        "difference. Run --seeds 3 or more."
+        "With two seeds the variation between seeds is poorly known: the test can miss even a large difference. Run "
+        "with --seeds 3 or more."
     ]
 
 
@@ -188,8 +188,8 @@ def test_without_scores_of_rows_nothing_is_tested(tmp_path: Path) -> None:
     for cell in plan.results[1:]:
         (cell.folder.path / "predictions.json").unlink()
     told = (
-        "no difference was tested: a paired test needs two finished variants that kept what each dev row scored, and "
-        "numbers have none."
+        "no difference was tested: a paired test needs two finished variants with a score for every dev row, and there "
+        "is none for regression."
     )
     assert first_lines(plan) == [f"siva, head and lora share the highest accuracy, 0.500; {told}"]
     assert len(tables(plan)) == 1
@@ -215,10 +215,10 @@ def test_another_metric_than_accuracy_is_tested(tmp_path: Path) -> None:
         (cell.folder.path / "row_scores.json").write_text(json.dumps(scores))
     told, _ = first_lines(plan)
     assert told == (
-        "siva and lora share the highest F1 of entities, 0.875; 2 of 3 pairs of variants differ significantly (Holm)."
+        "siva and lora share the highest entity F1, 0.875; 2 of 3 pairs of variants differ significantly (Holm)."
     )
     text = document.markdown("", sections.report(plan, pictures=False))
-    assert "F1 of entities of every two variants, paired by dev row: a t test" in text
+    assert "Entity F1 of every pair of variants, paired by dev row: a t test" in text
     assert "| 0.375 (0.355 to 0.395) | 0.300 |" in text, "the metric that is tested comes first, with its interval"
     (plan.results[1].folder.path / "row_scores.json").write_text(
         json.dumps({"metric": "entity_f1", "above": [1], "below": [1]})
@@ -259,8 +259,8 @@ def test_objectives_are_tested_apart(tmp_path: Path) -> None:
     )
     text = document.markdown("", paired_tests.report(compared, tested))
     assert text.count("## Paired tests") == 1
-    assert "Accuracy of every two variants, paired by dev row: McNemar's exact test. p" in text
-    assert "Accuracy of masked words of every two variants, paired by dev row: a t test over rows. p" in text
+    assert "Accuracy of every pair of variants, paired by dev row: McNemar's exact test. 'p by Holm'" in text
+    assert "Masked-token accuracy of every pair of variants, paired by dev row: a t test over rows. 'p by Holm'" in text
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
@@ -360,5 +360,5 @@ def test_the_most_frequent_class_has_a_row(tmp_path: Path) -> None:
     )
     table = tables(plan)[0]
     assert table.rows[0][:5] == ["method", "accuracy", "F1", "samples/s", "simulated step peak, MB"]
-    assert table.rows[-1] == ["most frequent class (bad)", "0.510", *["-"] * (len(table.rows[0]) - 2)]
-    assert [row[0] for row in table.rows].count("most frequent class (bad)") == 1
+    assert table.rows[-1] == ["baseline: most frequent class (bad)", "0.510", *["-"] * (len(table.rows[0]) - 2)]
+    assert [row[0] for row in table.rows].count("baseline: most frequent class (bad)") == 1

@@ -167,8 +167,8 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": []}, "no method to compare. Name some by --methods, as siva, k-lst"),
-        ({"methods": []}, "or a table by --suite, as table1, table2, figure5."),
+        ({"methods": []}, "no method to compare. Give --methods with one or more of siva, k-lst"),
+        ({"methods": []}, "or --suite with one of table1, table2, figure5."),
         ({"methods": ["siva:tagets=query"]}, "Did you mean targets? A variant takes"),
         ({"methods": ["siva:learning_rat=1"]}, "Did you mean learning_rate? A variant takes"),
         ({"methods": "siva"}, "methods are 'siva'; they must be a list"),
@@ -198,10 +198,10 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["siva:seed=2"]}, "seed cannot be given; the number of seeds decides it"),
         ({"methods": ["siva"], "common": {"output": "x"}}, "output cannot be given"),
         ({"methods": ["siva"], "common": {"epochs": -1}}, "epochs is -1"),
-        ({"methods": ["siva", "lora", "siva"]}, "the variants 'siva' and 'siva' are one"),
+        ({"methods": ["siva", "lora", "siva"]}, "the variants 'siva' and 'siva' are the same"),
         (
             {"methods": ["head:prompt=sst2:label_words=a+b", "head:prompt=sst2:label_words=A+b"]},
-            "would share the folder",
+            "or would write to the same folder",
         ),
         ({"methods": ["head:prompt={text} <mask>" + "x" * 200]}, "would name a folder of"),
         ({"methods": ["head:prompt={text} " + "я" * 150 + " <mask>"]}, "would name a folder of 323 bytes"),
@@ -209,7 +209,10 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["zero-shot"], "prompts": ["none"]}, "zero-shot needs a prompt"),
         ({"methods": ["zero-shot:prompt=sst2:calibrate=maybe"]}, "calibrate is 'maybe'; it must be true or false"),
         ({"methods": ["zero-shot:prompt=sst2:rank=3"]}, "zero-shot takes no rank"),
-        ({"methods": ["zero-shot:prompt=sst2:init_from=siva", "siva"]}, "zero-shot neither starts from a run"),
+        (
+            {"methods": ["zero-shot:prompt=sst2:init_from=siva", "siva"]},
+            "zero-shot trains nothing, so it cannot start from a run",
+        ),
         ({"methods": ["zero-shot:prompt=sst2"], "common": {"split_seed": 1}}, "zero-shot takes no split_seed"),
         ({"methods": ["siva"], "prompts": ["sst2"], "common": {"prompt": "MR"}}, "Give one of the two"),
         ({"methods": ["siva"], "prompts": ["sst99"]}, "no prompt is named 'sst99'"),
@@ -219,13 +222,13 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
             "mezo,lst:init_from=mezo; or name one of siva.",
         ),
         ({"methods": ["lst:init_from=mezo"]}, "Add it, as --methods mezo,lst:init_from=mezo."),
-        ({"methods": ["lst:init_from=zero-shot:prompt=MR", "zero-shot:prompt=MR"]}, "nor leaves one"),
+        ({"methods": ["lst:init_from=zero-shot:prompt=MR", "zero-shot:prompt=MR"]}, "and no run can start from it"),
         ({"methods": ["lst:init_from=lst"]}, "init_from names 'lst'"),
         ({"methods": ["lst:init_from=mezo", "mezo"], "common": {"init_from": "x"}}, "for all cells and by a variant"),
         ({"protocol": "fast"}, "protocol is 'fast'; it must be one of quick, full"),
         ({"suite": "table9"}, "unknown suite 'table9'; allowed are table1, table2, figure5"),
         ({"suite": "table1", "prompts": ["none", "sst2"]}, "table1 has rows with a prompt and rows without"),
-        ({"suite": "table1", "methods": ["siva"]}, "the variants 'siva' and 'siva' are one"),
+        ({"suite": "table1", "methods": ["siva"]}, "the variants 'siva' and 'siva' are the same"),
     ],
 )
 def test_what_cannot_be_compared(changes: dict[str, Any], message: str) -> None:

@@ -54,7 +54,7 @@ def test_the_papers_orderings_are_judged(plan: Plan) -> None:
     assert "| memory: SiVA below full fine-tuning | seen | 232 and 400 (-42.0 %) | - | - |" in text
     assert "| samples/s: SiVA above LoRA | undecided | 100 and 100 (+0.0 %) | - | - |" in text
     assert "\naccuracy: 3 seen, 0 reversed, 0 undecided; memory: 1 seen, " in text
-    assert text.count("; reversed: not seen, the opposite is. ") == 1
+    assert text.count("; reversed if the opposite ordering is significant. ") == 1
 
 
 def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> None:
@@ -64,9 +64,9 @@ def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> No
         "# Figure 5: training curves with one set of hyper-parameters, on demo\n\n"
         "**SiVA has the highest accuracy, 0.950, at 232 MB peak memory; significantly above full fine-tuning, LoRA and "
         "9-LST (Holm).**\n\n"
-        "With one seed the test counts dev rows alone: it cannot show what another seed would change. Run --seeds 3 or "
-        "more.\n\n"
-        "4 variants, 1 seed each. Model: demo. Data: reviews.csv, 1,000 rows to train on, 200 to measure on.\n"
+        "With one seed the test accounts only for the choice of dev rows, not for variation between seeds. Run with "
+        "--seeds 3 or more.\n\n"
+        "4 variants, 1 seed each. Model: demo. Data: reviews.csv, 1,000 training rows, 200 dev rows.\n"
     )
     methods = ["siva", "lora", "siva:rank=2"]
     own = CompareConfig(output=str(tmp_path / "own"), methods=methods, seeds=2, common={"data": "some.csv"})
@@ -76,8 +76,8 @@ def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> No
     text = (made.folder / "report.md").read_text()
     assert text.startswith(
         "# Comparison of SiVA and LoRA on some.csv\n\n**No difference was tested: a paired test needs two finished "
-        "variants that kept what each dev row scored, and numbers have none.**\n\n3 variants, 2 seeds each. Model: "
-        "demo. Data: some.csv.\n"
+        "variants with a score for every dev row, and there is none for regression.**\n\n3 variants, 2 seeds each. "
+        "Model: demo. Data: some.csv.\n"
     )
 
 
@@ -160,7 +160,7 @@ def test_an_ordering_of_searched_rates_says_which_they_were(tmp_path: Path) -> N
     assert "| accuracy: SiVA above LoRA, at rates 0.003 and 0.001 | undecided |" in text
     assert "| accuracy: full fine-tuning above LoRA | undecided |" in text, "at the same rate"
     assert "| memory: LoRA below SiVA | undecided |" in text, "which no rate changes"
-    assert text.count("\nAt rates: the two took different learning rates, ") == 1
+    assert text.count("\n'at rates': the two variants have different learning rates, ") == 1
 
 
 def test_rates_that_were_not_searched_are_not_told_again(plan: Plan) -> None:
@@ -220,7 +220,7 @@ def test_classes_have_their_scores(tmp_path: Path) -> None:
 
 def test_a_threshold_is_not_that_of_the_curves(tmp_path: Path) -> None:
     made = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["lora", "siva"]), "fastpeft compare")
-    told = "- Curves and the choice of checkpoints are at a probability of 0.5, the table at each run's threshold."
+    told = "- Curves and the choice of checkpoints use a threshold of 0.5; the table uses each run's own threshold."
     for cell, threshold, noted in zip(made.results, (None, 0.3), (False, True)):
         finish(cell, 150, 1.0, 1.0, threshold=threshold)
         report.write(made, whole=False)

@@ -49,11 +49,11 @@ def test_results_and_report() -> None:
     assert rows[1]["command"] == "fastpeft train"
     assert "labels" not in rows[1]
     report = Path("out/report.md").read_text()
-    header = "method | accuracy | F1 | samples/s | peak memory, MB | trained parameters | learning rate | seeds"
+    header = "method | accuracy | F1 | samples/s | peak memory, MB | trainable parameters | learning rate | seeds"
     assert f"| {header} |\n|---|---:|---:|---:|---:|---:|---:|---:|\n" in report
     assert "| siva:targets=query+value | 0.550 ± 0.071 | 0.250 | 8 | 1,234 | 1,234 | 1e-05 | 2 |\n" in report
     assert "| head | 0.550 ± 0.071 |" in report
-    assert "- data: demo, 5,000 rows to train on, 50 to measure on\n" in report
+    assert "- data: demo, 5,000 training rows, 50 dev rows\n" in report
     assert "- device: a chip\n- versions: python 3.11, torch 2.10\n" in report
     assert "```\nfastpeft compare ...\n```" in report
     assert "Failed" not in report
@@ -67,14 +67,14 @@ def test_the_report_tells_what_does_not_compare() -> None:
     compare(config("head"))
     report = Path("out/report.md").read_text()
     assert "- device: a chip, CPU threads: 2\n" in report
-    assert "best checkpoint" not in report
+    assert "kept the checkpoint that was best" not in report
     assert "Not all cells" not in report
 
     compare(config("head", "lora:metric=f1:save_steps=2", seeds=2))
     report = Path("out/report.md").read_text()
     assert "- device: a chip, CPU threads: 2\n- device: a chip, CPU threads: 3\n" in report
     assert "- Not all cells ran on the same device with as many threads" in report
-    assert "look better than on new rows: lora:metric=f1:save_steps=2 (by f1).\n" in report
+    assert "results on the dev rows are optimistic: lora:metric=f1:save_steps=2 (by f1).\n" in report
     assert [row["threads"] for row in results()] == ["2", "3", "2", "3"]
 
 
@@ -302,7 +302,7 @@ def test_an_interruption_ends_the_cell_and_reports(number: signal.Signals) -> No
     command = ["compare", "--methods", "head,head:learning_rate=0.125,lora", "--output", "out"]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 130, shown.output
-    assert "the same command goes on" in shown.stderr
+    assert "repeat the same command to continue" in shown.stderr
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
     assert signal.getsignal(signal.SIGTERM) is handler

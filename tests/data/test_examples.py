@@ -431,7 +431,8 @@ def test_numbers_in_place_of_names_are_told(tmp_path: Path) -> None:
     rows = load_rows(str(file), ["contradiction", "entailment"], CLASSIFICATION)
     assert rows.labels == [1, 0]
     (said,) = rows.warnings
-    assert "has numbers for classes, which are read by their places: 0 as contradiction, 1 as entailment." in said
+    assert "has numbers in place of names of classes; each is read as the index of a name: 0 as contradiction," in said
+    assert " of a name: 0 as contradiction, 1 as entailment. If" in said
     assert load_rows(str(file), ["0", "1"], CLASSIFICATION).warnings == []
 
 

@@ -154,9 +154,9 @@ def test_a_run_is_measured_as_it_was_trained(config: TrainConfig, method: str) -
     for name in ("loss", "perplexity", "masked_accuracy"):
         assert again[name] == pytest.approx(metrics[name], abs=1e-4), name
     card = (result.folder / "README.md").read_text()
-    assert "accuracy of masked words" in card
+    assert "masked-token accuracy" in card
     assert "| objective | mlm |" in card
-    with pytest.raises(FastpeftError, match="learned masked words and has no classes"):
+    with pytest.raises(FastpeftError, match="is of a masked language model and predicts no classes"):
         predict(result.folder, ["the film"])
 
 
@@ -297,7 +297,7 @@ def test_a_comparison_searches_rates_where_there_are_labels_or_none(
     ("changes", "message"),
     [
         ({"objective": "clm"}, "objective is 'clm'; it must be mlm"),
-        ({"label_column": "label"}, "label_column is 'label', but the objective 'mlm' learns from the texts alone"),
+        ({"label_column": "label"}, "label_column is 'label', but the objective 'mlm' learns from texts without"),
         ({"problem_type": "regression"}, "problem_type is 'regression', but the objective"),
         ({"prompt": "sst2"}, "prompt is 'sst2', but the objective"),
         ({"objective": None, "problem_type": "masked_words"}, "Give objective mlm instead"),

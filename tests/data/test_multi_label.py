@@ -98,11 +98,11 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, rows: Any, given: dict[s
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (None, "says nothing of its labels"),
+        (None, "has no value for its labels"),
         (["x|y"], "stands between labels"),
         ([["x"]], "one word"),
-        ([0, 1, 0], "no names of labels"),
-        ([True, True], "no names of labels"),
+        ([0, 1, 0], "not names of labels, but flags"),
+        ([True, True], "not names of labels, but flags"),
     ],
 )
 def test_a_cell_that_is_no_list_of_labels_is_refused(tmp_path: Path, value: Any, said: str) -> None:
@@ -123,7 +123,7 @@ def test_columns_of_flags_hold_nothing_else(tmp_path: Path) -> None:
 
 def test_a_row_without_its_labels_is_named(tmp_path: Path) -> None:
     rows = [{"text": "a", "labels": []}, {"text": "b", "labels": ["x"]}, {"text": "c", "labels": None}]
-    with pytest.raises(FastpeftError, match=r"row 3 of .* says nothing of its labels"):
+    with pytest.raises(FastpeftError, match=r"row 3 of .* has no value for its labels"):
         load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
 
 
@@ -192,18 +192,18 @@ def test_what_was_never_told_is_warned_of() -> None:
         return of_dev_rows(problem, ["a"] * 100, set(), outputs, given, LABELS)
 
     assert said(MULTI_LABEL, labels * 2 - 1, labels) == []
-    told = ["These labels were never answered, though some rows have them: 'negative'."]
+    told = ["These labels were never predicted, though some rows have them: 'negative'."]
     assert said(MULTI_LABEL, never, labels) == told
-    assert said(MULTI_LABEL, same, labels)[0].startswith("Every answer is no label, so nothing shows")
+    assert said(MULTI_LABEL, same, labels)[0].startswith("Every prediction is no label, so nothing shows")
     classes = np.array([0, 1, 2, 0] * 25)
-    told = ["These classes were never answered, though some rows have them: 'positive'."]
+    told = ["These classes were never predicted, though some rows have them: 'positive'."]
     assert said(CLASSIFICATION, np.eye(3)[classes % 2], classes) == told
     assert of_train_rows(MULTI_LABEL, [(3, 1), (0, 1), (2, 0)], LABELS) == [
-        "No training row has these labels, so nothing is learned of them: 'negative'."
+        "No training row has these labels, so the model cannot learn them: 'negative'."
     ]
     assert of_names(CLASSIFICATION, ["Bad", "Good", "bad", "fair"]) == [
-        "These classes differ by capitals alone, and are learned as different ones: 'Bad', 'bad'. If they mean the "
-        "same, write them alike in the data."
+        "These classes differ only in upper and lower case, and are trained as different classes: 'Bad', 'bad'. If "
+        "they mean the same, spell them the same way in the data."
     ]
 
 
@@ -270,8 +270,8 @@ def test_eval_has_a_row_for_each_label(place: Path) -> None:
     result = CliRunner().invoke(app, ["eval", str(place / "run"), "--data", str(place / "flags.csv")])
     assert result.exit_code == 0, result.output
     shown = " ".join(result.output.split())
-    assert "most frequent labels" in shown
-    assert all(f"F1 of {label}" in shown for label in LABELS)
+    assert "baseline: most frequent labels" in shown
+    assert all(f"F1 of {label} (support " in shown for label in LABELS)
 
 
 def test_a_run_goes_on_and_another_starts_from_it(place: Path, tmp_path: Path) -> None:

@@ -138,8 +138,8 @@ def test_a_decoder_is_measured_with_no_training(place: Path, config: TrainConfig
     train(replace(untrained, data=str(place / form)))
     found = evaluate_causal_lm(str(config.model), str(place / form), max_new_tokens=4)
     expected = evaluate(config.output, str(place / form), max_new_tokens=4)
-    assert any("trained on" in warning for warning in expected.pop("warnings"))
-    assert not any("trained on" in warning for warning in found.pop("warnings"))
+    assert any("in the training data" in warning for warning in expected.pop("warnings"))
+    assert not any("in the training data" in warning for warning in found.pop("warnings"))
     assert found == pytest.approx(expected)
     command = ["eval", "--model", str(config.model), "--objective", "causal", "--data", str(place / form)]
     said = CliRunner().invoke(app, [*command, "--max-new-tokens", "4"])
@@ -194,8 +194,8 @@ def test_said_words_are_measured_by_the_completions_of_their_prompt_alone(caplog
     assert measured["bleu"] == pytest.approx(100 * math.exp(1 - 12 / 6) * math.prod(precisions) ** 0.25)
     assert measured["rouge_l"] == pytest.approx((2 * 4 / (4 + 5) + 2 * 2 / (2 + 7)) / 2)
     assert measured["prompts"] == 2
-    assert "1 of 3 prompts cannot be gone on from" in caplog.text
-    assert "1 of 3 prompts have answers that were cut after 4 tokens" in caplog.text
+    assert "1 of 3 prompts leave no room for new tokens within the model's maximum length" in caplog.text
+    assert "1 of 3 prompts have completions that were cut off after 4 tokens" in caplog.text
 
 
 def test_what_an_answer_depends_on_is_not_lost(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_an_answer_in_turns_of_its_own_is_told_of(tmp_path: Path) -> None:
 
 def test_rows_to_say_are_told_from_rows_with_classes(tmp_path: Path) -> None:
     for rows in ([{"prompt": "film", "completion": "plot"}] * 4, chats(4)):
-        with pytest.raises(FastpeftError, match="to learn what is said in them, give --objective causal"):
+        with pytest.raises(FastpeftError, match="train a language model on the conversations, give --objective causal"):
             load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
 
 
@@ -302,7 +302,7 @@ def test_conversations_that_cannot_be_learned(tmp_path: Path, turns: Sequence[An
 
 def test_an_empty_completion_is_refused(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", [*completions(4), {"prompt": "film", "completion": " "}])
-    with pytest.raises(FastpeftError, match=r"row 5 of .* says nothing in column 'completion'"):
+    with pytest.raises(FastpeftError, match=r"row 5 of .* is empty in column 'completion'"):
         load_data(str(file), problem_type="next_words")
 
 
@@ -329,7 +329,7 @@ def test_what_a_run_refuses(tmp_path: Path, place: Path, config: TrainConfig) ->
         TextGenerator(run, 8).encode("film " * 30)
     with pytest.raises(FastpeftError, match=r"got 7\. Give one"):
         TextGenerator(run).encode(7)
-    with pytest.raises(FastpeftError, match="learned next words and has no classes to tell"):
+    with pytest.raises(FastpeftError, match="is of a causal language model and predicts no classes"):
         Predictor(config.output)
     with pytest.raises(FastpeftError, match=r"learned from pairs of texts, but .* has conversations"):
         evaluate(config.output, str(place / "chats.jsonl"))
@@ -345,9 +345,9 @@ def test_what_a_run_refuses(tmp_path: Path, place: Path, config: TrainConfig) ->
 
 def test_models_that_say_no_next_words_are_refused(tmp_path: Path, config: TrainConfig) -> None:
     encoder = save_tiny_model(tmp_path / "encoder")
-    with pytest.raises(FastpeftError, match=r"\(roberta\) does not predict next words"):
+    with pytest.raises(FastpeftError, match=r"\(roberta\) is not a decoder, which the objective causal requires"):
         train(replace(config, model=str(encoder)))
-    with pytest.raises(FastpeftError, match="objective 'causal' learns from the texts alone"):
+    with pytest.raises(FastpeftError, match="objective 'causal' learns from texts without labels"):
         replace(config, label_column="label")
     with pytest.raises(FastpeftError, match=r"this has no labels\. Give objective causal instead"):
         replace(config, objective=None, problem_type=NEXT_WORDS.name)
@@ -366,7 +366,7 @@ def test_a_run_on_classes_says_no_words(tmp_path: Path, place: Path) -> None:
     train(TrainConfig(output=output, method="head", model=str(model), data=str(data), max_steps=1))
     with pytest.raises(FastpeftError, match=r"generates no text\. Leave it out"):
         evaluate(output, max_new_tokens=4)
-    with pytest.raises(FastpeftError, match=r"tells classes or numbers\. Leave it out"):
+    with pytest.raises(FastpeftError, match=r"predicts classes or numbers and generates no text\. Remove the option"):
         Predictions(output, ["film"], max_new_tokens=4)
 
 

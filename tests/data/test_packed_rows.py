@@ -106,9 +106,9 @@ def test_conversations_are_joined_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"objective": None}, "only texts of the objective causal can be joined"),
-        ({"method": "k-lst"}, "a side network cannot tell joined texts apart"),
-        ({"method": "mezo", "settings": {"over": "lst"}}, "a side network cannot tell joined texts apart"),
+        ({"objective": None}, "only texts of the objective causal can be packed"),
+        ({"method": "k-lst"}, "a side network cannot tell packed texts apart"),
+        ({"method": "mezo", "settings": {"over": "lst"}}, "a side network cannot tell packed texts apart"),
     ],
 )
 def test_where_nothing_can_be_joined(tmp_path: Path, changes: dict[str, Any], told: str) -> None:

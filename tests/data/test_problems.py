@@ -189,7 +189,7 @@ def test_texts_that_are_cut_or_empty_are_told_of(
     caplog.clear()
     evaluate(folder, data)
     longest = "8" if prompt is None else "11"
-    assert f"6 of 24 texts (25 %) are longer than the {longest} tokens that are read, and were cut" in caplog.text
+    assert f"6 of 24 texts (25 %) are longer than {longest} tokens and were truncated" in caplog.text
     assert "6 of 24 texts are empty" in caplog.text
 
 
@@ -315,8 +315,8 @@ def test_every_problem_has_metrics_to_choose_by() -> None:
 
 def test_first_comes_what_was_chosen_by_or_what_a_problem_is_about() -> None:
     tags = {"train_rows": 3, "word_f1": 0.5, "accuracy": 0.75, "loss": 0.1, "metric": None}
-    assert (in_order(tags), headline(tags)) == (["word_f1", "accuracy"], "F1 of words 0.500")
-    assert [row for row, _ in measured(tags)] == ["F1 of words", "accuracy"]
+    assert (in_order(tags), headline(tags)) == (["word_f1", "accuracy"], "word F1 0.500")
+    assert [row for row, _ in measured(tags)] == ["word F1", "accuracy"]
     classes = {"accuracy": 0.75, "f1": 0.5, "matthews": 0.25, "loss": 0.1}
     assert headline({**classes, "metric": "matthews"}) == "Matthews correlation 0.250"
     assert in_order({**classes, "metric": "loss"}) == ["loss", "accuracy", "f1", "matthews"]

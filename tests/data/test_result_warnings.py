@@ -22,7 +22,7 @@ from fastpeft.data.result_warnings import of_dev_rows, of_training_loss, seen_ro
 from fastpeft.data.splitting import digest
 from fastpeft.training.evaluation import evaluate
 
-FEW = "Only {} rows were measured on"
+FEW = "Only {} rows were evaluated"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def unlike(rows: int, seed: int = 0) -> list[tuple[str, str]]:
 def test_rows_that_were_trained_on_are_counted() -> None:
     trained_on = {digest(f"text {n}") for n in range(412)}
     said = seen_rows([f"text {n}" for n in range(500)], trained_on)
-    assert [text.partition(":")[0] for text in said] == ["412 of 500 rows (82 %) were trained on"]
+    assert [text.partition(":")[0] for text in said] == ["412 of 500 rows (82 %) are in the training data"]
     assert seen_rows(["text 1", *(f"new {n}" for n in range(999))], trained_on)[0].startswith(
         "1 of 1,000 rows (below 1 %)"
     )
@@ -62,11 +62,11 @@ def test_one_answer_and_few_rows_are_told() -> None:
     both, one = [[0.0, 1.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]
     assert said_of(CLASSIFICATION, both, [0, 1]) == []
     assert said_of(CLASSIFICATION, one, [0, 1]) == [
-        "Every answer is 'yes', so nothing shows that the model tells the classes apart."
+        "Every prediction is 'yes', so nothing shows that the model can distinguish the classes."
     ]
-    assert "no other is among their labels" in said_of(CLASSIFICATION, one, [1, 1])[0]
+    assert "is 'yes', and so is every label, so nothing" in said_of(CLASSIFICATION, one, [1, 1])[0]
     assert said_of(CLASSIFICATION, one[:1], [1]) == [], "one row has one answer"
-    assert "tells the tags apart" in said_of(TAGGING, [*one, both[1]], [0, 1, -100])[0], "what has no label is none"
+    assert "can distinguish the tags" in said_of(TAGGING, [*one, both[1]], [0, 1, -100])[0], "what has no label is none"
     assert said_of(REGRESSION, [[0.0], [0.0]], [1.0, 2.0]) == []
     assert [text.partition(",")[0] for text in said_of(CLASSIFICATION, both, [0, 1], 99)] == [FEW.format(99)]
 
@@ -116,7 +116,7 @@ def test_a_run_and_its_evaluation_say_what_misleads(config: TrainConfig, caplog:
         caplog.clear()
         said = evaluate(result.folder, config.data)["warnings"]
         assert said_in(caplog) == said
-    assert said[0].startswith("54 of 60 rows (90 %) were trained on: ")
+    assert said[0].startswith("54 of 60 rows (90 %) are in the training data: ")
     texts = (result.folder / "trained_on.txt").read_text()
     assert len(texts.split()) == 54
     assert not any(text in texts for text, _ in unlike(60))
@@ -141,10 +141,10 @@ def test_own_dev_rows_that_are_trained_on_are_told_before_training(
     with caplog.at_level(logging.INFO, "fastpeft"):
         result = train(replace(config, data=str(folder)))
     said = [record.getMessage() for record in caplog.records]
-    told = "9 of 12 rows (75 %) were trained on"
+    told = "9 of 12 rows (75 %) are in the training data"
     assert [text.startswith(told) for text in said].count(True) == 2, "before it and after"
     assert result.metrics["warnings"][0].startswith(told)
-    assert "classes, to train on + to measure on: negative 30 + 7, positive 30 + 5" in said
+    assert "classes (training + dev): negative 30 + 7, positive 30 + 5" in said
 
 
 def test_what_the_run_before_was_trained_on_counts(config: TrainConfig, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_what_the_run_before_was_trained_on_counts(config: TrainConfig, tmp_path
     other = str(write_csv(tmp_path / "other.csv", unlike(40, seed=1)))
     second = train(replace(config, method="full", output=str(tmp_path / "second"), init_from=config.output, data=other))
     said = [evaluate(folder, config.data)["warnings"][0] for folder in (first.folder, second.folder)]
-    assert all(text.startswith("54 of 60 rows (90 %) were trained on: ") for text in said)
+    assert all(text.startswith("54 of 60 rows (90 %) are in the training data: ") for text in said)
 
 
 def test_damaged_files_are_told(config: TrainConfig) -> None:
@@ -175,16 +175,16 @@ def test_the_last_lines_of_a_command_are_its_warnings(config: TrainConfig, tmp_p
     assert shown.exit_code == 0, shown.output
     *_, few, one, rose = shown.stdout.splitlines()
     assert few.startswith(f"Warning: {FEW.format(6)}")
-    assert one.startswith("Warning: Every answer is '")
+    assert one.startswith("Warning: Every prediction is '")
     assert rose.startswith("Warning: The training loss ended above its start (")
     assert "Only 6 rows" not in shown.stderr, "said once"
-    assert "most frequent class" in shown.stdout
+    assert "baseline: most frequent class" in shown.stdout
     measured = CliRunner().invoke(app, ["eval", config.output, "--data", data])
     seen, *others = [line for line in measured.stdout.splitlines() if line.startswith("Warning: ")]
-    assert seen.startswith("Warning: 54 of 60 rows (90 %) were trained on: ")
+    assert seen.startswith("Warning: 54 of 60 rows (90 %) are in the training data: ")
     assert measured.stdout.splitlines()[-3:] == [seen, *others]
-    assert "most frequent class" in measured.stdout
-    assert "were trained on" not in measured.stderr
+    assert "baseline: most frequent class" in measured.stdout
+    assert "in the training data" not in measured.stderr
 
 
 @pytest.mark.parametrize("learned", ["classes", "mlm", "causal"])
@@ -198,25 +198,29 @@ def test_cut_texts_are_told_at_the_end(tmp_path: Path, config: TrainConfig, lear
     method = "head" if objective is None else "full"
     given = replace(config, data=file, model=model, method=method, objective=objective, max_length=12)
     folder = train(given).folder
-    told = "20 of 40 texts (50 %) are longer than the 12 tokens that are read, and were cut"
-    (kept,) = [text for text in json.loads((folder / "metrics.json").read_text())["warnings"] if "were cut" in text]
+    told = "20 of 40 texts (50 %) are longer than 12 tokens and were truncated"
+    warnings = json.loads((folder / "metrics.json").read_text())["warnings"]
+    (kept,) = [text for text in warnings if "were truncated" in text]
     assert kept.startswith(f"{told}. The model can read ")
-    assert kept.endswith(": give more by --max-length.")
+    assert kept.endswith(" tokens: raise --max-length.")
     assert f"{told}." in evaluate(folder, file)["warnings"]
     if learned == "classes":
         predict = ["predict", str(folder), "--file", file, "--output", str(tmp_path / "said.csv")]
         said = CliRunner().invoke(app, predict)
         assert said.stderr == f"Warning: {told}.\n"
-        assert "were cut" not in CliRunner().invoke(app, ["predict", str(folder), "short"]).stderr
+        assert "were truncated" not in CliRunner().invoke(app, ["predict", str(folder), "short"]).stderr
 
 
 def test_numbers_that_stand_for_classes_are_told_at_the_end(config: TrainConfig, tmp_path: Path) -> None:
     """In the opposite sense they give figures that look right and are not."""
     numbers = [(text, int(label == "negative")) for text, label in unlike(40, seed=1)]
     file = str(write_csv(tmp_path / "numbers.csv", numbers))
-    told = "which are read by their places: 0 as negative, 1 as positive. If they mean others, the figures are wrong"
+    told = (
+        "each is read as the index of a name: 0 as negative, 1 as positive. If they mean something else, the metrics are "
+        "wrong"
+    )
     said = CliRunner().invoke(app, ["eval", str(train(config).folder), "--data", file]).stdout
-    assert f"Warning: {file!r} has numbers for classes, {told}" in said
+    assert f"Warning: {file!r} has numbers in place of names of classes; {told}" in said
     folder = tmp_path / "own"
     folder.mkdir()
     write_csv(folder / "train.csv", unlike(40))
@@ -233,15 +237,15 @@ def test_mezo_without_a_prompt_is_told_at_both_ends(
         caplog.clear()
         with caplog.at_level(logging.WARNING, "fastpeft"):
             metrics = train(replace(config, **{"method": method, "max_steps": 1, **changes})).metrics
-        told = [text for text in metrics["warnings"] if "predicts no words" in text]
-        logged = [record for record in caplog.records if "predicts no words" in record.getMessage()]
+        told = [text for text in metrics["warnings"] if "has no LM head" in text]
+        logged = [record for record in caplog.records if "has no LM head" in record.getMessage()]
         assert [(record.name, record.getMessage()) for record in logged] == [
             (name, text) for name in ("fastpeft.mezo.trainer", "fastpeft.data.result_warnings") for text in told
         ]
         return told
 
     (told,) = said()
-    assert told.startswith("MeZO trains RobertaForSequenceClassification, which predicts no words")
+    assert told.startswith("MeZO trains RobertaForSequenceClassification, which has no LM head")
     words = {"prompt": "{text} it is <mask>", "label_words": "dull,lovely"}
     assert said(output=f"{config.output}-prompted", **words) == []
     assert said(output=f"{config.output}-head", method="head") == []
@@ -258,7 +262,7 @@ def test_a_tag_that_only_dev_rows_have_is_told_and_missed(config: TrainConfig, t
     assert "B-new" in metrics["labels"]
     assert metrics["per_class"]["B-new"]["support"] == 1
     assert any(
-        text == "No training row has these tags, so nothing is learned of them: 'B-new'."
+        text == "No training row has these tags, so the model cannot learn them: 'B-new'."
         for text in metrics["warnings"]
     )
 

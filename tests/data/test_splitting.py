@@ -27,7 +27,7 @@ def sides(data: TextData) -> tuple[set[object], set[object]]:
 def test_every_class_is_on_both_sides(tmp_path: Path, seed: int) -> None:
     data = load_data(str(write_csv(tmp_path / "rows.csv", SKEWED)), split_seed=seed)
     assert count_labels(data) == [(307, 33), (18, 2), (2, 1)]
-    assert labels_in_words(data) == "classes, to train on + to measure on: a 307 + 33, b 18 + 2, c 2 + 1"
+    assert labels_in_words(data) == "classes (training + dev): a 307 + 33, b 18 + 2, c 2 + 1"
     assert ", 36 rows held out by seed" in data.description
     train, dev = sides(data)
     assert train | dev == {text for text, _ in SKEWED}

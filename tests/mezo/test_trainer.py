@@ -349,7 +349,7 @@ def test_a_model_that_predicts_no_words_brings_one_warning(tmp_path: Path, caplo
         return [record.getMessage() for record in caplog.records if record.name.startswith("fastpeft")]
 
     (message,) = warnings(classifier())
-    assert "RobertaForSequenceClassification, which predicts no words" in message
+    assert "RobertaForSequenceClassification, which has no LM head" in message
     assert "PromptModel" in message
     assert warnings(language_model()) == []
     assert warnings(peft.get_peft_model(language_model(), SivaConfig(r=2))) == []

@@ -288,7 +288,7 @@ def test_models_that_cannot_be_prompted() -> None:
     classifier = transformers.RobertaForSequenceClassification(masked_lm().config)
     encoder = transformers.RobertaForCausalLM(masked_lm().config)  # which reads both ways
     for model in (classifier, encoder):
-        with pytest.raises(FastpeftError, match=f"{type(model).__name__} has no head for words"):
+        with pytest.raises(FastpeftError, match=f"{type(model).__name__} has no LM head, which label words require"):
             PromptModel(model, tokenizer, PROMPT)
     shape = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
     bart = transformers.BartForConditionalGeneration(transformers.BartConfig(**shape))

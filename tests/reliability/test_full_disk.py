@@ -80,7 +80,9 @@ def test_a_checkpoint_that_does_not_fit(place: Path, tmp_path: Path, method: str
     folder = RunFolder(run.output)
     assert str(raised.value).startswith(f"cannot write a checkpoint to the output folder '{folder.path}' (")
     assert "\n" not in str(raised.value)
-    advice = f"The newest checkpoint is {folder.checkpoint(2)}; go on with `fastpeft train --output {folder.path} --res"
+    advice = (
+        f"The newest checkpoint is {folder.checkpoint(2)}; resume with `fastpeft train --output {folder.path} --res"
+    )
     assert advice in str(raised.value)
     assert folder.all_checkpoints() == [folder.checkpoint(2)]
     assert {path.name for path in folder.path.iterdir()} == {"run.json", "checkpoints"}
@@ -92,7 +94,7 @@ def test_a_checkpoint_that_does_not_fit(place: Path, tmp_path: Path, method: str
 @pytest.mark.parametrize("room", [0, 1_000, 6_000])
 def test_a_result_that_does_not_fit(place: Path, tmp_path: Path, room: int) -> None:
     run = config(place, tmp_path / "run", save_steps=4)
-    with pytest.raises(FastpeftError, match=r"cannot write the result .*checkpoint-4; go on with"):
+    with pytest.raises(FastpeftError, match=r"cannot write the result .*checkpoint-4; resume with"):
         train(run, callbacks=[FillAtTheEnd(room)])
     free()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "checkpoints"}
@@ -250,7 +252,7 @@ def test_a_comparison_whose_report_does_not_fit(place: Path, tmp_path: Path, mon
     monkeypatch.setattr("fastpeft.comparison.report.output.write", full)
     monkeypatch.setattr("fastpeft.comparison.executors.Local._begin", lambda *_: lambda: ProcessExit(0.0, "well"))
     common = {"model": str(place / "model"), "data": str(place / "reviews.csv"), "max_steps": 1}
-    with pytest.raises(FastpeftError, match=r"\(No space left on device\)\. Finished cells are kept\. Make room"):
+    with pytest.raises(FastpeftError, match=r"\(No space left on device\)\. Finished cells are kept\. Free disk space"):
         compare(CompareConfig(output=str(tmp_path / "out"), methods=["head"], common=common))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpeft.errors import FastpeftError
-from fastpeft.siva.decompose import add, decompose, subtract
+from fastpeft.siva.decompose import add, belongs, decompose, subtract
 
 
 def weight(n: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -141,3 +141,20 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad: float) -> None:
 def test_quantised_weights_are_refused() -> None:
     with pytest.raises(FastpeftError, match="unquantised"):
         decompose(torch.zeros(4, 4, dtype=torch.int8), 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_multiplies_factors_by_all_bits_of_float32() -> None:
+    """Where a run has float32 products in TF32, a layer would start apart from its base, and load as another."""
+    weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).cuda()
+    expected = decompose(weight, 4)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        found = expected.factors.product()
+        assert belongs(weight, expected.factors)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    u, s, v = (part.double() for part in expected.factors)
+    torch.testing.assert_close(found.double(), (u * s) @ v, rtol=1e-6, atol=1e-6)

@@ -318,8 +318,8 @@ CASES = [
     (["--method", "mezo", "--set", "noise=pink"], ["noise is 'pink'", "gaussian, rademacher"]),
     # what would have no effect
     (["--set", "fp16=true"], ["fp16 is for GPUs", "use --bf16 there"]),
-    (["--set", "optim_args=lr=3"], ["optim_args says nothing to adamw_torch_fused", "adam_beta1"]),
-    (["--set", 'optim_target_modules=["query"]'], ["optim_target_modules says nothing to adamw_torch_fused"]),
+    (["--set", "optim_args=lr=3"], ["optim_args has no effect on adamw_torch_fused", "adam_beta1"]),
+    (["--set", 'optim_target_modules=["query"]'], ["optim_target_modules has no effect on adamw_torch_fused"]),
     # numbers
     (["--epochs", "-1"], ["--epochs is -1", "above 0"]),
     (["--epochs", "nan"], ["--epochs is nan"]),
@@ -405,11 +405,14 @@ CASES = [
     (["eval"], ["DIR", "--model"]),
     (["eval", "run", *PROMPT], ["DIR", "--model"]),
     (["eval", "--model", "model", "--data", "good.csv"], ["--prompt is missing", "sst2", "auto"]),
-    (["eval", "--model", "model", "--data", "good.csv", "--objective", "mlm"], ["'mlm'", "causal alone"]),
+    (["eval", "--model", "model", "--data", "good.csv", "--objective", "mlm"], ["'mlm'", "eval allows only causal"]),
     (["eval", "--model", "model", "--objective", "causal"], ["--model and --data"]),
     (["eval", "run", "--data", "good.csv", "--objective", "causal"], ["--model and --data"]),
     (["eval", "--model", "model", "--data", "good.csv", "--objective", "causal", *PROMPT], ["--model and --data"]),
-    (["eval", "--model", "model", "--data", "good.csv", "--objective", "causal"], ["does not predict next words"]),
+    (
+        ["eval", "--model", "model", "--data", "good.csv", "--objective", "causal"],
+        ["is not a decoder, which the objective causal requires"],
+    ),
     (["eval", "--model", "model", "--data", "good.csv", "--prompt", "none"], ["--prompt is missing", "sst2", "auto"]),
     (["eval", "--model", "model", "--data", "good.csv", *PROMPT[:3], "a,b,c"], ["no word for negative, positive"]),
     (["eval", "pair-run", "--data", "alike.csv"], ["learned from pairs of texts, but 'alike.csv' has one text a row"]),
@@ -525,7 +528,9 @@ def test_a_comparison_in_several_processes(place: Path, monkeypatch: pytest.Monk
         app, ["compare", "--model", "model", "--data", "good.csv", "--methods", "head", "--output", "new"]
     )
     assert result.exit_code == 2
-    assert "a comparison has one process, but a launcher started 2" in re.sub(r"\s+", " ", result.stderr)
+    assert "a comparison runs in one process, but a launcher such as torchrun started 2" in re.sub(
+        r"\s+", " ", result.stderr
+    )
     assert snapshot(place) == before
 
 

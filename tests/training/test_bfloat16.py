@@ -100,7 +100,7 @@ def test_that_it_is_slow_is_said(
     on_a_machine(monkeypatch, has)
     monkeypatch.setattr("fastpeft.training.run.has_bfloat16", lambda: has)
     train(replace(config, max_steps=1, **changes))
-    assert ("no instructions for bfloat16" in caplog.text) is (slow and not has)
+    assert ("no bfloat16 instructions" in caplog.text) is (slow and not has)
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -139,7 +139,7 @@ def test_the_command_line(
     shown = CliRunner().invoke(app, [*command, "--output", config.output, *options])
     assert shown.exit_code == 0, shown.output
     assert json.loads((Path(config.output) / "metrics.json").read_text())["compute_dtype"] == expected
-    assert "computed in" in shown.stdout
+    assert "compute dtype" in shown.stdout
     assert expected in shown.stdout
 
 

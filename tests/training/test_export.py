@@ -211,7 +211,7 @@ def test_onnx(config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_what_has_no_onnx_form(config: TrainConfig, tmp_path: Path) -> None:
     runs = {
         "has a prompt; exported to onnx are runs that learned labels": {"method": "lora", **PROMPT},
-        "learned masked words; exported to onnx are runs": {"objective": "mlm"},
+        "learned masked tokens; exported to onnx are runs": {"objective": "mlm"},
     }
     for number, (message, changes) in enumerate(runs.items()):
         run = train(replace(config, output=str(tmp_path / f"{number}"), **changes)).folder

@@ -181,7 +181,7 @@ def test_tags_are_smoothed(config: TrainConfig, place: Path) -> None:
         ({"class_weights": "heavy"}, "class_weights is 'heavy'; it must be balanced"),
         ({"focal_gamma": -1.0}, "focal_gamma is -1.0; it must be a number above 0"),
         ({"threshold": "0.5"}, "threshold is '0.5'; it must be auto"),
-        ({"objective": "mlm", "focal_gamma": 2.0}, "the objective 'mlm' learns from the texts alone"),
+        ({"objective": "mlm", "focal_gamma": 2.0}, "the objective 'mlm' learns from texts without labels"),
         ({"focal_gamma": 2.0, "settings": {"label_smoothing_factor": 0.1}}, "does not go with class_weights"),
     ],
 )

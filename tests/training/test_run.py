@@ -242,7 +242,7 @@ def test_side_blocks_are_computed_again_beside_a_model_that_computes_nothing_aga
     monkeypatch.setattr(RobertaPreTrainedModel, "supports_gradient_checkpointing", False)  # as MPNet's
     config = replace(config, max_steps=2, settings={"gradient_checkpointing": True})
     assert train(replace(config, method="lst")).metrics["steps"] == 2
-    with pytest.raises(FastpeftError, match="SiVA does not go with gradient_checkpointing"):
+    with pytest.raises(FastpeftError, match="SiVA does not support gradient_checkpointing on this model"):
         train(replace(config, method="siva", output=f"{config.output}-siva"))
 
 

@@ -19,10 +19,10 @@ def report(compared: Sequence[Variant]) -> Iterator[Block]:
     if not names:
         return
     yield Heading("Scores by class")
-    of = "F1 on the dev rows, and recall in brackets; the mean over seeds."
+    of = "F1 on the dev rows, with recall in brackets; means over seeds."
     if len(names) <= _MOST_COLUMNS:
         support = [next(found[name][2] for found in known.values() if name in found) for name in names]
-        yield Text(f"{of} Beside a class is how often it is the label.")
+        yield Text(f"{of} The number beside a class is its support: how many dev labels it has.")
         header = [f"{name} ({rows:,.0f})" for name, rows in zip(names, support)]
         rows = [[_show(found.get(name)) for name in names] for found in known.values()]
     else:

@@ -33,7 +33,7 @@ def matrices(compared: Sequence[Variant]) -> Iterator[Block]:
     yield Heading("Confusion matrices")
     summed = " Counts are sums over seeds." if any(len(variant.runs) > 1 for variant in compared) else ""
     if len(next(iter(found.values()))[0]) <= _CLASSES:
-        yield Text(f"A row is the label of the dev rows, a column the answer.{summed}")
+        yield Text(f"Rows are true labels of the dev rows, columns are predictions.{summed}")
         for index, (names, counts) in found.items():
             yield Matrix(index, compared[index].name, names, counts.tolist())
         return
@@ -44,7 +44,7 @@ def matrices(compared: Sequence[Variant]) -> Iterator[Block]:
     most = sorted(confused, key=lambda pair: -sum(confused[pair].values()))[:_ROWS]
     yield Text(f"The {len(most)} of {len(confused):,} confused pairs of classes with the most mistakes.{summed}")
     rows = [[*pair, *(f"{confused[pair].get(index, 0)}" for index in found)] for pair in most]
-    header = ["label", "answer", *(compared[index].name for index in found)]
+    header = ["true label", "prediction", *(compared[index].name for index in found)]
     yield Table([header, *rows], range(2, len(header)), "Most frequent mistakes")
 
 
@@ -66,10 +66,10 @@ def disagreements(compared: Sequence[Variant]) -> Iterator[Block]:
     names = next((list(run["per_class"]) for variant in answered for run in variant.runs if "per_class" in run), [])
     yield Heading("Rows on which variants differ")
     yield Text(
-        f"Some variants answer {len(differ):,} of {len(labels):,} dev rows rightly and others do not. "
+        f"On {len(differ):,} of {len(labels):,} dev rows some variants predict the true label and others do not. "
         f"{f'Shown are the {len(shown)} with the largest differences. ' if len(shown) < len(differ) else ''}"
         "✓: right; ✗: wrong; with several seeds, how many of them are right."
-        f"{'' if texts else ' The texts could not be loaded again, or have changed: rows have their numbers alone.'}"
+        f"{'' if texts else ' The texts could not be loaded again, or have changed, so only row numbers are shown.'}"
     )
     header = ["row", *(["text"] if texts else []), "label", *(variant.name for variant in answered)]
     rows = []

@@ -85,8 +85,8 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
     if not tested:
         lead = f"{_highest(compared, best, scores, title)}; no" if best else "No"
         return (
-            f"{lead} difference was tested: a paired test needs two finished variants that kept what each dev row "
-            "scored, and numbers have none."
+            f"{lead} difference was tested: a paired test needs two finished variants with a score for every dev row, "
+            "and there is none for regression."
         )
     names = list(dict.fromkeys(variant.name for pair in tested for variant in (pair.first, pair.second)))
     found = [pair for pair in tested if pair.significant]
@@ -144,14 +144,14 @@ def limits(tested: Sequence[Pair]) -> str:
     answers = bool(tested) and tested[0].metric == ACCURACY
     if any(pair.seeds == 1 for pair in tested):
         told.append(
-            "With one seed the test counts dev rows alone: it cannot show what another seed would change. Run --seeds "
-            "3 or more."
+            "With one seed the test accounts only for the choice of dev rows, not for variation between seeds. Run "
+            "with --seeds 3 or more."
         )
     if any(pair.seeds == 2 for pair in tested):
         # Welch's t test then has hardly more than one degree of freedom, which hides more than few rows do
         told.append(
-            "With two seeds the test knows little of how results vary from seed to seed: it can miss even a large "
-            "difference. Run --seeds 3 or more."
+            "With two seeds the variation between seeds is poorly known: the test can miss even a large difference. "
+            "Run with --seeds 3 or more."
         )
     elif tested and (rows := _rows(tested)) < _FEW_ROWS:
         if answers and all(pair.seeds <= 1 for pair in tested) and not any(pair.significant for pair in tested):
@@ -175,10 +175,10 @@ def _of_metric(metric: str, compared: Sequence[Variant], tested: Sequence[Pair])
     title = TITLES[metric]
     tests = listed(list(dict.fromkeys(pair.difference.test for pair in tested)))
     yield Text(
-        f"{title[0].upper()}{title[1:]} of every two variants, paired by dev row: {tests}. "
-        f"p by Holm is corrected for all {len(tested):,} pairs; a difference is "
-        f"significant where that is below {significance.LEVEL:g}. Without a significant difference two variants may "
-        "still differ: the rows and seeds do not show it."
+        f"{title[0].upper()}{title[1:]} of every pair of variants, paired by dev row: {tests}. "
+        f"'p by Holm' is p after Holm's correction for all {len(tested):,} pairs; a difference is significant if it is "
+        f"below {significance.LEVEL:g}. Two variants without a significant difference may still differ: these rows and "
+        "seeds do not show it."
     )
     if len(tested) <= _LISTED:
         rows = [
@@ -194,7 +194,10 @@ def _of_metric(metric: str, compared: Sequence[Variant], tested: Sequence[Pair])
         header = ["variants", "significant", "difference, 95 % interval", "p", "p by Holm"]
         yield Table([header, *rows], range(2, 5), "Paired tests")
         return
-    yield Text("In each cell p by Holm; higher or lower: the row's variant is so, significantly, beside the column's.")
+    yield Text(
+        "Each cell has p after Holm's correction. 'higher' and 'lower' mark significant differences: the row's variant "
+        "is higher or lower than the column's."
+    )
     cells = {}
     for pair in tested:
         first, second, p = pair.first.name, pair.second.name, significance.show_p(pair.p)

@@ -78,17 +78,17 @@ def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
     yield Text(
         "Accuracies: the difference with its own 95 % interval, and p, by paired tests on the same dev rows "
         "(McNemar's exact test with one seed, else a t test whose error counts seeds and rows). The verdict is by p "
-        f"after Holm's correction for the number of orderings: {significance.UNDECIDED} from {significance.LEVEL:g}, "
-        f"even where the interval, which is not corrected, leaves out 0; {significance.REVERSED}: not seen, the "
-        "opposite is. Memory and samples/s: the two means, and their difference; decided where every run of one is "
-        f"on one side of every run of the other, by more than {100 * MEMORY_MARGIN:g} % of memory and "
-        f"{100 * SPEED_MARGIN:g} % of speed. On a machine with other work, runs of one variant differ by as much in "
-        "speed."
+        f"after Holm's correction for the number of orderings: {significance.UNDECIDED} if p is {significance.LEVEL:g} "
+        f"or more, even where the interval, which is not corrected, excludes 0; {significance.REVERSED} if the "
+        "opposite ordering is significant. Memory and samples/s: the two means, and their difference; decided where "
+        f"every run of one is on one side of every run of the other, by more than {100 * MEMORY_MARGIN:g} % of memory "
+        f"and {100 * SPEED_MARGIN:g} % of speed. On a machine with other work, runs of one variant differ by as much "
+        "in speed."
     )
     if any(_AT_RATES in row[0] for row in judged):
         yield Text(
-            "At rates: the two took different learning rates, by the search or as given, so the rate may explain a "
-            "part of the difference."
+            "'at rates': the two variants have different learning rates, searched or given, which may explain a part "
+            "of the difference."
         )
 
 
@@ -167,8 +167,9 @@ def lags(compared: Sequence[Variant]) -> Iterator[Block]:
     steps = next(iter(slow.values()))[-1][0]
     yield Heading("LoRA's lag")
     yield Text(
-        f"How many steps later, of {steps:,}, LoRA reaches a level than the other: the median over 20 levels that both "
-        "curves of the first seed pass. Below 0 LoRA is ahead; - where the curves share no levels."
+        f"How many steps, of {steps:,}, LoRA needs more than the other method to reach the same level of the curve: "
+        "the median over 20 levels that both curves of the first seed pass. Below 0 LoRA is ahead; - means that the "
+        "curves share no level."
     )
     yield Table(rows, range(1, 1 + len(measures)), "LoRA's lag")
 

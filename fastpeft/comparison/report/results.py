@@ -50,9 +50,9 @@ COLUMNS = (
         ",.0f",
         "of a training step on the longest batch, 1 MB is 2^20 bytes: by the CUDA allocator on a GPU, else simulated",
     ),
-    Column("trainable_parameters", "trained parameters", ",.0f"),
+    Column("trainable_parameters", "trainable parameters", ",.0f"),
     Column("learning_rate", "learning rate", "g", "the peak of its schedule"),
-    Column("train_seconds", "seconds", ",.0f", "of training steps; of a resumed run, since then"),
+    Column("train_seconds", "seconds", ",.0f", "in training steps; for a resumed run, only since it was resumed"),
 )
 
 _MEMORY_TITLES = {"simulated": "simulated step peak, MB", "CUDA allocator": "CUDA allocator peak, MB"}  # by the source
@@ -181,8 +181,8 @@ def _warnings(cell: Cell) -> list[str]:
     beside = []
     if (jobs := metrics.get("jobs", 1)) > 1:
         beside = [
-            f"It ran on a machine with up to {jobs} cells at once. Compare its speed and seconds with no cell that ran "
-            "otherwise."
+            f"Up to {jobs} cells ran at once on its machine. Compare its speed and seconds only with cells that ran in "
+            "the same way."
         ]
     return [*metrics.get("warnings", ()), *beside]
 
@@ -204,7 +204,7 @@ def table(compared: Sequence[Variant]) -> Table:
     always = [found for variant in compared for run in variant.runs if (found := run.get("most_frequent_class"))]
     if always:  # the row to be better than
         row = [column.show([always[0][column.key]] if column.key in always[0] else []) for column in shown]
-        rows.append([f"most frequent class ({always[0]['class']})", *row, *["-"] * (several + written)])
+        rows.append([f"baseline: most frequent class ({always[0]['class']})", *row, *["-"] * (several + written)])
     numbers = range(1, len(header) + several)
     return Table(rows, numbers, "Results, a row a variant", variants=len(compared))
 

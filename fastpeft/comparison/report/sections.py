@@ -160,7 +160,7 @@ def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
         yield Text(
             f"A line is the mean over seeds, a band their range.{joined * (longest > figures.MOST_POINTS)}"
             if any(curve.seeds > 1 for curves in drawn.values() for curve in curves)
-            else f"Of one seed.{joined * (longest > figures.MOST_POINTS)}"
+            else f"One seed for each variant.{joined * (longest > figures.MOST_POINTS)}"
         )
     for name, curves in drawn.items():
         part, _, measure = name.rpartition(" ")
@@ -261,7 +261,7 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
         ("model", [_text(metrics, "model") for metrics in finished]),
         ("data", [_data(metrics) for metrics in finished]),
         ("device", devices),
-        ("computed in", _dtypes(compared)),
+        ("compute dtype", _dtypes(compared)),
         ("versions", [versions(metrics) for metrics in finished]),
     )
     items = [f"{name}: {value}" for name, values in described for value in dict.fromkeys(values) if value]
@@ -273,12 +273,12 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
     if chosen:
         names = dict.fromkeys(f"{cell.variant} (by {cell.values['metric']})" for cell in chosen)
         notes.append(
-            "The best checkpoint was chosen by the dev rows that it is measured on, so these look better than on new "
-            f"rows: {', '.join(names)}."
+            "These variants kept the checkpoint that was best on the dev rows, so their results on the dev rows are "
+            f"optimistic: {', '.join(names)}."
         )
     if any(metrics.get("threshold") is not None for metrics in finished):
         notes.append(
-            "Curves and the choice of checkpoints are at a probability of 0.5, the table at each run's threshold."
+            "Curves and the choice of checkpoints use a threshold of 0.5; the table uses each run's own threshold."
         )
     if len(set(filter(None, devices))) > 1:
         notes.append(
@@ -287,8 +287,8 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
         )
     if any(variant.interval() for variant in compared):
         notes.append(
-            "In brackets: the 95 % interval, for new rows with one seed (of an accuracy Wilson's), for new rows and "
-            "seeds with several."
+            "In brackets: the 95 % confidence interval. With one seed it covers the sampling of rows (for accuracy, "
+            "Wilson's interval); with several seeds, that of rows and seeds."
         )
     if any(len(variant.cells) > 1 for variant in compared):
         notes.append("±: the standard deviation of one seed (of a sample) around the mean.")
@@ -320,6 +320,4 @@ def _device(metrics: Mapping[str, Any]) -> str:
 def _data(metrics: Mapping[str, Any]) -> str:
     if "train_rows" not in metrics:  # zero-shot
         return ""
-    return (
-        f"{_short(metrics['data'])}, {metrics['train_rows']:,} rows to train on, {metrics['dev_rows']:,} to measure on"
-    )
+    return f"{_short(metrics['data'])}, {metrics['train_rows']:,} training rows, {metrics['dev_rows']:,} dev rows"
