@@ -109,7 +109,7 @@ class Local(Executor):
     def _open(self) -> None:
         if 0 < len(self._cards) < self.jobs:
             shared = f"{len(self._cards)} GPUs" if len(self._cards) > 1 else "one GPU"
-            logger.warning("%d cells run at once and share %s with its memory", self.jobs, shared)
+            logger.warning("%d cells run at once and share %s and the memory there", self.jobs, shared)
 
     def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], ProcessExit]:
         slot, began = self._slots.pop(0), time.monotonic()

@@ -59,7 +59,7 @@ def test_cells_run_at_once_and_divide_the_threads(monkeypatch: pytest.MonkeyPatc
     assert compare(config("head", "lora", "bitfit"), jobs=2).failed == {}, "each of two waits for the other"
     assert started()[2] == "bitfit-seed0"
     assert [(row["threads"], row["jobs"]) for row in results()] == [("3", "2")] * 3
-    told = "- all variants: Up to 2 cells ran at once on its machine. Compare its speed"
+    told = "- all variants: Up to 2 cells ran at once on the machine. Compare speed"
     assert told in Path("out/report.md").read_text()
 
 
@@ -69,7 +69,7 @@ def test_a_speed_measured_beside_others_is_marked() -> None:
     stand_in_that()
     compare(config("head", "lora", "bitfit"), jobs=2)
     report = Path("out/report.md").read_text()
-    assert "- lora †, bitfit †: Up to 2 cells ran at once on its machine." in report
+    assert "- lora †, bitfit †: Up to 2 cells ran at once on the machine." in report
     assert "| head | 0.500" in report
 
 
@@ -205,7 +205,7 @@ def test_each_has_a_card_in_turn(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     caplog.set_level(logging.WARNING, "fastpeft")
     with Local(3) as three:
-        assert caplog.messages == ["3 cells at once share 2 GPUs and the memory there"]
+        assert caplog.messages == ["3 cells run at once and share 2 GPUs and the memory there"]
         assert [three._environment(place)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["4", "6", "4"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert Local(2)._environment(1)["CUDA_VISIBLE_DEVICES"] == "1"

@@ -160,7 +160,7 @@ def test_an_ordering_of_searched_rates_says_which_they_were(tmp_path: Path) -> N
     assert "| accuracy: SiVA above LoRA, at rates 0.003 and 0.001 | undecided |" in text
     assert "| accuracy: full fine-tuning above LoRA | undecided |" in text, "at the same rate"
     assert "| memory: LoRA below SiVA | undecided |" in text, "which no rate changes"
-    assert text.count("\n'at rates': the two variants have different learning rates, ") == 1
+    assert text.count("\nAt rates: the two variants have different learning rates, ") == 1
 
 
 def test_rates_that_were_not_searched_are_not_told_again(plan: Plan) -> None:

@@ -87,7 +87,7 @@ def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
     )
     if any(_AT_RATES in row[0] for row in judged):
         yield Text(
-            "'at rates': the two variants have different learning rates, searched or given, which may explain a part "
+            "At rates: the two variants have different learning rates, searched or given, which may explain a part "
             "of the difference."
         )
 

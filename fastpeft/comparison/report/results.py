@@ -181,8 +181,8 @@ def _warnings(cell: Cell) -> list[str]:
     beside = []
     if (jobs := metrics.get("jobs", 1)) > 1:
         beside = [
-            f"Up to {jobs} cells ran at once on its machine. Compare its speed and seconds only with cells that ran in "
-            "the same way."
+            f"Up to {jobs} cells ran at once on the machine. Compare speed and seconds only with cells that ran in the "
+            "same way."
         ]
     return [*metrics.get("warnings", ()), *beside]
 
