@@ -216,8 +216,8 @@ def test_numbers_that_stand_for_classes_are_told_at_the_end(config: TrainConfig,
     numbers = [(text, int(label == "negative")) for text, label in unlike(40, seed=1)]
     file = str(write_csv(tmp_path / "numbers.csv", numbers))
     told = (
-        "each is read as the index of a name: 0 as negative, 1 as positive. If they mean something else, the metrics are "
-        "wrong"
+        "each is read as the index of a name: 0 as negative, 1 as positive. If they mean something else, the "
+        "metrics are wrong"
     )
     said = CliRunner().invoke(app, ["eval", str(train(config).folder), "--data", file]).stdout
     assert f"Warning: {file!r} has numbers in place of names of classes; {told}" in said
