@@ -24,7 +24,7 @@ reviews.csv: 60 rows, texts from column 'text'
 │ siva-seed0 │ waiting │ -          │ -    │ rank   │
 │            │         │            │      │ is 99  │
 └────────────┴─────────┴────────────┴──────┴────────┘
-0 of 3 finished, about 3 min for what has a time; nothing was written
+0 of 3 finished, about 3 min for the cells with an estimated time; nothing was written
 """
 
 
