@@ -1,4 +1,4 @@
-"""Fine-tune transformers on little memory: SiVA, k-LST and MeZO on custom kernels.
+"""Fine-tune transformers with little memory: SiVA, k-LST and MeZO on custom kernels.
 
 With this package imported, PEFT knows SiVA, so that `get_peft_model` and `PeftModel.from_pretrained` take it, and the
 Auto classes of transformers know side networks. The import itself loads neither of the two, nor PyTorch: what is
