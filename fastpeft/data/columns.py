@@ -107,7 +107,7 @@ def pick_columns(
     ):
         if not found:
             is_said = not texts_alone and _find_said(table)
-            said = "; or, to train a language model on the conversations, give --objective causal" if is_said else ""
+            said = "; or, to train a language model on these texts, give --objective causal" if is_said else ""
             raise FastpeftError(
                 f"cannot tell which column of {table.name} to take; its columns are {', '.join(columns)}. Name it with "
                 f"{option}{said}.{_about_header(columns)}"

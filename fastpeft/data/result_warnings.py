@@ -48,8 +48,7 @@ def of_dev_rows(
         rows = "rows were" if len(texts) > 1 else "row was"
         found.append(
             f"Only {len(texts)} {rows} evaluated, so the metrics are rough; use at least {_FEW_ROWS} to tell one "
-            "result "
-            "from another."
+            "result from another."
         )
     if problem.has_classes:
         found += _never_told(problem, outputs, labels, names)

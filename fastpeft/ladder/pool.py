@@ -67,7 +67,7 @@ class LadderPool:
         not add or remove members while one trains. A member that is called by itself does not wait: no other call may
         run meanwhile. A base has one pool. Side networks of one shape share memory: optimizers and
         `load_state_dict` may change weights (not with `assign=True`: remove the member and add it again), but remove a
-        member before you move it to another device or dtype, or pickle it.
+        member before you move it to another device, dtype or process.
 
     Example:
         >>> pool = fastpeft.LadderPool(base)  # doctest: +SKIP

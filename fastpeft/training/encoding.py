@@ -113,8 +113,8 @@ def warn_of_texts(examples: Examples, rows: Sequence[TokenRow], max_length: int,
     read = sum(label != UNLABELLED for row in rows for label in row["labels"])
     if read < words:
         logger.warning(
-            "%d of %d words have no token among the %d that are read of a row, and are left out; a larger `max_length` "
-            "(of the model at most) or shorter rows keep them",
+            "%d of %d words have no token within the maximum length of %d and are left out; a larger `max_length` (up "
+            "to the model's) or shorter rows keep them",
             words - read,
             words,
             max_length,

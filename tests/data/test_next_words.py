@@ -272,7 +272,7 @@ def test_an_answer_in_turns_of_its_own_is_told_of(tmp_path: Path) -> None:
 
 def test_rows_to_say_are_told_from_rows_with_classes(tmp_path: Path) -> None:
     for rows in ([{"prompt": "film", "completion": "plot"}] * 4, chats(4)):
-        with pytest.raises(FastpeftError, match="train a language model on the conversations, give --objective causal"):
+        with pytest.raises(FastpeftError, match="train a language model on these texts, give --objective causal"):
             load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
 
 

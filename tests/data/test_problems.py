@@ -166,12 +166,12 @@ def test_words_that_are_cut_off_are_told_of(
     data = str(write_jsonl(tmp_path / "rows.jsonl", [*rows, *[{"tokens": ["a"] * 9, "ner_tags": ["O"] * 9}] * 2]))
     config = replace(config, data=data, max_length=6, max_steps=1)  # four words and two special tokens
     folder = train(config).folder
-    counts = [record.args[:3] for record in caplog.records if "words have no token among" in record.msg]
+    counts = [record.args[:3] for record in caplog.records if "words have no token within" in record.msg]
     assert sum(cut for cut, _, _ in counts) == 2 * 5
     assert sum(words for _, words, _ in counts) <= 18 * 3 + 2 * 9
     caplog.clear()
     evaluate(folder, data)
-    assert "10 of 72 words have no token among the 6 that" in caplog.text
+    assert "10 of 72 words have no token within the maximum length of 6" in caplog.text
     caplog.clear()
     train(replace(config, output=f"{config.output}-longer", max_length=11))
     assert "words have no token" not in caplog.text

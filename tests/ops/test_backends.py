@@ -40,7 +40,7 @@ def test_the_first_that_is_available_is_taken() -> None:
         "siva_linear", "cuda", None, lambda name: absent(name) if name == "triton" else ""
     )
     assert without_triton.backend == "aten"
-    assert without_triton.reason == "triton: triton is not here"
+    assert without_triton.reason == "triton is unavailable (triton is not here)"
     assert backends._choose("mezo_perturb_", "cpu", None, absent).backend == "reference"
     without_module = backends._choose(
         "mezo_perturb_", "cuda", None, lambda name: absent(name) if name == "cuda" else ""
