@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -87,9 +87,12 @@ def acting(model: nn.Module, kind: type[nn.Module], rows: AdapterRows) -> Iterat
         if _CHECKPOINT in module.__dict__:
             function = partial(_checkpoint, module.__dict__[_CHECKPOINT], module, kind, rows)
             changes.append((module, _CHECKPOINT, function))
-    with _STARTING:
+    compiling = torch.compiler.is_compiling()
+    with nullcontext() if compiling else _STARTING:
         before = [module.__dict__.get(name) for module, name, _ in changes]
-        if any(name == "rows" and each not in (None, rows) for (_, name, _), each in zip(changes, before)):
+        if not compiling and any(
+            name == "rows" and each not in (None, rows) for (_, name, _), each in zip(changes, before)
+        ):
             raise FastpeftError(
                 "another thread runs this model with adapter_names. Which row has which adapter is noted in its "
                 "layers, so give threads a lock."
