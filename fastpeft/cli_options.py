@@ -23,7 +23,7 @@ def flag(name: str) -> str:
 
 def _names(known: Option) -> str:
     """What is typed: of a flag that is not false by default also what refuses it."""
-    refused = f"/--no-{known.name.replace('_', '-')}" if known.kind is bool and known.default is not False else ""
+    refused = f"/{flag(f'no_{known.name}')}" if known.kind is bool and known.default is not False else ""
     return flag(known.name) + refused
 
 

@@ -243,8 +243,8 @@ def load_for_next_words(model: str) -> Classifier:
     if config is not None and not is_causal_lm(config):
         raise FastpeftError(
             f"the model {model!r} ({config.model_type}) is not a decoder, which the objective causal requires. Give a "
-            "decoder, such as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by "
-            "--objective mlm."
+            "decoder, such as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts "
+            "by --objective mlm."
         )
     loaded, tokenizer, info = _load(transformers.AutoModelForCausalLM, model, {})
     if new := _new_in_head(loaded, info):

@@ -42,9 +42,11 @@ def prompt_key(text: Any) -> Hashable:
 
 
 def side_key(text: Any, problem: Problem) -> Hashable:
-    """What rows have in common that must not be learned from and measured on: their text, but for white space around
-    it; of a pair to be said its prompt; of a conversation its turns through the user's first, as one row may go on
-    where another ends."""
+    """The key of rows that a split keeps on one side, so that none is trained on and measured on.
+
+    It is the text, without the white space around it. Of a prompt and its completion it is the prompt. Of a
+    conversation it is the beginning, up to the user's first turn: one row may continue another.
+    """
     if problem is NEXT_WORDS and isinstance(text, Conversation):
         roles = [role for role, _ in text.turns]
         return _stripped(text.turns[: roles.index(USER) + 1] if USER in roles else text.turns)

@@ -148,7 +148,12 @@ def share_backbone(model: LadderModel, backbone: Backbone) -> None:
         for theirs, ours in zip(scores.parameters(), own_scores.parameters()):
             if _equal(theirs, ours):
                 replaced[id(theirs)] = ours
-    for module in model.base.modules():  # all of them: a decoder may be tied to the embeddings
+    _replace_parameters(model.base, replaced)
+
+
+def _replace_parameters(base: nn.Module, replaced: Mapping[int, nn.Parameter]) -> None:
+    """Give a base other parameters, by the ids of its own, in all modules: a decoder may be tied to embeddings."""
+    for module in base.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in replaced:
                 setattr(module, key, replaced[id(parameter)])
@@ -176,12 +181,8 @@ def leave_backbone(model: LadderModel, backbone: Backbone) -> None:
         return
     for each in (backbone.model, model.base):
         bring_back(each)
-    shared = {id(parameter) for parameter in backbone.model.parameters()}
-    own: dict[int, nn.Parameter] = {}
-    for module in model.base.modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) in shared:
-                setattr(module, key, own.setdefault(id(parameter), nn.Parameter(parameter.data, requires_grad=False)))
+    shared = backbone.model.parameters()
+    _replace_parameters(model.base, {id(each): nn.Parameter(each.data, requires_grad=False) for each in shared})
 
 
 def _relabel(core: Any, fields: Mapping[str, Any]) -> None:

@@ -212,6 +212,6 @@ class MemberTrainer:
                 self._scheduler.step()
 
     def _clear_gradients(self) -> None:
-        """Those that the optimizer does not step too, or the next step would be clipped by them."""
+        """Clear also those that the optimizer does not step: the next step would be clipped by them."""
         self._optimizer.zero_grad()
         self.model.zero_grad()

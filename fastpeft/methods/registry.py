@@ -151,7 +151,7 @@ METHODS: dict[str, Method] = {
             name="head",
             title="head only",
             description="the classification head trains on frozen features",
-            recipe=Recipe(1e-3, weight_decay=0.01),  # measured here; see `bench/data/siva_rates.csv`
+            recipe=Recipe(1e-3, weight_decay=0.01),
             trains=head,
         ),
         WholeModelMethod(

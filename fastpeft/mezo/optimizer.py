@@ -415,8 +415,8 @@ class MeZO(torch.optim.Optimizer):
         for name, other in zip(own, given):
             if name != other:
                 raise FastpeftError(
-                    f"MeZO: the state has {other} in the place of {name}, and the noise follows the order of the "
-                    "parameters. Make the optimizer of the same parameters, in the same order."
+                    f"MeZO: where the optimizer has the parameter {name}, the state has {other}. The noise follows the "
+                    "order of the parameters. Make the optimizer of the same parameters, in the same order."
                 )
         self.settle()
         if self.journal is not None:

@@ -227,7 +227,7 @@ def test_the_state_of_parameters_in_another_order_is_refused() -> None:
     model = nn.Linear(4, 4)
     state = MeZO(model, lr=1e-2).state_dict()
     other = MeZO([*reversed([*model.named_parameters()])], lr=1e-2)
-    with pytest.raises(FastpeftError, match="the state has weight in the place of bias"):
+    with pytest.raises(FastpeftError, match="where the optimizer has the parameter bias, the state has weight"):
         other.load_state_dict(state)
 
 
