@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.backbones import MODELS
-from bench.harness import DATA, ROUNDS, Candidates, measure
+from bench.harness import DATA, ROUNDS, Candidates, columns_of, measure
 from fastpeft import freeze
 from fastpeft.functional import int8_linear
 from fastpeft.ops.frozen_linear import frozen_linear
@@ -126,8 +126,7 @@ def main() -> None:
         measure(ENCODER_FILE, case, encoders(given.encoder, given.tokens, given.batch), device, given.rounds)
         return
     for each in cases():
-        columns = {name: str(value) for name, value in asdict(each).items()}
-        measure(FILE, columns, candidates(each), device, given.rounds)
+        measure(FILE, columns_of(each), candidates(each), device, given.rounds)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import DATA, Candidates, measure
+from bench.harness import DATA, Candidates, columns_of, measure
 from fastpeft import MeZO, Prompt
 from fastpeft.prompts.model import load_prompted
 
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     device = torch.device(parser.parse_args().device)
     for case in CASES:
-        measure(FILE, {k: str(v) for k, v in asdict(case).items()}, candidates(case, device), device, ROUNDS)
+        measure(FILE, columns_of(case), candidates(case, device), device, ROUNDS)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import argparse
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -39,7 +39,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import DATA, Candidates, measure
+from bench.harness import DATA, Candidates, columns_of, measure
 from fastpeft import functional
 
 FILE = DATA / "mezo_perturb.csv"
@@ -178,7 +178,7 @@ def main() -> None:
             continue
         torch.set_num_threads(count)
         case = Case(arguments.model, *MODELS[arguments.model], dtype, count, work)
-        measure(FILE, {k: str(v) for k, v in asdict(case).items()}, candidates(case, device), device, ROUNDS)
+        measure(FILE, columns_of(case), candidates(case, device), device, ROUNDS)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fastpeft
-from bench.harness import DATA, Candidates, measure
+from bench.harness import DATA, Candidates, columns_of, measure
 from fastpeft.ops import reference
 from fastpeft.siva import grouping
 
@@ -124,15 +124,10 @@ def candidates(case: Case, device: torch.device) -> Candidates:
         if case.work == "training":
             inputs = [x, *(parameter for parameter in layers.parameters() if parameter.requires_grad)]
             return lambda: torch.autograd.grad(layers(x), inputs, dhs)
-        return lambda: _infer(layers, x)
+        return torch.no_grad()(lambda: layers(x))
 
     grouped = len(dhs) > 1
     return {name: ready(make) for name, make in LAYERS.items() if grouped or make is not _siva_alone}
-
-
-@torch.no_grad()
-def _infer(layers: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    return layers(x)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -153,7 +148,7 @@ def main() -> None:
     )
     wanted = arguments.models.split(",") if arguments.models else list(models)
     for case in cases({model: models[model] for model in wanted}, dtypes):
-        measure(FILE, {key: str(value) for key, value in asdict(case).items()}, candidates(case, device), device)
+        measure(FILE, columns_of(case), candidates(case, device), device)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.backbones import MODELS
 from bench.bench_pool import adamw
-from bench.harness import DATA, Row, machine, put_row, spread
+from bench.harness import DATA, Row, machine, percentiles, put_row
 from fastpeft import MeZO
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
@@ -125,8 +125,8 @@ def resident(name: str) -> int:
     raise KeyError(name)
 
 
-def step(case: Case, model_name: str) -> tuple[nn.Module, dict[str, float], Callable[[dict[str, Tensor]], None]]:
-    """What trains, its numbers of values as `sent` takes them, and a step on this process's rows."""
+def step(case: Case, model_name: str) -> tuple[dict[str, float], Callable[[dict[str, Tensor]], None]]:
+    """The model's numbers of values, as `sent` takes them, and a step on this process's rows."""
     torch.manual_seed(0)
     base = MODELS[model_name]()
     targets = parse_targets(case.layers) if case.layers else None
@@ -148,7 +148,7 @@ def step(case: Case, model_name: str) -> tuple[nn.Module, dict[str, float], Call
         fully_shard(model, mesh=mesh)
     if case.method == "mezo":
         mezo = MeZO(model, 1e-6, defer=True)
-        return model, numbers, lambda rows: mezo.step(lambda: model(**rows).loss) and None
+        return numbers, lambda rows: mezo.step(lambda: model(**rows).loss) and None
     optimizer = adamw(model)
 
     def run(rows: dict[str, Tensor]) -> None:
@@ -156,7 +156,7 @@ def step(case: Case, model_name: str) -> tuple[nn.Module, dict[str, float], Call
         wrapped(**rows).loss.backward()
         optimizer.step()
 
-    return model, numbers, run
+    return numbers, run
 
 
 def work(rank: int, size: int, case: Case, model_name: str, store: str, results: Any) -> None:
@@ -167,7 +167,7 @@ def work(rank: int, size: int, case: Case, model_name: str, store: str, results:
         "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
     )
     before = resident("VmRSS")
-    _, numbers, run = step(case, model_name)
+    numbers, run = step(case, model_name)
     ids = torch.randint(5, 1_000, (BATCH // size, TOKENS))
     rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
     for _ in range(WARM_UP):
@@ -200,7 +200,6 @@ def measured(case: Case, size: int, model_name: str) -> Row:
             for process in processes:
                 process.join(SECONDS)
     numbers = each[0][3]
-    milliseconds = spread([1e3 * seconds for _, _, times, _ in each for seconds in times])
     return {
         **asdict(case),
         "ranks": str(size),
@@ -211,7 +210,7 @@ def measured(case: Case, size: int, model_name: str) -> Row:
         "sent_bytes": f"{max(found for found, *_ in each):.0f}",
         "sent_bytes_predicted": f"{sent(case.engine, case.method, size, **numbers):.0f}",
         "memory_mb": f"{max(memory for _, memory, *_ in each) / MEBIBYTE:.0f}",
-        **{f"ms_p{p}": f"{value:.4g}" for p, value in zip((20, 50, 80), milliseconds)},
+        **percentiles("ms", [1e3 * seconds for _, _, times, _ in each for seconds in times]),
         "cores": str(os.cpu_count()),
         **machine(torch.device("cpu")),
     }

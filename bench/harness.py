@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import importlib.metadata
 import math
-import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 
 from bench.timers import WARM_UP, captured, elapsed, elapsed_cold, peak_mb
+from fastpeft.support.environment import versions
 from fastpeft.support.files import write_csv
 from fastpeft.support.processor import cpu_name
 
@@ -33,7 +32,7 @@ DATA = Path(__file__).parent / "data"
 CARDS = DATA / "gpu"
 ROUNDS = 21
 SHORTEST_SAMPLE_S = 1e-3  # a candidate faster than this is repeated within a sample: clocks are coarse
-VERSIONS = ("fastpeft", "torch", "triton", "peft")
+VERSIONS = ("python", "fastpeft", "torch", "triton", "peft")
 
 Row = dict[str, str]
 Candidates = Mapping[str, Callable[[], object]]
@@ -66,27 +65,27 @@ def spread(values: Iterable[float]) -> tuple[float, float, float]:
     return fifths[1], fifths[4], fifths[7]
 
 
+def percentiles(name: str, values: Iterable[float]) -> Row:
+    """The columns of the 20th, 50th and 80th percentile."""
+    return {f"{name}_p{percentile}": f"{value:.4g}" for percentile, value in zip((20, 50, 80), spread(values))}
+
+
+def columns_of(case: Any) -> Row:
+    """The fields of a data class as columns."""
+    return {name: str(value) for name, value in asdict(case).items()}
+
+
 def machine(device: torch.device) -> Row:
     """Where a measurement was made, and with which versions."""
+    # with its instruction set: processors of one name have several
+    processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+    found = versions()
     return {
         "device": device.type,
-        "card": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "card": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        **{package: _version(package) for package in VERSIONS},
+        **{name: found[name] for name in VERSIONS},
     }
-
-
-def _processor() -> str:
-    """With its instruction set: processors of one name have several."""
-    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def measure(file: Path, case: Row, candidates: Candidates, device: torch.device, rounds: int = ROUNDS) -> None:
@@ -104,15 +103,11 @@ def measure(file: Path, case: Row, candidates: Candidates, device: torch.device,
 def _figures(seconds: Mapping[str, list[float]]) -> dict[str, Row]:
     """Percentiles of each candidate's milliseconds, and of its ratios to the first."""
     first = next(iter(seconds.values()))
-    found: dict[str, Row] = {}
-    for name, times in seconds.items():
-        values = {"ms": [1e3 * t for t in times], "ratio": [t / base for t, base in zip(times, first)]}
-        found[name] = {
-            f"{prefix}_p{percentile}": f"{value:.4g}"
-            for prefix, each in values.items()
-            for percentile, value in zip((20, 50, 80), spread(each))
-        }
-    return found
+    return {
+        name: percentiles("ms", [1e3 * t for t in times])
+        | percentiles("ratio", [t / base for t, base in zip(times, first)])
+        for name, times in seconds.items()
+    }
 
 
 def _measure_on_card(file: Path, case: Row, candidates: Candidates, device: torch.device, rounds: int) -> None:
@@ -162,8 +157,7 @@ def time_operation(
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     for case in cases(("float32",) if device.type == "cpu" else ("bfloat16", "float32")):
-        columns = {name: str(value) for name, value in asdict(case).items()}
-        measure(file, columns, candidates(case, device), device, arguments.rounds)
+        measure(file, columns_of(case), candidates(case, device), device, arguments.rounds)
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -293,15 +293,12 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def row_of(name: str, case: Case, model: Any, rows: int, tokens: int, found: MemoryEstimate) -> Row:
-    parts = {part: getattr(found, part) for part in ("weights", "gradients", "optimizer", "activations", "peak")}
-    parts["rest"] = parts.pop("activations")
+    parts = {"weights": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
+    parts |= {"rest": found.activations, "peak": found.peak}
     return {
         **{"model": name, **asdict(case), "batch": str(rows), "tokens": str(tokens)},
         "trained": str(sum(p.numel() for p in model.parameters() if p.requires_grad)),
-        **{
-            f"{part}_mb": f"{parts[part] / MEBIBYTE:.1f}"
-            for part in ("weights", "gradients", "optimizer", "rest", "peak")
-        },
+        **{f"{part}_mb": f"{nbytes / MEBIBYTE:.1f}" for part, nbytes in parts.items()},
         "torch": versions()["torch"],
     }
 

@@ -29,6 +29,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from bench.backbones import LARGE
 from bench.harness import DATA, put_row
 from fastpeft import LadderConfig, LadderModel, SivaConfig
+from fastpeft.methods.side_network import GATED
 from fastpeft.support.environment import versions
 from fastpeft.training.memory import MEBIBYTE, BlockwiseAdamW, MemoryEstimate, fused_adamw, simulate_training_step
 
@@ -91,10 +92,13 @@ def prepared(case: Case, config: RobertaConfig) -> nn.Module:
     if case.method in ("full", "mezo"):
         return model
     if case.method in ("k-lst", "lst"):
-        shape: dict[str, Any] = {"window_size": 1, "fusion": "gated"} if case.method == "lst" else {}
-        shape["layers_per_block"] = int(case.layers_per_block) if case.layers_per_block else None
-        backbone_dtype: Any = case.residual_dtype or None
-        return LadderModel(model, LadderConfig(**shape, backbone_dtype=backbone_dtype, pack_weights=False))
+        config = LadderConfig(
+            **(GATED if case.method == "lst" else {}),
+            layers_per_block=int(case.layers_per_block) if case.layers_per_block else None,
+            backbone_dtype=case.residual_dtype or None,
+            pack_weights=False,
+        )
+        return LadderModel(model, config)
     common: dict[str, Any] = {"task_type": "SEQ_CLS", "r": RANK, "target_modules": TARGETS[case.targets]}
     wrap = partial(get_peft_model, autocast_adapter_dtype=case.adapter_dtype == "float32")
     if case.method == "siva":

@@ -8,12 +8,12 @@ next, which changes no bit; and with `restore="exact"`, which has to leave every
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bench.harness import DATA, machine, put_row
+from bench.harness import DATA, columns_of, machine, put_row
 from fastpeft import MeZO
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.models import load_classifier
@@ -78,7 +78,7 @@ def main() -> None:
         model = attention(getattr(torch, case.dtype))
         hidden = torch.randn(1, TOKENS, model.output.dense.out_features, generator=torch.Generator().manual_seed(0))
         moved, changed = drift(model, hidden.to(getattr(torch, case.dtype)), case)
-        columns = {name: str(value) for name, value in asdict(case).items()}
+        columns = columns_of(case)
         weights = {"model": "demo, first attention", "weights": str(sum(p.numel() for p in model.parameters()))}
         figures = {"drift": f"{moved:.4g}", "changed": f"{changed:.4g}"}
         put_row(FILE, {**weights, **columns, **figures, **machine(torch.device("cpu"))}, key=columns)

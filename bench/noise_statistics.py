@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.harness import DATA, machine, write_rows
+from bench.harness import DATA, columns_of, machine, write_rows
 from fastpeft.functional import mezo_perturb_
 
 FILE = DATA / "noise_statistics.csv"
@@ -134,7 +134,7 @@ def main() -> None:
     length = -(-arguments.samples // (SEEDS * LANES)) * LANES
     rows = []
     for each in (each for noise in MOMENTS for seed in arguments.seed for each in statistics(noise, seed, length)):
-        figures = {name: str(value) for name, value in asdict(each).items()} | {"score": f"{each.score:.3f}"}
+        figures = columns_of(each) | {"score": f"{each.score:.3f}"}
         rows.append({**figures, "holds": "yes" if each.holds else "no", **machine(torch.device("cpu"))})
     write_rows(FILE, rows)
 

@@ -16,13 +16,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.harness import DATA, Row, read_rows
+from bench.harness import DATA, VERSIONS, Row, read_rows
 from fastpeft.comparison.report.figures import Point, Scatter
 from fastpeft.comparison.significance import interval
 from fastpeft.support.files import read_json, write_text
 
 MEASURED = ("ms_", "ratio_")
-WHERE = ("device", "card", "threads", "python", "fastpeft", "torch", "triton", "peft")
+WHERE = ("device", "card", "threads", *VERSIONS)
 IMAGES = DATA.parents[1] / "docs" / "images"
 OVERVIEW, PARETO = IMAGES / "memory-speed.png", IMAGES / "accuracy-memory.svg"
 

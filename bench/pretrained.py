@@ -99,7 +99,8 @@ def fetch(model: Model, folder: Path, download: Download = download) -> None:
         return _check(model, folder)
     if model.quantised and importlib.util.find_spec("gguf") is None:
         raise FastpeftError("the model is a GGUF file, which the package gguf reads. Install it: pip install gguf")
-    parts, made = folder.with_name(f"{folder.name}{PARTS}"), folder.with_name(f"{folder.name}{PARTS}") / "model"
+    parts = folder.with_name(f"{folder.name}{PARTS}")
+    made = parts / "model"
     shutil.rmtree(made, ignore_errors=True)  # of a call that was cut off
     made.mkdir(parents=True)
     (parts / "arriving").mkdir(exist_ok=True)

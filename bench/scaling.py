@@ -27,13 +27,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import linear_regression, median
 from typing import Any
 
 import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from bench.bench_pool import adamw
-from bench.harness import DATA, interleave, machine, put_row, read_rows, spread
+from bench.harness import DATA, interleave, machine, percentiles, put_row, read_rows
 from fastpeft import LadderConfig, LadderModel, LadderPool
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
@@ -127,9 +128,7 @@ def step(method: str, sizes: Sizes, device: torch.device) -> Callable[[], object
 
 def exponent(sizes: list[int], costs: list[float]) -> float:
     """The slope of `log(cost)` over `log(size)` by least squares."""
-    x, y = ([math.log(value) for value in values] for values in (sizes, costs))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
+    return linear_regression(*([math.log(value) for value in values] for values in (sizes, costs))).slope
 
 
 def record(
@@ -144,14 +143,14 @@ def record(
     """Measure one axis of a method and put a row for each of its sizes into `file`."""
     at = {point: replace(base, **{axis: point}) for point in points}
     seconds = interleave({str(point): step(method, sizes, device) for point, sizes in at.items()}, device, rounds)
-    times = {point: spread(seconds[str(point)]) for point in points}
+    medians = [median(seconds[str(point)]) for point in points]
     counted = {point: operations(method, sizes) for point, sizes in at.items()}
     fits = {
-        "exponent": f"{exponent(list(points), [times[point][1] for point in points]):.2f}",
+        "exponent": f"{exponent(list(points), medians):.2f}",
         "exponent_predicted": f"{exponent(list(points), list(counted.values())):.2f}",
     }
     for point in points:
-        figures = {f"ms_p{p}": f"{1e3 * value:.4g}" for p, value in zip((20, 50, 80), times[point])}
+        figures = percentiles("ms", [1e3 * t for t in seconds[str(point)]])
         case = {"method": method, "axis": axis, "size": str(point), **machine(device)}
         put_row(file, {**case, **figures, "gflop": f"{counted[point] / 1e9:.4g}", **fits}, KEY)
     print(f"{method:6} {axis:7} exponent {fits['exponent']}, predicted {fits['exponent_predicted']}", flush=True)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fastpeft
-from bench.harness import DATA, interleave, machine, put_row, spread
+from bench.harness import DATA, interleave, machine, percentiles, put_row
 from fastpeft.siva.decompose import decompose
 
 FILE = DATA / "siva_init.csv"
@@ -99,7 +99,7 @@ def compare(r: int) -> None:
         for way, run in ready.items():
             found = errors(weight, run(), (u[:, :r], s[:r], v[:r]), float(s[r]))
             figures = {key: f"{value:.2g}" for key, value in found.items()}
-            times = dict(zip(("ms_p20", "ms_p50", "ms_p80"), (f"{1e3 * t:.4g}" for t in spread(seconds[way]))))
+            times = percentiles("ms", [1e3 * t for t in seconds[way]])
             row = {**case, "candidate": way, **machine(weight.device), "gap": f"{1 - s[r] / s[r - 1]:.2g}"}
             put_row(FILE, row | figures | times, key=(*case, "candidate", "card", "threads"))
 

@@ -104,21 +104,8 @@ KEY = ("kernel", "arch", "dtype", "tile")  # the columns that name a row
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
 ANY = (  # but not counts, rows of R and what does not specialise
-    *(
-        "M",
-        "R",
-        "splits",
-        "ranges",
-        "stride_pm",
-        "stride_pr",
-        "stride_un",
-        "stride_vk",
-        "num_terms",
-        "keep_bits",
-        "size",
-        "size_u",
-    ),
-    *("ranks", "strides_nr", "strides_pc", "strides_pr", "blocks_m", "tokens"),
+    *("M", "R", "splits", "ranges", "stride_pm", "stride_pr", "stride_un", "stride_vk", "num_terms", "keep_bits"),
+    *("size", "size_u", "ranks", "strides_nr", "strides_pc", "strides_pr", "blocks_m", "tokens"),
     *("rows", "T", "S", "parts", "slots", "absent", "seed_ptr", "ordinal", "last_dropped", "scale"),
 )
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -309,14 +296,9 @@ def frozen_head_variants(arch: str) -> Iterator[Variant]:
 
 def variants() -> Iterator[Variant]:
     """Everything that `static.csv` has a row for."""
-    for arch in TARGETS:
-        yield from siva_linear_variants(arch)
-    for arch in TARGETS:
-        yield from mezo_perturb_variants(arch)
-    for arch in TARGETS:
-        yield from window_attention_variants(arch)
-    for arch in TARGETS:
-        yield from frozen_head_variants(arch)
+    kinds = (siva_linear_variants, mezo_perturb_variants, window_attention_variants, frozen_head_variants)
+    for of_kernels, arch in itertools.product(kinds, TARGETS):
+        yield from of_kernels(arch)
 
 
 def source_hash(kernel: str) -> str:
@@ -394,11 +376,7 @@ def compile_row(variant: Variant) -> dict[str, str]:
 
 def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, str]:
     """Registers a thread, bytes of stack, and the disassembly."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(asm["cubin"])
-        usage = _run("cuobjdump", "--dump-resource-usage", cubin)
-        code = _run("nvdisasm", "--print-code", cubin)
+    usage, code = _dump(asm, "cuobjdump", "--dump-resource-usage"), _dump(asm, "nvdisasm", "--print-code")
     return int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1]), code
 
 
@@ -408,23 +386,16 @@ def gaussian_per_element(arch: str, dtype: str) -> float:
     tile = tiles.MEZO_PERTURB
     constants |= {"BLOCK_Q": tile.block_q}
     compiled = compile_variant(Variant("mezo_perturb", arch, dtype, constants, tile.num_warps, num_stages=3))
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        code = _run("cuobjdump", "--dump-sass", cubin)
+    code = _dump(compiled.asm, "cuobjdump", "--dump-sass")
     return executed(code, [("", 0), (_BEND, 0), (_BEND, -1), ("EXIT", 0)]) / (8 * tile.block_q / (32 * tile.num_warps))
 
 
 def stores_in_loop(arch: str, width: int) -> int:
     """Stores to shared memory in the loop of window attention's forward, in half precision without dropout."""
     compiled = compile_variant(window_attention_variant("fwd", arch, "bf16", "half", width))
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        code = _run("cuobjdump", "--dump-sass", cubin)
-    lines = {int(at, 16): text for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)}
-    backwards = {at: int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16) for at, text in lines.items() if "BRA " in text}
-    loops = [[text for at, text in lines.items() if start <= at <= end] for end, start in backwards.items()]
+    lines = _instructions(_dump(compiled.asm, "cuobjdump", "--dump-sass"))
+    jumps = {at: _target(text) for at, text in lines if "BRA " in text}
+    loops = [[text for at, text in lines if start <= at <= end] for end, start in jumps.items()]
     (loop,) = (loop for loop in loops if sum("MMA." in text for text in loop) > 1)
     return sum(re.match(r"(@\S+ )?STSM?\b", text) is not None for text in loop)
 
@@ -434,6 +405,14 @@ def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, str]:
     code = asm["amdgcn"]
     stack = re.search(r"\.private_segment_fixed_size:\s*(\d+)", code)[1]
     return int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1]), int(stack), code
+
+
+def _dump(asm: dict[str, Any], tool: str, option: str) -> str:
+    """What a tool of NVIDIA's prints of the machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(asm["cubin"])
+        return _run(tool, option, cubin)
 
 
 def _run(tool: str, *arguments: object) -> str:
@@ -498,7 +477,7 @@ def executed(code: str, stops: Sequence[tuple[str, int]]) -> int:
         stops: of each a pattern, and which of the instructions that it is found in: 0 is the first, -1 the last. The
             last stop is not counted.
     """
-    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    lines = _instructions(code)
     place = {at: number for number, (at, _) in enumerate(lines)}
 
     def followers(number: int) -> list[int]:
@@ -506,7 +485,7 @@ def executed(code: str, stops: Sequence[tuple[str, int]]) -> int:
         name = text.split()[1 if text.startswith("@") else 0]
         after = [number + 1] if number + 1 < len(lines) else []
         if name.startswith(("BRA", "CALL")):  # a call that does not return is a jump
-            to = place[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)]
+            to = place[_target(text)]
             return [to, *after] if re.search(r"\bU?P\d", text) else [to]
         return [] if text.startswith("EXIT") else after
 
@@ -523,6 +502,16 @@ def executed(code: str, stops: Sequence[tuple[str, int]]) -> int:
 
     numbers = [[n for n, (_, text) in enumerate(lines) if re.search(stop, text)][which] for stop, which in stops]
     return sum(steps(start, end) for start, end in itertools.pairwise(numbers) if start != end)
+
+
+def _instructions(code: str) -> list[tuple[int, str]]:
+    """The address and the text of each instruction that `cuobjdump --dump-sass` prints."""
+    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+
+
+def _target(jump: str) -> int:
+    """The address that an instruction jumps to."""
+    return int(re.findall(r"0x([0-9a-f]+)", jump)[-1], 16)
 
 
 def _by_arch(dump: str) -> list[tuple[str, str]]:

@@ -40,11 +40,8 @@ def siva_calls(k: int, columns: Sequence[int], rows: int, rank: int, dtype: torc
         return torch.ones(shape, dtype=of, device=device)
 
     n = len(columns)
-    x, weights, dhs = (
-        ones(rows, k, of=dtype),
-        [ones(c, k, of=dtype) for c in columns],
-        [ones(rows, c, of=dtype) for c in columns],
-    )
+    x = ones(rows, k, of=dtype)
+    weights, dhs = [ones(c, k, of=dtype) for c in columns], [ones(rows, c, of=dtype) for c in columns]
     us, ss, vs = [ones(c, rank) for c in columns], [ones(rank) for _ in columns], [ones(rank, k) for _ in columns]
     if n == 1:
         factors = us[0], ss[0], vs[0]

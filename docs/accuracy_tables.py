@@ -61,16 +61,8 @@ def demo() -> str:
         timed = row["method"] + ("" if work == "-" else f"-{work.replace(', ', '-').replace(' ', '-')}")
         speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds and "optim" not in row["variant"] else "-"
         accuracy = f"{float(row['accuracy']):.3f}"
-        body.append(
-            [
-                _named(row),
-                layers,
-                whole(row["peak_memory_mb"]),
-                accuracy,
-                speed,
-                whole(row["trainable_parameters"]),
-            ]
-        )
+        memory, trained = whole(row["peak_memory_mb"]), whole(row["trainable_parameters"])
+        body.append([_named(row), layers, memory, accuracy, speed, trained])
     return table(["method", "layers", "peak memory, MB", "accuracy", "samples/s", "trainable parameters"], body)
 
 
@@ -254,15 +246,8 @@ def tagging() -> str:
         first = metrics[0]
         cost = [whole(first["peak_memory_mb"]), f"{float(first['learning_rate']):g}", f"{len(cells)}"]
         body.append([title, *scores, beside, *cost])
-    heads = [
-        "F1 of entities, %",
-        "of words",
-        "entities above LoRA, 95 % interval",
-        "memory, MB",
-        "learning rate",
-        "seeds",
-    ]
-    return table(["", *heads], body)
+    titles = ["F1 of entities, %", "of words", "entities above LoRA, 95 % interval"]
+    return table(["", *titles, "memory, MB", "learning rate", "seeds"], body)
 
 
 LAST_16 = "layers_to_transform=[14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29]"
@@ -394,7 +379,7 @@ def _several(measured: Sequence[Row]) -> str:
     if not values:
         return "-"
     spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.3f}{spread}"
+    return f"{mean(values):.3f}{spread}"
 
 
 PROMPTED = ("method", "answer", "peak memory, MB", "accuracy", "F1")

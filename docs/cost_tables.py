@@ -456,18 +456,13 @@ def distributed() -> str:
             NAMES[row["method"]] + layers[row["layers"]],
             engines[row["engine"]],
             row["ranks"],
-            *(_kilobytes(row[name]) for name in ("sent_bytes", "sent_bytes_predicted")),
+            *(_two_digits(float(row[name]) / 1e3) for name in ("sent_bytes", "sent_bytes_predicted")),
             row["memory_mb"],
             whole(row["ms_p50"]),
         ]
         for row in rows("distributed.csv")
     ]
     return table(["method", "engine", "processes", "sent, kB", "predicted, kB", "memory, MB", "ms"], body)
-
-
-def _kilobytes(number: str) -> str:
-    value = float(number) / 1e3
-    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
 
 
 # what FSDP2 holds whole of a RoBERTa-large at a time: what is outside of the blocks, and two of these
@@ -490,7 +485,7 @@ def distributed_beyond() -> str:
         body.append(
             [
                 LARGE[case],
-                *map(_megabytes, sent.values()),
+                *map(_two_digits, sent.values()),
                 f"{sent[64] / (10 * GIGABIT):.1g}",
                 f"{peak + gradients:,.0f}",
                 f"{(weights + gradients + state) / 8 + GATHERED * weights + rest:,.0f}",
@@ -500,7 +495,8 @@ def distributed_beyond() -> str:
     return table(heads, body)
 
 
-def _megabytes(value: float) -> str:
+def _two_digits(value: float) -> str:
+    """A number with the digits before its point, and two at least."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from fastpeft.prompts.model import PromptCollator, PromptModel
     from fastpeft.prompts.template import Prompt
     from fastpeft.siva import SivaConfig, SivaLinear
-    from fastpeft.training.run import TrainConfig, train
+    from fastpeft.training.config import TrainConfig
+    from fastpeft.training.run import train
 
 __all__ = [
     "CompareConfig",

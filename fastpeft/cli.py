@@ -272,7 +272,7 @@ def predict(
             "--all changes only what is printed, but --output writes a file, which always has the probability of every "
             "class or label (of tags, that of the most likely tag). Remove --all."
         )
-    RunFolder(folder).metrics()  # raises where it is no finished run
+    RunFolder(folder).check_finished()
     with showing():
         from fastpeft import console
         from fastpeft.training import prediction_files
@@ -440,7 +440,7 @@ def export(
 ) -> None:
     """Export the model of a run, or of an adapter saved by save_pretrained, in a form that other libraries can load."""
     if not holds_adapter(folder):
-        RunFolder(folder).metrics()  # raises where it is no finished run
+        RunFolder(folder).check_finished()
     with showing():
         from fastpeft.training import export as exporting
 

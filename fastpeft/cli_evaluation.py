@@ -23,7 +23,7 @@ def evaluate_run(
     """Measure a finished run; `others` says whether options were given that go with --model."""
     if others:
         raise FastpeftError(_RUN_OR_MODEL)
-    RunFolder(folder).metrics()  # raises where it is no finished run
+    RunFolder(folder).check_finished()
     with showing():
         from fastpeft.training import evaluation
 

@@ -161,7 +161,7 @@ def run_plan(config: TrainConfig, budget_mb: float | None) -> TrainPlan:
 
 
 def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None) -> None:
-    """Print it."""
+    """Print what a run would do and take, and whether that fits into a budget."""
     known, peak = what.estimate, what.peak_memory_mb
     seconds = known.seconds(what.rows)
     rows = [

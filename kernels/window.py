@@ -19,13 +19,8 @@ from fastpeft.kernels.philox import in_order, random_words
 from fastpeft.ops import noise as contract
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-UNSPECIALISED = [
-    "slots",
-    "absent",
-    "seed_ptr",
-    "ordinal",
-    "last_dropped",
-]  # differ from block to block and step to step
+# arguments that differ from block to block and step to step
+UNSPECIALISED = ["slots", "absent", "seed_ptr", "ordinal", "last_dropped"]
 _SLOT_BITS = tl.constexpr(4)  # of a slot's number, where a list of slots is one integer
 BLOCK_SLOTS = tl.constexpr(16)  # keys of the tile of absent slots, more than a window has
 _DROPOUT = tl.constexpr(contract.STREAM_DROPOUT)

@@ -34,6 +34,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER, Backbone
 from fastpeft.ladder.passes import features_of
 from fastpeft.ops.frozen_linear import Packed
+from fastpeft.ops.packing import version_of
 from fastpeft.support.files import path_of
 from fastpeft.support.record_store import KEY_BYTES, Record, RecordStore, bytes_below
 
@@ -309,9 +310,8 @@ def _stamp(backbone: Backbone) -> list[Any]:
             if isinstance(module, Packed) and tensor is module._parameters["weight"]:
                 stamp.append(module.stamp())
             elif tensor is not None:
-                version = 0 if tensor.is_inference() else tensor._version
                 address = 0 if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
-                stamp.append((id(tensor), address, version))
+                stamp.append((id(tensor), address, version_of(tensor)))
         stamp += _switches(name, module)
     return stamp
 

@@ -52,11 +52,7 @@ from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base, 
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
-from fastpeft.ladder.sources import (
-    FeatureSource,
-    LadderPass,
-    choose_source,
-)
+from fastpeft.ladder.sources import FeatureSource, LadderPass, choose_source
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.processes import agreed

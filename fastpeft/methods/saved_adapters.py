@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, first_line
 from fastpeft.siva.loading import current_keys
 from fastpeft.support import files
 from fastpeft.support.adapter_files import CONFIG, WEIGHTS, check_file
@@ -117,7 +117,7 @@ def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
     try:
         return model, AutoTokenizer.from_pretrained(place, **source_options(str(place)))
     except (OSError, ValueError, ImportError) as error:  # vision models, and models made by hand, have none
-        logger.info("%s has no tokenizer that can be loaded (%s)", place, str(error).strip().partition("\n")[0])
+        logger.info("%s has no tokenizer that can be loaded (%s)", place, first_line(error))
         return model, None
 
 

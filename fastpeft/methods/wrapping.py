@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError, install
 from fastpeft.ladder.backbone import POOLER
 from fastpeft.methods.preparation import Preparation, Targets
+from fastpeft.ops.quantised_linear import BLOCK
 from fastpeft.prompts.model import PromptModel
 from fastpeft.siva import SivaConfig
 from fastpeft.siva.grouping import ATTENTION
@@ -50,7 +51,6 @@ _OWN_FIELDS = (
 )
 _REFUSED = {"SivaConfig": ("target_parameters", "layer_replication")}  # fields that are there to say why not
 _ROLES = ("query", "key", "value")
-_BLOCK = 64  # weights in 4 bits that share a scale
 
 # kinds of model for which PEFT knows what its adapters go onto
 _KNOWN = {
@@ -210,9 +210,9 @@ def in_4_bits(model: Any) -> Any:
             "Choose another method."
         )
     for name, layer in layers.items():
-        if layer.in_features % _BLOCK and not torch.accelerator.is_available():
+        if layer.in_features % BLOCK and not torch.accelerator.is_available():
             raise FastpeftError(
-                f"qlora cannot keep {name} in 4 bits: on a CPU bitsandbytes takes rows of whole blocks of {_BLOCK} "
+                f"qlora cannot keep {name} in 4 bits: on a CPU bitsandbytes takes rows of whole blocks of {BLOCK} "
                 f"weights, and these have {layer.in_features}. Choose siva with --set residual_dtype=nf4."
             )
     for name, layer in layers.items():

@@ -145,16 +145,16 @@ class RecordFormat:
             whole = self._is_whole(content, begin)
             if not (whole or any(self._is_whole(content, later) for later in starts[number:])):
                 return  # after a power cut several records may hold zeros, or anything
-            fields = self._layout.unpack_from(content, begin)
-            seed = self._estimator.seeds(self._seed, position[0])[0]
-            known = fields[1] in Kind.__members__.values() and fields[2] <= len(self._estimator.points)
-            if not (whole and known) or (fields[0], fields[3]) != (position[0], seed):
+            step, kind, points, seed, *numbers = self._layout.unpack_from(content, begin)
+            expected = position[0], self._estimator.seeds(self._seed, position[0])[0]
+            known = kind in Kind.__members__.values() and points <= len(self._estimator.points)
+            if not (whole and known) or (step, seed) != expected:
                 raise FastpeftError(
                     f"record {number} of {total} in the journal {path} is damaged, so nothing after it can be "
                     "repeated. Restore the file, or move it away and resume from a checkpoint with weights, where "
                     "another journal then begins."
                 )
-            record = Record(fields[0], Kind(fields[1]), fields[2], fields[3], fields[4 : 4 + n], fields[4 + n :])
+            record = Record(step, Kind(kind), points, seed, tuple(numbers[:n]), tuple(numbers[n:]))
             position = record.after(position)
             yield record
 

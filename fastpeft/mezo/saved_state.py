@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fastpeft.errors import FastpeftError
 from fastpeft.mezo.journal_format import Position
 from fastpeft.ops.noise import NAMES
-
-_REQUIRED = {"seed", "steps_done", "noise", "drawn_by", "estimator", "num_estimates"}
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,11 @@ class SavedState:
         Raises:
             FastpeftError: another optimizer wrote it, or its noise was drawn otherwise than now.
         """
-        if not state_dict.keys() >= _REQUIRED:
+        names = {field.name for field in fields(cls)}
+        required = names - {"dropped"}
+        if not state_dict.keys() >= required:
             raise FastpeftError(
-                f"MeZO: the state has {', '.join(map(str, state_dict))} but not {', '.join(sorted(_REQUIRED))}, so "
+                f"MeZO: the state has {', '.join(map(str, state_dict))} but not {', '.join(sorted(required))}, so "
                 "another optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
             )
         noise, drawn_by = state_dict["noise"], state_dict["drawn_by"]
@@ -44,8 +44,7 @@ class SavedState:
                 f"{NAMES.get(noise)!r}, so it would go on as another run. Use the version of fastpeft that wrote it, "
                 "or load the weights alone and begin anew."
             )
-        kept = {name: state_dict[name] for name in (*_REQUIRED, "dropped") if name in state_dict}
-        return cls(**kept)
+        return cls(**{name: state_dict[name] for name in names & state_dict.keys()})
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -156,12 +156,12 @@ def _register(library: torch.library.Library, choice: Choice, is_asked_for: bool
         library.impl(choice.op, choosing(op, forms) if is_chosen else forms["triton"], choice.device.upper())
     elif choice.backend == "aten" and op.aten is not None:
         for key in _keys(choice.device):
-            library.impl(choice.op, torch.no_grad()(op.aten), key)  # it writes in place; a formula differentiates it
+            library.impl(choice.op, op.aten, key)
     elif choice.backend == "cpp" and op.aten is not None:
         # what the compiled module calls for the dtypes and ranks that it leaves to ATen
         library.define(f"{choice.op}_aten{op.schema.partition('->')[0]}-> Tensor[]")
         for key in _keys(choice.device):
-            library.impl(f"{choice.op}_aten", torch.no_grad()(_flat(op.aten)), key)
+            library.impl(f"{choice.op}_aten", _flat(op.aten), key)
     elif choice.backend == "reference" and _COMPILED.keys() & IMPLEMENTED.get((choice.op, choice.device), ()):
         # a compiled module may have been loaded for another op; put the reference back over this one
         for key in _keys(choice.device):
@@ -177,7 +177,7 @@ def gpu_forms(op: str) -> dict[str, Callable[..., Any]]:
     launcher, aten = getattr(module, op), OPS[op].aten
     forms = {"triton": launcher}
     if aten is not None and "aten" in IMPLEMENTED[op, "cuda"]:
-        forms["aten"] = torch.no_grad()(aten)  # it writes in place; a formula differentiates it
+        forms["aten"] = aten
     if "ways" in inspect.signature(launcher).parameters:
         forms |= {way: partial(launcher, ways=(way,)) for way in module.tiles.WAYS}
     return forms

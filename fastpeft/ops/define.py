@@ -26,8 +26,9 @@ class Op:
         schema: its arguments and results, in the language of `torch.library`.
         reference: the op in plain PyTorch. It is the oracle of the tests, the fallback where nothing faster runs, and
             the baseline of the benches.
-        aten: the op in as few fused ATen calls as possible, with no temporary of the output's size. If the reference
-            already is that, pass it again only when a compiled module falls back to it for some dtypes; otherwise None.
+        aten: the op in as few fused ATen calls as possible, with no temporary of the output's size; autograd records
+            none. If the reference already is that, pass it again only when a compiled module falls back to it for some
+            dtypes; otherwise None.
     """
 
     name: str
@@ -65,7 +66,8 @@ def define(
     """Declare an op with its schema and its forms; `shapes` makes results of the right shapes and dtypes, unfilled."""
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes)
-    OPS[name] = Op(name, schema, reference, aten)
+    # ATen calls may write in place; a formula of the op's own differentiates it
+    OPS[name] = Op(name, schema, reference, aten and torch.no_grad()(aten))
 
 
 def check_first_derivative(op: str) -> None:

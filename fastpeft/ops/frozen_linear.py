@@ -20,7 +20,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ops.define import check_first_derivative
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
-from fastpeft.ops.packing import Packs, is_token, num_rows, packed_linear
+from fastpeft.ops.packing import Packs, is_token, num_rows, packed_linear, version_of
 from fastpeft.ops.products import as_matrix, multiplies_in_float32, product, times
 
 Computation = Literal["int8"]
@@ -199,7 +199,7 @@ class Packed:
 
 
 def _stamp(weight: nn.Parameter) -> Stamp:
-    return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    return id(weight), weight.data_ptr(), version_of(weight)
 
 
 class PackedLinear(Packed, nn.Linear):

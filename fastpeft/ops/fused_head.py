@@ -21,6 +21,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.frozen_head_cross_entropy import loss_of_head
 from fastpeft.ops.frozen_linear import PackedLinear, unfreeze
+from fastpeft.ops.packing import version_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class LazyLogits(Tensor):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    version: int | None
+    version: int
     made: Tensor | None
     uses: list[str]
 
@@ -60,7 +61,7 @@ class LazyLogits(Tensor):
         shape = (*hidden.shape[:-1], weight.shape[0])
         unmade: LazyLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         unmade.hidden, unmade.weight, unmade.bias = hidden, weight, bias
-        unmade.version = _version(weight)
+        unmade.version = version_of(weight)
         unmade.made, unmade.uses = None, uses
         return unmade
 
@@ -99,7 +100,7 @@ class LazyLogits(Tensor):
 
     def use(self, name: str) -> None:
         """Note that `name` reads hidden and weight. Raise if the weight has changed since the decoder ran."""
-        if self.version != _version(self.weight):
+        if self.version != version_of(self.weight):
             raise FastpeftError(
                 "logits were read after the weight of the LM head had changed; fuse_head computes them only when they "
                 "are read. Read them before the change, or call fastpeft.unfuse_head(model)."
@@ -113,10 +114,6 @@ class LazyLogits(Tensor):
         )
         unmade.version = self.version
         return unmade
-
-
-def _version(weight: Tensor) -> int | None:
-    return None if weight.is_inference() else weight._version
 
 
 def _with_made(value: Any, name: str) -> Any:

@@ -121,13 +121,12 @@ def kept(
 
     The seed may be an int64 tensor of one element.
     """
-    q = torch.arange((count + 3) // 4, device=device).repeat(len(ordinals))
-    ordinal = torch.tensor(ordinals, dtype=torch.long, device=device).repeat_interleave((count + 3) // 4)
+    counters = (count + 3) // 4
+    q = torch.arange(counters, device=device).repeat(len(ordinals))
+    ordinal = torch.tensor(ordinals, dtype=torch.long, device=device).repeat_interleave(counters)
     counter = (q & _MASK, q >> 32, torch.full_like(q, STREAM_DROPOUT), ordinal)
-    words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK), ROUNDS[STREAM_DROPOUT]).view(
-        len(ordinals), 4 * ((count + 3) // 4)
-    )
-    return words[:, :count] >= round(p * 2**32)
+    words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK), ROUNDS[STREAM_DROPOUT])
+    return words.view(len(ordinals), 4 * counters)[:, :count] >= round(p * 2**32)
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, first: int, seed: int) -> Tensor:

@@ -265,11 +265,15 @@ class Packs:
         return Packs, (self.enabled,)
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place; 0 for a tensor of inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _signature(weight: Tensor) -> tuple[Any, ...]:
     if isinstance(weight, FakeTensor):
         return (id(weight),)
-    version = 0 if weight.is_inference() else weight._version
-    return version, weight.dtype, weight.shape, weight.stride()
+    return version_of(weight), weight.dtype, weight.shape, weight.stride()
 
 
 def _is_dense(weight: Tensor) -> bool:

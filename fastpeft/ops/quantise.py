@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError, install
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
-from fastpeft.ops.packing import quantise_rows
+from fastpeft.ops.packing import quantise_rows, version_of
 from fastpeft.ops.quantised_linear import BLOCK, Nested, QuantisedProduct, dequantise, unnested
 
 Format = Literal["int8", "nf4", "nf4-double"]
@@ -95,8 +95,7 @@ class QuantisedWeight(nn.Module):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b` with each row of x in 8 bits, `(*, K)` -> `(*, N)`, in the dtype of x or that of autocast."""
-        version = 0 if self.codes.is_inference() else self.codes._version
-        codes = self.codes.data_ptr(), version, self.codes.device
+        codes = self.codes.data_ptr(), version_of(self.codes), self.codes.device
         if self._sums is None or self._summed != codes:
             self._sums, self._summed = self.codes.data.sum(1, dtype=torch.int32), codes
         return multiply(x, self.codes.data, self.scales.data, self._sums, bias)

@@ -14,11 +14,7 @@ from torch import Tensor
 
 from fastpeft.ops.define import NAMESPACE, check_first_derivative, define
 from fastpeft.ops.window import Needs, Window
-from fastpeft.ops.window_composed import (
-    composed_holds,
-    window_attention_backward_composed,
-    window_attention_composed,
-)
+from fastpeft.ops.window_composed import composed_holds, window_attention_backward_composed, window_attention_composed
 
 
 def window_attention_reference(q: Tensor, c: Tensor, p: Tensor, window: Window) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ def serve(
         raise FastpeftError(f"serve needs {error.name}, which is not installed. Run {install('serve')}.") from None
     folders = parse_runs(items)
     for folder in folders.values():
-        RunFolder(folder).metrics()  # raises where it is no finished run, before any is loaded
+        RunFolder(folder).check_finished()  # before any is loaded
     if runs is not None and not runs.is_dir():
         raise FastpeftError(f"the folder of runs {str(runs)!r} is not there. Name one that is, or leave --runs out.")
     _check_device(device)

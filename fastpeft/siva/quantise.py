@@ -58,7 +58,7 @@ def quantised_siva_linear(
     v: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    trained: int | None = None,
+    trained: int,
 ) -> Tensor:
     """`siva_linear` with a quantised weight.
 
@@ -66,7 +66,7 @@ def quantised_siva_linear(
         x, u, s, v, bias: as in `siva_linear`.
         rest: the weight.
         dtype: in which all is computed.
-        trained: how many triplets train, the first ones; None: all.
+        trained: how many triplets train, the first ones.
 
     Notes:
         Saved for backward: as by `siva_linear`, with the codes instead of the weight. Each product
@@ -76,6 +76,5 @@ def quantised_siva_linear(
     """
     u, s, v = (factor.to(factors_dtype(dtype, x.device)) for factor in (u, s, v))
     bias = None if bias is None else bias.to(dtype)
-    trained = len(s) if trained is None else trained
     h: Tensor = SivaLinearQuantised.apply(x.to(dtype), rest.codes, rest.scales, rest.nested, u, s, v, bias, trained)
     return h

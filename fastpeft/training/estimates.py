@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastpeft.data.packed_rows import POSITIONS, texts_of
+from fastpeft.data.packed_rows import POSITIONS
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
 from fastpeft.support.launcher import launched
@@ -142,8 +142,8 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
         trainable_parameters=trainable,
         parameters=total,
         steps=total_steps(arguments, len(task.train_rows)),
-        rows=task.setup.rows_trained(len(task.train_rows)) * _texts(task) / len(task.train_rows),
-        train_rows=_texts(task),
+        rows=task.setup.rows_trained(len(task.train_rows)) * task.num_train_texts / len(task.train_rows),
+        train_rows=task.num_train_texts,
         dev_rows=len(task.dev_rows),
         longest_row=_longest(task),
         recipe=recipe_used(arguments),
@@ -203,7 +203,7 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
     read = 2 * rows + (CURVE_POINTS - 1) * min(rows, CURVE_ROWS)  # before and after, and for the curve
     steps = _padded_tokens(trainer.order, trainer.args.gradient_accumulation_steps)
     timed = sum(steps[index % len(steps)] for index in range(1, 1 + clock.steps))
-    row_seconds = clock.seconds / timed * sum(steps) / _texts(task)
+    row_seconds = clock.seconds / timed * sum(steps) / task.num_train_texts
     return Estimate(memory, loaded - begin + read * measured, row_seconds)
 
 
@@ -274,11 +274,6 @@ def _checkpoint_activations(model: Any, arguments: TrainingArguments) -> None:
     # the older transformers have the second name alone
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options or None, **own)
-
-
-def _texts(task: Task) -> int:
-    """How many texts a run trains on, of which joined rows have several."""
-    return sum(map(texts_of, task.train_rows))
 
 
 def _longest(task: Task) -> int:

@@ -35,7 +35,7 @@ def earlier_run(folder: str) -> RunFolder:
     """
     run = RunFolder(folder)
     try:
-        run.metrics()
+        run.check_finished()
     except FastpeftError as error:
         raise FastpeftError(f"the run to start from is not there: {error}") from None
     _check_beginning(run)

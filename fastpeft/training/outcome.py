@@ -14,7 +14,6 @@ import torch
 from fastpeft.data import result_warnings
 from fastpeft.data.examples import count_labels
 from fastpeft.data.names import LOSS
-from fastpeft.data.packed_rows import texts_of
 from fastpeft.data.problems import (
     CLASSIFICATION,
     MASKED_WORDS,
@@ -163,7 +162,7 @@ def _metrics(trainer: RunTrainer, task: Task, before: Beginning, after: _Measure
         "best_step": after.chosen,
         "threshold": after.threshold,
         "threshold_rows": len(task.threshold_rows) or None,
-        "train_rows": sum(map(texts_of, task.train_rows)),
+        "train_rows": task.num_train_texts,
         "dev_rows": len(task.dev_rows),
         "trainable_parameters": trainable,
         "parameters": total,
@@ -294,10 +293,5 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         answers=answers_in_words(metrics),
         chosen_by=chosen_by(metrics),
         metrics=results(metrics),
-        settings={
-            **recipe,
-            "max_length": task.max_length,
-            **settings,
-            **config.settings,
-        },
+        settings={**recipe, "max_length": task.max_length, **settings, **config.settings},
     )

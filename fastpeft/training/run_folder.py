@@ -187,6 +187,10 @@ class RunFolder:
             )
         return _Metrics(self.metrics_file)
 
+    def check_finished(self) -> None:
+        """Raise `FastpeftError` unless the folder holds a finished run."""
+        self.metrics()
+
     def trained_on(self) -> set[str]:
         """Digests, as `fastpeft.data.splitting.digest` makes them, of the texts that the result was trained on.
 

@@ -57,6 +57,11 @@ class Task:
     max_length: int
     warnings: list[str]
 
+    @property
+    def num_train_texts(self) -> int:
+        """How many texts it trains on, of which joined rows have several."""
+        return sum(map(packed_rows.texts_of, self.train_rows))
+
     @classmethod
     def load(cls, config: TrainConfig) -> Task:
         """Load all that `config` names.

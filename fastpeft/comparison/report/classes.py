@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics as plain
 from collections.abc import Iterator, Sequence
+from statistics import mean
 from typing import Any
 
 from fastpeft.comparison.report.document import Block, Heading, Table, Text
@@ -38,7 +38,7 @@ def _scores(variant: Variant) -> dict[str, tuple[float, ...]]:
     runs: list[dict[str, Any]] = [found for run in variant.runs if (found := run.get("per_class"))]
     keys = ("f1", "recall", "support")
     return {
-        name: tuple(plain.mean(run[name][key] for run in runs if name in run) for key in keys)
+        name: tuple(mean(run[name][key] for run in runs if name in run) for key in keys)
         for name in dict.fromkeys(name for run in runs for name in run)
     }
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics as plain
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import mean
 
 from fastpeft.comparison import significance
 from fastpeft.comparison.report.document import Block, Heading, Table, Text, listed
@@ -79,7 +79,7 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
     metric = main.key if main else ""
     tested = [pair for pair in tested if pair.metric == metric]
     compared = [variant for variant in compared if variant.values(metric)]
-    scores = {variant.name: plain.mean(variant.values(metric)) for variant in compared}
+    scores = {variant.name: mean(variant.values(metric)) for variant in compared}
     best = [name for name, score in scores.items() if math.isclose(score, max(scores.values()))]
     title = TITLES.get(metric, "")
     if not tested:
@@ -118,7 +118,7 @@ def _highest(compared: Sequence[Variant], best: Sequence[str], scores: Mapping[s
     text = f"{listed(shown)} {'has' if len(best) == 1 else 'share'} the highest{f' {title}' if title else ''}, "
     text += f"{scores[best[0]]:.3f}"
     memory = next(variant for variant in compared if variant.name == best[0]).values("peak_memory_mb")
-    return f"{text}, at {plain.mean(memory):,.0f} MB peak memory" if memory and len(best) == 1 else text
+    return f"{text}, at {mean(memory):,.0f} MB peak memory" if memory and len(best) == 1 else text
 
 
 def _counted(names: Sequence[str], held: Sequence[Pair]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics as plain
 from collections.abc import Iterator, Sequence
 from itertools import product
+from statistics import mean
 
 from fastpeft.comparison import significance, suites
 from fastpeft.comparison.report.document import Block, Heading, Strong, Table, Text
@@ -48,7 +48,7 @@ def _given(value: float | None, form: str) -> str:
 
 def _mean(variant: Variant, key: str, factor: float, form: str) -> str:
     values = variant.values(key)
-    return format(factor * plain.mean(values), form) if values else "-"
+    return format(factor * mean(values), form) if values else "-"
 
 
 def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
@@ -142,9 +142,9 @@ def _measured_orders(compared: Sequence[Variant]) -> Iterator[list[str]]:
             ours, theirs = one.values(key), other.values(key)
             if ours and theirs:
                 pair = (ours, theirs) if word == "above" else (theirs, ours)
-                mean, their_mean = plain.mean(ours), plain.mean(theirs)
-                apart = f" ({100 * (mean / their_mean - 1):+.1f} %)" if their_mean else ""
-                here = f"{mean:,.0f} and {their_mean:,.0f}{apart}"
+                our_mean, their_mean = mean(ours), mean(theirs)
+                apart = f" ({100 * (our_mean / their_mean - 1):+.1f} %)" if their_mean else ""
+                here = f"{our_mean:,.0f} and {their_mean:,.0f}{apart}"
                 verdict = significance.verdict_of_ranges(*pair, margin)
                 yield [f"{title}: {one.name} {word} {other.name}", verdict, here, "-", "-"]
 

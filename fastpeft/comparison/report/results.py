@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics as plain
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import mean, stdev
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Column:
             return "-"
         if len(set(values)) == 1:
             return format(values[0], self.format)
-        return f"{plain.mean(values):{self.format}} ± {plain.stdev(values):{self.format}}"
+        return f"{mean(values):{self.format}} ± {stdev(values):{self.format}}"
 
 
 COLUMNS = (
@@ -233,5 +233,5 @@ def show(variant: Variant, column: Column) -> str:
     """A variant's value in a column; the tested metric has its interval."""
     values = variant.values(column.key)
     if column.key == variant.tested and values and (ends := variant.interval()):
-        return f"{plain.mean(values):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
+        return f"{mean(values):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
     return column.show(values)

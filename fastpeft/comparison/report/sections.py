@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics as plain
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from fastpeft.comparison import suites
@@ -13,15 +13,7 @@ from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.report import classes, document, figures, mistakes, paired_tests, paper
 from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, PageOnly, Strong, Table, Text
-from fastpeft.comparison.report.results import (
-    Variant,
-    columns,
-    main_metric,
-    show,
-    table,
-    variants,
-    warnings,
-)
+from fastpeft.comparison.report.results import Variant, columns, main_metric, show, table, variants, warnings
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem, title_of
 from fastpeft.methods.registry import get_method
@@ -113,10 +105,10 @@ def _trade_off(compared: Sequence[Variant]) -> Iterator[Block]:
         figures.Point(
             index,
             variant.name,
-            plain.mean(memory),
-            plain.mean(scores),
+            mean(memory),
+            mean(scores),
             variant.interval() if metric.key == variant.tested else None,
-            1000 / plain.mean(speeds) if (speeds := variant.values("samples_per_second")) and min(speeds) > 0 else None,
+            1000 / mean(speeds) if (speeds := variant.values("samples_per_second")) and min(speeds) > 0 else None,
             [f"{column.title}: {show(variant, column)}" for column in shown if variant.values(column.key)],
         )
         for index, variant in enumerate(compared)
@@ -231,7 +223,7 @@ def _estimates(compared: Sequence[Variant]) -> Iterator[Block]:
     if allocated:
         worst = max(errors, key=abs)
         yield Text(
-            f"The estimate of --dry-run against the allocator's peak: {plain.mean(errors):+.1%} on average, at most "
+            f"The estimate of --dry-run against the allocator's peak: {mean(errors):+.1%} on average, at most "
             f"{worst:+.1%}."
         )
         yield Table(
