@@ -416,7 +416,7 @@ def frozen_accuracy() -> str:
     body = []
     for (method, dtype), found in runs.items():
         accuracies, differences = ([100 * float(row[name]) for row in found] for name in ("accuracy", "difference"))
-        each = ", ".join(f"{difference:+.1f}" for difference in differences)
+        each = ", ".join(f"{difference + 0.0:+.1f}" for difference in differences)  # 0, not -0
         body.append([NAMES[method], dtype, f"{mean(accuracies):.1f}", "-" if dtype == "float32" else each])
     return table(["", "frozen weights", "accuracy, %", "beside float32, by seed"], body)
 

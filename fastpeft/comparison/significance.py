@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 LEVEL = 0.05  # of significance; intervals have the level 1 - LEVEL
+_ROUNDING = 1e-10  # scores of rows differ by more, or only in how they were rounded
 
 SEEN, REVERSED, UNDECIDED = "seen", "reversed", "undecided"  # reversed: the opposite order is seen
 
@@ -63,7 +64,8 @@ def interval(scores: np.ndarray) -> tuple[float, float] | None:
 
     Of an accuracy with one seed Wilson's. Else, with S seeds and N rows, the mean plus or minus t standard errors,
     whose square is `var(seeds) / S + var(rows) / N` (variances of the means over the other; one seed has none), with
-    Welch's degrees of freedom. None of fractions that are all equal, as those of an F1 of 0 or 1: they tell no spread.
+    Welch's degrees of freedom. Of fractions N counts the rows that have a part in the metric. None of fractions that
+    are all equal, as those of an F1 of 0 or 1: they tell no spread.
 
     Args:
         scores: `(seeds, rows)`.
@@ -73,7 +75,7 @@ def interval(scores: np.ndarray) -> tuple[float, float] | None:
         >>> f"{low:.3f} {high:.3f}"
         '0.490 0.943'
     """
-    scores = _distinct(scores)
+    (scores,) = _with_a_part(_distinct(scores))
     seeds, rows = scores.shape
     error, freedom = _error(scores)
     if _are_answers(scores) and (seeds == 1 or error == 0):
@@ -89,25 +91,29 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
 
     With one seed of an accuracy, or several that all agree, McNemar's exact test: of the rows that only one answers
     rightly, half should be each method's. Else the t test of the mean difference, whose standard error is that of
-    `interval`; fractions without any spread have p = 1. Where that error is 0 for an accuracy, the interval extends as
-    far as Wilson's of as many rows, all of them right.
+    `interval`. Fractions that differ by as much in every row, so that it is 0, have the sign test, but p = 1 where
+    those of each method are all equal. Where it is 0 for an accuracy or a sign test, the interval extends as far as
+    Wilson's of as many rows, all of them right.
 
     Args:
         first, second: `(seeds, rows)`.
     """
     from scipy.stats import binomtest, t
 
+    first, second = _with_a_part(first, second)
     differences = _distinct(first.astype(np.float64) - second)
     mean = float(differences.mean())
     error, freedom = _error(differences)
     seeds, rows = differences.shape
     half = _half_width(error, freedom)
-    if _are_answers(first) and _are_answers(second) and (seeds == 1 or error == 0):
+    answers = _are_answers(first) and _are_answers(second)
+    vary = not answers and max(np.ptp(first), np.ptp(second)) > _ROUNDING
+    if (answers and seeds == 1) or (error == 0 and (answers or (vary and abs(mean) > _ROUNDING))):
         half = half or 1 - _wilson(rows, rows)[0]
         # by the first seed: where the error is 0 the others have the same mean
-        better, worse = int((differences[0] > 0).sum()), int((differences[0] < 0).sum())
+        better, worse = (int((sign * differences[0] > _ROUNDING).sum()) for sign in (1, -1))
         p = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
-        test = "McNemar's exact test"
+        test = "McNemar's exact test" if answers else "a sign test over rows"
     else:
         p = 2 * float(t.sf(abs(mean) / error if error else 0.0, freedom))
         test = f"a t test over {'rows' if seeds == 1 else 'seeds and rows'}"
@@ -132,11 +138,25 @@ def _are_answers(scores: np.ndarray) -> bool:
     return scores.dtype.kind in "biu"
 
 
+def _with_a_part(*scores: np.ndarray) -> list[np.ndarray]:
+    """Scores `(seeds, rows)` without the rows that have no part in any of the metrics, which thereby do not change.
+
+    Such a row adds 0 to both sums of `row_scores`, as a sentence without an entity in its labels and answers, so its
+    score is the metric itself. Counted, many of these would make a few others look like many.
+    """
+    centred = [each - each.mean(1, keepdims=True) for each in scores]
+    has_part = np.any([abs(each) > _ROUNDING for each in centred], axis=(0, 1))
+    if all(map(_are_answers, scores)) or not has_part.any():
+        return list(scores)
+    share = has_part.mean()  # of rows; `row_scores` divides by a mean over rows, which are fewer now
+    return [each.mean(1, keepdims=True) + share * values[:, has_part] for each, values in zip(scores, centred)]
+
+
 def _error(values: np.ndarray) -> tuple[float, float]:
     """The standard error of the mean of `values` `(seeds, rows)`, and its degrees of freedom."""
     means = (values.mean(0), values.mean(1))
     # of equal means rounding would make a variance that is not 0
-    parts = [(each.var(ddof=1) / len(each), len(each) - 1) for each in means if np.ptp(each)]
+    parts = [(each.var(ddof=1) / len(each), len(each) - 1) for each in means if np.ptp(each) > _ROUNDING]
     square = sum(part for part, _ in parts)
     if square == 0:
         return 0.0, math.inf

@@ -190,7 +190,7 @@ def _never_told(problem: Problem, outputs: np.ndarray, labels: np.ndarray, names
         answers, labels = problem.answers(outputs[labelled])[:, None] == classes, labels[labelled][:, None] == classes
     told, there = answers.sum(0), labels.sum(0)
     if len(answers) >= 2 and len(np.unique(answers, axis=0)) == 1:
-        also = ", and so is every label" if len(np.unique(labels, axis=0)) == 1 else ""
+        also = ", and so is every label" if (labels == answers[0]).all() else ""
         answer = ", ".join(repr(name) for name, count in zip(names, told) if count) or "no label"
         return [
             f"Every prediction is {answer}{also}, so nothing shows that the model can distinguish the {problem.labels}."

@@ -218,7 +218,7 @@ def test_another_metric_than_accuracy_is_tested(tmp_path: Path) -> None:
         "siva and lora share the highest entity F1, 0.875; 2 of 3 pairs of variants differ significantly (Holm)."
     )
     text = document.markdown("", sections.report(plan, pictures=False))
-    assert "Entity F1 of every pair of variants, paired by dev row: a t test" in text
+    assert "Entity F1 of every pair of variants, paired by dev row: a sign test over rows and a t test" in text
     assert "| 0.375 (0.355 to 0.395) | 0.300 |" in text, "the metric that is tested comes first, with its interval"
     (plan.results[1].folder.path / "row_scores.json").write_text(
         json.dumps({"metric": "entity_f1", "above": [1], "below": [1]})

@@ -163,6 +163,28 @@ def test_one_seed_of_other_scores_is_tested_by_t() -> None:
     assert found.test == "a t test over rows"
 
 
+def test_rows_without_a_part_in_the_metric_change_nothing() -> None:
+    """A test over 8 sentences with an entity among 1,000 is one over 8: it finds nothing in equal models too often."""
+    generator = np.random.default_rng(0)
+    below = [2] * 8
+
+    def pair(above: np.ndarray, others: int) -> tuple[np.ndarray, np.ndarray]:
+        rest = [0] * others
+        first, second = (row_scores([*each, *rest], [*below, *rest])[None] for each in above)
+        return first, second
+
+    found = []
+    for above in 2 * (generator.random((400, 2, 8)) < 0.5):
+        alone, among = (compare_pair(*pair(above, others)) for others in (0, 992))
+        assert (among.mean, among.low, among.high, among.p) == pytest.approx(
+            (alone.mean, alone.low, alone.high, alone.p), abs=1e-9
+        )
+        found.append(among.p < 0.05)
+    assert np.mean(found) < 0.08
+    above = np.array([[2, 0, 2, 2, 0, 2, 2, 2]] * 2)
+    assert interval(pair(above, 992)[0]) == pytest.approx(interval(pair(above, 0)[0]))
+
+
 def test_fractions_without_spread_tell_nothing() -> None:
     """One entity in eight rows, found by one model alone, is no evidence; nor is one row."""
     found, missed = row_scores([2] + [0] * 7, [2] + [0] * 7), row_scores([0] * 8, [1] + [0] * 7)
@@ -171,6 +193,18 @@ def test_fractions_without_spread_tell_nothing() -> None:
     assert interval(found[None]) is None
     assert interval(missed[None]) is None
     assert compare_pair(row_scores([5], [10])[None], row_scores([6], [10])[None]).p == 1.0
+
+
+@pytest.mark.parametrize("rows", [4, 5, 6])
+def test_fractions_that_differ_alike_in_every_row_have_the_sign_test(rows: int) -> None:
+    """However 0.7 and 0.3 are rounded, and with rows beside them that have no part."""
+    below = [10] * rows + [0] * 50
+    high, low = (row_scores([*[each, each + 1] * rows][:rows] + [0] * 50, below)[None] for each in (7, 3))
+    found = compare_pair(high, low)
+    assert found.mean == pytest.approx(0.4)
+    assert (found.p, found.test) == (pytest.approx(2 / 2**rows), "a sign test over rows")
+    assert found.low < found.mean < found.high
+    assert (compare_pair(high, high).mean, compare_pair(high, high).p) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])

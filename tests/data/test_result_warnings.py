@@ -65,6 +65,7 @@ def test_one_answer_and_few_rows_are_told() -> None:
         "Every prediction is 'yes', so nothing shows that the model can distinguish the classes."
     ]
     assert "is 'yes', and so is every label, so nothing" in said_of(CLASSIFICATION, one, [1, 1])[0]
+    assert "is 'yes', so nothing" in said_of(CLASSIFICATION, one, [0, 0])[0], "every label is another"
     assert said_of(CLASSIFICATION, one[:1], [1]) == [], "one row has one answer"
     assert "can distinguish the tags" in said_of(TAGGING, [*one, both[1]], [0, 1, -100])[0], "what has no label is none"
     assert said_of(REGRESSION, [[0.0], [0.0]], [1.0, 2.0]) == []
