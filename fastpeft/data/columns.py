@@ -33,7 +33,7 @@ COMPLETION_COLUMNS = (
     ("instruction", "output"),
     ("question", "answer"),
 )
-_BESIDE_PROMPTS = ("input", "context")
+_BESIDE_PROMPTS = ("input", "context", "system", "system_prompt", "history")
 LABEL_COLUMNS = (
     *("label", "labels", "class", "category", "target", "sentiment"),
     *("gold_label", "is_duplicate", "quality", "score"),  # GLUE's and SNLI's
@@ -146,6 +146,10 @@ def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], f
         )
     if doubled := {*texts} & {*flags} or [name for name in flags if flags.count(name) > 1]:
         raise FastpeftError(f"column {min(doubled)!r} of {table.name} is named twice. Name every column once.")
+    if joined := [name for name in flags if SEPARATOR in name]:
+        raise FastpeftError(
+            f"{table.name} has the label {joined[0]!r}, but {SEPARATOR} stands between labels. Rename its column."
+        )
     return Columns(texts, "", flags)
 
 
@@ -178,6 +182,18 @@ def check_separated(tables: Sequence[Table], label: str) -> None:
             f"column {label!r} of {tables[0].name} has {odd!r}, and no row has a {SEPARATOR}, which stands between the "
             f"labels of a text, as in comedy{SEPARATOR}drama. Separate them so, write lists in a jsonl or parquet "
             "file, or give each label a column of 0 and 1 and name these by --label-column, joined by commas."
+        )
+
+
+def check_answers(table: Table, texts: Sequence[str]) -> None:
+    """Raise `FastpeftError` where a column of answers stands beside one text and no prompt: it would not be learned."""
+    left = _left(table.columns, texts)
+    prompts, answers = zip(*COMPLETION_COLUMNS)
+    answer = _first_of(answers, left)
+    if answer and len(texts) == 1 and left.keys().isdisjoint(prompts):
+        raise FastpeftError(
+            f"{table.name} has column {answer!r} beside {texts[0]!r}. Give --text-column {texts[0]},{answer} to learn "
+            f"what follows a text, or --text-column {texts[0]} to learn texts alone."
         )
 
 
@@ -223,8 +239,12 @@ def _find_said(table: Table) -> tuple[str, ...]:
 
 
 def _left(columns: Sequence[str], taken: Sequence[str | None]) -> dict[str, str]:
-    """The columns that are not taken, by their names without spaces around and in lower case."""
-    return {column.strip().lower(): column for column in columns if column not in taken}
+    """The columns that are not taken, by their names without spaces around and in lower case; of two with the same name
+    the one that is written so."""
+    left = [column for column in columns if column not in taken]
+    return {column.strip().lower(): column for column in left} | {
+        column: column for column in left if column == column.strip().lower()
+    }
 
 
 def _first_of(usual: Sequence[str], left: Mapping[str, str]) -> str | None:
@@ -245,16 +265,26 @@ def _named_columns(given: str | None, columns: Sequence[str]) -> tuple[str, ...]
     return names
 
 
-def class_names(table: Table, label: str) -> list[str] | None:
+def class_names(table: Table, label: str) -> dict[int, str] | None:
     """The names of the classes that the whole numbers in the column `label` stand for, where the data has them."""
     if label in table.class_names:
-        return table.class_names[label]
-    if label != "label" or not all({label, _LABEL_TEXT} <= row.keys() for row in table.rows):
+        return dict(enumerate(table.class_names[label]))
+    if label != "label" or not any(_LABEL_TEXT in row for row in table.rows):
         return None
-    pairs = {(as_number(str(row[label])), str(row[_LABEL_TEXT])) for row in table.rows}
-    named = sorted((number, text) for number, text in pairs if number is not None)
-    distinct = len({text for _, text in pairs}) == len(pairs)
-    return [text for _, text in named] if distinct and [n for n, _ in named] == list(range(len(pairs))) else None
+    pairs = {(as_number(str(row.get(label))), str(row.get(_LABEL_TEXT) or "").strip()) for row in table.rows}
+    named = sorted((int(n), text) for n, text in pairs if n is not None and float(n).is_integer())
+    if len(named) < len(pairs):  # labels are words, or missing
+        return None
+    names = dict(named)
+    if not len(names) == len({*filter(None, names.values())}) == len(pairs):
+        logger.warning(
+            "%s: column %r does not give each number in column %r one name of its own, and is not used",
+            table.name,
+            _LABEL_TEXT,
+            label,
+        )
+        return None
+    return names
 
 
 def tell_problem(table: Table, columns: Columns) -> Problem:
@@ -265,18 +295,18 @@ def tell_problem(table: Table, columns: Columns) -> Problem:
     given = [value for row in table.rows if (value := row.get(columns.label)) is not None and value == value]
     if columns.flags or (given and all(isinstance(value, list) for value in given)):
         return MULTI_LABEL
-    if {bool} < {type(value) for value in given if isinstance(value, (bool, int, float))}:
+    cells = [cell for value in given if (cell := str(value).strip())]
+    numbers = [as_number(cell) for cell in cells]
+    if any(number is not None for number in numbers) and not {"true", "false"}.isdisjoint(map(str.lower, cells)):
         raise FastpeftError(
             f"column {columns.label!r} of {table.name} has numbers beside true or false, which would be other "
             "classes. Write all in one way, as 1 and 0 or as true and false."
         )
-    cells = [cell for value in given if (cell := str(value).strip())]
     with_comma = [cell for cell in cells if "," in cell]
     if with_comma and all(map(_DECIMAL.fullmatch, cells)):
         raise FastpeftError(
             f"column {columns.label!r} of {table.name} has numbers with a comma, as {with_comma[0]!r}. Write them with "
             "a decimal point, as 1.5; or, if they are classes, add --problem-type classification."
         )
-    numbers = [as_number(cell) for cell in cells]
     whole = all(number is None or float(number).is_integer() for number in numbers)
     return CLASSIFICATION if whole or None in numbers else REGRESSION

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,8 @@ from fastpeft.errors import FastpeftError
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = (SYSTEM, USER, ASSISTANT, "tool")
 _FORM = 'Write a list of turns, each {"role": "user", "content": "..."}.'
+_WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")
+_BESIDE = ("system", "tools", "images")  # columns that other libraries read with those of conversations
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,25 @@ def is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 
+def is_written(value: Any) -> bool:
+    """Whether a value looks like the messages of a conversation that were written as a text, as in a csv file."""
+    return isinstance(value, str) and _WRITTEN.match(value) is not None
+
+
+def unread(rows: Iterable[Mapping[str, Any]], column: str) -> list[str]:
+    """Names of what conversations in `column` have that is not read: of what turns hold, and of columns beside them."""
+    beside = {name for row in rows for name in _BESIDE if row.get(name)}
+    of_turns = {
+        name
+        for row in rows
+        if is_conversation(row.get(column))
+        for turn in row[column]
+        for name, value in turn.items()
+        if name not in ("role", "content") and value is not None and value != []
+    }
+    return sorted(beside | of_turns)
+
+
 def as_conversation(value: Any, column: str, at: RowRef, *, answered: bool = True) -> Conversation:
     """The conversation of a cell: a list of `{"role": ..., "content": ...}`.
 
@@ -56,7 +79,7 @@ def as_conversation(value: Any, column: str, at: RowRef, *, answered: bool = Tru
         return FastpeftError(f"{at} has {what} in column {column!r}. {remedy}")
 
     if not is_conversation(value):
-        raise refuse(repr(value), f"{_FORM[:-1]}, as jsonl and parquet files can hold.")
+        raise refuse(reprlib.repr(value), f"{_FORM[:-1]}, as jsonl and parquet files can hold.")
     conversation = check_conversation(value, refuse)
     if answered and ASSISTANT not in (role for role, _ in conversation.turns):
         raise refuse("no turn of the assistant", "Its turns are what is learned: add one, or remove the row.")

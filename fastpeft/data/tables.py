@@ -78,7 +78,7 @@ def find_tables(data: str, readers: Mapping[str, Reader] | None = None) -> list[
             owner, configuration = _GLUE, data.removeprefix("glue/")
         logger.info("no file or folder %r here; looking for that data set in the cache and on the hub", data)
         return _load_parts(data, lambda: _load_from_hub(owner, configuration))
-    return [Table(str(file), _read_rows(file, readers)) for file in _find_files(path, readers)]
+    return [Table(str(file), _read_rows(file, readers), _names_in(file)) for file in _find_files(path, readers)]
 
 
 def check_there(data: str, readers: Mapping[str, Reader]) -> None:
@@ -125,7 +125,7 @@ def _load_parts(data: str, load: Callable[[], Any]) -> list[Table]:
     if chosen[0] is None:
         raise FastpeftError(f"the data set {data!r} has no part named train, only {', '.join(parts)}. Choose another.")
     tables = [
-        Table(f"{data} ({name})", parts[name].to_list(), _names_of_features(parts[name]))
+        Table(f"{data} ({name})", parts[name].to_list(), _names_of_features(parts[name].features))
         for name in chosen
         if name is not None
     ]
@@ -135,9 +135,29 @@ def _load_parts(data: str, load: Callable[[], Any]) -> list[Table]:
     return tables
 
 
-def _names_of_features(part: Any) -> dict[str, list[str]]:
+def _names_in(file: Path) -> dict[str, list[str]]:
+    """The names of classes in a parquet file of the library datasets, as the hub has them."""
+    if file.suffix.lower() != ".parquet":
+        return {}
+    from pyarrow import parquet
+
+    schema = parquet.read_schema(file)
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    import datasets
+
+    try:
+        return _names_of_features(datasets.Features.from_arrow_schema(schema))
+    except (KeyError, TypeError, ValueError) as error:
+        raise FastpeftError(
+            f"{file} has features that datasets {datasets.__version__} does not know ({first_line(error)}). Write it "
+            "anew with that version, or install a newer one."
+        ) from None
+
+
+def _names_of_features(features: Mapping[str, Any]) -> dict[str, list[str]]:
     """The names of the classes in each column that the library datasets knows to hold some, in lists or not."""
-    kinds = {column: getattr(kind, "feature", kind) for column, kind in part.features.items()}
+    kinds = {column: getattr(kind, "feature", kind) for column, kind in features.items()}
     return {column: list(kind.names) for column, kind in kinds.items() if hasattr(kind, "names")}
 
 
@@ -147,9 +167,12 @@ def _find_files(path: Path, readers: Mapping[str, Reader]) -> list[Path]:
         return [path]
     parts: list[Path] = []
     for stems in (_TRAIN, _DEV):
-        found = sorted(file for file in path.iterdir() if file.stem in stems and file.suffix[1:].lower() in readers)
-        if len(found) > 1 or (not found and not parts):
-            names = ", ".join(file.name for file in found) or "none"
+        named = sorted(
+            file for file in path.iterdir() if file.name.lower().partition(".")[0] in stems and file.is_file()
+        )
+        found = [file for file in named if file.stem.lower() in stems and file.suffix[1:].lower() in readers]
+        if len(found) > 1 or (not found and (named or not parts)):
+            names = ", ".join(file.name for file in named) or "none"
             raise FastpeftError(
                 f"the folder {str(path)!r} needs one file named {' or '.join(stems)}.* ({', '.join(readers)}); found: "
                 f"{names}."
@@ -307,6 +330,11 @@ def _table(file: Path, lines: list[Any]) -> list[Numbered]:
             error = FastpeftError(
                 f"row {number} of {file} has {len(fields)} fields, its header has {len(header)} ({', '.join(header)}). "
                 "Correct the row, or quote fields that hold the separator."
+            )
+            rows.append((number, error))
+        elif len(header) > 1 and [fields[0].removeprefix("\ufeff"), *fields[1:]] == header:
+            error = FastpeftError(
+                f"row {number} of {file} repeats the header, as in files that were joined. Remove it."
             )
             rows.append((number, error))
         else:

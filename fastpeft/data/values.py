@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ def as_words(value: Any, column: str, at: RowRef) -> list[str]:
     return value
 
 
-def as_tags(value: Any, column: str, words: int, names: Sequence[str] | None, at: RowRef) -> list[str]:
+def as_tags(value: Any, column: str, words: int, names: Mapping[int, str] | None, at: RowRef) -> list[str]:
     """The names of the tags of so many `words`, each as `as_class` reads it."""
     if not isinstance(value, list) or len(value) != words:
         what = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
@@ -72,7 +72,7 @@ def as_tags(value: Any, column: str, words: int, names: Sequence[str] | None, at
     return [as_class(tag, column, names, at) for tag in value]
 
 
-def as_labels(value: Any, column: str, names: Sequence[str] | None, at: RowRef) -> list[str]:
+def as_labels(value: Any, column: str, names: Mapping[int, str] | None, at: RowRef) -> list[str]:
     """The names of a text's labels, each as `as_class` reads it: a list, or a text with `|` between them; or none."""
     if isinstance(value, str):
         value = value.split(SEPARATOR) if value.strip() else []
@@ -118,7 +118,7 @@ def as_score(value: Any, column: str, at: RowRef) -> float:
     return float(number)
 
 
-def as_class(value: Any, column: str, names: Sequence[str] | None, at: RowRef) -> str:
+def as_class(value: Any, column: str, names: Mapping[int, str] | None, at: RowRef) -> str:
     """A class as a name: words and codes as they are, whole numbers by `names` or without a decimal point."""
     if not isinstance(value, (str, int, float, NoneType)):
         raise FastpeftError(
@@ -139,10 +139,10 @@ def as_class(value: Any, column: str, names: Sequence[str] | None, at: RowRef) -
         return text
     if names is None:
         return str(int(number))
-    if not 0 <= number < len(names):
+    if number not in names:
         raise FastpeftError(
-            f"{at} has the class {text!r} in column {column!r}; classes are numbered from 0 to {len(names) - 1} "
-            "here. Correct it."
+            f"{at} has the class {text!r} in column {column!r}; the numbers of classes here are "
+            f"{reprlib.repr([*names])[1:-1]}. Correct it."
         )
     return names[int(number)]
 

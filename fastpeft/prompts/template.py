@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -329,8 +330,8 @@ class Prompt:
             texts.append(list(range(inside[0], inside[-1] + 1)) if inside else [])
         if excess > sum(map(len, texts)):
             raise FastpeftError(
-                f"`max_length` {limit} leaves no room for the template {self.template!r}, which alone takes "
-                f"{len(offsets) - sum(map(len, texts))} tokens. Allow more tokens or shorten the template."
+                f"`max_length` {limit} leaves no room for the template {reprlib.repr(self.template)}, which alone "
+                f"takes {len(offsets) - sum(map(len, texts))} tokens. Allow more tokens or shorten the template."
             )
         dropped = set()
         for _ in range(excess):

@@ -45,6 +45,8 @@ class Predictor:
     def __init__(self, folder: str | Path, device: str | None = None, max_length: int | None = None) -> None:
         self.run = load_run(folder, device)
         if max_length is not None:
+            if type(max_length) is not int:
+                raise FastpeftError(f"`max_length` is {max_length!r}; it must be a whole number. Give one, or None.")
             special = self.run.classifier.tokenizer.num_special_tokens_to_add(self.run.is_pair)
             if max_length <= special:
                 raise FastpeftError(

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastpeft.data import result_warnings
 from fastpeft.data.columns import named_labels, own_columns, pick_columns, prompt_columns
-from fastpeft.data.conversations import Conversation, as_conversation, is_conversation
+from fastpeft.data.conversations import Conversation, as_conversation, is_conversation, is_written
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
 from fastpeft.data.values import SEPARATOR, RowRef, as_text, as_words
@@ -146,7 +146,7 @@ class Predictions:
 
     def _read_cells(self, row: Record, at: RowRef) -> Any:
         values = [(name, row.get(name)) for name in self._names]
-        if self._generates and is_conversation(values[0][1]):
+        if self._generates and (is_conversation(values[0][1]) or is_written(values[0][1])):
             return as_conversation(values[0][1], self._names[0], at, answered=False)
         if self._predictor.run.problem.per_token and isinstance(values[0][1], list):
             return as_words(values[0][1], values[0][0], at)
@@ -223,12 +223,11 @@ class Predictions:
             yield ""
         elif problem.per_token:
             for word, scores in zip(text, prediction.scores):
-                yield "\t".join([*self._said(scores, every), word])
+                yield _line(*self._said(scores, every), word)
             yield ""
         else:
             texts = text if isinstance(text, tuple) else (text,)
-            shown = (" ".join(part.splitlines()) for part in texts)
-            yield "\t".join([*self._said(prediction.scores, every and problem is not REGRESSION), *shown])
+            yield _line(*self._said(prediction.scores, every and problem is not REGRESSION), *texts)
 
     def _said(self, scores: np.ndarray, every: bool) -> list[str]:
         labels, answered = self._answer(scores)
@@ -271,7 +270,7 @@ class Predictions:
             return {"row": int, "word": str, "tag": str, "probability": float}
         made: dict[str, type] = {"row": int}
         if problem is REGRESSION:
-            said: dict[str, type] = {self.labels[0]: float}
+            said: dict[str, type] = {"value" if self.labels[0] in made else self.labels[0]: float}
         else:
             said = {"labels" if problem is MULTI_LABEL else "class": str}
             said |= {f"p({label})": float for label in self.labels}
@@ -299,6 +298,11 @@ class Predictions:
         return [dict(zip(self._made, values)) | others for values in found]
 
 
+def _line(*fields: str) -> str:
+    """Fields with tabs between them, and none and no end of a line in them."""
+    return "\t".join(" ".join(field.splitlines()).expandtabs(1) for field in fields)
+
+
 def _kind_of(values: Sequence[Any]) -> type:
     """What a column of a file holds: int, float or str, if all its values are that, else their text."""
     kinds = {type(value) for value in values if value is not None}
@@ -307,9 +311,12 @@ def _kind_of(values: Sequence[Any]) -> type:
 
 
 def _as_cell(value: Any, kind: type = str) -> Any:
-    """A value in a file whose columns have one type each: what is neither text nor of that type, as JSON has it."""
-    plain = value is None or isinstance(value, str) or type(value) is kind
-    return value if plain else json.dumps(value, ensure_ascii=False, default=str)
+    """A value in a file whose columns have one type each: what is neither text nor of that type, as JSON has it, and
+    what JSON has not, as a date, as text."""
+    if value is None or isinstance(value, str) or type(value) is kind:
+        return value
+    has = isinstance(value, (bool, int, float, list, dict))
+    return json.dumps(value, ensure_ascii=False, default=str) if has else str(value)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -88,6 +88,11 @@ def train(
         >>> result = train(TrainConfig(output="runs/lora", method="lora"))  # doctest: +SKIP
         >>> result.metrics["accuracy"]  # doctest: +SKIP
     """
+    if not isinstance(config, TrainConfig):
+        raise FastpeftError(
+            f"`config` is a {type(config).__name__}; it must be a TrainConfig. Make one by TrainConfig(...), of a "
+            "dictionary by TrainConfig.from_values, or of a file by TrainConfig.from_file."
+        )
     if isinstance(callbacks, TrainerCallback | type):
         raise FastpeftError("callbacks is one callback. Give a list of them.")
     folder = RunFolder(config.output)

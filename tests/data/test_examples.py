@@ -98,6 +98,16 @@ def test_a_plain_tsv_whose_texts_begin_or_end_with_quotes_keeps_every_row(tmp_pa
     assert sorted(data.train.texts + data.dev.texts) == sorted(text for text, _ in rows)
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_the_header_of_a_joined_file_is_no_row(tmp_path: Path, kind: str, mark: str) -> None:
+    rows = [("a", "no"), ("b", "yes"), (f"{mark}text", "label"), ("c", "no")]
+    with pytest.raises(
+        FastpeftError, match=r"row 3 of .* repeats the header, as in files that were joined\. Remove it"
+    ):
+        load_data(str(write_any(tmp_path / f"rows.{kind}", rows)))
+
+
 def test_texts_of_any_length_are_read(tmp_path: Path) -> None:
     limit = csv.field_size_limit()
     long = "word " * limit
@@ -149,9 +159,10 @@ def test_too_many_classes_may_be_numbers(tmp_path: Path, label: str, remedy: str
         load_data(str(file), split=None)
 
 
-def test_true_and_1_are_not_mixed(tmp_path: Path) -> None:
-    file = write_any(tmp_path / "rows.jsonl", [("a", 1), ("b", True), ("c", 0)] * 6)
-    with pytest.raises(FastpeftError, match=r"column 'label' of .*rows.jsonl has numbers beside true or false"):
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_true_and_1_are_not_mixed(tmp_path: Path, kind: str) -> None:
+    file = write_any(tmp_path / f"rows.{kind}", [("a", 1), ("b", True), ("c", 0)] * 6)
+    with pytest.raises(FastpeftError, match=r"column 'label' of .*rows.* has numbers beside true or false"):
         load_data(str(file))
 
 
@@ -170,6 +181,15 @@ def test_dev_file_of_a_folder_is_used(tmp_path: Path) -> None:
         write_any(folder / name, reviews(4, seed=1))
         data = load_data(str(folder))
         assert (len(data.train), data.dev.texts) == (8, [text for text, _ in reviews(4, seed=1)])
+
+
+def test_files_of_a_folder_are_found_in_any_case_and_not_passed_over(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Train.csv", [("a", "no"), ("b", "yes")])
+    write_csv(tmp_path / "Valid.csv", [("c", "yes")])
+    assert load_data(str(tmp_path)).dev.texts == ["c"]
+    (tmp_path / "Valid.csv").rename(tmp_path / "valid.csv.gz")
+    with pytest.raises(FastpeftError, match=r"needs one file named dev or .*; found: valid\.csv\.gz\."):
+        load_data(str(tmp_path))
 
 
 def test_split_depends_on_its_seed_alone(tmp_path: Path) -> None:
@@ -194,6 +214,13 @@ def test_columns_are_found_named_and_told(tmp_path: Path, caplog: pytest.LogCapt
     assert named.labels == ["1", "2"]
     two = write_csv(tmp_path / "two.csv", [("good", "yes"), ("bad", "no")], ("remark", "label"))
     assert load_data(str(two)).labels == ["no", "yes"]
+
+
+def test_of_columns_that_differ_in_case_the_usual_one_is_taken(tmp_path: Path) -> None:
+    names = ("text", "Text", "label", " label")
+    file = write_csv(tmp_path / "rows.csv", [("a", "A", "no", "0"), ("b", "B", "yes", "1")], names)
+    data = load_data(str(file), split=None)
+    assert (data.train.texts, data.labels) == (["a", "b"], ["no", "yes"])
 
 
 def test_a_file_without_names_is_told_to_have_some(tmp_path: Path) -> None:
@@ -377,15 +404,23 @@ def test_tags_are_names_or_numbers(tmp_path: Path, suffix: str, tags: str) -> No
     assert load_rows(str(file), data.labels, TAGGING).labels[0] == data.train.labels[0]
 
 
-def test_names_of_classes_stand_beside_their_numbers(tmp_path: Path) -> None:
+def test_names_of_classes_stand_beside_their_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = ["very negative", "negative", "neutral"]
     rows = [{"text": f"text {n}", "label": n % 3, "label_text": names[n % 3]} for n in range(30)]
     data = load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     assert data.labels == names, "in the order of their numbers"
     texts = {row["text"]: row["label"] for row in rows}
     assert [texts[text] for text in data.train.texts] == data.train.labels
+    for numbers in ([1, 2, 3], [-5, 0, 70]):
+        moved = [{**row, "label": numbers[row["label"]]} for row in rows]
+        found = load_data(str(write_jsonl(tmp_path / "moved.jsonl", moved)))
+        assert (found.labels, found.train) == (names, data.train), "wherever they begin"
+    assert "is not used" not in caplog.text
     del rows[7]["label_text"]
     assert load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows))).labels == ["0", "1", "2"], "one has no name"
+    assert (
+        "'label_text' does not give each number in column 'label' one name of its own, and is not used" in caplog.text
+    )
     del rows[7]["label"]
     with pytest.raises(FastpeftError, match="label"):
         load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
@@ -523,6 +558,14 @@ def test_tags_of_a_data_set_have_the_names_of_its_features(tmp_path: Path) -> No
     datasets.DatasetDict(train=part, validation=part).save_to_disk(tmp_path / "names")
     data = load_data(str(tmp_path / "names"))
     assert (data.problem, data.labels, data.train.labels[0]) == (TAGGING, names, [1, 0, 0])
+
+
+def test_a_parquet_file_of_a_data_set_has_the_names_of_its_features(tmp_path: Path) -> None:
+    """As the hub's files are, where -1 is no label."""
+    hidden = {"sentence": "hidden", "label": -1}
+    make_dataset(train=[*SENTENCES, hidden])["train"].to_parquet(tmp_path / "rows.parquet")
+    data = load_data(str(tmp_path / "rows.parquet"), split=None)
+    assert (data.labels, data.train.texts) == (["negative", "positive"], [row["sentence"] for row in SENTENCES])
 
 
 def test_a_saved_data_set_is_a_folder_of_data(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_names_of_labels_are_those_of_a_data_set(tmp_path: Path) -> None:
         ([("a", "x||y"), ("b", "x")], {}, ["row 1 of", "no class"]),
         ([("a", ""), ("b", " ")], {}, ["no label in any row"]),
         ([("a", "x"), ("b", "x")], {}, ["one class only ('x')"]),
+        ([("a", "x|y"), ("b", "y|x")], {}, ["every row of", "has the same labels (x, y)"]),
         ([("a", "2"), ("b", "0")], {"label_column": "label,text"}, ["cannot tell which column", "--text-column"]),
         ([("a", "2"), ("b", "0")], {"label_column": "label,other"}, ["has no column 'other'"]),
     ],
@@ -109,6 +110,19 @@ def test_a_cell_that_is_no_list_of_labels_is_refused(tmp_path: Path, value: Any,
     rows = [{"text": "a", "labels": ["x", "y"]}, {"text": "b", "labels": value}]
     with pytest.raises(FastpeftError, match=f"row 2 of .*{said}"):
         load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)), problem_type="multi-label")
+
+
+@pytest.mark.parametrize("flags", [[0, 1], [False, True]], ids=str)
+def test_a_flag_for_each_of_two_labels_is_no_list_of_labels(tmp_path: Path, flags: list[Any]) -> None:
+    rows = [{"text": "a", "labels": flags}, {"text": "b", "labels": flags[::-1]}]
+    with pytest.raises(FastpeftError, match=r"the same labels .*: lists hold the names of the labels that apply"):
+        load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+
+
+def test_a_column_of_flags_is_no_two_labels(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "rows.csv", [("a", 0, 1), ("b", 1, 0)], ("text", "x|y", "z"))
+    with pytest.raises(FastpeftError, match=r"has the label 'x\|y', but \| stands between labels\. Rename its column"):
+        load_data(str(file), label_column="x|y,z")
 
 
 def test_columns_of_flags_hold_nothing_else(tmp_path: Path) -> None:
@@ -205,6 +219,23 @@ def test_what_was_never_told_is_warned_of() -> None:
         "These classes differ only in upper and lower case, and are trained as different classes: 'Bad', 'bad'. If "
         "they mean the same, spell them the same way in the data."
     ]
+    for twin in ("cafe\u0301", "caf\u00e9\u200b", "Caf\u00e9\u00a0"):
+        (told,) = of_names(CLASSIFICATION, ["caf\u00e9", twin, "bar"])
+        assert (
+            f"differ only in case, spaces or the codes of letters, and are trained as different classes: {twin!a}"
+            in (told.replace("'caf\\xe9', ", "").replace(", 'caf\\xe9'", ""))
+        )
+    for names, absent in (
+        (["bad", "nan"], "'nan'"),
+        (["-1", "0", "1", "2"], "'-1'"),
+        (["NA", "None", "b"], "'NA', 'None'"),
+    ):
+        assert of_names(CLASSIFICATION, names) == [
+            f"These classes are what programs write where a value is missing: {absent}. They are trained as others; if "
+            "they mean no label, remove their rows."
+        ]
+    for names in (["-1", "0", "1"], ["-2", "-1", "0", "1", "2"], ["none", "other"]):
+        assert of_names(CLASSIFICATION, names) == []
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

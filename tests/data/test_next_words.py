@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.data.conversations import Conversation
-from fastpeft.data.examples import load_data
+from fastpeft.data.examples import load_data, load_rows
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.next_words import completion, encode_counted, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
@@ -165,6 +165,9 @@ def test_rows_of_a_file_are_gone_on_from(tmp_path: Path, place: Path, config: Tr
     told = Predictions(str(tmp_path / "chat"), file=str(write_jsonl(asked, [{"messages": turns}])), max_new_tokens=3)
     (([each], _),) = told
     assert (each.scores, told.records(each)[0]["text"]) == (said.scores, "user: film"), "what it was told to answer"
+    written = write_csv(tmp_path / "written.csv", [(json.dumps(turns),)], ("messages",))
+    (([], (error,)),) = Predictions(str(tmp_path / "chat"), file=str(written))
+    assert "in column 'messages'. Write a list of turns" in str(error)
 
 
 class Told:
@@ -204,6 +207,46 @@ def test_what_an_answer_depends_on_is_not_lost(tmp_path: Path) -> None:
     with pytest.raises(FastpeftError, match=r"cannot tell which column .* instruction, input, output"):
         load_data(file, problem_type="next_words")
     assert load_data(file, problem_type="next_words", text_column="input,output").train.is_pair
+    rows = [{"system": "be short", "prompt": "film", "completion": f"{row}"} for row in range(4)]
+    with pytest.raises(FastpeftError, match=r"cannot tell which column .* system, prompt, completion"):
+        load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)), problem_type="next_words")
+
+
+def test_an_answer_beside_a_text_is_not_lost(tmp_path: Path) -> None:
+    rows = [{"text": f"film {row}", "completion": "plot"} for row in range(4)]
+    file = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    for load in (lambda: load_data(file, problem_type="next_words"), lambda: load_rows(file, [], NEXT_WORDS)):
+        with pytest.raises(
+            FastpeftError, match=r"has column 'completion' beside 'text'. Give --text-column text,compl"
+        ):
+            load()
+    assert load_data(file, problem_type="next_words", text_column="text,completion").train.is_pair
+    assert not load_data(file, problem_type="next_words", text_column="text").train.is_pair
+    whole = [{"instruction": "add", "input": f"{row}", "output": "a", "text": f"add {row}: a"} for row in range(4)]
+    data = load_data(str(write_jsonl(tmp_path / "whole.jsonl", whole)), problem_type="next_words", split=None)
+    assert data.train.texts[0] == "add 0: a"
+
+
+def test_what_conversations_have_beside_their_words_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows: list[dict[str, Any]] = [{**row, "system": "be short", "tools": []} for row in chats(4)]
+    rows[0]["messages"] = [
+        rows[0]["messages"][0],
+        {**rows[0]["messages"][1], "tool_calls": [{}], "weight": 0, "name": None},
+    ]
+    load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)), problem_type="next_words")
+    assert "of conversations only role and content are read, not system, tool_calls, weight" in caplog.text
+    caplog.clear()
+    load_data(str(write_jsonl(tmp_path / "rows.jsonl", chats(4))), problem_type="next_words")
+    assert "are read" not in caplog.text
+
+
+def test_conversations_in_a_csv_file_are_not_taken_for_texts(tmp_path: Path) -> None:
+    for write in (json.dumps, str):
+        file = write_csv(tmp_path / "rows.csv", [(write(row["messages"]),) for row in chats(4)], ("messages",))
+        with pytest.raises(
+            FastpeftError, match=r"row 1 of .* in column 'messages'. Write a list .* as jsonl and parquet"
+        ):
+            load_data(str(file), problem_type="next_words")
 
 
 @pytest.mark.parametrize("method", ["full", "siva", "lst"])

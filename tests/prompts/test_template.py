@@ -368,6 +368,8 @@ def test_bad_texts(word_piece: Any) -> None:
             prompt.encode(word_piece, [text])
     with pytest.raises(FastpeftError, match="which alone takes 6 tokens"):
         SINGLE.encode(word_piece, ["good"], max_length=5)
+    with pytest.raises(FastpeftError, match=r"no room for the template 'very very .{1,9}\.\.\..{1,12}<mask>\.', which"):
+        Prompt(f"{'very ' * 99}{{text}} it was <mask>.", SINGLE.label_words).encode(word_piece, ["good"], max_length=9)
 
 
 def test_tokenizers_that_cannot_fill_a_template() -> None:

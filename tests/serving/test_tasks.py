@@ -168,6 +168,8 @@ def test_texts_are_cut_earlier_but_never_later(runs: Path) -> None:
     for name, special in (("a", 2), ("pairs", 4)):
         with pytest.raises(FastpeftError, match=f"reads {special} special tokens .* Give {special + 1} or more"):
             Predictor(runs / name, max_length=special)
+        with pytest.raises(FastpeftError, match=r"max_length is '9'; it must be a whole number\."):
+            Predictor(runs / name, max_length="9")  # type: ignore[arg-type]
         one = Predictor(runs / name, max_length=special + 1)
         assert len(one.encode(TEXTS[0] if name == "a" else PAIRS[0]).row["input_ids"]) == special + 1
 

@@ -501,6 +501,13 @@ def test_one_callback_is_no_list(tmp_path: Path) -> None:
         train(TrainConfig(output=str(tmp_path / "run")), callbacks=TrainerCallback())  # type: ignore[arg-type]
 
 
+def test_a_dictionary_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(
+        FastpeftError, match=r"config is a dict; it must be a TrainConfig\. .* TrainConfig\.from_values"
+    ):
+        train({"output": str(tmp_path / "run")})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,36 @@ def test_other_columns_go_along(place: Path, kind: str) -> None:
     assert [row["id"] for row in found][2:] == [large, none]
     assert [int(row["n"]) for row in found[1:]] == [0, 1, 2]
     assert [row["note"] for row in found] == [none, "a", text, true]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_date_goes_along_as_it_is(place: Path, kind: str) -> None:
+    rows = [{"text": "a film", "on": date(2026, 1, day)} for day in (1, 2)]
+    parquet.write_table(Table.from_pylist(rows), place / "x.parquet")
+    run("classes", "--file", "x.parquet", "--output", f"out.{kind}")
+    assert [row["on"] for row in READERS[kind](place / f"out.{kind}")] == ["2026-01-01", "2026-01-02"]
+
+
+def test_a_line_has_its_fields_whatever_is_in_them(place: Path, runs: Path) -> None:
+    """Of a class as of a text."""
+    names = {"negative": "very\tbad", "positive": "good\nor better"}
+    data = write_csv(place / "rows.csv", [(f"{text}\tor so", names[label]) for text, label in reviews(20)])
+    train(TrainConfig(output="odd", model=str(runs / "model"), data=str(data), method="head", max_steps=1))
+    lines = run("odd", "--file", "rows.csv").stdout.splitlines()
+    assert {tuple(line.split("\t")[::2]) for line in lines} <= {
+        (" ".join(name.split()), f"{text} or so") for name in names.values() for text, _ in reviews(20)
+    }
+    assert len(lines) == 20
+
+
+def test_a_number_called_row_is_not_lost(place: Path, runs: Path) -> None:
+    data = write_jsonl(place / "x.jsonl", [{"text": row["text"], "row": row["score"]} for row in scores(20)])
+    config = {"model": str(runs / "model"), "data": str(data), "label_column": "row", "method": "head", "max_steps": 1}
+    train(TrainConfig(output="row", **config))
+    run("row", "--file", "x.jsonl", "--output", "out.jsonl")
+    found = READERS["jsonl"](place / "out.jsonl")
+    assert [row["row"] for row in found] == [*range(1, 21)]
+    assert found[0]["value"] == pytest.approx(predict("row", [scores(1)[0]["text"]])[0][1], abs=1e-6)
 
 
 def test_other_columns_of_a_text_stand_beside_each_of_its_words(place: Path) -> None:
