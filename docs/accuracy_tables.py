@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-import cost_tables
+import memory_tables
 import numpy as np
 from table_rows import DATA, DOCS, NAMES, Row, read, rows, settings, table, whole
 
@@ -108,7 +108,7 @@ SUMMARY = {  # of the README: variant of the full tables -> (case of memory.csv,
 
 def summary() -> str:
     """The methods in six rows: memory of a RoBERTa-large, accuracy of MPNet, and speed of the bundled model."""
-    peaks = cost_tables.peaks()
+    peaks = memory_tables.peaks()
     milliseconds = _milliseconds()
     milliseconds["mezo"] = next(float(r["ms_p50"]) for r in rows("mezo_step.csv") if r["candidate"] == "step, deferred")
     runs = comparison("table2-full")

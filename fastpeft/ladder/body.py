@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.checks import check_mask, check_positions
-from fastpeft.ladder.sources import LadderPass, choose_source
+from fastpeft.ladder.feature_sources import LadderPass, choose_source
 
 # what a configuration has where logits are not the plain product of states and the head; a trainer that reads a
 # `LadderConfig` finds none of it

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import CACHES, Backbone
-from fastpeft.ladder.causality import predicts_next_tokens
+from fastpeft.ladder.probes import predicts_next_tokens
 
 CACHE = CACHES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
 _SPARE = 8  # where a tensor of T tokens is full, room is made for T / 8 more, and at least 64

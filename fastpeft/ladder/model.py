@@ -16,11 +16,10 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from fastpeft.data.names import FEATURE_DTYPES
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.answers import check_answers
 from fastpeft.ladder.backbone import Backbone, activation_of
+from fastpeft.ladder.backbone_passes import compile_layers
 from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import FeatureCache
-from fastpeft.ladder.causality import check_told, decide_causal, predicts_next_tokens
 from fastpeft.ladder.checks import (
     check_adapters_around,
     check_attentions,
@@ -33,8 +32,9 @@ from fastpeft.ladder.checks import (
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, pack
+from fastpeft.ladder.defaults import decide_defaults
+from fastpeft.ladder.feature_sources import FeatureSource, LadderPass, choose_source
 from fastpeft.ladder.fingerprints import check_fingerprints, is_quantised
-from fastpeft.ladder.form import decide_form
 from fastpeft.ladder.generation import (
     CACHE,
     LadderCache,
@@ -46,13 +46,12 @@ from fastpeft.ladder.generation import (
 )
 from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
-from fastpeft.ladder.passes import compile_layers
+from fastpeft.ladder.probes import check_answers, check_told, decide_causal, predicts_next_tokens
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base, some
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
-from fastpeft.ladder.sources import FeatureSource, LadderPass, choose_source
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.processes import agreed
@@ -123,7 +122,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         backbone = Backbone(base, config.feature_modules, config.feature_sizes)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}
         config.causal = decide_causal(backbone, config.causal)
-        self._decided = decide_form(config, backbone)
+        self._decided = decide_defaults(config, backbone)
         if not config.base_fingerprints:  # else it was found when the side network was made
             check_answers(backbone)
         else:

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from fastpeft.data.names import FEATURE_DTYPES
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.admission import Admission, check_dtypes, leave_backbone, share_backbone
 from fastpeft.ladder.backbone import INPUTS, Backbone
+from fastpeft.ladder.backbone_passes import features_of, run_body
 from fastpeft.ladder.cache import FeatureCache
-from fastpeft.ladder.causality import decide_causal
 from fastpeft.ladder.config import BackboneDtype, LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, converted_to
+from fastpeft.ladder.feature_sources import FeatureSource, GivenFeatures, GivenOutput
 from fastpeft.ladder.generation import CACHE, check_generates, with_cache
-from fastpeft.ladder.joint_training import (
+from fastpeft.ladder.pool_admission import Admission, check_dtypes, leave_backbone, share_backbone
+from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache, check_head, check_mode
+from fastpeft.ladder.pool_members import Members
+from fastpeft.ladder.pool_training import (
     LABELS,
     Batch,
     MemberTrainer,
@@ -33,11 +36,8 @@ from fastpeft.ladder.joint_training import (
     source_of,
     steps_of,
 )
-from fastpeft.ladder.passes import features_of, run_body
-from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache, check_head, check_mode
-from fastpeft.ladder.pool_members import Members
+from fastpeft.ladder.probes import decide_causal
 from fastpeft.ladder.side_run import SideRun
-from fastpeft.ladder.sources import FeatureSource, GivenFeatures, GivenOutput
 from fastpeft.ops.quantise import check_format
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support.dropout import dropout_off

@@ -20,11 +20,11 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.checks import check_attentions, check_mask
 from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.feature_sources import LadderPass, RunningBackbone
 from fastpeft.ladder.generation import CACHE, LadderCache, given_cache, with_own_cache
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
-from fastpeft.ladder.sources import LadderPass, RunningBackbone
 from fastpeft.support.dropout import dropout_off
 
 TaskRows: TypeAlias = slice | Tensor  # of a batch, those of one task: a slice where they follow each other

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.passes import skip_layers
+from fastpeft.ladder.backbone_passes import skip_layers
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LABELS = torch.tensor([0, 1, 2])

@@ -1,4 +1,4 @@
-"""Whether tokens of a side network see only those before them, as the backbone's do: a pass over it tells."""
+"""What a pass over a few tokens tells of a base: whether its tokens see later ones, and what its answer comes from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.passes import IdleLayersError, features_of
+from fastpeft.ladder.backbone_passes import IdleLayersError, features_of, listen
 from fastpeft.support.dropout import dropout_off
 
 _TOKENS = 4
@@ -23,7 +23,12 @@ _CHANGED = 2  # the token, from 0, that is changed
 # A change of earlier tokens is rounding up to this share of the change of later tokens. Measured over the 147
 # architectures of transformers in float32, bfloat16 and float16: those whose tokens see later ones are above 0.6, all
 # others at 0, or below 2e-6 where experts group tokens in another way.
-_ROUNDING = 0.1
+_SAME_FEATURE = 0.1
+
+# Answers to two texts that differ by less than this share of the largest are the same but for rounding. Measured over
+# all architectures of transformers with heads for classes, tags, answers and words, in float32 and bfloat16: 0 where
+# the last layer's output decides all, and above 0.4 where it does not.
+_SAME_ANSWER = 0.05
 
 
 def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
@@ -91,16 +96,44 @@ def check_told(causal: bool | None, base: nn.Module, logits: Any) -> None:
         )
 
 
+def check_answers(backbone: Backbone) -> None:
+    """Raise `FastpeftError` if a base's answer depends on its text in other ways than by its last layer's output.
+
+    A side network replaces that output. In a pass over two texts both get that of the first, and then the answers must
+    be the same. There is no pass if the base has no values (on the meta device), reads no tokens, or has a decoder too,
+    which reads the text again.
+    """
+    core = backbone.core
+    if backbone.plain or backbone.input_name != "input_ids" or _encodes_and_decodes(backbone) or not _has_values(core):
+        return
+    try:
+        given = backbone.arguments({"input_ids": _two_texts(backbone, slice(None))})
+        with _leaving_no_trace(backbone), listen(backbone, lambda *_: None, lambda feature: feature[[0, 0]]):
+            answers = core(**given, return_dict=True)[0].float()  # (2, ...)
+    except IdleLayersError:
+        raise
+    except Exception:  # a model that needs other inputs raises almost any type; its own pass then tells what is wrong
+        return
+    if (answers[0] - answers[1]).abs().max() > _SAME_ANSWER * answers.abs().max():
+        names = {module: name for name, module in core.named_modules()}
+        raise FastpeftError(
+            f"the answer of the {type(core).__name__} comes not from the output of {names[backbone.layers[-1]]} alone, "
+            "which a side network would replace: what else it reads would pass the side network by. Name in "
+            "feature_modules whole layers, each of which reads the output of the one before, or load a model of "
+            "another architecture."
+        )
+
+
 def predicts_next_tokens(backbone: Backbone) -> bool:
     """Whether a decoder alone generates text, by its class: it has `generate` and is not for masked words."""
-    if not _has_generate(backbone) or encodes_and_decodes(backbone):
+    if not _has_generate(backbone) or _encodes_and_decodes(backbone):
         return False
     return type(backbone.core).__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
 
 
 def _reads_decoder_of_words(backbone: Backbone) -> bool:
     """Whether the layers are those of a decoder that generates text from what an encoder has read."""
-    if not _has_generate(backbone) or not encodes_and_decodes(backbone):
+    if not _has_generate(backbone) or not _encodes_and_decodes(backbone):
         return False
     return backbone.layers[0] not in set(backbone.core.get_encoder().modules())
 
@@ -109,7 +142,7 @@ def _has_generate(backbone: Backbone) -> bool:
     return not backbone.plain and bool(backbone.core.can_generate())
 
 
-def encodes_and_decodes(backbone: Backbone) -> bool:
+def _encodes_and_decodes(backbone: Backbone) -> bool:
     """Whether a transformers model has an encoder and a decoder, by its configuration or that of its text's part."""
     config: Any = backbone.core.config
     of_itself: bool = getattr(config, "is_encoder_decoder", False)
@@ -126,29 +159,29 @@ def _declares_causal(backbone: Backbone) -> bool | None:
 def _shown(backbone: Backbone, predicts: bool) -> bool | None:
     """Whether a pass shows causal features; None if no pass is possible, or no token changes another."""
     core = backbone.core
-    if not has_values(core):
+    if not _has_values(core):
         return None
     if not predicts and backbone.input_name != "input_ids":
         return None
-    with leaving_no_trace(backbone):
-        features = features_of(backbone, {"input_ids": two_texts(backbone, _CHANGED)})
+    with _leaving_no_trace(backbone):
+        features = features_of(backbone, {"input_ids": _two_texts(backbone, _CHANGED)})
     before = after = 0.0  # the largest change of an earlier and of a later token, as shares of the changed token's
     for feature in features:
         change = (feature[0].float() - feature[1].float()).abs().amax(-1)  # (T,)
         if (own := change[_CHANGED].item()) > 0:
             before = max(before, change[:_CHANGED].max().item() / own)
             after = max(after, change[_CHANGED + 1 :].max().item() / own)
-    if before > _ROUNDING * after:
+    if before > _SAME_FEATURE * after:
         return False
     return True if after > 0 else None
 
 
-def has_values(core: nn.Module) -> bool:
+def _has_values(core: nn.Module) -> bool:
     """Whether a pass of a model computes numbers: it is not on the meta device, nor simulated."""
     return not any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in core.parameters())
 
 
-def two_texts(backbone: Backbone, changed: int | slice) -> Tensor:
+def _two_texts(backbone: Backbone, changed: int | slice) -> Tensor:
     """Token ids of two texts of ordinary words that differ in the tokens `changed`, `(2, 4)`."""
     embeddings: Any = backbone.input_embeddings
     count = _CHARACTERS if embeddings is None else getattr(embeddings, "num_embeddings", None) or len(embeddings.weight)
@@ -158,7 +191,7 @@ def two_texts(backbone: Backbone, changed: int | slice) -> Tensor:
 
 
 @contextlib.contextmanager
-def leaving_no_trace(backbone: Backbone) -> Iterator[None]:
+def _leaving_no_trace(backbone: Backbone) -> Iterator[None]:
     """Run the block in evaluation mode, without gradients or compilation, and restore random states and modes."""
     core = backbone.core
     devices = {parameter.device.index for parameter in core.parameters() if parameter.device.type == "cuda"}

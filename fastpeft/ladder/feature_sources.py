@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.backbone_passes import autocast_of, listen, skip_layers, tokens_of
 from fastpeft.ladder.cache import FeatureCache
 from fastpeft.ladder.checks import check_mask
-from fastpeft.ladder.passes import autocast_of, listen, skip_layers, tokens_of
 from fastpeft.ladder.side_run import SideRun
 
 

@@ -1,4 +1,4 @@
-"""What a side network is like where nobody says it: that depends on the model beside which it stands."""
+"""Defaults of a side network that depend on the model beside which it stands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import STATE, LadderConfig, Residual
 
 
-def decide_form(config: LadderConfig, backbone: Backbone) -> set[str]:
+def decide_defaults(config: LadderConfig, backbone: Backbone) -> set[str]:
     """Fill in the fields whose default depends on the backbone or its head.
 
     Returns:

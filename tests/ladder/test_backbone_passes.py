@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft import FastpeftError, unfuse_head
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.passes import features_of, listen, skip_layers
+from fastpeft.ladder.backbone_passes import features_of, listen, skip_layers
 
 KINDS = ("Roberta", "DistilBert", "ModernBert", "Electra", "DebertaV2", "GPT2")
 

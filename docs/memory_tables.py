@@ -1,0 +1,130 @@
+"""What memory methods take, from bench/data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from table_rows import Row, rows, table, whole
+
+# rows of bench/data/memory.csv by what identifies a case: method, targets, adapter and residual dtype, optimizer, and
+# layers for each side block
+LARGE = {
+    ("mezo", "", "", "", "", ""): "**MeZO**",
+    ("lst", "", "float32", "", "", ""): "LST",
+    ("lst", "", "float32", "", "", "1"): "LST, a block for each layer",
+    ("k-lst", "", "float32", "", "8-bit AdamW", ""): "**9-LST**, 8-bit AdamW",
+    ("k-lst", "", "float32", "", "", ""): "**9-LST**",
+    ("k-lst", "", "float32", "", "", "1"): "**9-LST**, a block for each layer",
+    ("siva", "all linear", "float32", "nf4", "", ""): "**SiVA**, all linear, nf4",
+    ("siva", "query+key", "float32", "", "", ""): "**SiVA**, query and key",
+    ("lora", "query+key", "float32", "", "", ""): "LoRA or PiSSA, query and key",
+    ("siva", "all linear", "float32", "", "", ""): "**SiVA**, all linear",
+    ("lora", "all linear", "float32", "", "", ""): "LoRA or PiSSA, all linear",
+    ("full", "", "", "", "", ""): "full fine-tuning, bfloat16 throughout",
+}
+CASE = ("method", "targets", "adapter_dtype", "residual_dtype", "optimizer", "layers_per_block")
+LENGTHS = ("64", "128", "512")
+
+
+def peaks() -> dict[str, dict[str, float]]:
+    """Peak memory of a RoBERTa-large, MB, by method and length."""
+    found: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
+    for row in rows("memory.csv"):
+        case = tuple(row[name] for name in CASE)
+        if case in LARGE:
+            found[LARGE[case]][row["tokens"]] = float(row["peak_mb"])
+    return found
+
+
+def memory() -> str:
+    """Peaks of a RoBERTa-large, by method and length."""
+    body = ([name, *(f"{found[length]:,.0f}" for length in LENGTHS)] for name, found in peaks().items())
+    return table(["peak memory, MB", *(f"{length} tokens" for length in LENGTHS)], body)
+
+
+# rows of bench/data/llama_memory.csv by method, format of the frozen weights, form of the loss, reduction, and layers
+# for each side block
+LLAMA = {
+    ("mezo", "nf4", "fused", "", ""): "**MeZO** over QLoRA",
+    ("lst", "nf4-double", "fused", "8", ""): "LST, nf4-double",
+    ("lst", "nf4", "fused", "8", ""): "LST, nf4",
+    ("lst", "nf4-double", "fused", "16", "1"): "LST, nf4-double, half as wide, a block for each layer",
+    ("lst", "nf4-double", "fused", "8", "1"): "LST, nf4-double, a block for each layer",
+    ("k-lst", "nf4-double", "fused", "8", ""): "**9-LST**, nf4-double",
+    ("k-lst", "nf4", "fused", "8", ""): "**9-LST**, nf4",
+    ("k-lst", "nf4-double", "fused", "16", "1"): "**9-LST**, nf4-double, half as wide, a block for each layer",
+    ("k-lst", "nf4-double", "fused", "8", "1"): "**9-LST**, nf4-double, a block for each layer",
+    ("siva", "nf4-double", "fused", "", ""): "**SiVA**, nf4-double",
+    ("siva", "nf4", "fused", "", ""): "**SiVA**, nf4",
+    ("lora", "nf4", "fused", "", ""): "QLoRA",
+    ("lora", "nf4", "logits", "", ""): "QLoRA, with logits",
+    ("lst", "int8", "fused", "8", ""): "LST, int8",
+    ("k-lst", "int8", "fused", "8", ""): "**9-LST**, int8",
+    ("mezo", "bfloat16", "fused", "", ""): "**MeZO**",
+    ("lst", "bfloat16", "fused", "8", ""): "LST",
+    ("k-lst", "bfloat16", "fused", "8", ""): "**9-LST**",
+    ("siva", "bfloat16", "fused", "", ""): "**SiVA**",
+    ("lora", "bfloat16", "fused", "", ""): "LoRA",
+    ("full", "bfloat16", "logits", "", ""): "full fine-tuning",
+}
+_LLAMA_SIZES = (("1", "512"), ("4", "512"), ("1", "2048"), ("4", "2048"))  # rows, tokens
+
+
+def _llama() -> Iterator[tuple[str, dict[tuple[str, ...], Row]]]:
+    """Each named case with its rows by model, checkpointing, rows of a batch and tokens."""
+    found: dict[tuple[str, ...], dict[tuple[str, ...], Row]] = {}
+    for row in rows("llama_memory.csv"):
+        case = row["method"], row["backbone"], row["head"], row["reduction"], row["layers_per_block"]
+        found.setdefault(case, {})[row["model"], row["checkpointing"], row["batch"], row["tokens"]] = row
+    for case, name in LLAMA.items():
+        if case in found:
+            yield name, found[case]
+
+
+def _peak(found: dict[tuple[str, ...], Row], *key: str) -> str:
+    return whole(found[key]["peak_mb"]) if key in found else "-"
+
+
+def llama_memory() -> str:
+    """Peaks of one text of 2,048 tokens, without and with checkpointing, by model."""
+    cases = list(_llama())
+    there = {key[0] for _, found in cases for key in found if key[2:] == ("1", "2048")}
+    both = [(model, again) for model in ("1B", "3B", "8B") if model in there for again in ("no", "yes")]
+    heads = [f"{model}, checkpointed" if again == "yes" else model for model, again in both]
+    body = ([name, *(_peak(found, *each, "1", "2048") for each in both)] for name, found in cases)
+    return table(["peak memory, MB", *heads], body)
+
+
+def llama_parts() -> str:
+    """Where the peaks of the 8B in nf4 are."""
+    parts = ("weights", "gradients", "optimizer", "rest", "peak")
+    body = []
+    for name, found in _llama():
+        for again, suffix in (("no", ""), ("yes", ", checkpointed")):
+            row = found.get(("8B", again, "1", "2048"))
+            if row and row["backbone"] == "nf4":
+                body.append([name + suffix, *(whole(row[f"{part}_mb"]) for part in parts)])
+    return table(["MB", "weights", "gradients", "optimizer state", "the rest", "peak"], body)
+
+
+def llama_sizes() -> str:
+    """Peaks of the 8B by rows and tokens, checkpointed where that is possible, of what has been simulated for all."""
+    body = []
+    for name, found in _llama():
+        again = "no" if "MeZO" in name else "yes"
+        peaks = [_peak(found, "8B", again, *size) for size in _LLAMA_SIZES]
+        body += [] if "-" in peaks else [[name, *peaks]]
+    return table(["peak memory, MB", *(f"{count} x {int(tokens):,} tokens" for count, tokens in _LLAMA_SIZES)], body)
+
+
+def llama_measured() -> str:
+    """Peaks of steps of SmolLM2 that ran, beside those that are simulated for them."""
+    names = {"lora": "LoRA", "siva": "**SiVA**", "lst": "LST", "k-lst": "**9-LST**", "full": "full", "mezo": "**MeZO**"}
+    body = []
+    for row in rows("llama_memory_measured.csv"):
+        marks = [names[row["method"]]]
+        marks += ["nf4"] * (row["backbone"] == "nf4") + ["logits"] * (row["head"] == "logits")
+        marks += ["checkpointed"] * (row["checkpointing"] == "yes")
+        figures = f"{float(row['peak_mb']):,.1f}", f"{float(row['measured_mb']):,.1f}", row["ratio"]
+        body.append([", ".join(marks), f"{int(row['tokens']):,}", *figures])
+    return table(["", "tokens", "simulated, MB", "measured, MB", "ratio"], body)
