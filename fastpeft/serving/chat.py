@@ -8,18 +8,18 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import fastapi
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
+from pydantic import AfterValidator, Field, StrictBool, model_validator
 
 from fastpeft.data.conversations import ASSISTANT, SYSTEM, Conversation, check_conversation
 from fastpeft.errors import FastpeftError
 from fastpeft.serving.batcher import Batcher
 from fastpeft.serving.generation import GenerationRequest
-from fastpeft.serving.messages import check_encodable, error_form
+from fastpeft.serving.messages import Sent, check_encodable, error_form
 from fastpeft.serving.tasks import RefusedError, Task, Tasks
 
 logger = logging.getLogger(__name__)
@@ -34,25 +34,22 @@ def _unwanted(wanted: bool) -> bool:
 Text = Annotated[str, AfterValidator(check_encodable)]
 Unwanted = Annotated[StrictBool, AfterValidator(_unwanted)]
 Neutral = Annotated[float, Field(ge=0, le=0, description="Not supported: must be 0.")]
-Stop = Annotated[Text, Field(min_length=1)]
+# each token is compared with all beginnings of a stop, which takes time as its length times itself
+Stop = Annotated[str, Field(min_length=1, max_length=1_000), AfterValidator(check_encodable)]
 
 
-class Part(BaseModel):
+class Part(Sent):
     """A part of what is said."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
     text: Text
 
 
-class Message(BaseModel):
+class Message(Sent):
     """A turn of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
-
     role: str = Field(description="system or developer, which comes first or not at all, user, assistant or tool.")
-    content: Text | list[Part]
+    content: Text | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = Field(None, description="Ignored.")
 
     @property
@@ -61,26 +58,20 @@ class Message(BaseModel):
         return {"role": SYSTEM if self.role == "developer" else self.role, "content": content}
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Sent):
     """The form of what is said."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Sent):
     """What a stream has beside its text."""
-
-    model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = Field(False, description="Whether a last event has the token counts.")
 
 
-class OpenAIRequest(BaseModel):
+class OpenAIRequest(Sent):
     """What chats and completions are asked for."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="The task's name.")
     max_tokens: int | None = Field(None, ge=1, description="Maximum number of generated tokens (default: 256).")
@@ -104,14 +95,27 @@ class OpenAIRequest(BaseModel):
     seed: None = None
     user: str | None = Field(None, description="Is not read.")
 
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are of a stream. Remove them, or set stream")
+        return self
+
 
 class ChatRequest(OpenAIRequest):
     """A conversation to go on with."""
 
-    messages: list[Message] = Field(min_length=1)
+    # the first fault alone: as many as a body can hold would take seconds of the thread that reads all requests
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     response_format: ResponseFormat | None = None
     logprobs: Unwanted | None = None
     max_completion_tokens: int | None = Field(None, ge=1, description="As max_tokens.")
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ. Remove one")
+        return self
 
 
 class CompletionRequest(OpenAIRequest):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.prompts.template import is_text
@@ -14,6 +14,7 @@ from fastpeft.training.prediction import shortest
 
 MAX_TEXTS = 256  # of one request
 MAX_CHARACTERS = 20_000  # of one text, a pair, or a list of words
+_MAX_FIELDS = 100  # of an object, before each that is not known is an error of its own
 
 
 def check_encodable(text: str) -> str:
@@ -49,12 +50,23 @@ Text = Annotated[
 ]
 
 
-class Request(BaseModel):
+class Sent(BaseModel):
+    """What clients send."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number(cls, values: Any) -> Any:
+        if isinstance(values, dict) and len(values) > _MAX_FIELDS:
+            raise ValueError(f"it has {len(values):,} fields, and {_MAX_FIELDS} may be there")
+        return values
+
+
+class Request(Sent):
     """Texts for a task."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"texts": ["A warm, funny film.", "A bore."]}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"texts": ["A warm, funny film.", "A bore."]}]})
 
     texts: list[Text] = Field(
         min_length=1,
@@ -123,10 +135,8 @@ class TaskInfo(BaseModel):
     shares_backbone_with: list[str]
 
 
-class Source(BaseModel):
+class Source(Sent):
     """Where a run lies."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: str = Field(description="Its folder, below the folder of runs.")
 

@@ -16,6 +16,7 @@ from fastpeft.training.run_folder import RunFolder
 
 _EXTRA = ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn")
 _CONNECTIONS = 1_024
+_FILES = 1_024  # beside them, as of the models
 
 
 def serve(
@@ -61,6 +62,7 @@ def serve(
     if runs is not None and not runs.is_dir():
         raise FastpeftError(f"the folder of runs {str(runs)!r} is not there. Name one that is, or leave --runs out.")
     _check_device(device)
+    _let_open(_CONNECTIONS + _FILES)
     with _bound(host, port) as listening:
         with loading:
             tasks = Tasks(folders, device=device, max_length=max_length, max_rows=max_rows)
@@ -109,6 +111,18 @@ def _check_device(device: str | None) -> None:
         raise FastpeftError(
             f"the device {device!r} cannot be used: {first_line(error)} Give cpu or cuda, or leave --device out."
         ) from None
+
+
+def _let_open(number: int) -> None:
+    """Let this process have so many files and connections open, as far as the system lets it: many begin with 1,024."""
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return
+    own, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if most == resource.RLIM_INFINITY else min(number, most)
+    if own != resource.RLIM_INFINITY and own < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from fastpeft.support.adapter_files import check_file, holds_adapter
 from fastpeft.support.safe_paths import check_named_files
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,12 @@ def source_options(source: str) -> dict[str, Any]:
     """Arguments of a `from_pretrained` for `source`, a folder or a hub id.
 
     Raises:
-        FastpeftError: the folder names files outside of it.
+        FastpeftError: the folder names files outside of it, or holds an adapter that may not be read.
     """
-    check_named_files(Path(source))
+    folder = Path(source)
+    check_named_files(folder)
+    if holds_adapter(folder):  # transformers loads one that lies beside a model, too
+        check_file(folder)
     return {
         "trust_remote_code": False,  # leaving it out would ask a person at a terminal
         "local_files_only": not Path(source).is_dir() and not reachable(),

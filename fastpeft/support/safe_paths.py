@@ -14,10 +14,11 @@ from typing import Any
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 
+_INDEX = "*.index.json"
 # the files that name others, and under which keys
 _KEYS = {
-    "*.index.json": ("weight_map",),
-    "config.json": ("transformers_weights", "configuration_files"),
+    _INDEX: ("weight_map",),
+    "config*.json": ("transformers_weights", "configuration_files"),  # config.json may name another, as config.5.0.json
     "tokenizer_config.json": ("fast_tokenizer_files",),
     "state.json": ("_data_files",),  # this and the next of a data set that `datasets` saved
     "dataset_dict.json": ("splits",),
@@ -30,21 +31,23 @@ def check_named_files(folder: Path) -> None:
     Files that cannot be read are left for their readers to tell. Of the hub's cache, whose files are links, those it
     keeps count as inside.
     """
-    for pattern, keys in _KEYS.items():
-        for file in sorted(folder.glob(pattern)):
-            try:
-                values = files.read_json(file)
-            except FastpeftError:
-                continue
-            named = [name for key in keys for name in _strings(values.get(key))]
-            if pattern == "tokenizer_config.json":
-                named += _left_over(values)
-            for name in named:
-                if not _is_inside(folder, name):
-                    raise FastpeftError(
-                        f"{file} names {name!r}, which lies outside of its folder, so nothing of the folder is read. "
-                        "Put that file beside it and correct the name, or take the folder from whom you trust."
-                    )
+    found = [(file, keys) for pattern, keys in _KEYS.items() for file in sorted(folder.glob(pattern))]
+    for file, keys in found:
+        try:
+            values = files.read_json(file)
+        except FastpeftError:
+            continue
+        named = [name for key in keys for name in _strings(values.get(key))]
+        if file.name == "tokenizer_config.json":
+            named += _left_over(values)
+        for name in named:
+            if not _is_inside(folder, name):
+                raise FastpeftError(
+                    f"{file} names {name!r}, which lies outside of its folder, so nothing of the folder is read. "
+                    "Put that file beside it and correct the name, or take the folder from whom you trust."
+                )
+        if "transformers_weights" in keys:  # an index, perhaps in a folder of its own
+            found += [(folder / name, _KEYS[_INDEX]) for name in named if name.endswith(_INDEX[1:])]
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -109,6 +109,7 @@ class TextGenerator:
                     **batch,
                     max_new_tokens=self.max_new_tokens,
                     do_sample=False,
+                    num_beams=1,  # whatever the model's generation_config.json says
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=sorted(ends) or None,
                 )

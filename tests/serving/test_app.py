@@ -184,6 +184,7 @@ HOSTILE: dict[str, tuple[str, str, Any, int, str]] = {
     "surrogate as key": ("POST", "/predict", {**GOOD, "\udcff": 1}, 422, "unicode"),
     "unknown key": ("POST", "/predict", {**GOOD, "text": "a"}, 422, "body.text: Extra inputs"),
     "NaN": ("POST", "/predict", b'{"task": "a", "texts": [NaN]}', 422, "neither a string nor a list"),
+    "many keys": ("POST", "/predict", {**GOOD, **{str(key): 0 for key in range(99)}}, 422, "body: it has 101 fields"),
     "a list": ("POST", "/predict", ["a"], 422, "the request cannot be read"),
     "no body": ("POST", "/predict", b"", 422, "Field required"),
     "half of JSON": ("POST", "/predict", b'{"task": "a", "texts": ["a"', 422, "JSON decode error"),

@@ -26,6 +26,8 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("uvicorn")
 
+from fastapi.exceptions import RequestValidationError
+
 from fastpeft.serving.app import Limits, create_app
 
 ASKED = [text for text, _ in reviews(5)]
@@ -195,6 +197,13 @@ def test_tasks_on_one_backbone_say_their_words_in_one_batch(
     assert batches == [15]
 
 
+def test_predict_is_greedy_whatever_the_model_says(place: Path, expected: dict[tuple[str, str], str]) -> None:
+    generator = TextGenerator(load_run(place / "own"), 8)
+    generator.run.classifier.model.generation_config.num_beams = 4
+    said = generator.generate([generator.encode(text) for text in ASKED])
+    assert said == [expected["own", text] for text in ASKED]
+
+
 def test_other_sampling_or_too_long_a_sum_is_another_batch(tasks: Tasks) -> None:
     chat, own = tasks["chat"], tasks["own"]
     long = [
@@ -206,6 +215,34 @@ def test_other_sampling_or_too_long_a_sum_is_another_batch(tasks: Tasks) -> None
     assert [len(batch) for batch in tasks._batches(short)] == [16, 4]
     assert chat.shared is not None
     assert own.shared is None
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("chat", {"num_beams": 2}),
+        ("own", {"num_beams": 2}),
+        ("chat", {"num_return_sequences": 2, "do_sample": True}),
+        ("own", {"prompt_lookup_num_tokens": 3}),
+        ("own", {"assistant_early_exit": 1}),
+        ("own", {"max_time": 1e-9}),
+    ],
+)
+def test_each_request_has_its_own_row_whatever_the_model_says(
+    tasks: Tasks,
+    expected: dict[tuple[str, str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    given: dict[str, Any],
+) -> None:
+    task = tasks[name]
+    base = task.run.classifier.model if task.shared is None else task.shared.pool.backbone.core
+    for option, value in given.items():
+        monkeypatch.setattr(base.generation_config, option, value)
+    asked = [(name, [tasks.generation_request(name, Conversation((("user", text),)), 8)]) for text in ASKED]
+    answers = tasks.generate(asked)
+    texts = [answer.text if isinstance(answer, GenerationRequest) else answer for answer in answers]
+    assert texts == [expected[name, text] for text in ASKED]
 
 
 def test_of_a_batch_that_fails_each_is_answered_alone(tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,6 +428,8 @@ REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
         *("body.stop: Input should be a valid string, or: List should have at most 4 items", None, None),
     ),
     "an empty stop": ({**CHAT, "stop": ""}, 400, "body.stop", None, None),
+    "a long stop": ({**CHAT, "stop": "a" * 1_001}, 400, "body.stop: String should have at most 1000", None, None),
+    "two numbers": ({**CHAT, "max_completion_tokens": 1}, 400, "max_completion_tokens differ", None, None),
     "two answers": ({**CHAT, "n": 2}, 400, "body.n", None, None),
     "a log probability": ({**CHAT, "logprobs": 0}, 400, "body.logprobs", None, None),
     "a penalty": ({**CHAT, "frequency_penalty": 0.5}, 400, "body.frequency_penalty", None, None),
@@ -402,6 +441,12 @@ REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
     "no JSON": (b"\xff", 400, "parsing the body", None, None),
     "large": (b" " * (1 << 21), 413, "more than 1,048,576 bytes", None, None),
 }
+
+
+def test_options_of_a_stream_without_one_are_refused(server: Server) -> None:
+    status, answer, _ = server.ask("POST", "/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
+    assert (status, "stream_options are of a stream" in answer["error"]["message"]) == (400, True)
+    assert server.ask("POST", "/v1/chat/completions", {**CHAT, "stream_options": None})[0] == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -425,6 +470,25 @@ def test_what_is_refused(server: Server, stream: bool) -> None:
     status, answer, _ = server.ask("POST", "/predict", {"task": "chat", "texts": ["film"]})
     assert (status, "generates text" in answer["detail"]) == (422, True)
     assert server.ask("POST", *request("chat", "film"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "messages", [[{}] * 9_000, [{"role": "user", "content": [{}] * 9_000}], [{str(key): 1 for key in range(9_000)}]]
+)
+def test_of_many_faults_a_few_are_counted(messages: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes time of the thread that reads all requests."""
+    counted: list[int] = []
+    server = Server(create_app(Tasks({})))
+    errors = RequestValidationError.errors
+    monkeypatch.setattr(
+        RequestValidationError, "errors", lambda error: (counted.append(len(errors(error))), errors(error))[1]
+    )
+    try:
+        status, answer, _ = server.ask("POST", "/v1/chat/completions", {"model": "chat", "messages": messages})
+    finally:
+        server.stop()
+    assert (status, "body.messages" in answer["error"]["message"]) == (400, True)
+    assert max(counted) < 10
 
 
 def test_a_template_that_does_not_tell_where_a_turn_begins_is_refused(

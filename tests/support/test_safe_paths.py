@@ -126,6 +126,25 @@ def test_names_that_lead_out_of_a_folder_are_refused(
     assert f"{file} names {found!r}, which lies outside of its folder" in str(raised.value)
 
 
+def test_files_that_are_named_for_others_stay_in_their_folder_too(place: Path, tmp_path: Path) -> None:
+    """An index in a folder of its own, and a configuration for later versions of transformers."""
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "parts").mkdir()
+    (model / "parts" / "a.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"a": "../x.safetensors"}})
+    )
+    (model / "config.json").write_text(json.dumps({**config, "transformers_weights": "parts/a.safetensors.index.json"}))
+    with pytest.raises(FastpeftError, match=r"parts/a\.safetensors\.index\.json names '\.\./x\.safetensors'"):
+        load_whole(model)
+    (tmp_path / "x.safetensors").write_text("")
+    (model / "x.safetensors").symlink_to(tmp_path / "x.safetensors")
+    (model / "config.5.0.0.json").write_text(json.dumps({**config, "transformers_weights": "x.safetensors"}))
+    (model / "config.json").write_text(json.dumps({**config, "configuration_files": ["config.5.0.0.json"]}))
+    with pytest.raises(FastpeftError, match=r"config\.5\.0\.0\.json names 'x\.safetensors', which lies outside"):
+        load_whole(model)
+
+
 def test_the_base_of_a_prompted_adapter_stays_in_its_folder(place: Path, tmp_path: Path) -> None:
     base = shutil.copytree(place / "model", tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -189,6 +208,7 @@ def test_what_is_no_index_is_left_to_its_reader(tmp_path: Path, text: str) -> No
         ("SHADOW", {"shadow_model": "some/model"}),
         ("SIVA", {"pissa": "some/adapter"}),
         ("MULTITASK_PROMPT_TUNING", {"prompt_tuning_init_state_dict_path": "some/file"}),
+        ("LORA", {"megatron_config": {"from": "some/module"}}),
     ],
 )
 def test_adapters_that_are_made_of_others_are_refused(
@@ -199,6 +219,10 @@ def test_adapters_that_are_made_of_others_are_refused(
     (folder / "adapter_config.json").write_text(json.dumps({**values, "peft_type": kind, **named}))
     with pytest.raises(FastpeftError, match=rf"of the type {kind} and names others .*some/"):
         check_file(folder)
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copy(folder / "adapter_config.json", model)  # which transformers then loads with the model
+    with pytest.raises(FastpeftError, match=rf"of the type {kind} and names others .*some/"):
+        load_whole(model)
 
 
 def test_a_journal_names_parameters_and_no_files(tmp_path: Path) -> None:
