@@ -1,7 +1,7 @@
 """Autotuning: which of the candidates for a result is the fastest here, timed at first use in milliseconds, then kept.
 
 The times are on disk by processor and versions, so that all processes take the same candidate, and a run that goes on
-takes its own: candidates differ in the last bits. For GPUs the package brings some in `tuned/`. Where only
+takes its own: candidates differ in the last bits. For GPUs the package can bring some in `tuned/`. Where only
 deterministic algorithms are allowed every question has its fixed answer; where the variable FASTPEFT_MEASURE is 0
 nothing is timed.
 """

@@ -222,6 +222,11 @@ def _raise(fault: FastpeftError, *_: Any) -> None:
 _library, _choices, _fault = _activate()  # the Library object must live: its registrations end with it
 
 
+def why_not_compiled() -> str:
+    """Why the compiled operations for CPUs are not there, or ''."""
+    return _why_not("cpp")
+
+
 def choices() -> list[Choice]:
     """The implementation of every op on CPU and CUDA devices, with the reason.
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import fastapi
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import AfterValidator, Field, StrictBool, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fastpeft.data.conversations import ASSISTANT, SYSTEM, Conversation, check_conversation
 from fastpeft.errors import FastpeftError
@@ -32,7 +32,7 @@ def _unwanted(wanted: bool) -> bool:
 
 
 Text = Annotated[str, AfterValidator(check_encodable)]
-Unwanted = Annotated[StrictBool, AfterValidator(_unwanted)]
+Unwanted = Annotated[bool, AfterValidator(_unwanted)]
 Neutral = Annotated[float, Field(ge=0, le=0, description="Not supported: must be 0.")]
 # each token is compared with all beginnings of a stop, which takes time as its length times itself
 Stop = Annotated[str, Field(min_length=1, max_length=1_000), AfterValidator(check_encodable)]

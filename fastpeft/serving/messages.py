@@ -51,9 +51,9 @@ Text = Annotated[
 
 
 class Sent(BaseModel):
-    """What clients send."""
+    """What clients send: no other fields, and values of the types that are named, as true is no number."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod

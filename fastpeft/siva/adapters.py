@@ -329,6 +329,11 @@ class AdaptedLinear(BaseWeightLayer):
         weight = self._pretrained()
         return weight.t() if self.fan_in_fan_out else weight
 
+    @property
+    def comes_back_rounded(self) -> bool:
+        """Whether the pretrained weight is not stored, and is restored in half precision, so that its bits differ."""
+        return self._frozen and self.base_layer.weight.dtype in (torch.float16, torch.bfloat16)
+
     @torch.no_grad()
     def restore(self) -> None:
         """Make the stored weight the pretrained one again, to rounding."""

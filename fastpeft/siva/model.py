@@ -213,6 +213,11 @@ class SivaModel(BaseTuner):
         if not merge:
             for layer in self._siva_layers():
                 layer.check_restorable()  # before the first layer is touched
+            if any(layer.comes_back_rounded for layer in self._siva_layers()):
+                logger.warning(
+                    "the base's weights come back in other bits, rounded, as W_r was stored in their place in half "
+                    "precision. Load the base again for its own, or use SivaConfig(residual='implicit') from the start"
+                )
         grouping.part(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         return model

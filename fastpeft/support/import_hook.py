@@ -7,6 +7,7 @@ of this library's own modules, or of one that is waited for.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -62,7 +63,11 @@ class _Hook(MetaPathFinder):
     def act(self) -> None:
         """Do what waited for modules that have loaded; after the last, look at no import any more."""
         while self.loaded and self.depth == 0:
-            self.actions.pop(self.loaded.pop(0))()
+            name = self.loaded.pop(0)
+            try:
+                self.actions.pop(name)()
+            except ImportError as error:  # as of a later version that lacks a name: the import of others goes on
+                warnings.warn(f"{_OWN} does not fit the {name} that is installed: {error}", stacklevel=2)
         if not self.actions and self in sys.meta_path:
             sys.meta_path.remove(self)
 

@@ -17,10 +17,11 @@ from transformers import TrainerCallback, set_seed
 
 from fastpeft.data import result_warnings
 from fastpeft.data.examples import labels_in_words
-from fastpeft.data.names import FEATURE_DTYPES, LOSS
+from fastpeft.data.names import DEMO, FEATURE_DTYPES, LOSS
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.ops.autotune import timings
+from fastpeft.ops.backends import why_not_compiled
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
 from fastpeft.support.environment import best_device
@@ -109,6 +110,8 @@ def train(
         if resume and folder.started:
             folder.check_rows(task.data.fingerprint)
         _tell_precision(config, task.config)
+        if is_first():
+            _tell_beginnings(task.config)
         if task.data.problem.has_classes:
             logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)
@@ -165,6 +168,17 @@ def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
         logger.warning(
             "this CPU has no bfloat16 instructions: frozen layers compute in float32, and trained layers take several "
             "times as long as in float32"
+        )
+
+
+def _tell_beginnings(config: TrainConfig) -> None:
+    """Tell of a model that nobody may have meant, and of an installation without the compiled operations."""
+    if config.model == DEMO and config.data != DEMO:
+        logger.info("the model is %r, the bundled one, which is small and for trying out; --model names another", DEMO)
+    if best_device() == "cpu" and (reason := why_not_compiled()):
+        logger.warning(
+            "%s, so runs are slower; install fastpeft with a C++ compiler and --no-build-isolation, as its README says",
+            reason,
         )
 
 

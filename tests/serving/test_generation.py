@@ -422,6 +422,15 @@ REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
     ),
     "too many": ({**CHAT, "max_tokens": 38}, 400, "38 more are asked for", "messages", "context_length_exceeded"),
     "none": ({**CHAT, "max_tokens": 0}, 400, "body.max_tokens", None, None),
+    "a number as text": (
+        {**CHAT, "max_tokens": "2"},
+        400,
+        "body.max_tokens: Input should be a valid integer",
+        None,
+        None,
+    ),
+    "true": ({**CHAT, "temperature": True}, 400, "body.temperature: Input should be a valid number", None, None),
+    "a word for true": ({**CHAT, "stream": "yes"}, 400, "body.stream: Input should be a valid boolean", None, None),
     "hot": ({**CHAT, "temperature": 3}, 400, "body.temperature", None, None),
     "five stops": (
         *({**CHAT, "stop": ["a"] * 5}, 400),

@@ -255,6 +255,20 @@ def test_lossy_models_refuse_to_unload_before_touching_anything() -> None:
     torch.testing.assert_close(answers(model.merge_and_unload()), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@RESIDUALS
+def test_weights_that_come_back_rounded_are_told(
+    residual: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SivaConfig(task_type="SEQ_CLS", residual=residual)
+    base = peft.get_peft_model(tiny().to(dtype), config).unload()
+    pairs = zip(base.state_dict().items(), tiny().to(dtype).state_dict().values(), strict=True)
+    same = all(weight.equal(pretrained) for (name, weight), pretrained in pairs if "classifier" not in name)
+    assert same is (residual == "implicit")
+    told = "the base's weights come back in other bits" in caplog.text
+    assert told is (residual == "frozen" and dtype is torch.bfloat16)
+
+
 @RESIDUALS
 def test_several_adapters_with_different_targets(tmp_path: Path, residual: str) -> None:
     model = adapted(r=3, residual=residual)

@@ -51,6 +51,17 @@ def test_after_the_outermost_import() -> None:
 
 
 @pytest.mark.usefixtures("modules")
+def test_the_import_of_others_does_not_fail_by_ours() -> None:
+    def act() -> None:
+        raise ImportError("cannot import name 'gone'")
+
+    when_imported({"hooked_inner": act})
+    with pytest.warns(UserWarning, match="fastpeft does not fit the hooked_inner that is installed: cannot"):
+        import hooked_inner
+    assert hooked_inner.done == []
+
+
+@pytest.mark.usefixtures("modules")
 def test_a_failed_import_is_none() -> None:
     done: list[str] = []
     when_imported({"hooked_broken": lambda: done.append("broken")})

@@ -23,6 +23,7 @@ from fastpeft.training.loading import load_run
 from fastpeft.training.optimizer_in_backward import StepsInBackward
 from fastpeft.training.prediction import predict
 from fastpeft.training.row_order import LengthGroupedOrder
+from fastpeft.training.run import _tell_beginnings
 from fastpeft.training.setup import resolve
 
 
@@ -250,6 +251,19 @@ def test_bf16_trains_float32_weights(config: TrainConfig) -> None:
     result = train(replace(config, method="full", bf16=True, max_steps=2))
     assert {tensor.dtype for tensor in weights_of(result.folder).values()} == {torch.float32}
     assert math.isfinite(result.metrics["loss"])
+
+
+@pytest.mark.parametrize("given", [{}, {"model": "demo"}, {"model": "demo", "data": "demo"}], ids=str)
+@pytest.mark.parametrize("reason", ["", "fastpeft._C is not available (no module)"])
+def test_what_a_beginner_may_not_have_meant_is_said(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: Any, reason: str
+) -> None:
+    """The bundled model on own data, and plain PyTorch in place of the compiled operations."""
+    monkeypatch.setattr("fastpeft.training.run.why_not_compiled", lambda: reason)
+    caplog.set_level("INFO")
+    _tell_beginnings(replace(config, **given))
+    assert ("the model is 'demo', the bundled one" in caplog.text) is (given == {"model": "demo"})
+    assert (f"{reason}, so runs are slower" in caplog.text) is bool(reason)
 
 
 def test_settings_reach_the_method_and_the_trainer(config: TrainConfig) -> None:
