@@ -177,8 +177,7 @@ def _tell_beginnings(config: TrainConfig) -> None:
         logger.info("the model is %r, the bundled one, which is small and for trying out; --model names another", DEMO)
     if best_device() == "cpu" and (reason := why_not_compiled()):
         logger.warning(
-            "%s, so runs are slower; install fastpeft with a C++ compiler and --no-build-isolation, as its README says",
-            reason,
+            "%s, so runs are slower; install fastpeft as its README says, where there is a C++ compiler", reason
         )
 
 
