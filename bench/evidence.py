@@ -53,6 +53,7 @@ from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS
 from fastpeft.support.files import read_json, write_json, write_text
 from fastpeft.training.generation import TextGenerator, measure_generations
 from fastpeft.training.loading import load_run
+from fastpeft.training.run_folder import START_KEY
 
 KEPT = DATA / "evidence"
 PAGES = DATA.parents[1] / "docs" / "results"
@@ -249,6 +250,9 @@ def keep(folder: Path, kept: Path) -> None:
         parts = {part: read_json(cell / f"{part}.json") for part in _PARTS if (cell / f"{part}.json").is_file()}
         for part, name in product(("run", "metrics"), ("model", "data", "output", "command")):
             parts[part].pop(name, None)
+        parts["run"].pop(START_KEY, None)  # of weights that are not kept
+        if start := parts["run"].get("init_from"):  # another cell, which lies beside it in any folder
+            parts["run"]["init_from"] = Path(start).name
         lines = (f"{json.dumps(part)}: {json.dumps(values, separators=(',', ':'))}" for part, values in parts.items())
         kept.mkdir(parents=True, exist_ok=True)
         write_text(file, "{" + ",\n".join(lines) + "}\n")

@@ -13,6 +13,8 @@ from bench import evidence
 from fastpeft.data.examples import load_data
 from fastpeft.support.files import read_json
 
+METHODS = ["head", "lst:init_from=head"]
+
 
 def _table(file: Path, column: str, rows: int) -> None:
     lines = [f"{text}\t{int(label == 'positive')}" for text, label in reviews(rows)]
@@ -24,7 +26,7 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     source.mkdir()
     _table(source / "train.tsv", "text", 48)
     _table(source / "test.tsv", "text", 12)
-    monkeypatch.setitem(evidence.TASKS, "trec", evidence.Evidence(evidence.trec, {"methods": ["head"]}, {"epochs": 1}))
+    monkeypatch.setitem(evidence.TASKS, "trec", evidence.Evidence(evidence.trec, {"methods": METHODS}, {"epochs": 1}))
     model = save_tiny_model(tmp_path / "model")
 
     def gather(folder: str, seeds: int) -> list[dict[str, str]]:
@@ -33,9 +35,11 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
             return [{name: row[name] for name in row.keys() - {"data", "command"}} for row in csv.DictReader(file)]
 
     first = gather("one", 1)
-    assert [row["seed"] for row in first] == ["0"]
+    assert [row["seed"] for row in first] == ["0", "0"]
     published = tmp_path / "pages" / "base-trec"
-    for file in (tmp_path / "kept" / "trec" / "head-seed0.json", published / "report.md", published / "results.csv"):
+    kept = sorted((tmp_path / "kept" / "trec").iterdir())
+    assert len(kept) == 2
+    for file in (*kept, published / "report.md", published / "results.csv"):
         assert str(tmp_path) not in file.read_text(), "no local path"
     assert [*(published / "figures").iterdir()]
     monkeypatch.setattr("fastpeft.comparison.run.Comparison._start", None)  # nothing may be run
