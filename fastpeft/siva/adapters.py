@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.dtypes import keeping_dtypes
+from fastpeft.ops.dtypes import HALVES, keeping_dtypes
 from fastpeft.ops.quantise import Format
 from fastpeft.siva.change import Change, Start, changed, scales
 from fastpeft.siva.config import Residual, SivaConfig, check_name, check_residual
@@ -332,7 +332,7 @@ class AdaptedLinear(BaseWeightLayer):
     @property
     def comes_back_rounded(self) -> bool:
         """Whether the pretrained weight is not stored, and is restored in half precision, so that its bits differ."""
-        return self._frozen and self.base_layer.weight.dtype in (torch.float16, torch.bfloat16)
+        return self._frozen and self.base_layer.weight.dtype in HALVES
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -44,12 +44,11 @@ def source_options(source: str) -> dict[str, Any]:
         FastpeftError: the folder names files outside of it, or holds an adapter that may not be read.
     """
     folder = Path(source)
-    check_named_files(folder)
-    if holds_adapter(folder):  # transformers loads one that lies beside a model, too
-        check_file(folder)
+    # an adapter beside a model is loaded by transformers, too
+    (check_file if holds_adapter(folder) else check_named_files)(folder)
     return {
         "trust_remote_code": False,  # leaving it out would ask a person at a terminal
-        "local_files_only": not Path(source).is_dir() and not reachable(),
+        "local_files_only": not folder.is_dir() and not reachable(),
     }
 
 

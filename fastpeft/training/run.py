@@ -110,12 +110,11 @@ def train(
         if resume and folder.started:
             folder.check_rows(task.data.fingerprint)
         _tell_precision(config, task.config)
-        if is_first():
-            _tell_beginnings(task.config)
         if task.data.problem.has_classes:
             logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)
         if is_first():  # while there is time to stop
+            _tell_beginnings(task.config)
             for warning in (*result_warnings.seen_rows(task.data.dev.texts, trained_on), *of_classes(task)):
                 logger.warning("%s", warning)
         trainer, measured, lowered = _prepare(task, folder, callbacks)
