@@ -53,7 +53,7 @@ from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS
 from fastpeft.support.files import read_json, write_json, write_text
 from fastpeft.training.generation import TextGenerator, measure_generations
 from fastpeft.training.loading import load_run
-from fastpeft.training.run_folder import START_KEY
+from fastpeft.training.run_folder import MODEL_KEY, START_KEY, model_fingerprint
 
 KEPT = DATA / "evidence"
 PAGES = DATA.parents[1] / "docs" / "results"
@@ -223,18 +223,21 @@ TASKS = {
 def restore(kept: Path, folder: Path, places: dict[str, str]) -> None:
     """Put finished cells back into the folder of a comparison, where they are not.
 
+    Those of a model with other weights stay away, as a masked-word head that was trained anew has: they run again.
+
     Args:
         kept: the folder that `keep` wrote.
         folder: of the comparison.
         places: what `model` and `data` are here.
     """
+    weights = model_fingerprint(places["model"])
     for file in sorted(kept.glob("*.json")):
         cell = folder / "cells" / file.stem
-        if (cell / "metrics.json").is_file():
+        parts = read_json(file)
+        if (cell / "metrics.json").is_file() or parts["run"].get(MODEL_KEY, weights) != weights:
             continue
         shutil.rmtree(cell, ignore_errors=True)  # a part of the same cell, begun here before it was kept elsewhere
         cell.mkdir(parents=True)
-        parts = read_json(file)
         parts["run"] |= {**places, "output": str(cell.resolve())}
         parts["metrics"] |= {**places, "command": f"fastpeft train --config {cell.name}.json"}
         for part, values in parts.items():

@@ -172,12 +172,17 @@ class CompareConfig:
 
     def _trained_cells(self, variant: str) -> tuple[list[Cell], list[Cell]]:
         """The cells that try learning rates for a variant, and those that train it, one for each seed."""
-        _, own, earlier = parse_variant(variant)
+        method, own, earlier = parse_variant(variant)
         start_tried, starts = ([], []) if earlier is None else self._trained_cells(earlier)
         name, seeds = _folder_name(variant), range(self.seeds or PROTOCOLS.get(self.protocol or "quick", 1))
         results = [self._trained_cell(f"{name}-seed{seed}", variant, seed, starts[seed : seed + 1]) for seed in seeds]
         if self.protocol != "full" or "learning_rate" in {**self.shared, **own}:
             return [], results
+        if starts and not start_tried and starts[0].values["objective"] is None:  # else it learns no labels
+            raise FastpeftError(
+                f"it starts from {earlier!r}, whose learning rate is given, so that learns from all training rows, "
+                f"those too on which rates of this are compared. Give {method} a learning_rate, or {earlier!r} none."
+            )
         tried = []
         own_text, chain, rest = partition_chain(variant)
         for rate in rates(resolve(results[0].config).recipe.learning_rate):

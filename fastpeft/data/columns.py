@@ -57,6 +57,11 @@ class Columns(NamedTuple):
     flags: tuple[str, ...] = ()
 
     @property
+    def named(self) -> tuple[str, str | None]:
+        """`text_column` and `label_column` as a person would name them."""
+        return ",".join(self.texts), ",".join(self.flags) or self.label or None
+
+    @property
     def labels(self) -> str:
         """The columns of labels, for messages."""
         return ", ".join(map(repr, self.flags or [self.label]))
@@ -112,7 +117,7 @@ def pick_columns(
                 f"cannot tell which column of {table.name} to take; its columns are {', '.join(columns)}. Name it with "
                 f"{option}{said}.{_about_header(columns)}"
             )
-    label = label or ""
+    label = "" if texts_alone else label or ""
     if label in texts:
         raise FastpeftError(
             f"column {label!r} of {table.name} cannot be both text and class; its columns are {', '.join(columns)}."
@@ -153,16 +158,22 @@ def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], f
     return Columns(texts, "", flags)
 
 
-def own_columns(given: str | None, own: str | None, table: Table, option: str) -> str | None:
-    """The columns that a person names, else those that a run was trained with, where `table` has some of them."""
+def own_columns(given: str | None, named: str | None, found: str | None, table: Table, option: str) -> str | None:
+    """The columns that a person names, else those that a run was trained with, where `table` has some of them.
+
+    A warning says where it has none of those that were `named` for the run; others were `found` by their usual names.
+    """
+    own = named or found
     if given is not None or own is None or {own, *map(str.strip, own.split(","))} & {*table.columns}:
         return given or own
-    logger.warning(
-        "%s has no column %r, which the run was trained with; one with a usual name is taken. Name another with %s.",
-        table.name,
-        own,
-        option,
-    )
+    if named:
+        logger.warning(
+            "%s has no column %r, which the run was trained with; one with a usual name is taken. Name another with "
+            "%s.",
+            table.name,
+            named,
+            option,
+        )
     return None
 
 

@@ -88,6 +88,7 @@ class TextData:
         problem: what the labels are.
         threshold_data: rows that are neither learned from nor measured on, to choose a threshold by; None where none
             were asked for.
+        columns: where the training rows were read from; None where they come from no table.
     """
 
     train: Examples
@@ -96,6 +97,7 @@ class TextData:
     description: str
     problem: Problem
     threshold_data: Examples | None = None
+    columns: Columns | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -166,13 +168,13 @@ def load_data(
         logger.warning(
             "a class is %r, made of others; to learn several labels of a text add --problem-type multi-label", joined
         )
-    train, dev, *kept = [_to_examples(part, labels, problem, data) for part in parts]
+    train, dev, *rest = [_to_examples(part, labels, problem, data) for part in parts]
     if texts_in_words(train) != texts_in_words(dev):
         raise FastpeftError(
             f"{data!r} has {texts_in_words(train)} to train on and {texts_in_words(dev)} to measure on. Name columns "
             "that both have with --text-column."
         )
-    return TextData(train, dev, labels, f"{description}{held_out}", problem, *kept)
+    return TextData(train, dev, labels, f"{description}{held_out}", problem, next(iter(rest), None), chosen[0])
 
 
 def _joined(labels: Sequence[str]) -> str | None:
@@ -193,6 +195,7 @@ def load_rows(
     text_column: str | None = None,
     label_column: str | None = None,
     trained_with: tuple[str | None, str | None] = (None, None),
+    found: tuple[str | None, str | None] = (None, None),
 ) -> Examples:
     """Load rows to measure a trained model on: all of a file, or the dev part of other data.
 
@@ -201,7 +204,8 @@ def load_rows(
         labels: the model's classes, in its order. Where they are words, rows may give their indices.
         problem: what the model learned.
         text_column, label_column: as `load_data` takes them.
-        trained_with: the columns that the model learned from, which are taken where none is named.
+        trained_with: the columns that a person named for the model's training, which are taken where none is named.
+        found: those that it then took.
 
     Raises:
         FastpeftError: the rows cannot be read, there is no dev part, or the model does not know a row's class.
@@ -215,8 +219,8 @@ def load_rows(
         )
     known = labels if problem is MULTI_LABEL else ()
     table = tables[-1]
-    text_column = own_columns(text_column, trained_with[0], table, "--text-column")
-    label_column = own_columns(label_column, trained_with[1], table, "--label-column")
+    text_column = own_columns(text_column, trained_with[0], found[0], table, "--text-column")
+    label_column = own_columns(label_column, trained_with[1], found[1], table, "--label-column")
     columns = pick_columns(table, problem, text_column, label_column, known)
     if problem is NEXT_WORDS and text_column is None:
         check_answers(table, columns.texts)

@@ -85,6 +85,7 @@ def evaluate(
             text_column=text_column,
             label_column=label_column,
             trained_with=(config.text_column, config.label_column),
+            found=run.columns,
         )
     else:
         own = data_for(config if config.objective else replace(config, problem_type=run.problem.name))
@@ -136,6 +137,7 @@ def evaluate_causal_lm(
         is_pair=dev.is_pair,
         chats=dev.are_conversations,
         prompt=None,
+        columns=(None, None),
         max_length=min(LONGEST_SAID, classifier.max_length),
         threshold=None,
     )

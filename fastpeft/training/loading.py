@@ -40,6 +40,7 @@ class FinishedRun:
         is_pair: whether it reads two texts a row.
         chats: whether it learned conversations.
         prompt: what texts are put into; None for the texts alone.
+        columns: those of texts and of labels that it learned from; None where that is not known.
         max_length: where texts are cut, in tokens.
         threshold: the probability above which the second of two classes, or labels, are answered; None: a half.
     """
@@ -51,6 +52,7 @@ class FinishedRun:
     is_pair: bool
     chats: bool
     prompt: Prompt | None
+    columns: tuple[str | None, str | None]
     max_length: int
     threshold: float | None
 
@@ -66,6 +68,7 @@ class FinishedRun:
             is_pair=metrics["pairs"],
             chats=metrics.get("conversations", False),
             prompt=head.prompt,
+            columns=tuple(metrics.get("columns") or (None, None)),
             max_length=metrics["max_length"],
             threshold=metrics.get("threshold"),
         )

@@ -126,8 +126,9 @@ class Predictions:
         if first is None:
             raise FastpeftError(f"{self._name} has no row that can be read. {self._rows[0][1]}")
         if text_column is None:
-            text_column = own_columns(None, run.config.text_column, Table(self._name, [first]), "--text-column")
-            own_labels = named_labels(run.config.label_column or "", list(first))
+            read = Table(self._name, [first])
+            text_column = own_columns(None, run.config.text_column, run.columns[0], read, "--text-column")
+            own_labels = named_labels(run.config.label_column or run.columns[1] or "", list(first))
             first = {name: value for name, value in first.items() if name not in own_labels}
         if isinstance(self._predictor, TextGenerator):
             names = prompt_columns(Table(self._name, [first]), text_column)

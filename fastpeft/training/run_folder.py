@@ -97,6 +97,7 @@ class _Metrics(dict[str, Any]):
             "labels": lambda labels: isinstance(labels, list) and all(isinstance(label, str) for label in labels),
             "problem_type": lambda name: isinstance(name, str),
             "pairs": lambda pairs: isinstance(pairs, bool),
+            "columns": lambda names: names is None or (isinstance(names, list) and len(names) == 2),
             "max_length": lambda length: type(length) is int and length > 0,
             "threshold": lambda found: found is None or (isinstance(found, float) and 0 < found < 1),
             "most_frequent_class": lambda found: isinstance(found, dict) and isinstance(found.get("class"), str),

@@ -45,6 +45,9 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("fastpeft.comparison.run.Comparison._start", None)  # nothing may be run
     assert gather("another", 1) == first
     assert (tmp_path / "another" / "trec" / "comparison" / "report.md").is_file()
+    places = {"model": str(save_tiny_model(tmp_path / "other", intermediate_size=24)), "data": str(tmp_path)}
+    evidence.restore(tmp_path / "kept" / "trec", tmp_path / "third", places)
+    assert not (tmp_path / "third").exists(), "another model's cells"
 
 
 def test_rows_of_each_task(tmp_path: Path) -> None:

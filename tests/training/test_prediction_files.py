@@ -123,6 +123,12 @@ def test_columns_are_picked(place: Path, header: tuple[str, ...], options: tuple
     assert list(READERS["csv"](place / "out.csv")[0]) == ["row", "opinion", *NUMBERS[2:], *others]
 
 
+def test_a_column_that_training_found_is_read_beside_one_with_a_more_usual_name(place: Path) -> None:
+    write_csv(place / "rows.csv", [("a comment", TEXTS[0])], ("text", "review"))
+    shown = run("classes", "--file", "rows.csv")
+    assert (shown.stdout, shown.stderr) == (run("classes", TEXTS[0]).stdout, "")
+
+
 def test_a_file_without_the_column_of_the_run_is_read_with_a_word_on_it(place: Path, runs: Path) -> None:
     given = {"method": "head", "max_steps": 1, "text_column": "review", "label_column": "stars"}
     train(TrainConfig(output="named", model=str(runs / "model"), data=str(runs / "reviews.csv"), **given))
