@@ -346,12 +346,9 @@ class Plan:
         return filled
 
     def tell_searches(self, problem: Problem) -> None:
-        """Tell the cells that try rates what the labels are: of a slice alone, scores may all be whole, as classes are.
-
-        Those that have started keep what they were told.
-        """
+        """Tell cells that try rates what the labels are: scores of a slice alone may all be whole, as classes are."""
         for cell in self.searches:
-            if cell.values["objective"] is None and not cell.folder.started:
+            if cell.values["objective"] is None:
                 self._replace(dataclasses.replace(cell, values={**cell.values, "problem_type": problem.name}))
 
     def _replace(self, cell: Cell) -> None:

@@ -45,7 +45,7 @@ class Journal:
     def __init__(self, path: Path, header: dict[str, Any], size: int = 0) -> None:
         self.path = path
         self.header = header
-        self.begins_at: Position = header["first_step"], header.get("dropped", 0)
+        self.begins_at: Position = header["first_step"], header["dropped"]
         self.steps, self.dropped = self.begins_at
         self._format = RecordFormat(header)
         self._start = size  # of the records

@@ -101,7 +101,7 @@ def _read_header(text: bytes) -> dict[str, Any] | None:
     try:
         header = files.parse_json(text)
         Estimator(header["estimator"], header["num_estimates"])
-        numbers = header["seed"], header["first_step"], header.get("dropped", 0)
+        numbers = header["seed"], header["first_step"], header["dropped"]
         fits = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
         fits &= all(header[name] in CHOICES[name] for name in ("noise", "restore", "rounding"))
         fits &= isinstance(header["weights"], str) and "drawn_by" in header and len(header["groups"]) > 0

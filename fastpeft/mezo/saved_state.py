@@ -21,7 +21,7 @@ class SavedState:
     estimator: str
     num_estimates: int
     drawn_by: str
-    dropped: int = 0  # estimates since the last step
+    dropped: int  # estimates since the last step
 
     @classmethod
     def read(cls, state_dict: Mapping[str, Any]) -> SavedState:
@@ -31,10 +31,9 @@ class SavedState:
             FastpeftError: another optimizer wrote it, or its noise was drawn otherwise than now.
         """
         names = {field.name for field in fields(cls)}
-        required = names - {"dropped"}
-        if not state_dict.keys() >= required:
+        if not state_dict.keys() >= names:
             raise FastpeftError(
-                f"MeZO: the state has {', '.join(map(str, state_dict))} but not {', '.join(sorted(required))}, so "
+                f"MeZO: the state has {', '.join(map(str, state_dict))} but not {', '.join(sorted(names))}, so "
                 "another optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
             )
         noise, drawn_by = state_dict["noise"], state_dict["drawn_by"]
@@ -44,7 +43,7 @@ class SavedState:
                 f"{NAMES.get(noise)!r}, so it would go on as another run. Use the version of fastpeft that wrote it, "
                 "or load the weights alone and begin anew."
             )
-        return cls(**{name: state_dict[name] for name in names & state_dict.keys()})
+        return cls(**{name: state_dict[name] for name in names})
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -263,6 +263,7 @@ CASES: list[tuple[str, str, Damage, list[str], list[str]]] = [
     ("mezo", "mezo.journal", header(estimator="adam"), EXPORT, ["not a journal"]),
     ("mezo", "mezo.journal", header(noise="pink"), EXPORT, ["not a journal"]),
     ("mezo", "mezo.journal", header(drawn_by=None), EXPORT, ["not a journal"]),
+    ("mezo", "mezo.journal", header(dropped=None), EXPORT, ["not a journal"]),
     ("mezo", "mezo.journal", header(drawn_by=5), EXPORT, ["drawn by 5"]),
     ("mezo", "mezo.journal", header(rounding="up"), EXPORT, ["not a journal"]),
     ("mezo", "mezo.journal", header(restore="maybe"), EXPORT, ["not a journal"]),

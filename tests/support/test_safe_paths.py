@@ -230,8 +230,8 @@ def test_a_journal_names_parameters_and_no_files(tmp_path: Path) -> None:
     header = {"seed": 0, "noise": "gaussian", "estimator": "spsa", "num_estimates": 1, "restore": "in_place"}
     described = {"name": "../weights", "shape": [2], "dtype": "torch.float32", "offset": 0}
     groups = [{"eps": 1e-3, "weight_decay": 0.0, "parameters": [described]}]
-    header |= {"rounding": "nearest", "groups": groups, "first_step": 0, "weights": "0" * 16}
-    header |= {"drawn_by": NAMES["gaussian"]}
+    header |= {"rounding": "nearest", "groups": groups, "first_step": 0, "dropped": 0}
+    header |= {"weights": "0" * 16, "drawn_by": NAMES["gaussian"]}
     (tmp_path / "run").mkdir()
     Journal.create(tmp_path / "run" / "mezo.journal", header)
     with pytest.raises(FastpeftError, match=r"the model has no parameter '\.\./weights'"):

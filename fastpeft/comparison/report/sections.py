@@ -294,7 +294,7 @@ def _dtypes(compared: Sequence[Variant]) -> list[str]:
     for variant in compared:
         for name in dict.fromkeys(_text(metrics, "compute_dtype") for metrics in variant.runs):
             found.setdefault(name, []).append(variant.name)
-    found.pop("", None)  # zero-shot, and of earlier versions
+    found.pop("", None)  # zero-shot
     return list(found) if len(found) < 2 else [f"{name} ({', '.join(names)})" for name, names in found.items()]
 
 
