@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from bench.backbones import MODELS
 from bench.harness import DATA, ROUNDS, Candidates, columns_of, measure
-from fastpeft import freeze
+from fastpeft import pack_frozen
 from fastpeft.functional import int8_linear
 from fastpeft.ops.frozen_linear import frozen_linear
 from fastpeft.ops.packing import Packs, quantise_rows
@@ -98,11 +98,11 @@ def encoders(model: str, tokens: int, batch: int) -> Candidates:
 
     return {
         "float32": ready(FLOAT, lambda base: base),
-        "frozen float32": ready(FLOAT, freeze),
+        "frozen float32": ready(FLOAT, pack_frozen),
         "bfloat16": ready(HALF, lambda base: base),
-        "frozen bfloat16": ready(HALF, freeze),
-        "int8, float32": ready(FLOAT, lambda base: freeze(base, "int8")),
-        "int8, bfloat16": ready(HALF, lambda base: freeze(base, "int8")),
+        "frozen bfloat16": ready(HALF, pack_frozen),
+        "int8, float32": ready(FLOAT, lambda base: pack_frozen(base, "int8")),
+        "int8, bfloat16": ready(HALF, lambda base: pack_frozen(base, "int8")),
     }
 
 

@@ -31,7 +31,7 @@ from bench.backbones import HEADS, MODELS
 from bench.harness import DATA, ROUNDS, Candidates, measure
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
-from fastpeft.ops.frozen_linear import pack_frozen
+from fastpeft.ops.frozen_linear import set_packing
 
 FILE = DATA / "training.csv"
 BATCH_SIZE, TOKENS = 16, 32  # what the demo data has on average
@@ -99,7 +99,7 @@ def training_step(
     if cell.method == LIMIT:
         pass_gradients(model, targets)
     if cell.variant == "packed":
-        pack_frozen(model)
+        set_packing(model)
     compiled = cell.variant == "compiled"
     ready = torch.compile(model) if compiled else model
     return step_of(ready, method.recipe.weight_decay, device, tokens, autocast=dtype == "autocast")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastpeft.ladder import LadderConfig, LadderModel, LadderPool
     from fastpeft.mezo.optimizer import MeZO
     from fastpeft.mezo.trainer import MeZOConfig, MeZOTrainer
-    from fastpeft.ops.frozen_linear import freeze, unfreeze
+    from fastpeft.ops.frozen_linear import pack_frozen, unpack_frozen
     from fastpeft.ops.fused_head import fuse_head, unfuse_head
     from fastpeft.prompts.model import PromptCollator, PromptModel
     from fastpeft.prompts.template import Prompt
@@ -47,12 +47,12 @@ __all__ = [
     "SivaLinear",
     "TrainConfig",
     "compare",
-    "freeze",
     "functional",
     "fuse_head",
+    "pack_frozen",
     "train",
-    "unfreeze",
     "unfuse_head",
+    "unpack_frozen",
 ]
 
 # where the other names are, for their first use
@@ -71,11 +71,11 @@ _MODULES = {
     "SivaLinear": "fastpeft.siva",
     "TrainConfig": "fastpeft.training.config",
     "compare": "fastpeft.comparison.run",
-    "freeze": "fastpeft.ops.frozen_linear",
     "fuse_head": "fastpeft.ops.fused_head",
+    "pack_frozen": "fastpeft.ops.frozen_linear",
     "train": "fastpeft.training.run",
-    "unfreeze": "fastpeft.ops.frozen_linear",
     "unfuse_head": "fastpeft.ops.fused_head",
+    "unpack_frozen": "fastpeft.ops.frozen_linear",
 }
 
 

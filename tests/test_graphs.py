@@ -21,7 +21,7 @@ from peft import get_peft_model
 
 from fastpeft import MeZO, SivaConfig
 from fastpeft.mezo import CapturedStep
-from fastpeft.ops.frozen_linear import unfreeze
+from fastpeft.ops.frozen_linear import unpack_frozen
 
 LABELS = torch.tensor([0, 2, 1])
 
@@ -43,7 +43,7 @@ def siva() -> nn.Module:
 
 
 def side_network() -> nn.Module:
-    return unfreeze(ladder(tiny(num_hidden_layers=2), window_size=9)).train()  # packs are for a CPU
+    return unpack_frozen(ladder(tiny(num_hidden_layers=2), window_size=9)).train()  # packs are for a CPU
 
 
 def by_gradients(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:

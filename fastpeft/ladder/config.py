@@ -96,8 +96,8 @@ class LadderConfig(PretrainedConfig):
             Embeddings, norms and biases then keep the dtype in which they were loaded, and the backbone computes in it.
             None changes nothing.
         pack_weights: whether the backbone's linear layers keep a packed copy of their weight on a CPU, see
-            `fastpeft.freeze`, which is faster and takes as many bytes again. With `backbone_dtype="bfloat16"` the copy
-            takes the place of the weight. On a GPU they keep a cast copy, under autocast.
+            `fastpeft.pack_frozen`, which is faster and takes as many bytes again. With `backbone_dtype="bfloat16"` the
+            copy takes the place of the weight. On a GPU they keep a cast copy, under autocast.
         base_model_name_or_path, base_revision, base_class, base_activation: filled in: what the side network was
             trained on, and the activation function that it took from it.
         base_fingerprints: filled in when saving: fingerprints of the backbone's weights.

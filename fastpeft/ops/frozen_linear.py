@@ -1,4 +1,4 @@
-"""Linear layers that know that they never train: their weight is packed once, and `freeze` tells them.
+"""Linear layers that know that they never train: their weight is packed once, and `pack_frozen` tells them.
 
 `h = x W^T + b` and `dx = dh W`, each by the pack of W or of its transpose that `fastpeft.ops.packing` keeps; W has no
 gradient. Where no pack is to be had (another device or dtype, under `torch.compile`) it is the plain product, or that
@@ -82,7 +82,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | No
 
 
 class Packed:
-    """What `freeze` makes of a linear layer, by a change of its class: everything else stays as it is.
+    """What `pack_frozen` makes of a linear layer, by a change of its class: everything else stays as it is.
 
     Attributes:
         packs: of the weight `(N, K)`.
@@ -203,13 +203,13 @@ def _stamp(weight: nn.Parameter) -> Stamp:
 
 
 class PackedLinear(Packed, nn.Linear):
-    """An `nn.Linear` that `freeze` has packed."""
+    """An `nn.Linear` that `pack_frozen` has packed."""
 
     original = nn.Linear
 
 
 class PackedConv1D(Packed, Conv1D):
-    """A `Conv1D` of transformers that `freeze` has packed."""
+    """A `Conv1D` of transformers that `pack_frozen` has packed."""
 
     original = Conv1D
 
@@ -220,7 +220,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def pack_layer(layer: nn.Module, computation: Computation | None = None, keeps_weight: bool = True) -> bool:
-    """Pack one layer, see `freeze`; False if it is no linear layer or its weight trains."""
+    """Pack one layer, see `pack_frozen`; False if it is no linear layer or its weight trains."""
     kind = _PACKED.get(type(layer))
     weight = layer._parameters.get("weight")
     if kind is None or weight is None or weight.requires_grad:
@@ -231,14 +231,14 @@ def pack_layer(layer: nn.Module, computation: Computation | None = None, keeps_w
     return True
 
 
-def pack_frozen(model: nn.Module, enabled: bool = True) -> int:
+def set_packing(model: nn.Module, enabled: bool = True) -> int:
     """Pack all frozen linear layers of a model, or none; those that pack by themselves, as SiVA's, follow.
 
     Returns:
         The number of layers whose class changed.
     """
     if not enabled:
-        unfreeze(model)
+        unpack_frozen(model)
     changed = sum(pack_layer(module) for module in model.modules()) if enabled else 0
     for module in model.modules():
         if isinstance(packs := getattr(module, "packs", None), Packs):
@@ -246,7 +246,7 @@ def pack_frozen(model: nn.Module, enabled: bool = True) -> int:
     return changed
 
 
-def freeze(model: Model, computation: Computation | None = None) -> Model:
+def pack_frozen(model: Model, computation: Computation | None = None) -> Model:
     """Let the frozen linear layers of a model compute with a weight that is packed once.
 
     Args:
@@ -265,22 +265,22 @@ def freeze(model: Model, computation: Computation | None = None) -> Model:
     Notes:
         Packs are made at first use and take as many bytes as the weight, twice that where gradients pass through. They
         are not saved, copied or moved. A weight that changes is packed again; a change of a few entries through
-        `weight.data` alone may go unnoticed: call `unfreeze` before one. On a GPU the only pack is the copy that
+        `weight.data` alone may go unnoticed: call `unpack_frozen` before one. On a GPU the only pack is the copy that
         autocast would make at each call.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).requires_grad_(False)
-        >>> freeze(model)(torch.randn(3, 8)).shape
+        >>> pack_frozen(model)(torch.randn(3, 8)).shape
         torch.Size([3, 2])
     """
     if computation not in (None, "int8"):
-        raise FastpeftError(f"freeze: `computation` is {computation!r}; allowed are 'int8' and None.")
-    unfreeze(model)
+        raise FastpeftError(f"pack_frozen: `computation` is {computation!r}; allowed are 'int8' and None.")
+    unpack_frozen(model)
     packed = [pack_layer(module, computation) for module in model.modules()]
     if not any(packed):
         raise FastpeftError(
-            f"freeze: the {type(model).__name__} has no frozen linear layer. Call requires_grad_(False) on what does "
-            "not train first."
+            f"pack_frozen: the {type(model).__name__} has no frozen linear layer. Call requires_grad_(False) on what "
+            "does not train first."
         )
     return model
 
@@ -292,8 +292,8 @@ def bring_back(model: nn.Module) -> None:
             _ = module.weight
 
 
-def unfreeze(model: Model) -> Model:
-    """Undo `freeze`: each layer has its class again, and its packs are gone."""
+def unpack_frozen(model: Model) -> Model:
+    """Undo `pack_frozen`: each layer has its class again, and its packs are gone."""
     for module in model.modules():
         if isinstance(module, Packed):
             _ = module.weight

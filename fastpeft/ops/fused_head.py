@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.frozen_head_cross_entropy import loss_of_head
-from fastpeft.ops.frozen_linear import PackedLinear, unfreeze
+from fastpeft.ops.frozen_linear import PackedLinear, unpack_frozen
 from fastpeft.ops.packing import version_of
 
 logger = logging.getLogger(__name__)
@@ -300,7 +300,7 @@ def fuse_head(model: Model) -> Model:
             "adapter or quantisation has replaced. Leave fuse_head out."
         )
     for owner, decoder in fusable:
-        unfreeze(decoder)
+        unpack_frozen(decoder)
         handles = [
             owner.register_forward_pre_hook(_before, with_kwargs=True),
             owner.register_forward_hook(_after, always_call=True),

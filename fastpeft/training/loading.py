@@ -14,7 +14,7 @@ from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import OVER, EarlierRun
 from fastpeft.models import Classifier, load_classifier, load_for_masked_words, load_for_next_words
-from fastpeft.ops.frozen_linear import pack_frozen
+from fastpeft.ops.frozen_linear import set_packing
 from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.template import Prompt
 from fastpeft.support.environment import best_device
@@ -104,7 +104,7 @@ def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
     run = assemble(RunFolder(folder))
     run.classifier.model.to(device or best_device())
     if (device or best_device()) == "cpu" or not run.config.pack_weights:
-        pack_frozen(run.classifier.model, run.config.pack_weights)
+        set_packing(run.classifier.model, run.config.pack_weights)
     return run
 
 

@@ -18,7 +18,7 @@ from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, OBJECTIVES
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
 from fastpeft.models import Classifier
-from fastpeft.ops.frozen_linear import pack_frozen
+from fastpeft.ops.frozen_linear import set_packing
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
@@ -106,7 +106,7 @@ class Task:
         if data.problem.of_texts_alone and can_fuse_head(model):
             fuse_head(model)
         if best_device() == "cpu" or not config.pack_weights:
-            pack_frozen(model, config.pack_weights)
+            set_packing(model, config.pack_weights)
         threshold_rows = kept[0] if kept else []
         return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, threshold_rows, max_length, warnings)
 

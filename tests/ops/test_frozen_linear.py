@@ -1,4 +1,4 @@
-"""`freeze`: linear layers whose weight is packed once compute what they did, and notice when the weight changes."""
+"""`pack_frozen`: linear layers whose weight is packed once compute what they did, and notice when it changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastpeft
 from fastpeft.ops import packing, products
-from fastpeft.ops.frozen_linear import PackedLinear, freeze, pack_frozen, pack_layer, unfreeze
+from fastpeft.ops.frozen_linear import PackedLinear, pack_frozen, pack_layer, set_packing, unpack_frozen
 from fastpeft.ops.packing import Packs, can_pack, pack
 from fastpeft.training.memory import MemoryTracker, simulate_training_step
 
@@ -49,7 +49,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def test_output_and_gradients_are_those_of_the_layer(rows: tuple[int, ...], kind: type, dtype: torch.dtype) -> None:
     layer = frozen(kind).to(dtype)
     layer.bias.requires_grad_()
-    packed = freeze(copy.deepcopy(layer))
+    packed = pack_frozen(copy.deepcopy(layer))
     x = torch.randn(*rows, 40, dtype=dtype)
     results = []
     for each in (layer, packed):
@@ -88,7 +88,7 @@ def test_where_half_precision_is_slow_float32_copies_are_multiplied(
 ) -> None:
     monkeypatch.setattr(products, "multiplies_in", lambda asked: asked is torch.float32)
     monkeypatch.setattr(packing, "multiplies_in", lambda asked: asked is torch.float32)
-    layer = freeze(frozen()).to(dtype)
+    layer = pack_frozen(frozen()).to(dtype)
     x = torch.randn(5, 40, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", dtype, enabled=autocast), Multiplied() as multiplied:
         h = layer(x)
@@ -100,12 +100,12 @@ def test_where_half_precision_is_slow_float32_copies_are_multiplied(
 
 
 def test_repeats_are_bit_equal() -> None:
-    layer, x = freeze(frozen()), torch.randn(9, 40)
+    layer, x = pack_frozen(frozen()), torch.randn(9, 40)
     assert all(torch.equal(layer(x), layer(x)) for _ in range(3))
 
 
 def test_under_autocast_the_pack_is_the_one_cast_copy() -> None:
-    layer = freeze(frozen())
+    layer = pack_frozen(frozen())
     x = torch.randn(5, 40, requires_grad=True)
     kept = []
     with (
@@ -142,7 +142,7 @@ def test_a_change_of_the_weight_is_noticed(change: str, keeps_weight: bool) -> N
 
 
 def test_another_dtype_and_device_are_noticed() -> None:
-    layer, x = freeze(frozen()), torch.randn(6, 40)
+    layer, x = pack_frozen(frozen()), torch.randn(6, 40)
     layer(x)
     layer.to(torch.bfloat16)
     assert_close(layer(x.bfloat16()), F.linear(x.bfloat16(), layer.weight, layer.bias))
@@ -154,7 +154,7 @@ def test_another_dtype_and_device_are_noticed() -> None:
 
 def test_merging_and_unmerging_of_lora_are_noticed() -> None:
     base = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 24))
-    model = freeze(get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False)))
+    model = pack_frozen(get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False)))
     layer = model.base_model.model[0]
     assert type(layer.base_layer) is PackedLinear
     x = torch.randn(6, 40)
@@ -179,12 +179,12 @@ def test_gradients_of_lora_on_a_frozen_model_are_those_on_a_plain_one() -> None:
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
     expected = gradients()
-    freeze(model)
+    pack_frozen(model)
     torch.testing.assert_close(gradients(), expected)
 
 
 def test_a_weight_that_is_made_to_train_trains() -> None:
-    layer, x = freeze(frozen()), torch.randn(6, 40)
+    layer, x = pack_frozen(frozen()), torch.randn(6, 40)
     layer(x)
     layer.requires_grad_()
     layer(x).sum().backward()
@@ -192,7 +192,7 @@ def test_a_weight_that_is_made_to_train_trains() -> None:
 
 
 def test_a_change_between_forward_and_backward_is_an_error() -> None:
-    layer = freeze(frozen())
+    layer = pack_frozen(frozen())
     h = layer(torch.randn(6, 40, requires_grad=True))
     layer.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -204,8 +204,8 @@ def test_unfreeze_leaves_what_was_there() -> None:
     before = {id(p) for p in model.parameters()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     kinds, attributes = [type(m) for m in model.modules()], [set(m.__dict__) for m in model.modules()]
-    freeze(model)(torch.randn(3, 40))
-    unfreeze(model)
+    pack_frozen(model)(torch.randn(3, 40))
+    unpack_frozen(model)
     assert [type(m) for m in model.modules()] == kinds
     assert [set(m.__dict__) for m in model.modules()] == attributes
     assert {id(p) for p in model.parameters()} == before
@@ -217,15 +217,15 @@ def test_what_trains_or_is_of_another_kind_stays() -> None:
         pass
 
     model = nn.Sequential(nn.Linear(4, 4), Own(4, 4).requires_grad_(False), nn.Linear(4, 4).requires_grad_(False))
-    assert [type(m) for m in freeze(model)] == [nn.Linear, Own, PackedLinear]
-    assert [type(m) for m in freeze(model)] == [nn.Linear, Own, PackedLinear]  # twice is once
+    assert [type(m) for m in pack_frozen(model)] == [nn.Linear, Own, PackedLinear]
+    assert [type(m) for m in pack_frozen(model)] == [nn.Linear, Own, PackedLinear]  # twice is once
 
 
 def test_refuses_a_model_without_frozen_layers_and_unknown_words() -> None:
     with pytest.raises(fastpeft.FastpeftError, match=r"no frozen linear layer.*requires_grad_"):
-        freeze(nn.Linear(4, 4))
+        pack_frozen(nn.Linear(4, 4))
     with pytest.raises(fastpeft.FastpeftError, match="'int4'; allowed are 'int8'"):
-        freeze(frozen(), computation="int4")
+        pack_frozen(frozen(), computation="int4")
 
 
 @pytest.mark.parametrize("keeps_weight", [True, False])
@@ -271,12 +271,12 @@ def test_a_pack_in_the_place_of_the_weight(kind: type) -> None:
         y = x.clone().requires_grad_()
         layer(y).sum().backward()
     assert_close(y.grad, (2 * weight if kind is nn.Linear else 2 * weight.t()).sum(0).expand(6, 40))
-    unfreeze(layer)
+    unpack_frozen(layer)
     assert torch.equal(layer.weight, 2 * weight)
 
 
 def test_int8_is_for_what_asks_for_no_gradient() -> None:
-    layer = freeze(frozen(), computation="int8")
+    layer = pack_frozen(frozen(), computation="int8")
     x = torch.randn(6, 40)
     exact = F.linear(x, layer.weight, layer.bias)
     with_gradient = layer(x.clone().requires_grad_())
@@ -292,7 +292,7 @@ def test_int8_takes_a_weight_that_is_not_dense() -> None:
     strided.weight = nn.Parameter(torch.randn(4, 32)[:, ::2])
     layer.weight = nn.Parameter(strided.weight.detach().contiguous())
     for each in (layer, strided):
-        freeze(each.requires_grad_(False), computation="int8")
+        pack_frozen(each.requires_grad_(False), computation="int8")
     for _ in range(2):
         assert torch.equal(strided(x), layer(x))
         for each in (layer, strided):
@@ -309,7 +309,7 @@ def test_packs_are_for_dense_weights_on_a_cpu() -> None:
 
 
 def test_a_compiled_model_computes_the_same_in_one_graph() -> None:
-    model = freeze(nn.Sequential(nn.Linear(40, 24), nn.ReLU()).requires_grad_(False))
+    model = pack_frozen(nn.Sequential(nn.Linear(40, 24), nn.ReLU()).requires_grad_(False))
     x = torch.randn(6, 40)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
@@ -330,12 +330,12 @@ def test_a_simulated_step_counts_the_packs() -> None:
 
     model, matrix = Two(), 512 * 512 * 4
     before = simulate_training_step(model, {"x": torch.zeros(4, 512)}).peak
-    after = simulate_training_step(freeze(model), {"x": torch.zeros(4, 512)}).peak
+    after = simulate_training_step(pack_frozen(model), {"x": torch.zeros(4, 512)}).peak
     assert 2.9 * matrix < after - before < 3.1 * matrix
 
 
 def test_a_tracker_counts_the_packs() -> None:
-    layer = freeze(nn.Linear(512, 512).requires_grad_(False))
+    layer = pack_frozen(nn.Linear(512, 512).requires_grad_(False))
     with MemoryTracker() as tracker:
         layer(torch.zeros(4, 512))
     assert 0 <= tracker.current - 2 * layer.packs.nbytes < 1000  # the weight is known too, from a view of it
@@ -344,12 +344,12 @@ def test_a_tracker_counts_the_packs() -> None:
 def test_all_layers_of_a_model_follow_one_switch() -> None:
     base = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 24))
     model = get_peft_model(base, fastpeft.SivaConfig(r=2, target_modules=["0"]))
-    assert pack_frozen(model) == 2
+    assert set_packing(model) == 2
     with torch.no_grad():
         expected = model(torch.ones(3, 40))
     layer = model.base_model.model[0]
     assert layer.packs.nbytes > 0
-    assert pack_frozen(model, False) == 0
+    assert set_packing(model, False) == 0
     assert type(model.base_model.model[1]) is nn.Linear
     assert not layer.packs.enabled
     layer.packs.drop()

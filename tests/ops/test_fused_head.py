@@ -454,10 +454,10 @@ def test_copies_and_files(tmp_path: Path) -> None:
 def test_a_packed_decoder_is_unpacked() -> None:
     model = causal_model("llama").requires_grad_(False).eval()
     loss = model(input_ids=IDS, labels=LABELS).loss
-    fuse_head(fastpeft.freeze(model))
+    fuse_head(fastpeft.pack_frozen(model))
     assert type(model.lm_head) is FusedLinear
     torch.testing.assert_close(model(input_ids=IDS, labels=LABELS).loss, loss)
-    fastpeft.freeze(model)
+    fastpeft.pack_frozen(model)
     assert type(model.lm_head) is FusedLinear
 
 

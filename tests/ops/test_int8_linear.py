@@ -14,7 +14,7 @@ from poison import poisoned_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastpeft import freeze, functional
+from fastpeft import functional, pack_frozen
 from fastpeft.ops import aten, reference
 from fastpeft.ops.packing import quantise_rows
 from fastpeft.ops.quantise import QuantisedLinear
@@ -106,7 +106,9 @@ def test_other_dtypes_are_computed_in_float32(dtype: torch.dtype) -> None:
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("wrap", [lambda layer: freeze(layer, "int8"), lambda layer: QuantisedLinear(layer, "int8")])
+@pytest.mark.parametrize(
+    "wrap", [lambda layer: pack_frozen(layer, "int8"), lambda layer: QuantisedLinear(layer, "int8")]
+)
 def test_layers_in_int8_compute_under_float16_autocast(wrap: Callable[[nn.Linear], nn.Module]) -> None:
     layer, x = nn.Linear(32, 16).requires_grad_(False), torch.randn(4, 32)
     expected = layer(x)

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft import FastpeftError, SivaConfig, SivaLinear, freeze
+from fastpeft import FastpeftError, SivaConfig, SivaLinear, pack_frozen
 
 
 def linear(kind: str = "linear", bias: bool = True) -> nn.Module:
@@ -109,11 +109,11 @@ def test_pefts_helper_finds_that_inputs_are_not_cast() -> None:
         assert layer(torch.ones(1, 20)).shape == (1, 12)
 
 
-@pytest.mark.parametrize("kind", [Named, FalconLinear, "freeze", "accelerate", "accelerate no more"])
+@pytest.mark.parametrize("kind", [Named, FalconLinear, "pack_frozen", "accelerate", "accelerate no more"])
 def test_a_layer_that_computes_the_same_is_taken(kind: Any) -> None:
     base: Any = nn.Linear(20, 12).requires_grad_(False) if isinstance(kind, str) else kind(20, 12)
-    if kind == "freeze":
-        freeze(base)
+    if kind == "pack_frozen":
+        pack_frozen(base)
     elif isinstance(kind, str):
         add_hook_to_module(base, AlignDevicesHook("cpu"))
         if kind != "accelerate":
