@@ -13,7 +13,7 @@ from fastpeft.functional.checks import check_kinds
 from fastpeft.ops.dtypes import compute_dtype, factors_dtype
 from fastpeft.ops.packing import Packs, operand
 from fastpeft.ops.products import split
-from fastpeft.ops.siva_linear import SivaLinear
+from fastpeft.ops.siva_linear import SivaLinear, siva_linear_reference
 from fastpeft.ops.siva_linear_group import SivaLinearGroup
 from fastpeft.ops.siva_linear_mixed import SivaLinearMixed
 
@@ -70,8 +70,11 @@ def siva_linear(
         bias = bias.to(dtype)
     if not (u.dtype is s.dtype is v.dtype is of_factors):
         u, s, v = _cast(of_factors, u, s, v)
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():  # a graph to export has the op
-        h: Tensor = SivaLinear.apply(x, weight, u, s, v, bias, packs)
+    h: Tensor
+    if torch._C._are_functorch_transforms_active():  # those of torch.func do not take our autograd formula
+        h, _ = siva_linear_reference(x, weight.to(dtype), u, s, v, bias)
+    elif torch.is_grad_enabled() and not torch.compiler.is_exporting():  # a graph to export has the op
+        h = SivaLinear.apply(x, weight, u, s, v, bias, packs)
     else:
         h, _ = torch.ops.fastpeft.siva_linear.default(x, operand(weight, packs, x), u, s, v, bias)
     return h
@@ -127,6 +130,8 @@ def siva_linear_group(
         )
     for weight, u, s, v, bias in zip(weights, us, ss, vs, biases, strict=True):
         _check_siva_linear(x, weight, u, s, v, bias)
+    if torch._C._are_functorch_transforms_active():
+        return tuple(siva_linear(x, *each) for each in zip(*operands, strict=True))
     dtype = compute_dtype(x, weights[0])
     x, *biases = _cast(dtype, x, *biases)
     factors = _cast(factors_dtype(dtype, x.device), *us, *ss, *vs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.checks import check_mask, check_positions
@@ -43,10 +44,12 @@ class Body:
         use_cache: bool | None = None,
         **of_joined_texts: Any,
     ) -> Any:
-        """The base's output without its head, whose `last_hidden_state` `(B, T, d)` has the side network in it.
+        """The states with the side network in them, `(B, T, d)`, that the layer of all words reads.
+
+        What else the head has, such as the dense layer and the norm of BERT's, has run on them.
 
         Raises:
-            FastpeftError: the head does more than a product, texts are joined, or as `LadderModel.forward`.
+            FastpeftError: the head changes its logits, texts are joined, or as `LadderModel.forward`.
         """
         if of_joined_texts:
             raise FastpeftError(
@@ -76,5 +79,16 @@ class Body:
         run = ladder.new_side_run(attention_mask, keep_states=False)
         read = LadderPass(ladder.backbone, run, inputs, ladder.gradients_from)
         called = ladder.backbone.after_context(inputs)
-        with read.around_base(choose_source(ladder.feature_cache, inputs)):
-            return ladder.backbone.body(**called, return_dict=True)
+        states: list[Tensor] = []
+
+        def take(_decoder: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+            states.append(args[0])
+            return (args[0][:, :0],)  # so no logits are made
+
+        handle = ladder.get_output_embeddings().register_forward_pre_hook(take)
+        try:
+            with read.around_base(choose_source(ladder.feature_cache, inputs)):
+                ladder.base(**called, return_dict=True)
+        finally:
+            handle.remove()
+        return BaseModelOutput(last_hidden_state=states[-1])

@@ -261,4 +261,7 @@ def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defa
     if asked("use_cache") is False:
         return rest
     rest.pop("cache_implementation", None)
-    return {**rest, CACHE: make()}
+    made = make()
+    if asked("is_assistant"):  # the text that it proposes may be taken back
+        made.activate_past_recording()
+    return {**rest, CACHE: made}

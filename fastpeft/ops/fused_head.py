@@ -8,7 +8,7 @@ loss is, with its shift of labels, ignored tokens and number of items, and no co
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -36,8 +36,8 @@ class LazyLogits(Tensor):
     """`hidden W^T + b`, `(*, V)`: a tensor that has no memory until it is read.
 
     It knows its shape and dtype. Other views of the same rows, other dtypes and multiples by a number are unmade too.
-    `F.cross_entropy` of them is that of a frozen head. Anything else makes the logits, once, with their gradient, and
-    goes on with these.
+    `F.cross_entropy` of them is that of a frozen head. Anything else makes the logits, once, with their gradient
+    whatever mode reads them, and goes on with these. Views are then views of them, so a change in place is one of all.
     """
 
     hidden: Tensor
@@ -46,6 +46,8 @@ class LazyLogits(Tensor):
     version: int
     made: Tensor | None
     uses: list[str]
+    has_gradient: bool  # whether gradients were recorded where they come from
+    source: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None  # the logits that they are made of, and how
 
     @staticmethod
     def __new__(
@@ -63,6 +65,7 @@ class LazyLogits(Tensor):
         unmade.hidden, unmade.weight, unmade.bias = hidden, weight, bias
         unmade.version = version_of(weight)
         unmade.made, unmade.uses = None, uses
+        unmade.has_gradient, unmade.source = torch.is_grad_enabled(), None
         return unmade
 
     @classmethod
@@ -70,9 +73,11 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
         with torch._C.DisableTorchFunctionSubclass():
-            first = args[0] if args else kwargs.get("input")
-            if isinstance(first, LazyLogits) and first.made is None:
+            first = args[0] if args else None
+            if isinstance(first, LazyLogits) and not first.is_made():
                 found = _unmade(func, first, args, kwargs)
                 if found is not NotImplemented:
                     return found
@@ -90,13 +95,24 @@ class LazyLogits(Tensor):
     def make(self, name: str) -> Tensor:
         """Compute the logits once. `name`: the function that asks, for the log."""
         if self.made is None:
-            self.use(name)
-            bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
-            with torch.autocast(self.hidden.device.type, enabled=False):
-                logits = F.linear(self.hidden, self.weight.to(self.hidden.dtype), bias)
-            with torch._C.DisableTorchFunctionSubclass():
-                self.made = logits.to(self.dtype)
+            with (
+                torch._C.DisableTorchFunctionSubclass(),
+                torch.inference_mode(False),
+                torch.set_grad_enabled(self.has_gradient),
+                torch.autocast(self.hidden.device.type, enabled=False),
+            ):
+                if self.source is not None:
+                    logits, change = self.source
+                    self.made = change(logits.make(name))
+                else:
+                    self.use(name)
+                    bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
+                    self.made = F.linear(self.hidden, self.weight.to(self.hidden.dtype), bias).to(self.dtype)
         return self.made
+
+    def is_made(self) -> bool:
+        """Whether they are computed, or those that they are made of, which may have been changed in place since."""
+        return self.made is not None or (self.source is not None and self.source[0].is_made())
 
     def use(self, name: str) -> None:
         """Note that `name` reads hidden and weight. Raise if the weight has changed since the decoder ran."""
@@ -107,12 +123,12 @@ class LazyLogits(Tensor):
             )
         self.uses.append(name)
 
-    def like(self, hidden: Tensor, **changes: Any) -> LazyLogits:
-        """Those of other states, or with another dtype or bias."""
+    def like(self, hidden: Tensor, change: Callable[[Tensor], Tensor], **changes: Any) -> LazyLogits:
+        """What `change` makes of them: those of other states, or with another dtype or bias."""
         unmade = LazyLogits(
             hidden, self.weight, changes.get("bias", self.bias), changes.get("dtype", self.dtype), self.uses
         )
-        unmade.version = self.version
+        unmade.version, unmade.source = self.version, (self, change)
         return unmade
 
 
@@ -134,24 +150,31 @@ def _unmade(func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[s
     if name in _FACTS:
         return func(*args, **kwargs)
     if func is F.cross_entropy:
-        return _cross_entropy(logits, *args[1:], **{key: kwargs[key] for key in kwargs if key != "input"})
+        return _cross_entropy(logits, *args[1:], **kwargs)
     if name in ("view", "reshape", "flatten", "contiguous", "float", "to", "__getitem__"):
         return _view(func, name, logits, args, kwargs)
     numbers = [value for value in (*args[1:], *kwargs.values()) if type(value) in (int, float)]
     if name in ("mul", "div", "__mul__", "__rmul__", "__truediv__") and len(args) + len(kwargs) == 2 and numbers:
         factor = numbers[0] if "mul" in name else 1 / numbers[0]
-        return logits.like(logits.hidden * factor, bias=None if logits.bias is None else logits.bias * factor)
+        bias = None if logits.bias is None else logits.bias * factor
+        return logits.like(logits.hidden * factor, _changing(func, args, kwargs), bias=bias)
     return NotImplemented
+
+
+def _changing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """A call of `func` with another first argument."""
+    return lambda logits: func(logits, *args[1:], **kwargs)
 
 
 def _view(func: Any, name: str, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same rows in another shape, some of them, or their logits in another dtype."""
+    change = _changing(func, args, kwargs)
     if name in ("contiguous", "float"):
-        return logits.like(logits.hidden, dtype=torch.float32 if name == "float" else logits.dtype)
+        return logits.like(logits.hidden, change, dtype=torch.float32 if name == "float" else logits.dtype)
     if name == "to":
         device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
         is_here = device is None or device == logits.device
-        return logits.like(logits.hidden, dtype=dtype or logits.dtype) if is_here else NotImplemented
+        return logits.like(logits.hidden, change, dtype=dtype or logits.dtype) if is_here else NotImplemented
     index = args[1] if name == "__getitem__" else ()
     parts = index if type(index) is tuple else (index,)
     if any(not (part is Ellipsis or isinstance(part, slice)) for part in parts):
@@ -159,12 +182,12 @@ def _view(func: Any, name: str, logits: LazyLogits, args: tuple[Any, ...], kwarg
     if any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
         return NotImplemented
     plan = torch.empty((), device="meta").expand(logits.shape)  # has no memory; what becomes of tensors of this shape
-    plan = func(plan, *args[1:], **kwargs)
+    plan = change(plan)
     width = logits.hidden.shape[-1]
     if plan.dim() == 0 or plan.shape[-1] != logits.shape[-1]:
         return NotImplemented
     hidden = logits.hidden[index] if name == "__getitem__" else logits.hidden.reshape(*plan.shape[:-1], width)
-    return logits.like(hidden) if hidden.shape == (*plan.shape[:-1], width) else NotImplemented
+    return logits.like(hidden, change) if hidden.shape == (*plan.shape[:-1], width) else NotImplemented
 
 
 def _cross_entropy(

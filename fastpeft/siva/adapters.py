@@ -250,6 +250,7 @@ class AdaptedLinear(BaseWeightLayer):
         """Whether the layer is its pretrained weight plus `get_delta_weight`, as PEFT's `convert_to_lora` needs."""
         return not self._lossy
 
+    @torch.inference_mode(False)  # or a weight of later steps could not be saved for backward
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the stored weight, which then acts alone.
@@ -282,6 +283,7 @@ class AdaptedLinear(BaseWeightLayer):
                 "merge it there."
             )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take all merged adapters out of the stored weight again."""
@@ -334,6 +336,7 @@ class AdaptedLinear(BaseWeightLayer):
         """Whether the pretrained weight is not stored, and is restored in half precision, so that its bits differ."""
         return self._frozen and self.base_layer.weight.dtype in HALVES
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self) -> None:
         """Make the stored weight the pretrained one again, to rounding."""

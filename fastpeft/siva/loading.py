@@ -187,6 +187,7 @@ class LoadableLinear(AdaptedLinear):
             for part, own in zip(initial, self._initial(peer))
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _take_in(self, name: str) -> None:
         """Split the weight for an adapter whose tensors were set one by one, as by transformers' loader."""

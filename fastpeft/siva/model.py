@@ -263,7 +263,7 @@ class SivaModel(BaseTuner):
             return
         self._check_adapter_names(names)
         device = next(self._siva_layers()).base_layer.weight.device
-        with acting(self.model, SivaLinear, AdapterRows(names, device, _copies(kwargs))):
+        with acting(self.model, SivaLinear, AdapterRows(names, device, _copies(kwargs, self.model))):
             yield
 
     def _check_adapter_names(self, names: Any) -> None:
@@ -302,11 +302,14 @@ def _give_pretrained(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
             state_dict[f"{name}.base_layer.weight"] = weight
 
 
-def _copies(arguments: dict[str, Any]) -> int:
-    """How often `generate`, called with these arguments, repeats each row of its input."""
-    settings = arguments.get("generation_config")
-    wanted = (arguments.get(name) or getattr(settings, name, None) for name in ("num_beams", "num_return_sequences"))
-    return max([1, *(number for number in wanted if isinstance(number, int))])
+def _copies(arguments: dict[str, Any], model: nn.Module) -> int:
+    """How often `generate` of the model, called with these arguments, repeats each row of its input."""
+    settings = arguments.get("generation_config"), getattr(model, "generation_config", None)
+    copies = [1]
+    for name in ("num_beams", "num_return_sequences"):
+        given = (arguments.get(name), *(getattr(each, name, None) for each in settings))
+        copies += [number for number in given if isinstance(number, int)][:1]
+    return max(copies)
 
 
 def _make_implicit(peft_config: SivaConfig) -> None:

@@ -158,6 +158,28 @@ def test_sft_trains_a_side_network_as_the_trainer_does(tmp_path: Path, changes: 
     assert torch.equal(logits(LadderModel.from_pretrained(tmp_path / "side", base=base())), logits(trainer.model))
 
 
+def test_a_head_of_several_layers_has_its_loss_and_gradients() -> None:
+    """TRL multiplies states by the layer of all words: they are those that this layer reads."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0}
+    torch.manual_seed(0)
+    model = beside(transformers.ModernBertDecoderForCausalLM(transformers.ModernBertDecoderConfig(**sizes)))
+    with torch.no_grad():
+        model.side.up.weight.normal_()  # or the side network adds nothing yet
+    batch = {"input_ids": torch.randint(3, 60, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    batch["labels"] = batch["input_ids"]
+    loss = model(**batch).loss
+    loss.backward()
+    expected = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    assert {"base.lm_head.dense.weight", "base.lm_head.norm.weight"} < expected.keys()
+    model.zero_grad()
+    trl.trainer.utils.add_fused_lm_head(model)
+    found = model(**batch, fused_lm_head=True).loss
+    found.backward()
+    torch.testing.assert_close(found, loss)
+    torch.testing.assert_close({name: model.get_parameter(name).grad for name in expected}, expected)
+
+
 @pytest.mark.parametrize("changes", [{"packing": True}, {"padding_free": True, "max_length": None}])
 def test_joined_texts_are_refused_beside_a_side_network(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(FastpeftError, match="a side network cannot tell"):

@@ -164,6 +164,16 @@ def test_words_that_are_looked_up_in_the_prompt_are_taken_back(network: dict[str
     assert model.generate(prompt, prompt_lookup_num_tokens=3, **options).equal(expected)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_it_proposes_words_to_another_model(window: int | None) -> None:
+    """Which takes some of them back, also where a layer keeps a window of tokens alone."""
+    large = causal_model("mistral", sliding_window=window).eval()
+    small = moved(causal_model("mistral", sliding_window=window, num_hidden_layers=2))
+    options = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    expected = large.generate(WORDS[:1], **options)
+    assert large.generate(WORDS[:1], assistant_model=small, **options).equal(expected)
+
+
 def test_it_starts_to_write_as_its_base() -> None:
     base = causal_model("llama").eval()
     expected = written(base)

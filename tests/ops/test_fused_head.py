@@ -313,6 +313,7 @@ def pair() -> tuple[LazyLogits, Tensor]:
 UNMADE: dict[str, Callable[[Any], Any]] = {
     "view": lambda t: t.view(-1, 9),
     "reshape": lambda t: torch.reshape(t, (10, 9)),
+    "by keyword": lambda t: torch.reshape(input=t, shape=(10, 9)),
     "flatten": lambda t: t.flatten(0, 1),
     "to a dtype": lambda t: t.to(torch.float64),
     "float": lambda t: t.float(),
@@ -396,6 +397,37 @@ def test_a_change_in_place_is_kept(pair: tuple[LazyLogits, Tensor]) -> None:
     torch.testing.assert_close(pair[0] + 0, pair[1])
     labels = torch.arange(10) % 9
     torch.testing.assert_close(*(F.cross_entropy(logits.view(-1, 9), labels) for logits in pair))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["view", "shifted", "divided", "to itself"])
+def test_a_metric_does_not_take_their_gradient(pair: tuple[LazyLogits, Tensor], mode: Any, name: str) -> None:
+    """As where a loss reads the logits after an accuracy did."""
+    view = UNMADE[name](pair[0])
+    with mode():
+        view.argmax(-1)
+        pair[0].argmax(-1)
+    for found, expected in ((pair[0], pair[1]), (view, UNMADE[name](pair[1]))):
+        gradients = [
+            torch.autograd.grad(each.exp().sum(), pair[0].hidden, retain_graph=True)[0] for each in (found, expected)
+        ]
+        torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        assert not LazyLogits(pair[0].hidden, pair[0].weight, None, torch.float32, []).exp().requires_grad
+
+
+def test_a_change_in_place_is_one_of_all_views(pair: tuple[LazyLogits, Tensor]) -> None:
+    labels = torch.arange(8) % 9
+    losses = []
+    for logits in pair:
+        shifted = logits[:, :-1]
+        same = logits.float()
+        logits[:, :2].mul_(2)
+        logits[..., 7:] = -9.0
+        losses.append(F.cross_entropy(shifted.reshape(-1, 9), labels))
+        same[:, 3].zero_()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(pair[0] + 0, pair[1])
 
 
 def test_labels_that_do_not_fit_are_an_error_as_ever(pair: tuple[LazyLogits, Tensor]) -> None:

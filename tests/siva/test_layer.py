@@ -17,6 +17,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft import FastpeftError, SivaConfig, SivaLinear, pack_frozen
+from fastpeft.functional import siva_linear_group
 
 
 def linear(kind: str = "linear", bias: bool = True) -> nn.Module:
@@ -262,6 +263,46 @@ def test_loading_takes_a_merge_back_first(residual: str) -> None:
     layer.load_state_dict(state, strict=False)
     assert not layer.merged
     torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
+
+
+@RESIDUALS
+def test_merging_in_inference_mode_leaves_a_weight_that_trains(residual: str) -> None:
+    """As where text is written by the merged model between steps."""
+    layer, x = SivaLinear.from_linear(linear(), 4, residual=residual), inputs().requires_grad_()
+    move(layer)
+    expected = layer(x)
+    with torch.inference_mode():
+        layer.merge()
+        layer.unmerge()
+    layer(x).sum().backward()
+    with torch.inference_mode():
+        layer.merge()
+        layer.enable_adapters(False)
+        layer(x)  # takes the merge back
+    layer.enable_adapters(True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer(x), expected, **CLOSE)
+
+
+@RESIDUALS
+def test_torch_func_differentiates_by_row(residual: str) -> None:
+    layers = nn.ModuleList([SivaLinear.from_linear(linear(), 4, residual=residual) for _ in range(2)])
+    move(layers)
+    names = [name for name, parameter in layers.named_parameters() if parameter.requires_grad]
+
+    def loss(trained: dict[str, Tensor], x: Tensor) -> Tensor:
+        with torch.nn.utils.stateless._reparametrize_module(layers, trained):
+            alone = layers[0](x)
+            grouped = siva_linear_group(x, *zip(*(layer.operands()[:-1] for layer in layers), strict=True))
+        return (alone * grouped[0] + grouped[1].square()).sum()
+
+    trained = {name: layers.get_parameter(name).detach() for name in names}
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, inputs())
+    for row, x in enumerate(inputs()):
+        layers.zero_grad()
+        loss({}, x).backward()
+        expected = {name: layers.get_parameter(name).grad for name in names}
+        torch.testing.assert_close({name: found[name][row] for name in names}, expected, rtol=1e-4, atol=1e-4)
 
 
 @RESIDUALS

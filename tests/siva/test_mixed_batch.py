@@ -402,6 +402,19 @@ def test_generates_by_row(beams: int) -> None:
     assert not found[0].equal(found[3])
 
 
+@pytest.mark.parametrize("asked", [{"num_beams": 2}, {"num_beams": 1, "num_return_sequences": 2, "do_sample": True}])
+def test_beams_that_the_models_own_configuration_asks_for(asked: dict[str, Any]) -> None:
+    """That of bart-large-cnn has four."""
+    model = causal()
+    call = {"adapter_names": ["second", "default"], "max_new_tokens": 6, "pad_token_id": 0}
+    prompt = {"input_ids": token_ids(2)[:, :5], "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    torch.manual_seed(0)
+    expected = model.generate(**prompt, **call, **asked)
+    model.get_base_model().generation_config.update(**asked)
+    torch.manual_seed(0)
+    assert model.generate(**prompt, **call).equal(expected)
+
+
 def test_an_encoder_reads_each_row_once_and_a_decoder_every_beam() -> None:
     base = tiny("T5", "ForConditionalGeneration", d_kv=8, d_ff=32, num_layers=2, decoder_start_token_id=0)
     model = peft.get_peft_model(base, SivaConfig(r=2, task_type="SEQ_2_SEQ_LM"))
