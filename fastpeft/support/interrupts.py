@@ -8,8 +8,11 @@ raises can part a change of the weights from the note that it was made.
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -21,6 +24,7 @@ logger = logging.getLogger(__name__)
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 )
+_ONE_REQUEST = 0.5  # seconds: within them a person asks once, and a launcher passes on what all were sent
 
 
 @contextmanager
@@ -80,7 +84,8 @@ class StopRequest:
 def noting_stops(request: StopRequest, notice: str) -> Iterator[None]:
     """Inside it the first Ctrl-C or SIGTERM is noted in `request`, and each of the two raises when it comes again.
 
-    That a terminal sends a Ctrl-C to all processes, of which one may then send SIGTERM to another, is one request. A
+    That a terminal sends a Ctrl-C to all processes, of which one may then send SIGTERM to another, is one request. So
+    is a signal that comes again at once: schedulers send it to all processes, and a launcher passes its own on. A
     handler that somebody has set stays in its place, as does the ignoring of a signal.
 
     Args:
@@ -88,17 +93,18 @@ def noting_stops(request: StopRequest, notice: str) -> Iterator[None]:
         notice: what to log as a warning when a first signal comes.
 
     Raises:
-        KeyboardInterrupt: a signal came for the second time.
+        KeyboardInterrupt: a signal came for the second time, half a second or more after the first.
     """
-    came: set[int] = set()
+    came: dict[int, float] = {}  # when, by the monotonic clock
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number in came:
+        now = time.monotonic()
+        if number in came and now - came[number] >= _ONE_REQUEST:
             raise KeyboardInterrupt
         if not came:
             # from another thread: here a write to the terminal may be under way, which cannot be entered twice
             threading.Thread(target=logger.warning, args=(notice,)).start()
-        came.add(number)
+        came.setdefault(number, now)
         request.asked = True
 
     with _handling(note, signal.SIGINT, signal.SIGTERM):
@@ -110,6 +116,25 @@ def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM raise `KeyboardInterrupt` inside it, unless somebody has set a handler."""
     with _handling(signal.default_int_handler, signal.SIGTERM):
         yield
+
+
+def heed_parent_alone(_: int) -> None:
+    """Begin a process that loads rows, which then ends by the SIGTERM of the one that made it, and by no other signal.
+
+    A launcher or scheduler sends signals to all processes, but the one that trains has yet to make its step of rows.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):  # on macOS and Windows nobody tells who sent a signal
+        return
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def _metrics(trainer: RunTrainer, task: Task, before: Beginning, after: _Measure
         "labels": task.data.labels,
         "pairs": task.data.train.is_pair,
         "conversations": task.data.train.are_conversations,
-        "columns": task.data.columns and task.data.columns.named,
+        "columns": task.data.columns and list(task.data.columns.named),
         "max_length": task.max_length,
         **after.scores,
         f"{problem.primary}_before": before.scores[problem.primary],

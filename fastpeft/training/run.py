@@ -20,6 +20,7 @@ from fastpeft.data.examples import labels_in_words
 from fastpeft.data.names import DEMO, FEATURE_DTYPES, LOSS
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
+from fastpeft.mezo.journal import Journal
 from fastpeft.ops.autotune import timings
 from fastpeft.ops.backends import why_not_compiled
 from fastpeft.prompts.model import inside_prompt
@@ -34,7 +35,7 @@ from fastpeft.training.arguments import recipe_used, refusing, training_argument
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.lineage import check_output
 from fastpeft.training.outcome import Beginning, finish, of_classes, save_model
-from fastpeft.training.run_folder import TIMINGS, RunFolder
+from fastpeft.training.run_folder import TIMINGS, RunFolder, check_whole, model_fingerprint
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer, trainer_class
 
@@ -189,12 +190,24 @@ def _prepare(
         inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or FEATURE_DTYPES[0])
     with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
         arguments = training_arguments(task, elsewhere)
-        Ranks().check_same(config.values())
+        if (ranks := Ranks()).size > 1:
+            ranks.check_same({**config.values(), **_on_disk(task, folder)})
         with refusing(task), noticing_lost_processes():
             trainer = trainer_class(task)(task, arguments, folder, callbacks)
             trainer.create_optimizer()
             before = trainer.measure(task.dev_rows)
             return trainer, before, trainer.lowered(before[LOSS])
+
+
+def _on_disk(task: Task, folder: RunFolder) -> dict[str, Any]:
+    """What a process reads that another machine may have otherwise on its disk, by the name in a message."""
+    return {
+        "the rows of `data`": task.data.fingerprint,
+        "the weights of `model`": model_fingerprint(task.config.model),
+        "what `output` holds, a folder that all must share": [
+            file.name for file in (*folder.all_checkpoints(), folder.journal) if file.exists()
+        ],
+    }
 
 
 def _trained_on(task: Task) -> set[str]:
@@ -206,12 +219,14 @@ def _trained_on(task: Task) -> set[str]:
 
 def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> None:
     """Train, with `resume` from where the run has come to; of one that cannot go on, keep the last good weights."""
-    checkpoint = folder.newest_checkpoint() if resume else None
+    journal = Journal.open(folder.journal) if resume and folder.journal.exists() else None
+    checkpoint = folder.newest_checkpoint(None if journal is None else journal.steps) if resume else None
     start: str | bool | None = None if checkpoint is None else str(checkpoint)
-    if resume and folder.journal.exists():
+    if journal is not None:
         start = True  # the last step in the journal, which leads there from the checkpoint or from the first weights
         logger.info("continuing from %s", folder.journal)
     elif checkpoint is not None:
+        check_whole(checkpoint)
         logger.info("continuing from %s", checkpoint)
     try:
         if checkpoint is not None:

@@ -53,6 +53,7 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of a model; the first
 _SAMPLES, _SAMPLE = 64, 1 << 20  # of each file, and the bytes of one
 _NOTES = (_VERSION_KEY, _RECIPE_KEY, START_KEY, _ROWS_KEY, MODEL_KEY)  # what run.json says beside the configuration
 _KEPT_CHECKPOINTS = 2
+_STATE = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # of a checkpoint, beside weights and the Trainer's own
 
 # What a run writes, in the order of its deletion: a half-deleted run is no finished one, and still looks like a run.
 _WRITTEN = (
@@ -369,9 +370,10 @@ class RunFolder:
         """The checkpoints in the order of their steps."""
         return sorted(self.checkpoints.glob("checkpoint-*"), key=_step)
 
-    def newest_checkpoint(self) -> Path | None:
-        """The checkpoint of the latest step."""
-        return next(reversed(self.all_checkpoints()), None)
+    def newest_checkpoint(self, up_to: int | None = None) -> Path | None:
+        """The checkpoint of the latest step, or of the latest that is not after step `up_to`."""
+        saved = (each for each in self.all_checkpoints() if up_to is None or _step(each) <= up_to)
+        return max(saved, key=_step, default=None)
 
     def newest_in_words(self) -> str:
         """What there is to go back to."""
@@ -401,6 +403,16 @@ class RunFolder:
             files.publish(file, self.path / file.name)
         _delete(self.staging)
         files.write_json(self.metrics_file, dict(metrics))
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise `FastpeftError` where a checkpoint lacks what the Trainer would go on without, to other weights."""
+    missing = [each for each in _STATE if not any(checkpoint.glob(each))]
+    if missing:
+        raise FastpeftError(
+            f"cannot go on from {checkpoint}: it has no {' and no '.join(missing)}. Restore the file, or delete that "
+            "folder to go on from what is before it, or train anew with --overwrite."
+        )
 
 
 def read_config(file: Path) -> dict[str, Any]:

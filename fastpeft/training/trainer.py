@@ -169,6 +169,17 @@ class RunTrainer(Trainer):
             )
         )
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        # where workers persist, the Trainer's own would go on with the first rows that were ever measured
+        return self.accelerator.prepare(
+            DataLoader(
+                self.eval_dataset if eval_dataset is None else eval_dataset,
+                batch_size=self.args.eval_batch_size,
+                collate_fn=self.data_collator,
+                **{**loader_options(self.args), "persistent_workers": False},
+            )
+        )
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # its loader draws from the stream that dropout draws from: how often a run is measured would change its weights
         with torch.random.fork_rng(devices=[]):

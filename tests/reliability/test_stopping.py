@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 
 from fastpeft import TrainConfig, train
 from fastpeft.cli import app
+from fastpeft.support import interrupts
 from fastpeft.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("interruptible")
@@ -87,19 +90,51 @@ def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(
     assert kill.results(train(config, resume=True).folder) == whole(kind)
 
 
-def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_ONE_REQUEST", 0)  # as if time had passed
     config = run_config(place, tmp_path / "run", "k-lst")
     with pytest.raises(KeyboardInterrupt, match=r"The newest checkpoint is .*checkpoint-4; resume with"):
         train(config, callbacks=[Send(6, signal.SIGINT, signal.SIGINT)])
     assert RunFolder(config.output).newest_checkpoint() == RunFolder(config.output).checkpoint(4)
 
 
-def test_one_request_may_come_by_both_signals(place: Path, tmp_path: Path) -> None:
-    """A terminal sends its Ctrl-C to a cell too, which its comparison then sends SIGTERM."""
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_one_request_may_come_twice(place: Path, tmp_path: Path, first: signal.Signals) -> None:
+    """From a terminal to a cell, and from its comparison; from a scheduler to all, and from a launcher."""
     config = run_config(place, tmp_path / "run", "siva")
     with pytest.raises(KeyboardInterrupt):
-        train(config, callbacks=[Send(6, signal.SIGINT, signal.SIGTERM)])
+        train(config, callbacks=[Send(6, first, signal.SIGTERM)])
     assert RunFolder(config.output).newest_checkpoint() == RunFolder(config.output).checkpoint(6)
+
+
+class SendToAll(TrainerCallback):
+    """Lets another process, as a scheduler, send SIGTERM to those that load rows and then to this one."""
+
+    def __init__(self, event: str) -> None:
+        self.sent = False
+        setattr(self, event, self._send)
+
+    def _send(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loading = multiprocessing.active_children()
+        if state.global_step == 4 and not self.sent:
+            self.sent = True
+            assert loading
+            subprocess.run(["kill", "-TERM", *(str(each.pid) for each in loading), str(os.getpid())], check=True)
+            assert all(each.is_alive() for each in loading)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="here nobody tells who sent a signal")
+@pytest.mark.parametrize("event", ["on_step_begin", "on_prediction_step"])
+def test_a_signal_to_all_leaves_the_processes_that_load_rows(
+    place: Path, tmp_path: Path, whole: Callable[[str], dict[str, bytes]], event: str
+) -> None:
+    settings = {"dataloader_num_workers": 1, "per_device_eval_batch_size": 2}  # so that many are still to be loaded
+    config = replace(run_config(place, tmp_path / "run", "siva"), settings=settings)
+    with pytest.raises(KeyboardInterrupt, match="resume with"):
+        train(config, callbacks=[SendToAll(event)])
+    assert RunFolder(config.output).newest_checkpoint() == RunFolder(config.output).checkpoint(5)
+    assert multiprocessing.active_children() == []
+    assert kill.results(train(config, resume=True).folder) == whole("siva")
 
 
 def test_a_run_whose_last_step_is_made_is_finished_first(

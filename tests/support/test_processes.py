@@ -6,10 +6,13 @@ two of them.
 
 from __future__ import annotations
 
+import os
+import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -25,9 +28,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from fastpeft import LadderConfig, LadderModel, MeZO, MeZOConfig, MeZOTrainer, SivaConfig
-from fastpeft.errors import LostProcessError
+from fastpeft import LadderConfig, LadderModel, MeZO, MeZOConfig, MeZOTrainer, SivaConfig, TrainConfig
+from fastpeft.data.examples import load_data
+from fastpeft.errors import FastpeftError, LostProcessError
 from fastpeft.support import processes
+from fastpeft.training import run, task
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
@@ -249,6 +254,42 @@ def test_what_they_agree_on_is_the_first_ones(ranks: Run) -> None:
     found = ranks(agree, 2**62)
     assert found == [2**62] * len(found)
     assert processes.agreed(7, torch.device("cpu")) == 7
+
+
+def train_apart(config: TrainConfig, folder: Path, parts: dict[str, str]) -> Any:
+    """Resume a run, each process on a disk of its own below `folder`, with the files `parts` on that of the last."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    place = folder / f"disk {rank}"
+    shutil.copytree(folder / "disk", place)
+    for name, text in parts.items() if rank == last else ():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(text)
+    before = os.getcwd()
+    os.chdir(place)
+    try:
+        with patch.object(task, "load_data", lambda data, **others: load_data(place / "reviews.csv", **others)):
+            return run.train(config, resume=True).metrics
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("reviews.csv", "text,label\n" + "one more,good\nand more,bad\n" * 20, "the rows of data"),
+        ("run/checkpoints/checkpoint-3", "", "what output holds, a folder that all must share"),
+    ],
+)
+def test_what_lies_on_several_disks_must_be_the_same(
+    ranks: Run, tmp_path: Path, place: Path, name: str, text: str, said: str
+) -> None:
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    shutil.copy(place / "reviews.csv", tmp_path / "disk")
+    (tmp_path / "disk" / "run" / "run.json").write_text('{"fastpeft_version": "0"}')
+    config = TrainConfig(output="run", model=str(place / "model"), data=str(place / "reviews.csv"), max_steps=2)
+    for error in ranks(train_apart, config, tmp_path, {name: text}):
+        assert isinstance(error, FastpeftError)
+        assert f"differs from rank 0 in {said}, so they would train different models" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,15 @@ def test_a_threshold_near_one_decides_between_the_same_rows_wherever_it_is_used(
     assert said == ["no", "no", "yes", "yes"]
 
 
+def test_a_threshold_is_chosen_on_rows_apart_by_processes_that_persist(config: TrainConfig) -> None:
+    """They load the rows of each evaluation, not those of the first."""
+    config = replace(config, threshold="auto", max_steps=2)
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    found = train(replace(config, output=f"{config.output}-persist", settings=settings)).metrics
+    expected = train(config).metrics
+    assert [found[name] for name in ("threshold", "loss")] == [expected[name] for name in ("threshold", "loss")]
+
+
 def test_a_threshold_is_chosen_on_rows_apart_and_used_after(config: TrainConfig) -> None:
     config = replace(config, threshold="auto", max_steps=2, learning_rate=1e-4)
     result = train(config)

@@ -15,6 +15,7 @@ from samples import Interrupt, eleven_steps, points_of, reviews, save_tiny_model
 from transformers import TrainerCallback, TrainerState
 
 from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.mezo import Journal
 from fastpeft.support import files
 from fastpeft.training.callbacks import WholeCheckpoints
 from fastpeft.training.run import TrainResult
@@ -183,6 +184,36 @@ def test_a_run_is_resumed_with_its_own_rows_only(config: TrainConfig) -> None:
         assert tree(Path(config.output)) == before
     file.write_text("".join(lines))
     assert train(config, resume=True).metrics["steps"] > 2
+
+
+@pytest.mark.parametrize("method", ["full", "siva"])
+def test_a_checkpoint_in_part_is_refused(config: TrainConfig, method: str) -> None:
+    """As a copy of it that broke off; the Trainer would go on without, to other weights."""
+    config = replace(config, method=method, **TWO_EPOCHS)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(8)])
+    (*_, checkpoint) = sorted((Path(config.output) / "checkpoints").iterdir())
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).unlink()
+        with pytest.raises(FastpeftError, match=rf"{checkpoint}: it has no {name[:5]}.*or delete that folder"):
+            train(config, resume=True)
+        (checkpoint / name).write_bytes(content)
+    assert train(config, resume=True).metrics["steps"] > 8
+
+
+@pytest.mark.parametrize("left", [5, 2])
+def test_a_run_by_mezo_goes_on_from_a_journal_that_is_behind_its_checkpoints(
+    config: TrainConfig, whole_runs: Any, left: int
+) -> None:
+    config = replace(config, method="mezo", **TWO_EPOCHS)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(8)])
+    journal = Journal.open(Path(config.output) / "mezo.journal")
+    journal.rewind(left)
+    journal.path.write_bytes(journal.content())
+    before, after = (weights_of(run.folder) for run in (whole_runs("mezo"), train(config, resume=True)))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 @pytest.mark.long(but="None-lora")
