@@ -31,7 +31,7 @@ from transformers import (
 
 from fastpeft import LadderConfig, LadderModel, SivaConfig
 
-METHODS = {"siva": 2e-4, "lst": 3e-3, "k-lst": 3e-3}  # and their learning rates
+METHODS = {"siva": 1e-3, "lst": 3e-3, "k-lst": 3e-3}  # and their learning rates
 
 
 def save_tiny_llama(folder: Path) -> Path:
