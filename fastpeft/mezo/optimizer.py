@@ -72,11 +72,11 @@ class MeZO(torch.optim.Optimizer):
             saves them, as `save_state` of accelerate. Deferring changes no bit.
         restore: "in_place" as above, or "exact", for half precision, where each pass in place costs a rounding
             (`bench/mezo_drift.py` measures the drift). With "exact" the perturbed weights exist only in a scratch
-            buffer of the size of the largest module, which is filled when the forward reaches a module (for embeddings,
-            with the rows looked up); the stored weights change only by the update. Every trained parameter must be read
-            in the forward of its own module. Other reads are refused by name at the first step, at each hundredth, and
-            after a step with g = 0; at other steps such a read sees theta itself. A model of `torch.compile` runs
-            uncompiled.
+            buffer of the size of the largest module, which is filled when the forward reaches a module (for embeddings
+            on a CPU, with the rows looked up); the stored weights change only by the update. Every trained parameter
+            must be read in the forward of its own module. Other reads are refused by name at the first step, at each
+            hundredth, and after a step with g = 0; at other steps such a read sees theta itself. A model of
+            `torch.compile` runs uncompiled.
         rounding: of the update with "exact", whose terms are added in float32: "stochastic" (unbiased, by counters of
             the step's seed) or "nearest", which loses updates smaller than half of a weight's spacing.
         model: the model that has the parameters or groups, where these are given.

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ _CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # have no forward; the modul
 class ScratchWeights:
     """A model whose forward sees theta + scale * z, while theta stays as it is.
 
-    Of an embedding only the rows that are looked up are perturbed. A module inside another that has trained parameters
-    of its own needs a second buffer.
+    Of an embedding on a CPU only the rows that are looked up are perturbed. A module inside another that has trained
+    parameters of its own needs a second buffer.
 
     Args:
         model: the model.
@@ -137,7 +137,7 @@ class ScratchWeights:
             return None
         self._filling = True
         try:
-            if type(module) is nn.Embedding and module.max_norm is None:
+            if _by_rows(module):
                 return (self._look_up(module, *args, **kwargs),), {}
             owned = self._owned[module]
             views = self._take([(param.shape, param) for _, _, param in owned])
@@ -190,6 +190,13 @@ class ScratchWeights:
             holder, name, param = self._borrowed[-1]
             holder._parameters[name] = param  # type: ignore[assignment]
             self._borrowed.pop()
+
+
+def _by_rows(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    """Whether only the rows that are looked up are perturbed: to know which, a GPU would be waited for."""
+    if type(module) is not nn.Embedding or module.max_norm is not None:
+        return False
+    return module.weight.device.type == "cpu"
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

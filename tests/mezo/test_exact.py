@@ -19,7 +19,7 @@ from transformers import RobertaForMaskedLM
 
 from fastpeft import FastpeftError, MeZO, MeZOTrainer, SivaConfig
 from fastpeft.functional import mezo_perturb, mezo_perturb_
-from fastpeft.mezo import Journal, step_seed
+from fastpeft.mezo import Journal, scratch_weights, step_seed
 
 EPS = 1e-2
 
@@ -197,6 +197,18 @@ def test_the_scratch_is_as_large_as_the_largest_module_reached() -> None:
     optimizer.step(loss_of(model))
     largest = (32 * 16 + 32) * 2  # bytes of a feed-forward layer, with its bias, in bfloat16
     assert largest <= optimizer.scratch_bytes <= largest + 128
+
+
+def test_rows_of_embeddings_are_perturbed_as_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which a GPU has the same bits."""
+    losses = []
+    for by_rows in (True, False):
+        model = language_model()
+        if not by_rows:
+            monkeypatch.setattr(scratch_weights, "_by_rows", lambda module: False)
+        optimizer = MeZO(model, lr=1e-3, eps=EPS, restore="exact")
+        losses.append([optimizer.step(loss_of(model, step)) for step in range(2)])
+    assert losses[0] == losses[1]
 
 
 # -- the journal and the Trainer ---------------------------------------------------------------------------------------
