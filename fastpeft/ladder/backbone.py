@@ -43,7 +43,8 @@ _OF_TOKENS = {
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 _TOKENS_FIRST = ("xlnet", "fsmt")  # architectures whose features are (T, B, d)
 CACHES = ("past_key_values", "cache")  # what decoders call their cache, before transformers 5.24 and from then on
-_OPTIONAL = ("token_type_ids", "logits_to_keep", "cache_position")  # left out where a model does not know them
+# left out where a model does not know them
+_OPTIONAL = ("token_type_ids", "logits_to_keep", "cache_position", "output_router_logits")
 
 
 class Backbone:

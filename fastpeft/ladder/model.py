@@ -53,6 +53,7 @@ from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
+from fastpeft.ops.quantise import count_parameters
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.processes import agreed
 
@@ -248,8 +249,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, as PEFT's models do."""
-        every = {id(parameter): parameter for parameter in self.parameters()}.values()
-        train, total = (sum(p.numel() for p in each) for each in ([p for p in every if p.requires_grad], every))
+        train, total = count_parameters(self)
         print(f"trainable params: {train:,d} || all params: {total:,d} || trainable%: {100 * train / total:.4f}")
 
     # -- forward -------------------------------------------------------------------------------------------------
@@ -286,7 +286,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             token_type_ids, position_ids: `(B, T)`; token types are dropped if the base knows none.
             labels, start_positions, end_positions: as the base takes them. A module that is not a transformers model
                 takes integer classes (cross-entropy), or numbers in the shape of the logits (mean squared error, or
-                binary cross-entropy where the configuration's `problem_type` is `multi_label_classification`).
+                binary cross-entropy where the configuration's `problem_type` is `multi_label_classification`). The
+                loss that balances a mixture's experts is left out, unless an adapter in the backbone trains.
             output_hidden_states: whether to return the side states `theta_0 .. theta_N`, each `(B, T, D)`, as
                 `hidden_states`.
             return_dict: False for a tuple.
@@ -330,6 +331,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             "start_positions": start_positions,
             "end_positions": end_positions,
             "output_hidden_states": False,
+            # they are for a loss that balances experts: frozen ones learn nothing of it, skipped ones have none
+            "output_router_logits": None if self.adapters else False,
             CACHE: cache,
             "use_cache": None if cache is None else True,
             "cache_position": cache_position,

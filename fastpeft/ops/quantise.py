@@ -145,3 +145,16 @@ class QuantisedLinear(nn.Module):
         held = self.quantised
         h: Tensor = QuantisedProduct.apply(x.to(dtype), held.codes, held.scales, held.nested, self.out_features, bias)
         return h
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trained and of all values. A quantised weight counts as the values that its codes stand for."""
+    counts: dict[int, tuple[int, bool]] = {}
+    for module in model.modules():
+        if isinstance(module, QuantisedWeight):
+            counts[id(module)] = module.shape.numel(), False
+            continue
+        for each in module.parameters(recurse=False):
+            # bitsandbytes packs a weight in 4 bits, and only its state knows its shape
+            counts[id(each)] = (getattr(each, "quant_state", None) or each).shape.numel(), each.requires_grad
+    return sum(n for n, trains in counts.values() if trains), sum(n for n, _ in counts.values())

@@ -173,9 +173,17 @@ def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool]) -> None:
 
 
 def tied_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters that several modules share."""
-    seen = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {identity for identity, count in seen.items() if count > 1}
+    """Identities of the parameters that several modules share, or that one module has which several hold.
+
+    A block that runs several times, as a Universal Transformer's, shares nothing: its layers are the same each time.
+    """
+    seen: Counter[int] = Counter()
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._modules.values())
+        seen.update(id(each) for each in held if each is not None)
+    shared = {identity for identity, count in seen.items() if count > 1}
+    own = (module.parameters(recurse=False) for module in model.modules() if id(module) in shared)
+    return shared | {id(parameter) for parameters in own for parameter in parameters}
 
 
 def check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: Any, tied: set[int]) -> None:

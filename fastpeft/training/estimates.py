@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from fastpeft.data.packed_rows import POSITIONS
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.quantise import count_parameters
 from fastpeft.support.launcher import launched
 from fastpeft.support.processes import Ranks
 from fastpeft.training.arguments import (
@@ -205,13 +206,6 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
     timed = sum(steps[index % len(steps)] for index in range(1, 1 + clock.steps))
     row_seconds = clock.seconds / timed * sum(steps) / task.num_train_texts
     return Estimate(memory, loaded - begin + read * measured, row_seconds)
-
-
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Numbers of trained and of all values."""
-    # in 4 bits a weight is packed, and only its state knows its shape
-    counts = [((getattr(p, "quant_state", None) or p).shape.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 
 def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> float | None:

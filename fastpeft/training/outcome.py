@@ -24,6 +24,7 @@ from fastpeft.data.problems import (
     title_of,
 )
 from fastpeft.models import resolve_model
+from fastpeft.ops.quantise import count_parameters
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.prompts.template import is_of_decoder
 from fastpeft.support import files
@@ -33,7 +34,7 @@ from fastpeft.support.model_card import model_card
 from fastpeft.support.stages import report
 from fastpeft.training.arguments import compute_dtype, recipe_used
 from fastpeft.training.curves import draw_curves
-from fastpeft.training.estimates import count_parameters, simulated_peak_mb
+from fastpeft.training.estimates import simulated_peak_mb
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
 from fastpeft.training.run_folder import CURVES, PREDICTIONS, ROW_SCORES, TRAINED_ON, RunFolder

@@ -316,6 +316,20 @@ def test_a_base_quantised_by_bitsandbytes_is_taken_as_it_is() -> None:
     assert codes.equal(before)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", NF4, pytest.param("bitsandbytes", marks=NEEDS_BITSANDBYTES)])
+def test_parameters_are_counted_as_the_weights_that_codes_stand_for(kind: Any, capsys: Any) -> None:
+    base = tiny(hidden_size=64, intermediate_size=128)
+    ladder(copy.deepcopy(base)).print_trainable_parameters()
+    if kind == "bitsandbytes":
+        four_bit(base.roberta.encoder)
+    model = ladder(base, backbone_dtype=None if kind == "bitsandbytes" else kind)
+    for _ in range(2):
+        model.print_trainable_parameters()
+        logits(model)  # in which weights may be packed
+    exact, *found = capsys.readouterr().out.splitlines()
+    assert found == [exact, exact]
+
+
 @NEEDS_BITSANDBYTES
 def test_a_quantised_head_is_refused() -> None:
     base: Any = four_bit(tiny())

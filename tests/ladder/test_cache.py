@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from backbones import IDS, MASK, TINY, labels, ladder, logits, moved, tiny, trainable, vit
+from causal_models import WORDS, causal_model
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderModel, Prompt, PromptModel
@@ -216,6 +217,24 @@ def test_adapters_in_the_backbone(tmp_path: Path) -> None:
     prefixed = peft.get_peft_model(tiny(), peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     with pytest.raises(FastpeftError, match="trained tokens or prefixes"):
         ladder(prefixed).cache_features(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_routers_of_a_mixture_have_no_part_in_the_loss(tmp_path: Path, kind: str) -> None:
+    given = {"input_ids": WORDS, "labels": WORDS}
+    model, plain = (moved(causal_model(kind, output_router_logits=asked)).eval() for asked in (True, False))
+    expected = plain(**given).loss
+    assert model(**given).loss.equal(expected)
+    model.cache_features(tmp_path, "float32")
+    for _ in range(2):  # in the second pass no router runs
+        torch.testing.assert_close(model(**given).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_in_a_mixture_trains_by_the_loss_of_its_routers() -> None:
+    base = causal_model("mixtral", output_router_logits=True)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
+    outputs = ladder(adapted, train_adapters=True)(input_ids=WORDS, labels=WORDS)
+    assert outputs.aux_loss.requires_grad
 
 
 # -- models around and copies of it ------------------------------------------------------------------------------

@@ -378,6 +378,40 @@ def test_output_layers_and_shared_weights() -> None:
         model.merge_and_unload()
 
 
+class Repeated(nn.Module):
+    """A block that runs several times, held once for each of them, as by a Universal Transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(3 * [nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})])
+
+    def forward(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = torch.tanh(layer["query"](x)) + layer["value"](x)
+        return x
+
+
+@RESIDUALS
+def test_a_block_that_runs_several_times(tmp_path: Path, residual: str) -> None:
+    x, settings = torch.randn(3, 4), {"r": 2, "target_modules": ["query"], "residual": residual}
+    model = peft.get_peft_model(Repeated(), SivaConfig(**settings))
+    torch.testing.assert_close(model(x), Repeated()(x), **CLOSE)
+    assert sum(isinstance(module, fastpeft.SivaLinear) for module in model.modules()) == 1
+    move(model)
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(Repeated(), str(tmp_path))(x), expected, **CLOSE)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
+
+
+def test_a_layer_that_two_places_hold_is_shared() -> None:
+    block = nn.ModuleDict({"query": nn.Linear(4, 4)})
+    block["again"] = block["query"]
+    with pytest.raises(FastpeftError, match="shared with another module"):
+        peft.get_peft_model(block, SivaConfig(r=2, target_modules=["query"]))
+
+
 def test_registration_is_idempotent() -> None:
     from peft.utils import PeftType
 
