@@ -180,8 +180,9 @@ class CompareConfig:
             return [], results
         if starts and not start_tried and starts[0].values["objective"] is None:  # else it learns no labels
             raise FastpeftError(
-                f"it starts from {earlier!r}, whose learning rate is given, so that learns from all training rows, "
-                f"those too on which rates of this are compared. Give {method} a learning_rate, or {earlier!r} none."
+                f"it starts from {earlier!r}, whose learning rate is given. So that learns from all training rows, "
+                f"also from those on which learning rates for {method} are compared. Give {method} a learning_rate, or "
+                f"{earlier!r} none."
             )
         tried = []
         own_text, chain, rest = partition_chain(variant)

@@ -159,21 +159,23 @@ def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], f
 
 
 def own_columns(given: str | None, named: str | None, found: str | None, table: Table, option: str) -> str | None:
-    """The columns that a person names, else those that a run was trained with, where `table` has some of them.
+    """The columns that a person names, else those that a run was trained with.
 
-    A warning says where it has none of those that were `named` for the run; others were `found` by their usual names.
+    Those are the ones that were `named` for the run, where `table` has some of them, with a warning where it has none;
+    else those that were `found` by their usual names, where it has all of them.
     """
-    own = named or found
-    if given is not None or own is None or {own, *map(str.strip, own.split(","))} & {*table.columns}:
-        return given or own
-    if named:
-        logger.warning(
-            "%s has no column %r, which the run was trained with; one with a usual name is taken. Name another with "
-            "%s.",
-            table.name,
-            named,
-            option,
-        )
+    if given is not None:
+        return given
+    if named is None:
+        return found if found and {*named_labels(found, table.columns)} <= {*table.columns} else None
+    if {*named_labels(named, table.columns)} & {*table.columns}:
+        return named
+    logger.warning(
+        "%s has no column %r, which the run was trained with; one with a usual name is taken. Name another with %s.",
+        table.name,
+        named,
+        option,
+    )
     return None
 
 

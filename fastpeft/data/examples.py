@@ -219,10 +219,10 @@ def load_rows(
         )
     known = labels if problem is MULTI_LABEL else ()
     table = tables[-1]
-    text_column = own_columns(text_column, trained_with[0], found[0], table, "--text-column")
-    label_column = own_columns(label_column, trained_with[1], found[1], table, "--label-column")
-    columns = pick_columns(table, problem, text_column, label_column, known)
-    if problem is NEXT_WORDS and text_column is None:
+    of_texts = own_columns(text_column, trained_with[0], found[0], table, "--text-column")
+    of_labels = own_columns(label_column, trained_with[1], found[1], table, "--label-column")
+    columns = pick_columns(table, problem, of_texts, of_labels, known)
+    if problem is NEXT_WORDS and not (text_column or trained_with[0]):
         check_answers(table, columns.texts)
     part = _read_part(table, columns, problem, class_names(table, columns.label))
     return _to_examples(part, list(labels), problem, data)

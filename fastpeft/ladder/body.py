@@ -81,9 +81,9 @@ class Body:
         called = ladder.backbone.after_context(inputs)
         states: list[Tensor] = []
 
-        def take(_decoder: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-            states.append(args[0])
-            return (args[0][:, :0],)  # so no logits are made
+        def take(_decoder: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            states.extend(args)
+            return tuple(each[:, :0] for each in args)  # so no logits are made
 
         handle = ladder.get_output_embeddings().register_forward_pre_hook(take)
         try:
@@ -91,4 +91,9 @@ class Body:
                 ladder.base(**called, return_dict=True)
         finally:
             handle.remove()
+        if not states:
+            raise FastpeftError(
+                f"the {type(core).__name__} does not call its layer of all words as a module with one argument, so it "
+                "cannot be told what that layer reads. Train it by transformers' Trainer or fastpeft train."
+            )
         return BaseModelOutput(last_hidden_state=states[-1])

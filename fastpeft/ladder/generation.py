@@ -262,6 +262,7 @@ def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defa
         return rest
     rest.pop("cache_implementation", None)
     made = make()
-    if asked("is_assistant"):  # the text that it proposes may be taken back
+    # an assistant's text may be taken back; older releases of transformers need not be told
+    if asked("is_assistant") and hasattr(made, "activate_past_recording"):
         made.activate_past_recording()
     return {**rest, CACHE: made}

@@ -234,6 +234,8 @@ def pack_layer(layer: nn.Module, computation: Computation | None = None, keeps_w
 def set_packing(model: nn.Module, enabled: bool = True) -> int:
     """Pack all frozen linear layers of a model, or none; those that pack by themselves, as SiVA's, follow.
 
+    Unlike `pack_frozen` it takes a model without any.
+
     Returns:
         The number of layers whose class changed.
     """

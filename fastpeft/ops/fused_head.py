@@ -37,7 +37,8 @@ class LazyLogits(Tensor):
 
     It knows its shape and dtype. Other views of the same rows, other dtypes and multiples by a number are unmade too.
     `F.cross_entropy` of them is that of a frozen head. Anything else makes the logits, once, with their gradient
-    whatever mode reads them, and goes on with these. Views are then views of them, so a change in place is one of all.
+    whatever mode reads them, and goes on with these. Views are then views of them, so a change in place is one of all,
+    and to read some rows makes all.
     """
 
     hidden: Tensor
@@ -73,12 +74,12 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if not args and "input" in kwargs:
-            args = (kwargs.pop("input"),)
         with torch._C.DisableTorchFunctionSubclass():
-            first = args[0] if args else None
+            named = () if args or "input" not in kwargs else (kwargs["input"],)
+            first = next(iter((*args, *named)), None)
             if isinstance(first, LazyLogits) and not first.is_made():
-                found = _unmade(func, first, args, kwargs)
+                others = {name: value for name, value in kwargs.items() if not (named and name == "input")}
+                found = _unmade(func, first, (*args, *named), others)
                 if found is not NotImplemented:
                     return found
             name = getattr(func, "__name__", str(func))
@@ -103,7 +104,7 @@ class LazyLogits(Tensor):
             ):
                 if self.source is not None:
                     logits, change = self.source
-                    self.made = change(logits.make(name))
+                    self.made, self.source = change(logits.make(name)), None
                 else:
                     self.use(name)
                     bias = None if self.bias is None else self.bias.to(self.hidden.dtype)

@@ -119,13 +119,15 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def heed_parent_alone(_: int) -> None:
-    """Begin a process that loads rows, which then ends by the SIGTERM of the one that made it, and by no other signal.
+    """Begin a process that loads rows, which ignores SIGINT and the SIGTERM of any but the process that made it.
 
     A launcher or scheduler sends signals to all processes, but the one that trains has yet to make its step of rows.
+    SIGTERM is as ever where nobody tells who sent it, as on macOS, and where other threads would take it, as those of
+    libraries in a process that was not forked.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is None or not hasattr(signal, "sigwaitinfo"):  # on macOS and Windows nobody tells who sent a signal
+    parent, threads = multiprocessing.parent_process(), "/proc/self/task"
+    if parent is None or not hasattr(signal, "sigwaitinfo") or not os.path.isdir(threads) or os.listdir(threads)[1:]:
         return
 
     def wait() -> None:

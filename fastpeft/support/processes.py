@@ -187,8 +187,8 @@ class Ranks:
                 if value != expected:
                     raise FastpeftError(
                         f"of the processes that train together, rank {rank} differs from rank {first} in {name}, so "
-                        "they would train different models. Begin with the same weights and settings in every process, "
-                        "and change nothing in one alone."
+                        "they would train different models. Begin with the same weights, files and settings in every "
+                        "process, and change nothing in one alone."
                     )
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ from fastpeft.support.processes import Ranks, noticing_lost_processes
 from fastpeft.support.processor import has_bfloat16
 from fastpeft.training.arguments import recipe_used, refusing, training_arguments
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.lineage import check_output
+from fastpeft.training.lineage import check_output, earlier_run
 from fastpeft.training.outcome import Beginning, finish, of_classes, save_model
 from fastpeft.training.run_folder import TIMINGS, RunFolder, check_whole, model_fingerprint
 from fastpeft.training.task import Task
@@ -201,9 +201,11 @@ def _prepare(
 
 def _on_disk(task: Task, folder: RunFolder) -> dict[str, Any]:
     """What a process reads that another machine may have otherwise on its disk, by the name in a message."""
+    start = task.config.init_from
     return {
         "the rows of `data`": task.data.fingerprint,
         "the weights of `model`": model_fingerprint(task.config.model),
+        "the weights of `init_from`": start and earlier_run(start).fingerprint(),
         "what `output` holds, a folder that all must share": [
             file.name for file in (*folder.all_checkpoints(), folder.journal) if file.exists()
         ],

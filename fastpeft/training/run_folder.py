@@ -98,7 +98,9 @@ class _Metrics(dict[str, Any]):
             "labels": lambda labels: isinstance(labels, list) and all(isinstance(label, str) for label in labels),
             "problem_type": lambda name: isinstance(name, str),
             "pairs": lambda pairs: isinstance(pairs, bool),
-            "columns": lambda names: names is None or (isinstance(names, list) and len(names) == 2),
+            "columns": lambda names: (
+                names is None or (isinstance(names, list) and list(map(type, names)) in ([str, str], [str, type(None)]))
+            ),
             "max_length": lambda length: type(length) is int and length > 0,
             "threshold": lambda found: found is None or (isinstance(found, float) and 0 < found < 1),
             "most_frequent_class": lambda found: isinstance(found, dict) and isinstance(found.get("class"), str),
@@ -372,8 +374,8 @@ class RunFolder:
 
     def newest_checkpoint(self, up_to: int | None = None) -> Path | None:
         """The checkpoint of the latest step, or of the latest that is not after step `up_to`."""
-        saved = (each for each in self.all_checkpoints() if up_to is None or _step(each) <= up_to)
-        return max(saved, key=_step, default=None)
+        saved = reversed(self.all_checkpoints())
+        return next((each for each in saved if up_to is None or _step(each) <= up_to), None)
 
     def newest_in_words(self) -> str:
         """What there is to go back to."""
@@ -406,7 +408,7 @@ class RunFolder:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raise `FastpeftError` where a checkpoint lacks what the Trainer would go on without, to other weights."""
+    """Raise `FastpeftError` where a checkpoint has no file of a kind that the Trainer would silently do without."""
     missing = [each for each in _STATE if not any(checkpoint.glob(each))]
     if missing:
         raise FastpeftError(

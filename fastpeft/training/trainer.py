@@ -170,7 +170,8 @@ class RunTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        # where workers persist, the Trainer's own would go on with the first rows that were ever measured
+        # the Trainer's own goes on with the first rows that were ever measured, where workers persist, and a signal to
+        # all ends its workers
         return self.accelerator.prepare(
             DataLoader(
                 self.eval_dataset if eval_dataset is None else eval_dataset,

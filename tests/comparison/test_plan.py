@@ -227,8 +227,8 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["lst:init_from=mezo", "mezo"], "common": {"init_from": "x"}}, "for all cells and by a variant"),
         (
             {"methods": ["lst:init_from=mezo:learning_rate=1e-6", "mezo:learning_rate=1e-6"], "protocol": "full"},
-            "those too on which rates of this are compared. Give lst a learning_rate, or 'mezo:learning_rate=1e-6' "
-            "none.",
+            "also from those on which learning rates for lst are compared. Give lst a learning_rate, or "
+            "'mezo:learning_rate=1e-6' none.",
         ),
         ({"protocol": "fast"}, "protocol is 'fast'; it must be one of quick, full"),
         ({"suite": "table9"}, "unknown suite 'table9'; allowed are table1, table2, figure5"),

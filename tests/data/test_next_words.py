@@ -227,6 +227,16 @@ def test_an_answer_beside_a_text_is_not_lost(tmp_path: Path) -> None:
     assert data.train.texts[0] == "add 0: a"
 
 
+def test_columns_that_training_found_are_taken_together_or_not_at_all(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    read = load_rows(str(file), [], NEXT_WORDS, found=("prompt,completion", None))
+    assert read.texts == [("a", "b"), ("c", "d")]
+    answers = write_jsonl(tmp_path / "answers.jsonl", [{"text": "a", "answer": "b"}])
+    with pytest.raises(FastpeftError, match="has column 'answer' beside 'text'"):
+        load_rows(str(answers), [], NEXT_WORDS, found=("text", None))
+
+
 def test_what_conversations_have_beside_their_words_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows: list[dict[str, Any]] = [{**row, "system": "be short", "tools": []} for row in chats(4)]
     rows[0]["messages"] = [

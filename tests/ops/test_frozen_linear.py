@@ -199,7 +199,7 @@ def test_a_change_between_forward_and_backward_is_an_error() -> None:
         h.sum().backward()
 
 
-def test_unfreeze_leaves_what_was_there() -> None:
+def test_unpacking_leaves_what_was_there() -> None:
     model = nn.Sequential(nn.Linear(40, 24), nn.Sequential(Conv1D(8, 24))).requires_grad_(False)
     before = {id(p) for p in model.parameters()}
     state = {name: value.clone() for name, value in model.state_dict().items()}

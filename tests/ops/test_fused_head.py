@@ -336,6 +336,7 @@ MADE: dict[str, Callable[[Any], Any]] = {
     "a list": lambda t: torch.stack([t, t]),
     "second": lambda t: torch.ones(9) + t,
     "keyword": lambda t: torch.softmax(input=t, dim=-1),
+    "second keyword": lambda t: torch.where(condition=torch.arange(9) < 4, input=t, other=torch.zeros(9)),
     "detached": lambda t: t.detach().argmax(-1),
     "numbers": lambda t: torch.tensor(t.tolist()),
     "array": lambda t: torch.from_numpy(t.detach().numpy()),
