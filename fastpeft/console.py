@@ -20,6 +20,7 @@ from rich.text import Text
 from fastpeft.cli_options import typed
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report import document, output
+from fastpeft.comparison.report.results import MARK
 from fastpeft.comparison.run import Comparison
 from fastpeft.comparison.schedule import seconds_of_all
 from fastpeft.data import result_warnings
@@ -252,7 +253,8 @@ def show_report(comparison: Comparison) -> None:
     else:
         console.print("\n".join(document.table_lines(shown)), soft_wrap=True)
     if warned:
-        console.print("\n".join(["Warnings:", *warned]), soft_wrap=True)
+        meaning = f" ({MARK}: not of all variants)" if any(MARK in each for each in warned) else ""
+        console.print("\n".join([f"Warnings{meaning}:", *warned]), soft_wrap=True)
     console.print(f"saved in {comparison.plan.folder / 'report.md'} and report.html")
 
 

@@ -28,7 +28,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.models import check_model
 from fastpeft.prompts.named import AUTO
 from fastpeft.support import files
-from fastpeft.support.interrupts import sigterm_interrupts, uninterrupted
+from fastpeft.support.interrupts import interrupted_once, uninterrupted
 from fastpeft.support.processes import refuse_several
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, estimate, process_seconds
@@ -68,7 +68,7 @@ def compare(
         FastpeftError: something given cannot be used, the folder holds a cell of the same name with other values, or
             another comparison runs there; then nothing was written. A cell that fails raises nothing.
         KeyboardInterrupt: on Ctrl-C and SIGTERM, after the running cells have saved checkpoints and ended, and the
-            report is written. A second Ctrl-C does not wait for the checkpoints.
+            report is written. A second Ctrl-C, half a second later or more, does not wait for the checkpoints.
 
     Example:
         >>> result = compare(CompareConfig(output="runs/all", methods=["siva", "lora"]))  # doctest: +SKIP
@@ -175,7 +175,7 @@ class Comparison:
     def run(self) -> CompareResult:
         """Run what is not finished, see `compare`."""
         plan = self.plan
-        with self.executor, _lock(plan.folder) as lock, sigterm_interrupts():
+        with self.executor, _lock(plan.folder) as lock, interrupted_once():
             plan.save()
             if self._slice is not None and not (plan.slice / "dev.jsonl").is_file():
                 with self._saving():

@@ -168,7 +168,7 @@ class LadderCache(DynamicCache):
 
 def with_own_cache(outputs: Any, cache: LadderCache | None) -> Any:
     """The outputs of a pass, with its own cache, or none, in place of the one that the backbone was given."""
-    of_backbone = [name for name in CACHES if outputs.get(name) is not None]
+    of_backbone = [name for name, value in outputs.items() if name in CACHES and value is not None]
     if not of_backbone or outputs[of_backbone[0]] is cache:
         return outputs
     rest = {name: value for name, value in outputs.items() if name not in CACHES}

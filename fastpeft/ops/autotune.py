@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,8 @@ class Timings:
             if question not in kept:
                 kept[question] = timed or _time(candidates, device, self._rounds, self._enough)
                 if keeps:
-                    files.write_json(self.file, kept)
+                    with suppress(OSError):  # a full disk, on which the lock has room
+                        files.write_json(self.file, kept)
         self._known = kept if keeps else {**self.known(), question: kept[question]}
         return kept[question]
 

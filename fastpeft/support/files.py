@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -200,11 +201,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _open_up(path: Path) -> None:
+    """Let whoever may read new files here read a file too, or all below a folder: safetensors lets its owner alone."""
+    made = unfinished(path)
+    made.touch()
+    usual = stat.S_IMODE(made.stat().st_mode)  # by the umask
+    made.unlink()
+    for file in filter(Path.is_file, (path, *path.rglob("*"))):
+        file.chmod(stat.S_IMODE(file.stat().st_mode) | usual)
+
+
 def publish(staged: Path, target: Path) -> None:
     """Move a finished file or folder from a staging place on the same disk to `target`.
 
     A file replaces what is there; a folder needs a free name, since no folder can be replaced in one step.
     """
+    _open_up(staged)
     _sync_tree(staged)
     os.replace(staged, target)
     sync_directory(target.parent)

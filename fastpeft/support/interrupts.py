@@ -8,6 +8,7 @@ raises can part a change of the weights from the note that it was made.
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -115,6 +116,24 @@ def noting_stops(request: StopRequest, notice: str) -> Iterator[None]:
 def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM raise `KeyboardInterrupt` inside it, unless somebody has set a handler."""
     with _handling(signal.default_int_handler, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def interrupted_once() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise `KeyboardInterrupt` inside it, unless somebody has set a handler.
+
+    What comes within half a second of one that raised is the same request, as in `noting_stops`.
+    """
+    raised = -math.inf  # when, by the monotonic clock
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        if (now := time.monotonic()) - raised >= _ONE_REQUEST:
+            raised = now
+            raise KeyboardInterrupt
+
+    with _handling(interrupt, signal.SIGINT, signal.SIGTERM):
         yield
 
 

@@ -111,6 +111,7 @@ def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
 def assemble(folder: RunFolder) -> FinishedRun:
     """The run in `folder`, on the CPU: an adapter that is merged next has the bits there that it had in training."""
     setup, metrics = setup_of_run(folder), folder.metrics()
+    folder.check_readable()
 
     def start() -> Classifier:
         check_start(folder)

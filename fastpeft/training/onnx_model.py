@@ -104,6 +104,7 @@ def write_onnx(model: nn.Module, batches: Sequence[Batch], file: str | Path) -> 
     Raises:
         FastpeftError: a library is not installed, the model cannot be traced, ONNX has no form of an op, or an output
             differs by more than 1e-4.
+        OSError: the file cannot be written.
 
     Example:
         >>> write_onnx(model, [tokenizer(texts, padding=True, return_tensors="pt")], "model.onnx")  # doctest: +SKIP
@@ -112,7 +113,7 @@ def write_onnx(model: nn.Module, batches: Sequence[Batch], file: str | Path) -> 
     program = trace(model, batches[0])
     try:
         found = _run_onnx(_written(program, batches[0], file), batches)
-    except FastpeftError:
+    except (FastpeftError, OSError):  # the second says of the file alone
         raise
     except Exception as error:  # of two libraries
         raise FastpeftError(

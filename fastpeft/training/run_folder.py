@@ -286,11 +286,24 @@ class RunFolder:
     def fingerprint(self) -> str:
         """Identifies the weights that the run left: the first 16 hex digits of their files' SHA-256."""
         digest = hashlib.sha256()
-        kinds = ("model*.safetensors", "adapter_model*.safetensors", "adapter/adapter_model*.safetensors")
-        for file in sorted(file for kind in kinds for file in self.path.glob(kind)):
+        for file in self._weights():
             with file.open("rb") as stream:
                 hashlib.file_digest(stream, lambda: digest)
         return digest.hexdigest()[:16]
+
+    def _weights(self) -> list[Path]:
+        kinds = ("model*.safetensors", "adapter_model*.safetensors", "adapter/adapter_model*.safetensors")
+        return sorted(file for kind in kinds for file in self.path.glob(kind))
+
+    def check_readable(self) -> None:
+        """Raise `FastpeftError` where this user may not read weights that are there: safetensors calls them missing."""
+        for file in self._weights():
+            try:
+                file.open("rb").close()
+            except OSError as error:
+                raise FastpeftError(
+                    f"cannot read {str(file)!r} ({error.strerror}). Let its owner allow it, as by chmod a+r."
+                ) from None
 
     @contextmanager
     def held(self) -> Iterator[None]:

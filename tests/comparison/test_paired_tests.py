@@ -338,9 +338,10 @@ def test_warnings_stand_beside_their_variant(
     told = "head † has the highest accuracy, 0.950, at 200 MB peak memory; significantly above siva and lora (Holm)."
     assert f"\n**{told}**\n" in text
     assert f"<li>head †: {CONSTANT}</li>" in page
+    assert all("†: of this variant alone, or of some, there is a warning." in each for each in (text, page))
     lines = shown(plan, monkeypatch, capsys).splitlines()
     assert lines[0] == told
-    assert lines[-4:-1] == ["Warnings:", f"all variants: {FEW}", f"head †: {CONSTANT}"]
+    assert lines[-4:-1] == ["Warnings (†: not of all variants):", f"all variants: {FEW}", f"head †: {CONSTANT}"]
     assert any(line.startswith("| head † | 0.950 (") for line in lines)
 
 

@@ -310,6 +310,27 @@ def test_an_interruption_ends_the_cell_and_reports(number: signal.Signals) -> No
     assert started() == ["head-seed0", "head-learning_rate=0.125-seed0", "head-learning_rate=0.125-seed0", "lora-seed0"]
 
 
+@pytest.mark.usefixtures("stand_in", "interruptible")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_that_comes_twice_lets_the_cell_save(number: signal.Signals) -> None:
+    """As from a scheduler to all processes, and from what passes it on to its own."""
+    saves = (
+        "import signal\n    save = lambda *_: (time.sleep(0.3), (folder.parent / 'saved').touch(), sys.exit(130))\n"
+        "    signal.signal(signal.SIGTERM, save)\n    (folder.parent / 'pid')"
+    )
+    Path("cell.py").write_text(STAND_IN.replace('(folder.parent / "pid")', saves))
+
+    def interrupt(_: int) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+
+    started_pid(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config("head:learning_rate=0.125"))
+    assert Path("out/cells/saved").exists()
+
+
 @pytest.mark.usefixtures("stand_in")
 def test_two_comparisons_do_not_meet_in_one_folder() -> None:
     refused = []

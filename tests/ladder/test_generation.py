@@ -17,8 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder import LadderCache
+from fastpeft.ladder.backbone import CACHES
 from fastpeft.ladder.direct_run import DirectRun
-from fastpeft.ladder.generation import CACHE
+from fastpeft.ladder.generation import CACHE, with_own_cache
 from fastpeft.ladder.side_step import SideStep
 from fastpeft.methods.side_network import GATED
 
@@ -449,6 +450,17 @@ def test_a_cache_that_the_base_asks_for_is_not_taken() -> None:
     base.generation_config.cache_implementation = "hybrid"
     expected = written(moved(causal_model("llama")))
     assert written(moved(base)).equal(expected)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_outputs_are_read_by_the_names_that_they_have(name: str) -> None:
+    """From 5.24 on transformers warns of every other name of a cache, with advice that only we could follow."""
+
+    class Outputs(dict[str, Any]):
+        def get(self, name: str, default: Any = None) -> Any:
+            return self[name]
+
+    assert with_own_cache(Outputs(logits=1, **{name: 2}), None) == {"logits": 1}
 
 
 def test_what_is_asked_of_the_words_goes_to_the_base() -> None:

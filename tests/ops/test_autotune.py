@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fastpeft import TrainConfig, train
 from fastpeft.ops import packing
 from fastpeft.ops.autotune import Candidates, Timings, in_words
+from fastpeft.support import files
 
 QUESTION = ("a product", torch.float32, 8, "x", 9)
 
@@ -98,6 +99,18 @@ def test_a_place_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     timings = Timings(tmp_path / "taken" / "times.json")
     assert timings.answer(QUESTION, "packed", candidates([], "packed")) == "plain"
+
+
+def test_a_disk_that_is_full_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_json", full)
+    made: list[str] = []
+    timings = Timings(tmp_path / "times.json")
+    for _ in range(2):
+        assert timings.answer(QUESTION, "packed", candidates(made, "packed")) == "plain"
+    assert made == ["packed"]
 
 
 class CompilationError(Exception):

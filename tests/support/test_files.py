@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from fastpeft import FastpeftError
 from fastpeft.support import files
@@ -108,6 +110,20 @@ def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
     files.write_text(file, "")
     plain.write_text("")
     assert file.stat().st_mode == plain.stat().st_mode
+
+
+def test_what_is_published_has_the_usual_permissions(tmp_path: Path) -> None:
+    """safetensors leaves its files to their owner alone; a run is often trained by one user and served by another."""
+    staged, plain = tmp_path / "staged", tmp_path / "plain"
+    (staged / "inner").mkdir(parents=True)
+    plain.write_text("")
+    save_file({"weight": torch.zeros(2)}, staged / "inner" / "weights.safetensors")
+    save_file({"weight": torch.zeros(2)}, staged / "weights.safetensors")
+    files.publish(staged / "weights.safetensors", tmp_path / "alone")
+    files.publish(staged, tmp_path / "folder")
+    for file in (tmp_path / "alone", tmp_path / "folder" / "inner" / "weights.safetensors"):
+        assert file.stat().st_mode == plain.stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "folder", "plain"]
 
 
 def test_publish_is_flushed_before_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from samples import PROMPT, SMALL, Interrupt, prompted, reviews, sampled, write_csv
 from transformers import TrainerCallback
+from unprivileged import bound_by_modes
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
 from fastpeft.data.problems import CLASSIFICATION
@@ -170,6 +171,16 @@ def test_an_earlier_run_that_is_gone_or_changed_is_named(config: TrainConfig) ->
     shutil.rmtree(config.output)
     with pytest.raises(FastpeftError, match=f"run to start from is not there: '{config.output}'"):
         train(link, resume=True)
+
+
+@pytest.mark.parametrize("method", ["siva", "lst", "head"])
+def test_weights_that_another_user_keeps_to_himself_are_not_called_missing(config: TrainConfig, method: str) -> None:
+    folder = train(replace(config, method=method)).folder
+    (weights,) = folder.glob("*model.safetensors")
+    assert weights.stat().st_mode == (folder / "run.json").stat().st_mode
+    weights.chmod(0)
+    with bound_by_modes(), pytest.raises(FastpeftError, match=rf"cannot read '{weights}' \(Permission denied\)\. Let"):
+        load_run(folder)
 
 
 def test_the_model_is_that_of_the_earlier_run(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.report import classes, document, figures, mistakes, paired_tests, paper
 from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, PageOnly, Strong, Table, Text
-from fastpeft.comparison.report.results import Variant, columns, main_metric, show, table, variants, warnings
+from fastpeft.comparison.report.results import MARK, Variant, columns, main_metric, show, table, variants, warnings
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem, title_of
 from fastpeft.methods.registry import get_method
@@ -282,6 +282,8 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
             "In brackets: the 95 % confidence interval. With one seed it covers the sampling of rows (for accuracy, "
             "Wilson's interval); with several seeds, that of rows and seeds."
         )
+    if any(variant.name.endswith(MARK) for variant in compared):
+        notes.append(f"{MARK}: of this variant alone, or of some, there is a warning.")
     if any(len(variant.cells) > 1 for variant in compared):
         notes.append("±: the standard deviation of one seed (of a sample) around the mean.")
     if notes:
