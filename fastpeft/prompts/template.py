@@ -134,7 +134,7 @@ class Prompt:
             problem = f"no word for {', '.join(missing)}" if missing else f"words for unknown {', '.join(strange)}"
             raise FastpeftError(
                 f"the prompt {self.template!r} has {problem}; the classes are {', '.join(labels)}. Give one label word "
-                "for each of them."
+                "for each of them, in their order, by --label-words (label_words in Python)."
             )
         return replace(self, label_words={label: own[key(label)] for label in labels})
 

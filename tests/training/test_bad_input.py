@@ -282,7 +282,7 @@ CASES = [
     (["--prompt", "sst9"], ["no prompt is named 'sst9'", "SST-2"]),
     (["--prompt", "{text} is <mask>"], ["has no label words"]),
     ([*PROMPT[:3], "negative=awful,mixed=odd"], ["no word for positive", "negative, positive"]),
-    ([*PROMPT[:3], "awful,lovely,odd"], ["no word for negative, positive"]),
+    ([*PROMPT[:3], "awful,lovely,odd"], ["no word for negative, positive", "by --label-words"]),
     ([*PROMPT[:3], "awful,"], ["class '1' has no label word"]),
     ([*PROMPT[:3], "0=awful,999999999999=lovely"], ["class '1' has no label word"]),
     ([*PROMPT[:3], "very dull,lovely"], ["'very dull' of class 'negative' is 2 tokens (very dull)", "Near it are"]),
