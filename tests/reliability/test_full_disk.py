@@ -235,6 +235,7 @@ def test_files_that_cannot_be_read(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("capsys")  # the limit would be one of the file, too, in which pytest keeps what is printed
 @pytest.mark.parametrize("to", ["merged", "lora", pytest.param("onnx", marks=pytest.mark.long)])
 def test_an_export_that_does_not_fit(place: Path, tmp_path: Path, to: str) -> None:
     folder = train(config(place, tmp_path / "run", max_steps=1)).folder
