@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -29,6 +30,7 @@ from fastpeft.comparison.executors import Local
 from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, TextData, load_data
 from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS, PROBLEMS, REGRESSION, Problem
+from fastpeft.support import interrupts
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.task import data_for
 
@@ -310,25 +312,40 @@ def test_an_interruption_ends_the_cell_and_reports(number: signal.Signals) -> No
     assert started() == ["head-seed0", "head-learning_rate=0.125-seed0", "head-learning_rate=0.125-seed0", "lora-seed0"]
 
 
+SAVES_WHEN_ASKED_TWICE = """import signal
+    def save(*_):
+        (folder.parent / "saving").touch()
+        while not (folder.parent / "asked twice").exists():
+            time.sleep(0.01)
+        (folder.parent / "saved").touch()
+        sys.exit(130)
+    signal.signal(signal.SIGTERM, save)
+    """
+
+
 @pytest.mark.usefixtures("stand_in", "interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_request_that_comes_twice_lets_the_cell_save(number: signal.Signals) -> None:
+def test_a_request_that_comes_twice_lets_the_cell_save(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from a scheduler to all processes, and from what passes it on to its own."""
-    saves = (
-        "import signal\n    save = lambda *_: (time.sleep(0.3), (folder.parent / 'saved').touch(), sys.exit(130))\n"
-        "    signal.signal(signal.SIGTERM, save)\n    (folder.parent / 'pid')"
-    )
-    Path("cell.py").write_text(STAND_IN.replace('(folder.parent / "pid")', saves))
+    monkeypatch.setattr(interrupts, "_ONE_REQUEST", math.inf)  # as if no time passed
+    killed: list[Any] = []
+    monkeypatch.setattr(Local, "kill", lambda self: killed.extend(self._running))
+    pid = '(folder.parent / "pid")'
+    Path("cell.py").write_text(STAND_IN.replace(pid, SAVES_WHEN_ASKED_TWICE + pid))
+    cells = Path("out/cells").absolute()
 
     def interrupt(_: int) -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), number)
-            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+        while not (cells / "saving").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        (cells / "asked twice").touch()
 
     started_pid(interrupt)
     with pytest.raises(KeyboardInterrupt):
         compare(config("head:learning_rate=0.125"))
-    assert Path("out/cells/saved").exists()
+    assert (cells / "saved").exists()
+    assert killed == []
 
 
 @pytest.mark.usefixtures("stand_in")
