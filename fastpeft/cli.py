@@ -166,7 +166,7 @@ def train(
 
 @app.command(name="eval", cls=Command)
 def evaluate(
-    folder: Path | None = typer.Argument(None, metavar="[DIR]", help="Folder of a finished run."),
+    folder: Path | None = typer.Argument(None, metavar="DIR", help="Folder of a finished run."),
     data: str | None = typer.Option(
         None,
         "--data",
@@ -229,7 +229,7 @@ def evaluate(
 def predict(
     folder: Path = typer.Argument(..., metavar="DIR", help="Folder of a finished run."),
     texts: list[str] | None = typer.Argument(
-        None, metavar="TEXT...", help="Texts to classify; separate the two texts of a pair by a tab."
+        None, metavar="TEXT", help="Texts to classify; separate the two texts of a pair by a tab."
     ),
     file: str | None = typer.Option(
         None,
@@ -451,7 +451,7 @@ def export(
 @app.command(cls=Command)
 def serve(
     items: list[str] = typer.Argument(
-        ..., metavar="RUN...", help="Folders of finished runs. NAME=RUN names a task (default: the folder's name)."
+        ..., metavar="RUN", help="Folders of finished runs. NAME=RUN names a task (default: the folder's name)."
     ),
     host: str = typer.Option(
         "127.0.0.1", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is reached from other machines."

@@ -201,7 +201,7 @@ def test_a_run_reports_to_tensorboard(place: Path) -> None:
 
 
 def test_a_reporter_that_is_not_installed_is_one_message(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastpeft.training.arguments.find_spec", lambda name: None)
+    monkeypatch.setattr("fastpeft.training.setup.find_spec", lambda name: None)
     refused = CliRunner().invoke(app, [*TRAIN, "--report-to", "wandb"])
     assert refused.exit_code == 2
     assert refused.stderr.splitlines()[-1].startswith(

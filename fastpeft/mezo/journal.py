@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import os
 import time
@@ -18,8 +17,6 @@ from fastpeft.mezo.journal_format import Position, Record, RecordFormat, pack_he
 from fastpeft.mezo.replay import described_params, repeat
 from fastpeft.mezo.sharding import digest
 from fastpeft.support import files
-
-logger = logging.getLogger(__name__)
 
 FILE_NAME = "mezo.journal"
 _FLUSHED_EVERY = 1.0  # seconds: the most that a power cut takes of a run
@@ -36,6 +33,7 @@ class Journal:
         begins_at: that position.
         steps: steps made up to the last record, those before the journal included.
         dropped: estimates that were dropped after the last of these.
+        torn: bytes at the end of the file that are no whole record.
 
     Notes:
         A position in a run is such a pair, (steps, dropped). A number of steps alone means the position right after
@@ -50,6 +48,7 @@ class Journal:
         self._format = RecordFormat(header)
         self._start = size  # of the records
         self._size = size  # of all that is whole
+        self.torn = 0
         self._flushed = -math.inf  # when, by the monotonic clock
 
     @classmethod
@@ -70,7 +69,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Read a journal. Bytes at its end that are no whole record are left out, with a warning.
+        """Read a journal. Bytes at its end that are no whole record are left out: `torn` counts them.
 
         Raises:
             FastpeftError: there is no journal, or its noise was drawn otherwise than by this version, or a damaged
@@ -83,8 +82,7 @@ class Journal:
         journal = cls(path, *unpack_header(content, path))
         for record in journal._unpack(content):
             journal.count(record)
-        if rest := len(content) - journal._size:
-            logger.warning("the end of %s was not written whole; its %d bytes are dropped", path, rest)
+        journal.torn = len(content) - journal._size
         return journal
 
     def append(self, record: Record) -> None:

@@ -371,6 +371,8 @@ class MeZO(torch.optim.Optimizer):
         """A journal of a run with the settings of this optimizer."""
         journal = Journal.open(path)
         journal.check_settings(self._described())
+        if journal.torn and self.ranks.is_first:
+            logger.warning("the end of %s was not written whole; its %d bytes are dropped", path, journal.torn)
         return journal
 
     def check_same(self) -> None:

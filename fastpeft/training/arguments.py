@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,6 @@ def training_arguments(task: Task, output: str) -> TrainingArguments:
         FastpeftError: the settings go neither together nor with the task.
     """
     config, recipe = task.config, task.setup.recipe
-    if config.report_to is not None and find_spec(config.report_to) is None:
-        raise FastpeftError(
-            f"`report_to` is {config.report_to!r}, but that package is not installed. Run pip install "
-            f"{config.report_to}, or leave it out."
-        )
     values = _values(task, output)
     with refusing(task):
         arguments_class = arguments_of(task.method)

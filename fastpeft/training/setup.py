@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from fastpeft.data.examples import Examples, TextData, texts_in_words
@@ -155,6 +156,11 @@ def resolve(config: TrainConfig) -> Setup:
     Raises:
         FastpeftError: an option or a setting cannot be used, as far as that can be told without model and data.
     """
+    if config.report_to is not None and find_spec(config.report_to) is None:
+        raise FastpeftError(
+            f"`report_to` is {config.report_to!r}, but that package is not installed. Run pip install "
+            f"{config.report_to}, or leave it out."
+        )
     method = get_method(config.method, config.settings)
     settings, arguments = sort_settings(method, config.settings)
     if method.optimization.zeroth_order and config.optimizer_in_backward:

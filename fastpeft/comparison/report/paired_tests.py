@@ -174,9 +174,10 @@ def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Bloc
 def _of_metric(metric: str, compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Block]:
     title = TITLES[metric]
     tests = listed(list(dict.fromkeys(pair.difference.test for pair in tested)))
+    counted = f"all {len(tested):,} pairs" if len(tested) > 1 else "the one pair"
     yield Text(
         f"{title[0].upper()}{title[1:]} of every pair of variants, paired by dev row: {tests}. "
-        f"'p by Holm' is p after Holm's correction for all {len(tested):,} pairs; a difference is significant if it is "
+        f"'p by Holm' is p after Holm's correction for {counted}; a difference is significant if it is "
         f"below {significance.LEVEL:g}. Two variants without a significant difference may still differ: these rows and "
         "seeds do not show it."
     )
