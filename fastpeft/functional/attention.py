@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional.checks import check_kinds
-from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.dtypes import compute_dtype, no_autocast
 
 MAX_WINDOW = 15  # slots that the dropout's counters can tell apart, odd
 
@@ -94,7 +94,7 @@ def window_attention(
     noise = None
     if dropout > 0:
         noise = seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=q.device)
-    with torch.autocast(q.device.type, enabled=False):  # which would undo the accumulation in float32
+    with no_autocast(q.device):  # which would undo the accumulation in float32
         out, _ = torch.ops.fastpeft.window_attention(
             q.to(dtype), c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, noise, block
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastpeft.errors import FastpeftError
 from fastpeft.functional.checks import check_kinds
 from fastpeft.ops.frozen_head_cross_entropy import loss_of_head
-from fastpeft.ops.int8_linear import multiply
+from fastpeft.ops.int8_linear import MOST_FEATURES, multiply
 
 
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -19,7 +19,8 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Te
 
     Args:
         x: `(*, in_features)`, a floating dtype; a CPU computes others than float32 and bfloat16 in float32.
-        codes: int8 `(out_features, in_features)`; `codes * scales` is the weight.
+        codes: int8 `(out_features, in_features)`; `codes * scales` is the weight. At most 65793 in_features: of more,
+            a sum may not fit into 32 bits.
         scales: float32 `(out_features,)` or `(out_features, 1)`.
         sums: int32 `(out_features,)`, the sums of the rows of codes.
         bias: `(out_features,)` or None.
@@ -29,7 +30,7 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Te
         NaN. No gradient flows through it.
 
     Raises:
-        FastpeftError: shapes or dtypes do not fit, or operands are on several devices.
+        FastpeftError: shapes or dtypes do not fit, in_features are too many, or operands are on several devices.
 
     Notes:
         Integers are added exactly, so every implementation gives the same bits. On a CPU PyTorch multiplies (oneDNN, by
@@ -49,6 +50,11 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Te
             f"(N,) or None; got x {tuple(x.shape)}, {codes.dtype} codes {tuple(codes.shape)}, {scales.dtype} scales "
             f"{tuple(scales.shape)}, {sums.dtype} sums {tuple(sums.shape)} and bias "
             f"{None if bias is None else tuple(bias.shape)}."
+        )
+    if k > MOST_FEATURES:
+        raise FastpeftError(
+            f"int8_linear: x has {k} features, whose sum may pass 32 bits; allowed are at most {MOST_FEATURES}. Add up "
+            "the products of parts of x and codes, or multiply by `codes * scales`."
         )
     check_kinds("int8_linear", x.device, "x scales bias", x, scales, bias)
     if codes.device != x.device or sums.device != x.device:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ops.dtypes import HALVES
+from fastpeft.ops.dtypes import HALVES, autocast_dtype
 
 _ADVICE_FOR_TEXT = (
     "Load the base with attn_implementation='sdpa', which keeps padding, without virtual tokens, and name in "
@@ -227,9 +227,8 @@ def tokens_of(given: Mapping[str, Any]) -> torch.Size | None:
 
 def autocast_of(feature: Tensor) -> contextlib.AbstractContextManager[Any] | None:
     """The context for float32 modules that read `feature`: autocast to its dtype if that has 16 bits and none is on."""
-    kind, dtype = feature.device.type, feature.dtype
-    if dtype in HALVES and not torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, dtype)
+    if feature.dtype in HALVES and not feature.is_meta and autocast_dtype(feature.device) is None:
+        return torch.autocast(feature.device.type, feature.dtype)
     return None
 
 

@@ -33,6 +33,7 @@ from fastpeft.data.names import FEATURE_DTYPES
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER, Backbone
 from fastpeft.ladder.backbone_passes import features_of
+from fastpeft.ops.dtypes import autocast_dtype
 from fastpeft.ops.frozen_linear import Packed
 from fastpeft.ops.packing import version_of
 from fastpeft.support.files import path_of
@@ -256,9 +257,7 @@ class _CacheRows:
         tokens = visible.shape[1]
         starts, ends = visible.argmax(1), tokens - visible[:, ::-1].argmax(1)
         self.spans = [(start, end) for start, end in zip(starts.tolist(), ends.tolist())]
-        kind = device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        context = f"{autocast} {positions is not None}".encode()
+        context = f"{autocast_dtype(device)} {positions is not None}".encode()
         self.keys = [
             hashlib.blake2b(context + row[start:end].tobytes(), digest_size=KEY_BYTES).digest()
             for row, (start, end) in zip(table, self.spans)

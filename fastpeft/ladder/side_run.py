@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.generation import SideLayer
+from fastpeft.ops.dtypes import autocast_dtype
 from fastpeft.support.processor import has_bfloat16
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class SideRun:
         if layer == 0:
             # for the few tokens of a cached pass casting the weights would take longest
             self._in_bfloat16 = self.cache is None and _computes_in_bfloat16(feature, side.down.weight)
-        if not (self._in_bfloat16 or torch.is_autocast_enabled(feature.device.type)):
+        if not (self._in_bfloat16 or autocast_dtype(feature.device)):
             feature = feature.to(side.down.weight.dtype)
         if layer == side.num_layers and (side.config.output_mix == "add" or side.side_share is not None):
             self._last_feature = feature
@@ -134,12 +135,12 @@ class SideRun:
 
         Autocast keeps its copies of weights until it ends. A pass reads each weight once, but for a shared projection.
         """
-        kind = self.side.up.weight.device.type
+        device = self.side.up.weight.device
         keep = self.side.config.share_projections
         if self._in_bfloat16:
-            return torch.autocast(kind, torch.bfloat16, cache_enabled=keep)
-        if torch.is_autocast_enabled(kind) and not keep:
-            return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+            return torch.autocast(device.type, torch.bfloat16, cache_enabled=keep)
+        if not keep and (dtype := autocast_dtype(device)):
+            return torch.autocast(device.type, dtype, cache_enabled=False)
         return contextlib.nullcontext()
 
     def _advance(self, theta: Tensor) -> None:

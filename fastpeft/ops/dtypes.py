@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +12,20 @@ from torch import Tensor
 HALVES = torch.float16, torch.bfloat16
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """That of autocast; None where it is off, and on the meta device, of which autocast does not know."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """What turns autocast off on a device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What an op on x computes in: the dtype of `weight`, under autocast (but for float64) that of autocast."""
-    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return weight.dtype
+    return weight.dtype if weight.dtype == torch.float64 else autocast_dtype(x.device) or weight.dtype
 
 
 def factors_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from fastpeft.ops.autotune import is_captured
 from fastpeft.ops.define import NAMESPACE, check_first_derivative, define
-from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.dtypes import compute_dtype, no_autocast
 from fastpeft.ops.products import as_matrix, multiplies_in_float32
 
 # Numbers of a chunk of logits, but it has at least so many tokens. With fewer, reading the weight takes longer than the
@@ -39,7 +39,7 @@ def loss_of_head(
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     need_dhidden = torch.is_grad_enabled() and hidden.requires_grad
-    with torch.autocast(hidden.device.type, enabled=False):  # which would undo the sums in float32
+    with no_autocast(hidden.device):  # which would undo the sums in float32
         losses: Tensor = torch.ops.fastpeft.frozen_head_cross_entropy(
             hidden, weight.detach(), labels, None if bias is None else bias.detach(), ignore_index, need_dhidden
         )[0]

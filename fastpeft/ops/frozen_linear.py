@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.define import check_first_derivative
-from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.dtypes import autocast_dtype, compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import Packs, is_token, num_rows, packed_linear, version_of
 from fastpeft.ops.products import as_matrix, multiplies_in_float32, product, times
@@ -40,8 +40,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) 
         `(*, N)` in the dtype of x, under autocast in that of autocast.
     """
     dtype = compute_dtype(x, weight)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast:
+    if autocast_dtype(x.device):
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     packed = packs.of(weight, dtype, rows=num_rows(x)) if x.dtype == dtype else None
     if packed is None and not multiplies_in_float32(x):
@@ -256,7 +255,8 @@ def pack_frozen(model: Model, computation: Computation | None = None) -> Model:
             weight does not require a gradient changes its class, in place: parameters, names and hooks stay. A weight
             that is made to train later computes as before.
         computation: "int8" multiplies 8-bit codes of weights (by output) and activations (by row, at run time) where no
-            gradient is asked for, which is for inference; None keeps the dtype of the model, or of autocast.
+            gradient is asked for, which is for inference, in layers of at most 65793 in_features; None keeps the dtype
+            of the model, or of autocast.
 
     Returns:
         The model.

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.dtypes import autocast_dtype, compute_dtype, no_autocast
 from fastpeft.ops.frozen_head_cross_entropy import loss_of_head
 from fastpeft.ops.frozen_linear import PackedLinear, unpack_frozen
 from fastpeft.ops.packing import version_of
@@ -100,7 +100,7 @@ class LazyLogits(Tensor):
                 torch._C.DisableTorchFunctionSubclass(),
                 torch.inference_mode(False),
                 torch.set_grad_enabled(self.has_gradient),
-                torch.autocast(self.hidden.device.type, enabled=False),
+                no_autocast(self.hidden.device),
             ):
                 if self.source is not None:
                     logits, change = self.source
@@ -207,7 +207,7 @@ def _cross_entropy(
     if not (is_plain and fits and target.dtype == torch.int64 and reduction in ("mean", "sum", "none")):
         return NotImplemented
     logits.use("loss")
-    with torch.autocast(logits.device.type, enabled=False):
+    with no_autocast(logits.device):
         decoder = logits.weight.to(logits.hidden.dtype)
         return loss_of_head(logits.hidden, decoder, target, logits.bias, ignore_index, reduction)
 
@@ -232,7 +232,7 @@ class FusedLinear(nn.Linear):
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         is_hooked = self._forward_hooks or self._forward_pre_hooks  # which may lend other weights, or read the logits
         dtype = compute_dtype(input, self.weight)
-        castable = dtype is input.dtype or torch.is_autocast_enabled(input.device.type)
+        castable = dtype is input.dtype or autocast_dtype(input.device) is not None
         if not self.is_labelled or trains or is_traced or is_hooked or not castable:
             return super().forward(input)
         return LazyLogits(input.to(dtype), self.weight, self.bias, dtype, self.uses)

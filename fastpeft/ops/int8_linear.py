@@ -17,6 +17,7 @@ from fastpeft.support.processor import has_int8
 _DTYPES = (torch.float32, torch.bfloat16)  # of x, on a CPU
 _STEPS = 255  # between the smallest and the largest code
 _LEAST = 1e-30  # a range below which a row is taken for zeros
+MOST_FEATURES = (2**31 - 1) // (_STEPS * 128)  # of a row of x whose sum with codes, the least of which is -128, fits
 
 
 def int8_linear_reference(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,10 +87,10 @@ define(
 def can_multiply_int8(x: Tensor) -> bool:
     """Whether the processor multiplies in int8 faster than it dequantises: in float32 or bfloat16 on such a CPU.
 
-    A fake tensor simulates a GPU.
+    A fake tensor simulates a GPU. Sums of more than `MOST_FEATURES` products may not fit into 32 bits.
     """
     fits = x.device.type == "cpu" and compute_dtype(x, x) in _DTYPES and not isinstance(x, FakeTensor)
-    return fits and has_int8()
+    return fits and x.shape[-1] <= MOST_FEATURES and has_int8()
 
 
 def multiply(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:

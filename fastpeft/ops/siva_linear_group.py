@@ -101,6 +101,7 @@ def siva_linear_group_backward_aten(
     ranks = [s.shape[0] for s in ss]
     rows = [as_matrix(dh) for dh in dhs]  # (M, N)
     dtype, of_factors = rows[0].dtype, vs[0].dtype
+    scales = ss  # of dU, which may pass the range of float16
     us, ss, vs, (p,) = (lowered(each, dtype) for each in (us, ss, vs, [p]))
     dx, dv = rows[0].new_empty(0), rows[0].new_empty(0, dtype=of_factors)
     if need_dx or need_dv:
@@ -120,7 +121,7 @@ def siva_linear_group_backward_aten(
         torch.mul((part @ dh).t(), s, out=u.new_empty(u.shape if needed else (0,), dtype=of_factors))
         if needed
         else dh.new_empty(0, dtype=of_factors)
-        for dh, u, s, part, needed in zip(rows, us, ss, ps, need_du, strict=True)
+        for dh, u, s, part, needed in zip(rows, us, scales, ps, need_du, strict=True)
     ]
     dbiases = [dh.sum(0) if needed else dh.new_empty(0) for dh, needed in zip(rows, need_dbias, strict=True)]
     return dx, dus, dv, dbiases

@@ -118,6 +118,7 @@ def siva_linear_mixed_backward_aten(
     x = _sorted(x, order) if any(need_dv) else dh  # of which no row is read then
     rows = as_matrix(dh)  # (M, N)
     dtypes = [v.dtype for v in vs]
+    scales = ss  # of dU, which may pass the range of float16
     us, ss, vs, ps = (lowered(each, dh.dtype) for each in (us, ss, vs, ps))
     dx = times(rows, weight).view(*dh.shape[:-1], vs[0].shape[1]) if need_dx else dh
     dus, dvs = ([t.new_empty(0, dtype=of) for t, of in zip(each, dtypes, strict=True)] for each in (us, vs))
@@ -129,7 +130,7 @@ def siva_linear_mixed_backward_aten(
         if need_dx:
             as_matrix(target).addmm_(dp.t(), v)
         if need_du[i]:
-            dus[i] = torch.mul((p @ own).t(), s, out=u.new_empty(u.shape, dtype=dtypes[i]))
+            dus[i] = torch.mul((p @ own).t(), scales[i], out=u.new_empty(u.shape, dtype=dtypes[i]))
         if need_dv[i]:
             dvs[i] = (dp @ as_matrix(of_x)).to(dtypes[i])
     dbias = rows.sum(0) if need_dbias else dh.new_empty(0)

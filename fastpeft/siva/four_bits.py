@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.dtypes import autocast_dtype
 from fastpeft.ops.quantised_linear import BLOCK, Nested, dequantise, unnested
 
 
@@ -79,9 +80,7 @@ class WeightIn4Bits:
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """What the layer computes in: autocast's dtype, else that which its configuration names, else that of x."""
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type)
-        return self._layer.compute_dtype or x.dtype
+        return autocast_dtype(x.device) or self._layer.compute_dtype or x.dtype
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """`(N, K)` in `dtype`."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.functional import siva_linear_group
+from fastpeft.ops.dtypes import autocast_dtype
 from fastpeft.siva.frozen import BaseWeightLayer, Operands, can_call_directly
 
 # Names of the query, key and value projections, architecture by architecture.
@@ -193,9 +194,4 @@ def _alike(weight: Tensor, other: Tensor) -> bool:
 
 def _state(x: Tensor) -> tuple[object, ...]:
     """What must not have changed between computing an output and taking it."""
-    device = x.device.type
-    return (
-        x._version,
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-    )
+    return x._version, torch.is_grad_enabled(), autocast_dtype(x.device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import siva_linear, siva_linear_mixed
+from fastpeft.ops.dtypes import autocast_dtype
 from fastpeft.ops.quantise import QuantisedWeight
 from fastpeft.siva import grouping
 from fastpeft.siva.config import Residual, SivaConfig
@@ -130,7 +131,7 @@ class SivaLinear(LoadableLinear):
         trained = sum(self.siva_s[name].numel() for name in names if name in self.siva_du)
         dtype = self._compute_dtype(x)
         h = quantised_siva_linear(x, quantised, *factors, bias=self.base_layer.bias, dtype=dtype, trained=trained)
-        return h if self.in_4_bits is None or torch.is_autocast_enabled(x.device.type) else h.to(x.dtype)
+        return h if self.in_4_bits is None or autocast_dtype(x.device) else h.to(x.dtype)
 
     def operands(self) -> Operands | None:
         factors = self._acting()

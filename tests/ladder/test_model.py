@@ -210,7 +210,9 @@ def test_over_a_peft_model(tmp_path: Path) -> None:
 
 
 def test_the_side_network_is_made_where_the_base_is() -> None:
-    assert ladder(tiny().to("meta")).side.up.weight.is_meta
+    model = ladder(tiny().to("meta"))
+    assert model.side.up.weight.is_meta
+    assert model(input_ids=IDS.to("meta")).logits.shape == (len(IDS), 3)
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no other device")

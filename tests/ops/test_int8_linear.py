@@ -14,8 +14,9 @@ from poison import poisoned_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastpeft import functional, pack_frozen
+from fastpeft import FastpeftError, functional, pack_frozen
 from fastpeft.ops import aten, reference
+from fastpeft.ops.int8_linear import MOST_FEATURES
 from fastpeft.ops.packing import quantise_rows
 from fastpeft.ops.quantise import QuantisedLinear
 
@@ -116,6 +117,33 @@ def test_layers_in_int8_compute_under_float16_autocast(wrap: Callable[[nn.Linear
         found = wrap(layer)(x)
     assert found.dtype is torch.float16
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("value", [127, -128])
+def test_the_largest_sums_fit_into_32_bits(value: int) -> None:
+    """All terms of one sign: a row of x whose codes are as far from its zero as can be."""
+    x, codes = torch.full((2, MOST_FEATURES), 255.0), torch.full((3, MOST_FEATURES), value, dtype=torch.int8)
+    given = x, codes, torch.ones(3), codes.sum(1, dtype=torch.int32)
+    expected = reference.int8_linear(*given, None)
+    torch.testing.assert_close(expected, torch.full((2, 3), 255.0 * value * MOST_FEATURES))
+    assert torch.equal(aten.int8_linear(*given, None), expected)
+    assert torch.equal(functional.int8_linear(*given), expected)
+
+
+def test_more_features_than_32_bits_add_up_are_refused() -> None:
+    x, codes = torch.ones(2, MOST_FEATURES + 1), torch.ones(3, MOST_FEATURES + 1, dtype=torch.int8)
+    with pytest.raises(FastpeftError, match=r"x has 65794 features.* at most 65793"):
+        functional.int8_linear(x, codes, torch.ones(3), codes.sum(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda layer: pack_frozen(layer, "int8"), lambda layer: QuantisedLinear(layer, "int8")]
+)
+def test_a_layer_of_more_features_is_multiplied_otherwise(wrap: Callable[[nn.Linear], nn.Module]) -> None:
+    layer, x = nn.Linear(70000, 2, bias=False).requires_grad_(False), torch.ones(3, 70000)
+    layer.weight.data.fill_(0.01)
+    with torch.no_grad():
+        torch.testing.assert_close(wrap(layer)(x), torch.full((3, 2), 700.0), rtol=1e-4, atol=0)  # sums of 70,000
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

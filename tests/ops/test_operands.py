@@ -504,6 +504,16 @@ def changed(args: Sequence[Any], place: tuple[int, int | None], change: Callable
 
 
 @pytest.mark.parametrize("op", CALLED)
+def test_functions_take_tensors_without_values(op: str) -> None:
+    """Autocast, which they ask for its dtype, does not know of the meta device."""
+    args = OPS[op][0](SIZES)
+    found, wanted = by_function(op, moved_to_meta(args)), by_function(op, args)
+    found, wanted = ([] if each is None else flat([each]) for each in (found, wanted))
+    assert all(tensor.is_meta for tensor in found)
+    assert [(tensor.shape, tensor.dtype) for tensor in found] == [(tensor.shape, tensor.dtype) for tensor in wanted]
+
+
+@pytest.mark.parametrize("op", CALLED)
 @pytest.mark.parametrize(
     "dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=lambda dtype: str(dtype)
 )

@@ -201,6 +201,16 @@ def test_autocast_with_packs_casts_a_weight_once_and_keeps_no_copy_for_backward(
         assert packs.nbytes == 4 * weight.numel()  # of W^T too, for the gradient of x
 
 
+def test_fused_calls_give_gradients_of_u_beyond_the_range_of_float16() -> None:
+    """To factors in float32: the sum over rows, in float16, is multiplied by s in their dtype."""
+    weight, u, s, v = torch.zeros(3, 5).half(), torch.ones(3, 2), torch.tensor([100.0, 3.0]), torch.ones(2, 5)
+    dh, x, p = torch.full((8, 3), 10.0).half(), torch.ones(8, 5).half(), torch.full((8, 2), 50.0)
+    expected = torch.tensor([4e5, 1.2e4]).expand(3, 2)
+    assert torch.equal(aten.siva_linear_backward(dh, x, weight, u, s, v, p, False, True, False, False)[1], expected)
+    given = dh, x, weight, [u], [s], [v], [p.t()], [8], None
+    assert torch.equal(aten.siva_linear_mixed_backward(*given, False, [True], [False], False)[1][0], expected)
+
+
 def test_half_precision_weight_with_float32_factors() -> None:
     x, weight, u, s, v, b = operands((4,), 8, 6, 2, torch.float32)
     h = siva_linear(x.bfloat16(), weight.bfloat16(), u.requires_grad_(), s, v, b.bfloat16())

@@ -75,6 +75,16 @@ def assert_close(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradie
         torch.testing.assert_close(found[1][name], gradient, **tolerance)
 
 
+@RESIDUALS
+def test_a_model_without_values_gives_shapes(residual: str) -> None:
+    model, rows = adapted(residual).to("meta"), batch()
+    loss, gradients = step(model, {name: rows[name].to("meta") for name in ("input_ids", "labels")})
+    assert loss.is_meta
+    assert {name: gradient.shape for name, gradient in gradients.items()} == {
+        name: parameter.shape for name, parameter in trained(model).items()
+    }
+
+
 # -- compilation -------------------------------------------------------------------------------------------------
 
 
