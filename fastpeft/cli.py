@@ -79,11 +79,7 @@ def _stem(data: str) -> str:
 def train(
     *,
     config: Path | None = panel_option(
-        None,
-        "--config",
-        panel=ADVANCED,
-        metavar="FILE",
-        help="Repeat the run of this run.json; other options override its values.",
+        None, panel=ADVANCED, metavar="FILE", help="Repeat the run of this run.json; other options override its values."
     ),
     settings: list[str] | None = SETTINGS,
     resume: bool = panel_option(
@@ -93,7 +89,6 @@ def train(
     quiet: bool = QUIET,
     progress: str = panel_option(
         "auto",
-        "--progress",
         panel=OUTPUT,
         metavar="KIND",
         help="How progress is shown: auto, a bar on a terminal and lines elsewhere; json, one object per line on "
@@ -304,7 +299,6 @@ def compare(
     ),
     suite: str | None = panel_option(
         None,
-        "--suite",
         panel=COMPARISON,
         common=True,
         metavar="NAME",
@@ -312,7 +306,6 @@ def compare(
     ),
     methods: list[str] | None = panel_option(
         None,
-        "--methods",
         panel=COMPARISON,
         common=True,
         metavar="VARIANT,...",
@@ -322,7 +315,6 @@ def compare(
     ),
     protocol: str | None = panel_option(
         None,
-        "--protocol",
         panel=COMPARISON,
         common=True,
         metavar="NAME",
@@ -331,7 +323,6 @@ def compare(
     ),
     seeds: int | None = panel_option(
         None,
-        "--seeds",
         panel=COMPARISON,
         common=True,
         metavar="N",
@@ -339,7 +330,6 @@ def compare(
     ),
     prompts: list[str] | None = panel_option(
         None,
-        "--prompts",
         panel=COMPARISON,
         metavar="PROMPT,...",
         help="Run every variant that has no prompt of its own once with each of these: templates, names, auto or none; "
@@ -358,7 +348,6 @@ def compare(
     ),
     executor: str = panel_option(
         "local",
-        "--executor",
         panel=COMPARISON,
         metavar="local|ray",
         help="Where cells run: on this machine, or on the Ray cluster that RAY_ADDRESS names, else one started here.",

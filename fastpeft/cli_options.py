@@ -59,11 +59,7 @@ SETTINGS = panel_option(
 )
 QUIET = panel_option(False, "--quiet", "-q", panel=OUTPUT, help="Show nothing but errors.")
 BUDGET = panel_option(
-    None,
-    "--memory-budget",
-    panel=OUTPUT,
-    metavar="MB",
-    help="With --dry-run: show what fits into this many MB of memory.",
+    None, panel=OUTPUT, metavar="MB", help="With --dry-run: show what fits into this many MB of memory."
 )
 
 
