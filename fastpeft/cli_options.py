@@ -13,6 +13,7 @@ from fastpeft.training.config import ADVANCED, DATA, METHOD, MODEL, OUTPUT, TRAI
 
 FIELDS = {known.name for known in options()}
 COMPARISON, HELP = "Comparison", "Help"
+_METAVARS = {int: "N", float: "N", str: "NAME"}
 _PANELS = (COMPARISON, DATA, MODEL, METHOD, TRAINING, OUTPUT, ADVANCED, HELP)  # the headings of help, in their order
 
 
@@ -104,7 +105,7 @@ def run_options(*excluded: str) -> Callable[[Callable[..., None]], Callable[...,
                 panel=known.panel,
                 common=known.common,
                 help=known.text(flag),
-                metavar=known.metavar,
+                metavar=known.metavar or _METAVARS.get(known.kind),
                 autocompletion=_offering(known.choices) if known.choices else None,
             )
             parameter = inspect.Parameter(known.name, inspect.Parameter.KEYWORD_ONLY, default=shown)

@@ -48,7 +48,7 @@ class Option(NamedTuple):
         least, most: the range of a whole number.
         choices: the texts that are allowed. Empty: any text.
         stored: of choices that files have otherwise, what they have, which is allowed too.
-        metavar: what stands for a value on the command line. None: its type.
+        metavar: what stands for a value on the command line. None: N for a number, NAME for a text.
         folder: whether the value is the name of a folder.
         panel: the heading under which help has it.
         letter: its short name on the command line.
@@ -133,14 +133,9 @@ class TrainConfig:
         letter="o",
         common=True,
     )
-    method: str = option(METHOD, "How the model is trained", "siva", choices=METHODS, metavar="NAME", common=True)
+    method: str = option(METHOD, "How the model is trained", "siva", choices=METHODS, common=True)
     model: str = option(
-        MODEL,
-        "demo, a folder or a hub id",
-        unset="demo, or the model of `init_from`",
-        metavar="NAME",
-        letter="m",
-        common=True,
+        MODEL, "demo, a folder or a hub id", unset="demo, or the model of `init_from`", letter="m", common=True
     )
     init_from: str | None = option(
         MODEL,
@@ -165,7 +160,6 @@ class TrainConfig:
         "assistant's turns. Another run can start from the result by `init_from`",
         choices=OBJECTIVES,
         unset="train on the labels",
-        metavar="NAME",
     )
     problem_type: str | None = option(
         DATA,
@@ -182,53 +176,40 @@ class TrainConfig:
         unset="the method's",
         metavar="LAYERS",
     )
-    rank: int | None = option(METHOD, "Rank of the adapter", least=1, unset="the method's", metavar="N")
-    window: int | None = option(
-        METHOD, "Backbone features that each block of k-lst reads, odd", least=1, unset="9", metavar="N"
-    )
+    rank: int | None = option(METHOD, "Rank of the adapter", least=1, unset="the method's")
+    window: int | None = option(METHOD, "Backbone features that each block of k-lst reads, odd", least=1, unset="9")
     reduction: int | None = option(
-        METHOD, "How many times narrower than the backbone a side network is", least=1, unset="8", metavar="N"
+        METHOD, "How many times narrower than the backbone a side network is", least=1, unset="8"
     )
-    epochs: float | None = option(
-        TRAINING, "Passes over the training rows", unset="the method's recipe", metavar="N", common=True
-    )
-    max_steps: int | None = option(TRAINING, "Optimizer steps, in place of `epochs`", least=1, metavar="N")
+    epochs: float | None = option(TRAINING, "Passes over the training rows", unset="the method's recipe", common=True)
+    max_steps: int | None = option(TRAINING, "Optimizer steps, in place of `epochs`", least=1)
     batch_size: int = option(
         TRAINING,
         "Rows per step: over all processes of a launcher such as torchrun, or in one process on each device",
         16,
         least=1,
-        metavar="N",
         common=True,
     )
     learning_rate: float | None = option(
-        TRAINING,
-        "Learning rate at the peak of the schedule",
-        unset="the method's recipe",
-        metavar="RATE",
-        common=True,
+        TRAINING, "Learning rate at the peak of the schedule", unset="the method's recipe", metavar="RATE", common=True
     )
     max_length: int | None = option(
         DATA,
         "Maximum length of a text in tokens; longer texts are truncated",
         least=2,
         unset="128, or 512 with the objective causal, but never more than the model's limit",
-        metavar="N",
     )
     packing: bool = option(
         TRAINING,
         "With the objective causal, pack short texts into rows of `max_length` tokens; no text attends to another",
         False,
     )
-    seed: int = option(
-        TRAINING, "Random seed of the new head, the order of rows and dropout", 0, most=_HIGHEST_SEED, metavar="N"
-    )
+    seed: int = option(TRAINING, "Random seed of the new head, the order of rows and dropout", 0, most=_HIGHEST_SEED)
     split_seed: int = option(
         DATA,
         "Random seed of the split into training and dev rows, where the data has no dev rows",
         0,
         most=_HIGHEST_SEED,
-        metavar="N",
     )
     split: str = option(
         DATA,
@@ -238,26 +219,20 @@ class TrainConfig:
         choices=SPLITS,
         metavar="HOW",
     )
-    save_steps: int | None = option(OUTPUT, "Save a checkpoint every N steps", least=1, unset="none", metavar="N")
+    save_steps: int | None = option(OUTPUT, "Save a checkpoint every N steps", least=1, unset="none")
     metric: str | None = option(
         OUTPUT,
         "Keep the checkpoint with the best value of this metric on the dev rows, such as accuracy, f1, pearson or loss",
         unset="the weights after the last step",
-        metavar="NAME",
     )
     patience: int | None = option(
-        OUTPUT,
-        "Early stopping: end after N checkpoints in a row without a better `metric`",
-        least=1,
-        unset="never",
-        metavar="N",
+        OUTPUT, "Early stopping: end after N checkpoints in a row without a better `metric`", least=1, unset="never"
     )
     report_to: str | None = option(
         OUTPUT,
         "Also log to this service or library; TensorBoard's files are in the folder logs of the run",
         choices=REPORTERS,
         unset="none",
-        metavar="NAME",
     )
     prompt: str | None = option(
         MODEL,
@@ -314,14 +289,11 @@ class TrainConfig:
         False,
     )
     deterministic: bool = option(ADVANCED, "Use deterministic kernels only", False)
-    text_column: str | None = option(
-        DATA, "Column of texts, or two joined by a comma for pairs", unset="found by name", metavar="NAME"
-    )
+    text_column: str | None = option(DATA, "Column of texts, or two joined by a comma for pairs", unset="found by name")
     label_column: str | None = option(
         DATA,
         "Column of classes, numbers, tags or labels; or several of 0 and 1 joined by commas, one for each label",
         unset="found by name",
-        metavar="NAME",
         common=True,
     )
     class_weights: str | None = option(
