@@ -428,10 +428,7 @@ def _read(folder: Path) -> Plan:
     if not file.is_file():
         if folder.exists() and not folder.is_dir():
             raise FastpeftError(f"the output {str(folder)!r} is a file. Give the name of a new folder.")
-        begun = (files.LOCK, CELLS)  # what a comparison leaves that was ended before it had begun
-        if folder.exists() and any(
-            child.name not in begun and not child.match(files.UNFINISHED) for child in folder.iterdir()
-        ):
+        if folder.exists() and not files.is_empty(folder, CELLS):
             raise FastpeftError(
                 f"the output {str(folder)!r} is no folder of a comparison and not empty, so it is left alone. Give the "
                 "name of a new folder."

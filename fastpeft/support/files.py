@@ -151,6 +151,11 @@ def lock(path: Path, busy: str | None = None) -> BinaryIO:
         file.close()  # removed by the one who held it: it keeps nobody out
 
 
+def is_empty(folder: Path, *begun: str) -> bool:
+    """Whether a folder holds nothing but what a process leaves that ended at once, and names in `begun`."""
+    return all(child.name in (LOCK, *begun) or child.match(UNFINISHED) for child in folder.iterdir())
+
+
 def clear_unfinished(folder: Path) -> None:
     """Remove what writes that were cut off left in `folder`."""
     for file in folder.glob(UNFINISHED):

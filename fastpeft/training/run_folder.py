@@ -224,7 +224,7 @@ class RunFolder:
             self._check_place()
         if self.path.exists() and not self.path.is_dir():
             raise FastpeftError(f"the output {str(self.path)!r} is a file. Give the name of a new or empty folder.")
-        if not self.path.exists() or not any(map(_counts, self.path.iterdir())):
+        if not self.path.exists() or files.is_empty(self.path):
             return
         if not (resume or overwrite):
             raise FastpeftError(
@@ -456,11 +456,6 @@ def model_fingerprint(model: str) -> str | None:
                 stream.seek(place * (size - _SAMPLE) // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()[:16] if weights else None
-
-
-def _counts(child: Path) -> bool:
-    """Whether a file makes a folder one that is not empty, as what a run leaves does not that was killed at once."""
-    return child.name != files.LOCK and not child.match(files.UNFINISHED)
 
 
 def _step(checkpoint: Path) -> int:
