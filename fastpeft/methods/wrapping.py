@@ -31,23 +31,9 @@ logger = logging.getLogger(__name__)
 # fields of a PEFT configuration that have an option of their own, follow from the model or are filled in when it is
 # saved
 _OWN_FIELDS = (
-    "r",
-    "pack_weights",
-    "target_modules",
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "inference_mode",
-    "base_model_name_or_path",
-    "revision",
-    "init_weights",
-    "pissa",
-    "base_fingerprints",
-    "token_dim",
-    "num_transformer_submodules",
-    "num_attention_heads",
-    "num_layers",
+    *("r", "pack_weights", "target_modules", "task_type", "peft_type", "auto_mapping", "peft_version"),
+    *("inference_mode", "base_model_name_or_path", "revision", "init_weights", "pissa", "base_fingerprints"),
+    *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
 )
 _REFUSED = {"SivaConfig": ("target_parameters", "layer_replication")}  # fields that are there to say why not
 _ROLES = ("query", "key", "value")

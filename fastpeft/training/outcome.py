@@ -43,6 +43,13 @@ from fastpeft.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
+# fields of a `TrainConfig`
+_ON_THE_CARD = (
+    *("objective", "problem_type", "class_weights", "focal_gamma", "metric", "patience"),
+    *("prompt", "label_words", "prompt_head", "init_from"),
+    *("targets", "rank", "window", "reduction", "cache_dtype", "batch_size", "seed", "bf16"),
+)
+
 Points = list[tuple[int, float]]  # steps and values
 
 
@@ -250,27 +257,7 @@ def save_model(trainer: RunTrainer, task: Task, folder: Path) -> None:
 def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Mapping[str, Any]) -> str:
     """The model card of the run."""
     config, problem, prompt = task.config, task.data.problem, task.setup.prompt
-    shown = (
-        "objective",
-        "problem_type",
-        "class_weights",
-        "focal_gamma",
-        "metric",
-        "patience",
-        "prompt",
-        "label_words",
-        "prompt_head",
-        "init_from",
-        "batch_size",
-        "targets",
-        "rank",
-        "window",
-        "reduction",
-        "cache_dtype",
-        "seed",
-        "bf16",
-    )
-    settings = {name: value for name, value in config.values().items() if name in shown and value is not None}
+    settings = {name: value for name, value in config.values().items() if name in _ON_THE_CARD and value is not None}
     if config.found_prompt is not None:
         settings |= found_settings(config.found_prompt)
     return model_card(
