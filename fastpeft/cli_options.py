@@ -90,11 +90,7 @@ def _offering(choices: Collection[str]) -> Callable[[], list[str]]:
 
 
 def run_options(*excluded: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each field of `TrainConfig`, which it takes as `**values`, and `--help-all`.
-
-    Args:
-        excluded: names of fields for which it has none.
-    """
+    """Give a command `--help-all`, and an option for each field of `TrainConfig` but the `excluded`, as `**values`."""
     made = []
     for known in options():
         if known.name not in excluded:

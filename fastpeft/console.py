@@ -65,12 +65,7 @@ def row_bar(rows: int, beside_output: bool) -> Iterator[Callable[[int], None]]:
 
 
 def show_predictions(found: Predictions, target: Path | None, every: bool) -> int:
-    """Print predictions, or write them to `target`, and name what was left out.
-
-    Args:
-        found: the predictions.
-        target: a file, as `prediction_files.check_output` gives it.
-        every: whether to print the probability of every class, not of one.
+    """Print predictions, with `every` all probabilities, or write them to the file `target`; name what was left out.
 
     Returns:
         How many rows were left out.
@@ -204,11 +199,6 @@ def estimates(comparison: Comparison, budget_mb: float | None) -> dict[str, Esti
 
 def show_plan(comparison: Comparison, known: Mapping[str, Estimate], budget_mb: float | None) -> dict[str, str]:
     """Print the cells of a comparison, in the order in which they run, and what each would take.
-
-    Args:
-        comparison: what they belong to.
-        known: what `estimates` found.
-        budget_mb: memory that they are to fit into.
 
     Returns:
         Why variants would fail, by the variant.

@@ -274,9 +274,7 @@ def is_causal_lm(config: Any) -> bool:
 def masked_lm_head_layers(masked_lm: Any, model: nn.Module) -> tuple[str, ...]:
     """Names of the layers in a masked-word head without that of the vocabulary: the dense layer and the norm.
 
-    Args:
-        masked_lm: the model that has the head.
-        model: what the names are in: the same, or what wraps it.
+    They are names in `model`, which is the one that has the head, or wraps it.
     """
     children = [child for name, child in masked_lm.named_children() if name != masked_lm.base_model_prefix]
     outside = {module for child in children for module in child.modules()}

@@ -147,10 +147,7 @@ class Cell:
         """The cell with what the cells before it have found: the best learning rate, and the run to start from.
 
         Once it has started, it keeps both, and what it was told of a slice's labels. Before those cells have finished,
-        it is returned as it is.
-
-        Args:
-            cells: those of the comparison, by name.
+        it is returned as it is. `cells` are those of the comparison, by name.
 
         Raises:
             FastpeftError: the cells before it have failed.

@@ -64,12 +64,9 @@ class Executor(ABC):
         self._close()
 
     def start(self, arguments: Sequence[str], log: Path, kept: Sequence[int] = ()) -> Future[ProcessExit]:
-        """Start a process of Python.
+        """Start Python with `arguments`. What it says is added to the file `log`.
 
-        Args:
-            arguments: of Python.
-            log: what it says is added to this file.
-            kept: file descriptors that the process has too, if it runs on this machine.
+        The process has the file descriptors `kept` too, if it runs on this machine.
         """
         return self._pool.submit(self._begin(arguments, log, kept))
 

@@ -278,9 +278,7 @@ def _threads(count: int) -> Iterator[None]:
 def _check(plan: Plan, option: str) -> TextData | None:
     """The rows of unfinished variants; where some have labels those, None where several objectives have none.
 
-    Args:
-        plan: of the comparison.
-        option: how a prompt is given, for the error where its words are not those of the classes.
+    `option` is how a prompt is given, for the error where its words are not those of the classes.
 
     Raises:
         FastpeftError: a model or the rows cannot be loaded, a finished cell had other rows, or a cell's prompt, metric

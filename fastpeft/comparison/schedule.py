@@ -9,12 +9,7 @@ from fastpeft.comparison.cells import Cell
 
 
 def next_ready(waiting: Sequence[Cell], running: Collection[str]) -> Cell | None:
-    """The first of the cells that wait whose needs have all ended; None where each needs one that waits or runs.
-
-    Args:
-        waiting: cells in their order.
-        running: names of those that run.
-    """
+    """The first of the cells that wait whose needs have all ended; None where each needs one that waits or runs."""
     open_ends = {*(cell.name for cell in waiting), *running}
     return next((cell for cell in waiting if open_ends.isdisjoint(cell.needs)), None)
 

@@ -87,12 +87,7 @@ def as_conversation(value: Any, column: str, at: RowRef, *, answered: bool = Tru
 
 
 def check_conversation(value: Sequence[Mapping[str, Any]], refuse: Callable[[str, str], FastpeftError]) -> Conversation:
-    """The conversation of turns `{"role": ..., "content": ...}`.
-
-    Args:
-        value: the turns.
-        refuse: makes the error of what is wrong and what to do about it.
-    """
+    """The conversation of turns `{"role": ..., "content": ...}`; `refuse` makes the error of a fault and its remedy."""
     turns: list[tuple[str, str]] = []
     for number, turn in enumerate(value, start=1):
         if "role" not in turn:

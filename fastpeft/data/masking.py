@@ -23,11 +23,8 @@ class Masker:
     Tokens are chosen and replaced as transformers' `DataCollatorForLanguageModeling` does it. Where chance chose none
     of a row, which is common in short texts, one is hidden all the same, as in BERT's own code.
 
-    Args:
-        tokenizer: has a mask token.
-
     Raises:
-        FastpeftError: it has none.
+        FastpeftError: the tokenizer has no mask token.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -61,11 +58,6 @@ class MaskedRows(Dataset[TokenRow]):
     """Rows to train on, of which every epoch hides other words.
 
     What is hidden is a function of the seed, the epoch and the row, so that a resumed run meets what it would have met.
-
-    Args:
-        rows: of `encode`.
-        tokenizer: as of `Masker`.
-        seed: of the run.
     """
 
     def __init__(self, rows: Sequence[TokenRow], tokenizer: Any, seed: int) -> None:

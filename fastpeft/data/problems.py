@@ -187,11 +187,7 @@ def best_threshold(problem: Problem, outputs: np.ndarray, labels: np.ndarray) ->
     """The probability of the second of two classes, or of labels, above which to answer it for the best F1.
 
     Of labels it is one for all, for the best micro F1. It lies in the middle between two probabilities. Where the rows
-    have no such label, or all have it, it is a half.
-
-    Args:
-        problem: what was learned.
-        outputs, labels: as its `score` takes them.
+    have no such label, or all have it, it is a half. Outputs and labels are as the problem's `score` takes them.
     """
     import numpy as np
     from sklearn.metrics import precision_recall_curve

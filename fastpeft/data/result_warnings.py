@@ -36,14 +36,9 @@ def of_dev_rows(
     labels: np.ndarray,
     names: Sequence[str],
 ) -> list[str]:
-    """What is to be said of the rows that were measured, and of what was answered to them.
+    """What is to be said of the rows that were measured, and of what was answered to them, by the run's threshold.
 
-    Args:
-        problem: what was learned.
-        texts: of the rows.
-        trained_on: digests of the texts that were trained on.
-        outputs, labels: of the rows, as `problem` scores them, by the threshold of the run.
-        names: of the outputs.
+    `trained_on` are digests of the texts that the run was trained on.
     """
     found = seen_rows(texts, trained_on)
     if len(texts) < _FEW_ROWS:
@@ -107,13 +102,12 @@ def _look(name: str) -> str:
 
 
 def of_cut_texts(cut: int, texts: int, lost: int, max_length: int, model_reads: int | None = None) -> list[str]:
-    """How many texts were cut, where any was.
+    """How many of so many texts were cut at `max_length` tokens, where any was.
 
     Args:
-        cut: how many.
-        texts: of how many.
+        cut, texts: how many were cut, and of how many.
         lost: how many of all were left out, as nothing to learn was left.
-        max_length: where they were cut, in tokens.
+        max_length: in tokens.
         model_reads: the most that could be read in place of that; None where it is decided, as of a finished run.
     """
     if not cut:

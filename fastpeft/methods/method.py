@@ -116,12 +116,9 @@ class Method(ABC):
 
     @abstractmethod
     def load(self, folder: Path, start: Callable[[], Any], whole: Callable[[], Any]) -> Any:
-        """The model of a finished run.
+        """The model of the finished run in a folder, as a `Classifier`.
 
-        Args:
-            folder: of the run.
-            start: loads a `Classifier` of what the run started from.
-            whole: loads a `Classifier` of a whole model that the folder holds.
+        `start` loads one of what the run started from, and `whole` one of a whole model that the folder holds.
         """
 
     @abstractmethod
@@ -134,11 +131,7 @@ class Method(ABC):
     # -- after training ------------------------------------------------------------------------------------------
 
     def merge(self, model: Any, trained: str) -> Any:
-        """A trained model as a plain one, with what was trained in its own weights.
-
-        Args:
-            model: the model.
-            trained: what error messages call what was trained.
+        """A trained model as a plain one, with what was trained in its own weights. Errors call that `trained`.
 
         Raises:
             FastpeftError: it cannot become a part of them.
@@ -163,14 +156,9 @@ class Method(ABC):
         self.check_merges(f"the run in {run.name!r}")
 
     def start_later(self, run: EarlierRun, settings: Mapping[str, Any]) -> Any:
-        """What a later run starts from: the pretrained model with the weights that `run`, by this method, left it.
+        """The `Classifier` that a later run, with these settings, starts from.
 
-        Args:
-            run: the earlier run.
-            settings: of the later one.
-
-        Returns:
-            A `Classifier`.
+        That is the pretrained model with the weights that `run`, by this method, left it.
         """
         from fastpeft.prompts.model import inside_prompt
 

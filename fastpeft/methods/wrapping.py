@@ -58,13 +58,7 @@ def settings(config: str) -> dict[str, Any]:
 
 
 def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[str, Any]) -> nn.Module:
-    """Put an adapter onto `model`.
-
-    Args:
-        model: what it goes onto.
-        preparation: targets, settings and head.
-        config: the name of its configuration.
-        values: what that is given before what `preparation` has.
+    """Put an adapter onto `model`: its configuration, named `config`, gets `values`, then what `preparation` has.
 
     Raises:
         FastpeftError: PEFT cannot, or the rank is above what a layer allows.

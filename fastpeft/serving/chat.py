@@ -127,14 +127,9 @@ class CompletionRequest(OpenAIRequest):
 def add_openai_routes(
     app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str], object], refusals: Any
 ) -> None:
-    """Give an application the addresses of OpenAI's form.
+    """Give an application the addresses of OpenAI's form, which `batcher`, of `tasks.generate`, answers.
 
-    Args:
-        app: the application.
-        tasks: what it answers for.
-        batcher: of `tasks.generate`.
-        count: is told the task of each answer.
-        refusals: what OpenAPI is told of them.
+    `count` is told the task of each answer, and OpenAPI what `refusals` has.
     """
     began = int(time.time())
 

@@ -104,11 +104,7 @@ class GenerationRequest:
 
 
 class RequestCriteria(StoppingCriteria):
-    """Adds each new token of a batch to its row's request, and stops the rows whose request has ended.
-
-    Args:
-        requests: of the rows.
-    """
+    """Adds each new token of a batch to its row's request, and stops the rows whose request has ended."""
 
     def __init__(self, requests: Sequence[GenerationRequest]) -> None:
         self._requests = requests
@@ -123,13 +119,9 @@ class RequestCriteria(StoppingCriteria):
 def generate_batch(
     generate: Callable[..., Any], tokenizer: Any, device: Any, requests: Sequence[GenerationRequest]
 ) -> None:
-    """Answer requests of equal `sampling` together, in one call of `generate`.
+    """Answer requests of equal `sampling` together; each has ended or been abandoned afterwards.
 
-    Args:
-        generate: called with a batch and options of transformers' `generate`.
-        tokenizer: pads the batch.
-        device: of the model.
-        requests: the requests; each of them has ended or been abandoned afterwards.
+    `generate` is called once, with a batch and options of transformers' `generate`.
     """
     rows = [{"input_ids": request.tokens, "attention_mask": [1] * len(request.tokens)} for request in requests]
     batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(device)

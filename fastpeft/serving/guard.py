@@ -19,11 +19,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """What Prometheus reads of one server.
-
-    Args:
-        waiting: gives the number of texts in the queue.
-    """
+    """What Prometheus reads of one server; `waiting` gives the number of texts in its queue."""
 
     def __init__(self, waiting: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()

@@ -14,8 +14,7 @@ from fastpeft.support.interrupts import uninterrupted
 def dropout_off(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put each of these modules, not those inside it, in eval mode; afterwards each is as it was.
 
-    Args:
-        modules: of a whole model `model.modules()`.
+    Give `model.modules()` for a whole model.
     """
     training = [module for module in modules if module.training]
     try:

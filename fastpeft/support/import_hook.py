@@ -73,11 +73,7 @@ class _Hook(MetaPathFinder):
 
 
 def when_imported(actions: dict[str, Callable[[], object]]) -> None:
-    """Do what `actions` has for each module: at once if it is imported already, else as soon as it is.
-
-    Args:
-        actions: by the name of a module, what to call then, once.
-    """
+    """Call what `actions` has by the name of a module, once: now if that is imported already, else as soon as it is."""
     hook = _Hook(dict(actions))
     hook.loaded += [name for name in actions if name in sys.modules]
     sys.meta_path.insert(0, hook)

@@ -71,11 +71,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether a run was asked to end.
-
-    Attributes:
-        asked: whether a signal came.
-    """
+    """Whether a run was asked to end, by a signal."""
 
     def __init__(self) -> None:
         self.asked = False

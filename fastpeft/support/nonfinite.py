@@ -18,13 +18,9 @@ from torch.utils._pytree import tree_leaves
 def where_it_began(model: nn.Module, compute: Callable[[], Any]) -> str:
     """A sentence that names where in `model` the first value that is not finite is.
 
-    Args:
-        model: with the weights before the step.
-        compute: computes the loss of the batch again, with a backward pass where there is one. What it adds to
-            gradients stays.
-
-    Notes:
-        Dropout draws anew, so what depends on it may not come again; the sentence then says so.
+    The weights are those before the step. `compute` computes the loss of the batch again, with a backward pass where
+    there is one; what it adds to gradients stays. Dropout draws anew, so what depends on it may not come again; the
+    sentence then says so.
     """
     for name, weight in model.named_parameters():
         if not is_finite(weight):

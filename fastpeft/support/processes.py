@@ -32,8 +32,7 @@ def refuse_several(what: str) -> None:
 def meet(timeout: float) -> None:
     """Join the processes of the launcher, if there are several, in a default group for CPUs.
 
-    Args:
-        timeout: seconds after which one that does not answer is given up.
+    One that does not answer within `timeout` seconds is given up.
 
     Raises:
         LostProcessError: one of them is not there.
@@ -44,12 +43,7 @@ def meet(timeout: float) -> None:
 
 
 def agreed(value: int, device: torch.device) -> int:
-    """The whole number that the first process of the default group has; all of them call this together.
-
-    Args:
-        value: of this process.
-        device: of a kind that the group can send from.
-    """
+    """The `value` of the first process of the default group; all of them call this, with a device it can send from."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
     shared = torch.tensor([value], dtype=torch.int64, device=device)
@@ -117,12 +111,7 @@ class Ranks:
         return f" on rank {rank}" if self.size > 1 else ""
 
     def losses(self, loss: float, device: torch.device) -> list[float]:
-        """The losses of all processes by rank, as doubles and so to the bit.
-
-        Args:
-            loss: of this one.
-            device: of a kind that the group can send from.
-        """
+        """The losses of all processes by rank, as doubles and so to the bit; the group can send from `device`."""
         if self.size == 1:
             return [loss]
         each = torch.empty(self.size, dtype=torch.float64, device=device)
@@ -141,12 +130,7 @@ class Ranks:
         return each
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether `flag` is true in some process.
-
-        Args:
-            flag: of this one.
-            device: of a kind that the group can send from.
-        """
+        """Whether `flag` is true in some process; the group can send from `device`."""
         if self.size == 1:
             return flag
         shared = torch.tensor([flag], dtype=torch.uint8, device=device)

@@ -45,9 +45,7 @@ def earlier_run(folder: str) -> RunFolder:
 def check_start(folder: RunFolder, start: str | None = None) -> None:
     """Raise `FastpeftError` where the run that the one in `folder` started from has other weights now, or is gone.
 
-    Args:
-        folder: where a run was started.
-        start: where the earlier run lies now; None: where run.json says.
+    It lies in `start` now, else where run.json says.
     """
     start, notes = start or folder.config().get("init_from"), folder.notes()
     if START_KEY in notes and (start is None or notes[START_KEY] != earlier_run(start).fingerprint()):

@@ -73,12 +73,7 @@ def balanced(problem: Problem, labels: Sequence[Any], classes: int) -> Tensor:
 
     Of `n` rows, of which `count` have the class, with `k` classes that any row has: `n / (k count)`, as scikit-learn's
     `class_weight="balanced"`; of a label `(n - count) / count`, the ratio of these weights for its two answers. A class
-    that no row has, and a label that no row or every row has, has the weight 1.
-
-    Args:
-        problem: what the labels are.
-        labels: of the training rows, as `Examples` holds them.
-        classes: how many there are.
+    that no row has, and a label that no row or every row has, has the weight 1. Labels are as `Examples` holds them.
     """
     if problem is MULTI_LABEL:
         counts = np.sum(labels, axis=0)

@@ -129,11 +129,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class RunSetup(Setup):
-    """What a configuration comes to on its data.
-
-    Attributes:
-        head: what the model's head is for, with the prompt.
-    """
+    """What a configuration comes to on its data, which tell what the model's head is for."""
 
     head: Head
 
