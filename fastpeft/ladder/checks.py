@@ -25,10 +25,7 @@ def check_adapters_around(model: nn.Module, trained: Collection[str]) -> None:
     """Raise `FastpeftError` if an adapter was put around a `LadderModel`, unless it is in the base's head alone.
 
     Nothing is propagated back to one in the backbone, and the side network reads its own weights without their layers.
-
-    Args:
-        model: the `LadderModel`.
-        trained: names of the parameters that it trains.
+    `trained` are the names of the parameters that the model trains.
     """
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and any(each.requires_grad for each in module.parameters()):

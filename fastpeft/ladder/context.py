@@ -85,11 +85,7 @@ class Context:
         return [ContextLayer(keys, values, keep) for keys, values in self._read()]
 
     def in_front(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a pass in which the texts come after the context.
-
-        Args:
-            arguments: of a pass over texts alone, with a `LadderCache` or without.
-        """
+        """The arguments of a pass over texts alone, with a `LadderCache` or without, for one after the context."""
         text: Tensor = arguments["input_ids"] if "input_ids" in arguments else arguments["inputs_embeds"]
         length, found = len(self.tokens), dict(arguments)
         cache, mask = found.get(CACHE), found.get("attention_mask")

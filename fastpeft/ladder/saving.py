@@ -305,14 +305,7 @@ def check_shape(saved: LadderConfig, own: LadderConfig, source: str) -> None:
 
 
 def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: Set[str], source: str) -> None:
-    """Raise `FastpeftError` unless `weights`, read from `source`, are sound and are those that train.
-
-    Args:
-        weights: the saved weights.
-        own: the state of the model.
-        trained: the names of the weights that train.
-        source: a folder or hub id, for the message.
-    """
+    """Raise `FastpeftError` unless `weights`, read from `source`, are sound, and the `trained` ones of the model."""
     missing, unknown = sorted(trained - weights.keys()), sorted(weights.keys() - trained)
     if missing or unknown:
         raise FastpeftError(

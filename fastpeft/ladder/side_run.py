@@ -192,9 +192,7 @@ def visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.dev
 def _to_add(visible: Tensor, like: Tensor) -> Tensor:
     """What attention adds to its scores, made once: it would make it of bools in each block, and keep it for backward.
 
-    Args:
-        visible: bool, as of `visibility`.
-        like: the output of a linear layer, which has the dtype of queries.
+    `like`, the output of a linear layer, has the dtype of queries.
     """
     dtype = torch.float32 if attends_in_float32(like) else like.dtype
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)

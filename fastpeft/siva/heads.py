@@ -54,14 +54,8 @@ def _backbone_parts(model: Any, children: set[str]) -> set[str]:
 def let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_peft_model: bool) -> None:
     """Add the modules of a head to `modules_to_save` where the task is known, else warn that they stay as they are.
 
-    PEFT adds names that most heads have, but not those of BART or XLNet, and but a part of DeBERTa's. The head of a
-    language model is no new one, and stays.
-
-    Args:
-        peft_config: the configuration.
-        heads: the names of the modules.
-        model: the model.
-        of_peft_model: whether PEFT adds its names.
+    In a model that PEFT makes (`of_peft_model`) it adds names that most heads have, but not those of BART or XLNet, and
+    only a part of DeBERTa's. The head of a language model is no new one, and stays.
     """
     if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
         return
