@@ -166,12 +166,7 @@ def stratified(
 
 
 class _DevPart:
-    """The dev part while it is chosen, one group of equal rows at a time.
-
-    Args:
-        groups: rows by their key, which equal ones have in common.
-        strata: of each row, as `stratified` has them.
-        dev_rows: about how many rows it shall have.
+    """The dev part of `stratified` while it is chosen, one group of equal rows at a time.
 
     Attributes:
         keys: of its groups.

@@ -19,13 +19,7 @@ _OF_LOGITS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm
 class Body:
     """What a `LadderModel` beside a decoder has as `base_model`: called, it makes the states that the head reads.
 
-    All else that is asked of it, the base answers.
-
-    Args:
-        ladder: the model.
-
-    Attributes:
-        base_model: the base.
+    All else that is asked of it, the base answers, which is its `base_model`.
     """
 
     def __init__(self, ladder: Any) -> None:

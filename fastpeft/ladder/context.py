@@ -53,9 +53,6 @@ class Context:
         backbone: a decoder.
         tokens: C token ids.
 
-    Attributes:
-        tokens: as given.
-
     Raises:
         FastpeftError: the backbone keeps something else than the keys and values of all tokens, or does not know a
             token.

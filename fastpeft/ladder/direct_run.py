@@ -22,10 +22,7 @@ class DirectRun(SideRun):
     """One pass of a side network in the direct form, with the same weights as the library's form.
 
     `model.side_run = DirectRun` makes a `LadderModel` use it; training, saving and loading stay the same. PyTorch draws
-    its dropout. What follows the fusion of a block is the library's code.
-
-    Args:
-        args, kwargs: as for `SideRun`.
+    its dropout. What follows the fusion of a block is the library's code. Arguments are those of `SideRun`.
 
     Example:
         >>> from fastpeft import LadderConfig, SideNetwork

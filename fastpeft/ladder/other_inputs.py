@@ -18,10 +18,8 @@ OTHER_CACHES = ("cache_params", "state")  # of Mamba and RWKV; a pass beside a s
 class WithInputsOfBase:
     """A `forward` whose signature, asked of a model, names the inputs of its base too.
 
-    The Trainer of transformers keeps the columns of a data set that are in this signature and drops all others.
-
-    Args:
-        function: the method, whose last parameter takes keywords that it does not name.
+    The Trainer of transformers keeps the columns of a data set that are in this signature and drops all others. The
+    last parameter of `function`, the method, takes keywords that it does not name.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

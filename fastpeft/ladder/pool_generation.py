@@ -33,12 +33,7 @@ TaskRows: TypeAlias = slice | Tensor  # of a batch, those of one task: a slice w
 class PoolCache(LadderCache):
     """A `LadderCache` whose side networks each read some of the rows.
 
-    Args:
-        backbone: the decoder.
-        tasks: the task of each prompt; side networks are in the order in which they come here.
-
-    Attributes:
-        tasks: as given.
+    `tasks` has the task of each prompt; side networks are in the order in which they come there.
     """
 
     def __init__(self, backbone: Backbone, tasks: Sequence[str]) -> None:
@@ -74,11 +69,7 @@ def rows_at(places: list[int], device: torch.device) -> TaskRows:
 
 
 class PoolRun:
-    """A pass of several side networks, each over its rows: what `LadderPass` wants of a `SideRun`.
-
-    Args:
-        runs: the pass of each side network, with its rows.
-    """
+    """A pass of several side networks, each over its rows: what `LadderPass` wants of a `SideRun`."""
 
     mask = None  # each run has that of its rows
 
@@ -105,10 +96,8 @@ class PoolRun:
 class PoolDecoder(PreTrainedModel, GenerationMixin):
     """A pool's backbone beside which each row of a batch has a side network: a model that generates.
 
-    Args:
-        backbone: the pool's.
-        sides: the side networks, in the order of those of the cache.
-        lock: held during a pass, so that others may run between two tokens.
+    The side networks are in the order of those of the cache. `lock` is held during a pass, so that others may run
+    between two tokens.
     """
 
     config_class = LadderConfig

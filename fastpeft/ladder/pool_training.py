@@ -90,8 +90,7 @@ def steps_of(
 class StepLock:
     """Answers of several threads run at once, a step of training alone: it changes weights and torch's random state.
 
-    Args:
-        lock: a re-entrant one, held during a step.
+    A step holds `lock`, a re-entrant one.
     """
 
     def __init__(self, lock: Any) -> None:

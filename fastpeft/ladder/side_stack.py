@@ -36,10 +36,8 @@ class SideStack:
     """G side networks of one `shape_of`, whose weights are slices of tensors `(G, ...)`.
 
     The parameters of the networks are these slices: nothing is stored twice, and the stack sees what an optimizer or
-    `load_state_dict` writes to a network. A network that moves to another device or dtype leaves its stack.
-
-    Args:
-        sides: the networks. Their weights are copied once, into the stack; a single network stays as it is.
+    `load_state_dict` writes to a network. A network that moves to another device or dtype leaves its stack. Weights are
+    copied once, into the stack; a single network stays as it is.
     """
 
     def __init__(self, sides: Sequence[SideNetwork]) -> None:

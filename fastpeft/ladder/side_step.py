@@ -101,14 +101,7 @@ def run_of(
 
 
 class SideStep(SideRun):
-    """A `SideRun` over one token of each text, of a network that it takes.
-
-    Args:
-        side: the side network.
-        mask: bool `(B, T)` of all tokens, or None.
-        cache: of the tokens so far.
-        keep_states: as of `SideRun`.
-    """
+    """A `SideRun` over one token of each text, of a network that it takes; mask and cache are of all tokens so far."""
 
     def __init__(self, side: SideNetwork, mask: Tensor | None, cache: SideCache, keep_states: bool = False) -> None:
         super().__init__(side, mask, 0, keep_states, cache=cache.layers)

@@ -168,13 +168,7 @@ def add_openai_routes(
 
 
 class _Answer:
-    """One answer, while it is generated.
-
-    Args:
-        asked: what was asked.
-        shape: its JSON.
-        count: is told the task where the answer was whole.
-    """
+    """One answer to `asked`, while it is generated; `shape` makes its JSON, `count` is told the task of a whole one."""
 
     def __init__(self, asked: OpenAIRequest, shape: _Completion, count: Callable[[str], object]) -> None:
         self._asked, self._shape, self._count = asked, shape, count
