@@ -77,7 +77,6 @@ class Problem:
             labels are `(N, outputs)`, 1 for those that it has and else 0. A loss among them is in place of the mean
             over batches.
         has_classes: whether outputs are those of classes, of a text or of each word, or of labels.
-        several_labels: whether a row has any number of labels, each with an output of its own.
         of_texts_alone: whether texts are learned, without labels.
         per_token: whether tokens have labels, so that a row's outputs are `(T, outputs)`.
         loss: the mean over rows, or over labelled tokens, that training lowers, of the same outputs and labels. None:
@@ -96,7 +95,6 @@ class Problem:
     metrics: tuple[str, ...]
     score: Callable[[np.ndarray, np.ndarray, Sequence[str]], dict[str, float]]
     has_classes: bool = False
-    several_labels: bool = False
     of_texts_alone: bool = False
     per_token: bool = False
     loss: Callable[[np.ndarray, np.ndarray], float] | None = None
@@ -119,14 +117,14 @@ class Problem:
 
     def answers(self, outputs: np.ndarray) -> np.ndarray:
         """The classes `(N,)` that outputs `(N, outputs)` come to; of labels 1 for those that are given, else 0."""
-        return (outputs > 0).astype("int64") if self.several_labels else outputs.argmax(-1)
+        return (outputs > 0).astype("int64") if self is MULTI_LABEL else outputs.argmax(-1)
 
     def decided(self, outputs: np.ndarray, threshold: float | None) -> np.ndarray:
         """Outputs that come to the answers of a threshold of the second of two classes, or of labels; None: a half."""
         if threshold is None:
             return outputs
         moved = outputs.astype("float64")
-        (moved if self.several_labels else moved[:, 1])[:] -= math.log(threshold / (1 - threshold))
+        (moved if self is MULTI_LABEL else moved[:, 1])[:] -= math.log(threshold / (1 - threshold))
         return moved
 
     def check_metric(self, metric: str) -> None:
@@ -177,7 +175,7 @@ def most_frequent(labels: Sequence[Any], problem: Problem) -> list[int] | None:
 
     if not problem.has_classes:
         return None
-    if problem.several_labels:
+    if problem is MULTI_LABEL:
         counts = np.sum(labels, axis=0)
         return sorted(np.argsort(-counts, kind="stable")[: max(1, round(counts.sum() / len(labels)))].tolist())
     return [int(np.bincount(np.concatenate(labels) if problem.per_token else np.asarray(labels)).argmax())]
@@ -192,7 +190,7 @@ def best_threshold(problem: Problem, outputs: np.ndarray, labels: np.ndarray) ->
     import numpy as np
     from sklearn.metrics import precision_recall_curve
 
-    logits = (outputs if problem.several_labels else outputs[:, 1] - outputs[:, 0]).astype(np.float64).ravel()
+    logits = (outputs if problem is MULTI_LABEL else outputs[:, 1] - outputs[:, 0]).astype(np.float64).ravel()
     answers = labels.ravel()
     if len(np.unique(answers)) < 2:
         return 0.5
@@ -225,7 +223,7 @@ def describe(
     import numpy as np
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    several, classes = problem.several_labels, np.arange(len(names))
+    several, classes = problem is MULTI_LABEL, np.arange(len(names))
     found: dict[str, Any] = {}
     if frequent is not None:
         always = np.broadcast_to(np.where(np.isin(classes, frequent), 1.0, -1.0), outputs.shape)
@@ -302,7 +300,6 @@ MULTI_LABEL = Problem(
     metrics=("micro_f1", "macro_f1", "subset_accuracy", "ranking_precision"),
     score=_from_scores("score_labels"),
     has_classes=True,
-    several_labels=True,
     loss=_from_scores("binary_cross_entropy"),
     tested="micro_f1",
     parts=_from_scores("parts_of_labels"),
