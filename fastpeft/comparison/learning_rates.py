@@ -58,8 +58,8 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
     learned, left = order[:rows], order[rows:]
     if dev_rows is not None:
         learned, left = _apart(data, order, rows)
-    train = _chosen(data.train, learned)
-    dev = data.dev if dev_rows is None else _chosen(data.train, left[:dev_rows])
+    train = data.train.take(learned)
+    dev = data.dev if dev_rows is None else data.train.take(left[:dev_rows])
     if data.problem is MULTI_LABEL:
         counts = [sum(label) for label in zip(*train.labels)]
         dev = Examples(dev.texts, [[has * (count > 0) for has, count in zip(row, counts)] for row in dev.labels])
@@ -101,10 +101,6 @@ def write_rows(data: TextData, folder: Path) -> None:
     for name, part in (("train", data.train), ("dev", data.dev)):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in _records(part, data))
         files.write_text(folder / f"{name}.jsonl", "".join(lines))
-
-
-def _chosen(examples: Examples, indices: list[int]) -> Examples:
-    return Examples([examples.texts[i] for i in indices], [examples.labels[i] for i in indices if examples.labels])
 
 
 def _records(examples: Examples, data: TextData) -> Iterable[dict[str, Any]]:

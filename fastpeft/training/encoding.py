@@ -53,9 +53,7 @@ def count_cut(
     full = [index for index, row in enumerate(rows) if len(row["input_ids"]) == max_length]
     cut = 0
     for start in range(0, len(full), _CHUNK):
-        some = full[start : start + _CHUNK]
-        labels = [examples.labels[index] for index in some] if examples.labels else []
-        given = Examples([examples.texts[index] for index in some], labels)
+        given = examples.take(full[start : start + _CHUNK])
         longer = encode(tokenizer, given, max_length + 1, prompt, problem)
         cut += sum(len(row["input_ids"]) > max_length for row in longer)
     return cut

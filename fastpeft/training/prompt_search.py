@@ -184,11 +184,7 @@ def draw_rows(data: TextData, seed: int) -> tuple[Examples, Examples]:
         cut = min(CHOOSE_ROWS, len(rows) // 2)
         chosen += rows[:cut]
         ranked += rows[cut : cut + RANK_ROWS]
-    first, second = (
-        Examples([data.train.texts[row] for row in rows], [data.train.labels[row] for row in rows])
-        for rows in (chosen, ranked)
-    )
-    return first, second
+    return data.train.take(chosen), data.train.take(ranked)
 
 
 # -- the search ------------------------------------------------------------------------------------------------------
