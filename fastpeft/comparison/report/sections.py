@@ -148,12 +148,11 @@ def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
                 drawn.setdefault(name, []).append(figures.Curve(index, variant.name, steps, len(lines)))
     if drawn:
         yield Heading("Training curves")
-        joined = f" Of more than {figures.MOST_POINTS} steps neighbours are joined: their mean, and their range."
-        yield Text(
-            f"A line is the mean over seeds, a band their range.{joined * (longest > figures.MOST_POINTS)}"
-            if any(curve.seeds > 1 for curves in drawn.values() for curve in curves)
-            else f"One seed for each variant.{joined * (longest > figures.MOST_POINTS)}"
-        )
+        several = any(curve.seeds > 1 for curves in drawn.values() for curve in curves)
+        told = "A line is the mean over seeds, a band their range." if several else "One seed for each variant."
+        if longest > figures.MOST_POINTS:
+            told += f" Of more than {figures.MOST_POINTS} steps neighbours are joined: their mean, and their range."
+        yield Text(told)
     for name, curves in drawn.items():
         part, _, measure = name.rpartition(" ")
         title = f"{part} {title_of(measure)}".strip()
