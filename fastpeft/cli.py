@@ -69,9 +69,29 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _stem(data: str) -> str:
-    """A name for a folder of runs on `data`; a hub data set's may have a colon."""
-    return Path(data).stem.replace(":", "-")
+def _run_config(values: dict[str, Any], file: Path | None, settings: dict[str, Any], resume: bool) -> TrainConfig:
+    """The run that `train` is asked for: by options, by the `run.json` of --config, or by the folder to resume."""
+    if file is not None:
+        written = read_config(file)
+        begun = RunFolder(file.parent)
+        if resume and begun.config_file == file and (begun.finished or begun.checkpoints.is_dir()):
+            written["output"] = str(file.parent)  # the file has it as seen from where the run was begun
+        values = {**written, **values}
+    given = [*values, *settings]
+    if "output" not in values:
+        data = Path(str(values.get("data", DEMO))).stem.replace(":", "-")  # which a hub data set's name may have
+        values["output"] = f"runs/{values.get('method', 'siva')}-{data}"
+    folder = RunFolder(values["output"])
+    if file is None and resume and folder.started:
+        values = {**folder.config(), **values}
+    elif resume and given == ["output"]:
+        raise FastpeftError(
+            f"there is no run in {str(folder.path)!r} to resume. Check --output; to start a new run there, give its "
+            "options too, such as --method and --data."
+        )
+    if settings:
+        values["settings"] = {**(values.get("settings") or {}), **settings}
+    return TrainConfig.from_values(values)
 
 
 @app.command(cls=Command)
@@ -105,31 +125,11 @@ def train(
     **values: Any,
 ) -> None:
     """Fine-tune a model."""
-    values = _given(values)
-    new_settings = parse_settings(settings)
     first = is_first()  # of the processes of a launcher; it alone shows anything
     if not first:
         quiet, progress = True, "none"
-    if config is not None:
-        written = read_config(config)
-        begun = RunFolder(config.parent)
-        if resume and begun.config_file == config and (begun.finished or begun.checkpoints.is_dir()):
-            written["output"] = str(config.parent)  # the file has it as seen from where the run was begun
-        values = {**written, **values}
-    given = [*values, *new_settings]
-    if "output" not in values:
-        values["output"] = f"runs/{values.get('method', 'siva')}-{_stem(str(values.get('data', 'demo')))}"
-    folder = RunFolder(values["output"])
-    if config is None and resume and folder.started:
-        values = {**folder.config(), **values}
-    elif resume and given == ["output"]:
-        raise FastpeftError(
-            f"there is no run in {str(folder.path)!r} to resume. Check --output; to start a new run there, give its "
-            "options too, such as --method and --data."
-        )
-    if new_settings:
-        values["settings"] = {**(values.get("settings") or {}), **new_settings}
-    run = TrainConfig.from_values(values)
+    run = _run_config(_given(values), config, parse_settings(settings), resume)
+    folder = RunFolder(run.output)
     check_budget(memory_budget, dry_run)
     if not dry_run:
         folder.check_files(run.values(), resume=resume, overwrite=overwrite)
