@@ -88,28 +88,38 @@ def evaluate(
             found=run.columns,
         )
     else:
-        own = data_for(config if config.objective else replace(config, problem_type=run.problem.name))
-        if own.labels != run.labels:  # the indices of other classes would be compared with what the run says
-            raise FastpeftError(
-                f"the run in {str(folder)!r} learned the {run.problem.labels} {', '.join(run.labels)}, but its data "
-                f"{config.data!r} has {', '.join(own.labels)} now. Restore that data, or name rows with --data."
-            )
+        own = _own_data(run, folder)
         dev = own.dev
         if not kept.has_rows(own.fingerprint):
             warnings = [*result_warnings.of_changed_rows(config.data), *warnings]
         frequent = most_frequent(own.train.labels, own.problem)
-    if (dev.is_pair, dev.are_conversations) != (run.is_pair, run.chats):
-        learned = "conversations" if run.chats else "pairs of texts" if run.is_pair else "one text a row"
-        remedy = "Name the columns that are meant with --text-column."
-        if data is None:
-            remedy = "Restore that data, or name rows with --data."
-        raise FastpeftError(
-            f"the run in {str(folder)!r} learned from {learned}, but {data or config.data!r} has {texts_in_words(dev)}"
-            f"{' now' if data is None else ''}. {remedy}"
-        )
+    _check_form(run, folder, dev, data)
     measured = _evaluate(run, dev, trained_on, frequent, max_new_tokens, warnings)
     threshold = {name: metrics.get(name) for name in ("threshold", "threshold_rows")}
     return {**measured, **(threshold if run.threshold is not None else {})}
+
+
+def _own_data(run: FinishedRun, folder: str | Path) -> TextData:
+    """The data that a run learned from, as it is now; refused where it has other classes."""
+    config = run.config
+    own = data_for(config if config.objective else replace(config, problem_type=run.problem.name))
+    if own.labels != run.labels:  # the indices of other classes would be compared with what the run says
+        raise FastpeftError(
+            f"the run in {str(folder)!r} learned the {run.problem.labels} {', '.join(run.labels)}, but its data "
+            f"{config.data!r} has {', '.join(own.labels)} now. Restore that data, or name rows with --data."
+        )
+    return own
+
+
+def _check_form(run: FinishedRun, folder: str | Path, dev: Examples, data: str | Path | None) -> None:
+    """Raise `FastpeftError` unless rows, of `data` or of the run's own, have the form of those that the run learned."""
+    if (dev.is_pair, dev.are_conversations) == (run.is_pair, run.chats):
+        return
+    learned = "conversations" if run.chats else "pairs of texts" if run.is_pair else "one text a row"
+    here = f"{data!r} has {texts_in_words(dev)}. Name the columns that are meant with --text-column."
+    if data is None:
+        here = f"{run.config.data!r} has {texts_in_words(dev)} now. Restore that data, or name rows with --data."
+    raise FastpeftError(f"the run in {str(folder)!r} learned from {learned}, but {here}")
 
 
 def evaluate_causal_lm(
