@@ -27,14 +27,10 @@ def feature_dropout_reference(
         c *= kept.view(real, batch, tokens, width).transpose(0, 1).to(c.dtype) * (1 / (1 - dropout))
 
 
-def _feature_dropout_shapes(c: Tensor, slots: list[int], dropout: float, seed: int, block: int) -> None:
-    return None
-
-
 # c (B, S, T, D) in float32 or float64, dense in T and D
 define(
     "feature_dropout_",
     "(Tensor(a!) c, int[] slots, float dropout, int seed, int block) -> ()",
-    shapes=_feature_dropout_shapes,
+    shapes=lambda *_: None,
     reference=feature_dropout_reference,
 )

@@ -70,15 +70,11 @@ def _as_numbers(x: Tensor, sums: Tensor, scale: Tensor, scales: Tensor, bias: Te
     return h.to(x.dtype).view(*x.shape[:-1], sums.shape[1])
 
 
-def _int8_linear_shapes(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
 # h (*, N); no gradient flows through it
 define(
     "int8_linear",
     "(Tensor x, Tensor codes, Tensor scales, Tensor sums, Tensor? bias) -> Tensor",
-    shapes=_int8_linear_shapes,
+    shapes=lambda x, codes, *_: x.new_empty((*x.shape[:-1], codes.shape[0])),
     reference=int8_linear_reference,
     aten=int8_linear_aten,
 )

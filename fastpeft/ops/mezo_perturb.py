@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -73,16 +71,12 @@ def mezo_perturb_reference(
     return out
 
 
-def _no_result(*_: Any, **__: Any) -> None:
-    return None
-
-
 # terms (seed, scale) are applied in order; decay goes with the first
 define(
     "mezo_perturb_",
     "(Tensor(a!)[] params, int[] offsets, int[] seeds, float[] scales, float decay, str noise='gaussian', "
     "str rounding='nearest') -> ()",
-    shapes=_no_result,
+    shapes=lambda *_, **__: None,
     reference=mezo_perturb_in_place_reference,
 )
 
@@ -93,7 +87,7 @@ define(
     "mezo_perturb_replay_",
     "(Tensor(a!)[] params, int[] offsets, Tensor seeds, Tensor scales, float decay, str noise='gaussian', "
     "str rounding='nearest') -> ()",
-    shapes=_no_result,
+    shapes=lambda *_, **__: None,
     reference=mezo_perturb_replay_reference,
 )
 

@@ -107,16 +107,6 @@ def siva_linear_quantised_backward_reference(
     return dx, du, dv, dbias
 
 
-def _quantised_linear_shapes(
-    x: Tensor, codes: Tensor, scales: Tensor, out_features: int, bias: Tensor | None
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _quantised_linear_backward_shapes(dh: Tensor, codes: Tensor, scales: Tensor, in_features: int) -> Tensor:
-    return dh.new_empty((*dh.shape[:-1], in_features))
-
-
 def _siva_linear_quantised_shapes(
     x: Tensor, codes: Tensor, scales: Tensor, u: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -134,7 +124,7 @@ def _siva_linear_quantised_backward_shapes(
 define(
     "quantised_linear",
     "(Tensor x, Tensor codes, Tensor scales, SymInt out_features, Tensor? bias) -> Tensor",
-    shapes=_quantised_linear_shapes,
+    shapes=lambda x, codes, scales, out_features, _: x.new_empty((*x.shape[:-1], out_features)),
     reference=quantised_linear_reference,
     aten=quantised_linear_reference,
 )
@@ -144,7 +134,7 @@ define(
 define(
     "quantised_linear_backward",
     "(Tensor dh, Tensor codes, Tensor scales, SymInt in_features) -> Tensor",
-    shapes=_quantised_linear_backward_shapes,
+    shapes=lambda dh, codes, scales, in_features: dh.new_empty((*dh.shape[:-1], in_features)),
     reference=quantised_linear_backward_reference,
     aten=quantised_linear_backward_reference,
 )

@@ -120,16 +120,12 @@ def weights_of(fusion: Sequence[Tensor], encoder: Sequence[Tensor]) -> Tensor:
     return torch.cat([each.flatten() for each in (*fusion, *encoder)])
 
 
-def _shapes(_feature: Tensor, theta: Tensor, *_: object) -> Tensor:
-    return theta.new_empty(theta.shape)
-
-
 define(
     "side_step_",
     "(Tensor feature, Tensor theta, Tensor(a!) parts, Tensor weight, Tensor bias, int[] places, float eps, int number, "
     "Tensor block, Tensor(b!) window, Tensor(c!) keys, Tensor? visible, int hidden, int fused_heads, int own, "
     "float gate, int heads, float eps_1, float eps_2, int activation) -> Tensor",
-    shapes=_shapes,
+    shapes=lambda feature, theta, *_: theta.new_empty(theta.shape),
     reference=side_step_reference,
     aten=side_step_reference,
 )

@@ -56,14 +56,7 @@ class AdaptedLinear(BaseWeightLayer):
     # -- adding and deleting ---------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, r: int, config: SivaConfig, step: float | None = None) -> None:
-        """Add an adapter; one of the same name is replaced.
-
-        Args:
-            adapter_name: Its name.
-            r: Its rank here; `config.r` is not looked at.
-            config: What else it is made by.
-            step: As for `SivaLinear`.
-        """
+        """Add an adapter of rank r, whatever `config.r` is; one of the same name is replaced."""
         sibling = self.check_addable(adapter_name, r, config)
         active = list(self.active_adapters)  # type: ignore[arg-type]
         if adapter_name in self.siva_du:
