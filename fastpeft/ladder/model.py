@@ -445,10 +445,9 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         return self.backbone.core._expand_inputs_for_generation(*args, **kwargs)
 
     def compile_backbone(self, **options: Any) -> None:
-        """Compile each layer of the backbone at its first call; the result is the same to rounding.
+        """Compile each layer of the backbone, by `torch.compile` with these options, at its first call.
 
-        Args:
-            options: arguments of `torch.compile`.
+        The result is the same to rounding.
 
         Example:
             >>> model.compile_backbone(mode="max-autotune-no-cudagraphs")  # doctest: +SKIP

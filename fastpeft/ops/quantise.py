@@ -65,11 +65,7 @@ class QuantisedWeight(nn.Module):
 
     Its `codes` and `scales` are parameters that never train, so that code which moves, shards or counts the weights of
     a model includes them; so are `coarse`, `table` and `mean`, for scales in 8 bits. What is in float32 stays so when
-    the model is cast.
-
-    Args:
-        weight: `(N, K)`, any floating dtype; rounded from float32.
-        kind: the format.
+    the model is cast. A weight of any floating dtype is rounded from float32.
     """
 
     def __init__(self, weight: Tensor, kind: Format) -> None:
@@ -113,11 +109,7 @@ class QuantisedWeight(nn.Module):
 
 
 class QuantisedLinear(nn.Module):
-    """A frozen linear layer with a quantised weight: `h = x W~^T + b`.
-
-    Args:
-        layer: the layer that it replaces; it uses the same bias.
-        kind: the format.
+    """A frozen linear layer with a quantised weight: `h = x W~^T + b`, with the bias of the layer that it replaces.
 
     Notes:
         It computes in the dtype of x, or that of autocast; where int8 codes are multiplied, activations are rounded to

@@ -47,13 +47,8 @@ class Metrics:
 
 class Guard:
     """Reads a request whole before the application gets it, so that a slow or a large body neither holds that up nor
-    fills the memory. A connection on which no request begins is not bounded here.
-
-    Args:
-        app: the application.
-        metrics: where requests for answers are counted.
-        max_bytes: of a body.
-        seconds: in which a body must have come.
+    fills the memory: a body has at most `max_bytes`, and comes within `seconds`. A connection on which no request
+    begins is not bounded here. `metrics` count the requests for answers.
     """
 
     def __init__(self, app: Any, metrics: Metrics, max_bytes: int, seconds: float) -> None:

@@ -29,11 +29,8 @@ def fingerprint(weight: Tensor, *, in_4_bits: bool = False) -> str:
     """A short text that identifies the values of a weight whatever floating dtype they are stored in.
 
     `"DTYPE SHAPE SHA256 SAMPLE"`: the digest (first 16 hex digits) of the stored bytes, and 16 evenly spaced
-    entries as float32 in base64. Compare two with `fingerprints_agree`.
-
-    Args:
-        weight: the numbers.
-        in_4_bits: whether 4 bits hold them, so that they may differ a little from device to device.
+    entries as float32 in base64. Compare two with `fingerprints_agree`. Numbers that are held `in_4_bits` may differ a
+    little from device to device.
     """
     weight = weight.detach()
     stored = weight.cpu().contiguous()

@@ -201,9 +201,7 @@ def fused_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
 class BlockwiseAdamW(torch.optim.Optimizer):
     """8-bit AdamW as bitsandbytes keeps it, for `simulate_training_step`; it does not train.
 
-    Args:
-        params: what trains.
-        in_float: indices of those whose state stays in float32.
+    `in_float` are the indices of parameters whose state stays in float32.
     """
 
     _BLOCK, _LEAST = 256, 4096  # values that share a scale; values of the smallest tensor in 8 bits

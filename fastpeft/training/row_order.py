@@ -12,13 +12,8 @@ from torch.utils.data import Sampler
 class LengthGroupedOrder(Sampler[Any]):
     """A random order of rows in which each batch holds rows of about one length, so that little is padded.
 
-    The order is a function of (seed, epoch) alone: a resumed run meets the rows that it would have met.
-
-    Args:
-        lengths: of the rows, in tokens.
-        batch_size: rows a batch.
-        seed: of the run.
-        with_epoch: whether to name rows by (epoch, index), for rows that differ from one epoch to the next.
+    The order is a function of (seed, epoch) alone: a resumed run meets the rows that it would have met. `with_epoch`
+    names rows by (epoch, index), for rows that differ from one epoch to the next.
     """
 
     _BATCHES_SORTED_TOGETHER = 50
