@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 from transformers import DataCollatorWithPadding
@@ -21,7 +21,7 @@ from fastpeft.methods.saved_adapters import load_adapter
 from fastpeft.methods.wrapping import merge
 from fastpeft.mezo import Journal
 from fastpeft.models import Classifier, resolve_model
-from fastpeft.prompts.template import is_of_decoder
+from fastpeft.prompts.template import Prompt, is_of_decoder
 from fastpeft.siva.export import save_as_lora
 from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
@@ -73,34 +73,8 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
     if os.path.lexists(output):
         raise FastpeftError(f"the output {str(output)!r} exists and is left alone. Give the name of a new folder.")
     source = RunFolder(folder)
-    if holds_adapter(source.path) and not source.started:
-        if step is not None:
-            raise FastpeftError(f"step is {step}, but {str(source.path)!r} holds an adapter alone. Leave it out.")
-        if to == "onnx":
-            raise FastpeftError(
-                f"{str(source.path)!r} holds an adapter alone, and only a run is exported to onnx. Export it to "
-                "merged, or call write_onnx of fastpeft.training.onnx_model on its model."
-            )
-        (model, tokenizer), prompt = load_adapter(source.path), None
-        card = _card_of_adapter(model, output, to, tokenizer is not None)
-    else:
-        setup = setup_of_run(source)
-        setup.method.check_export(to, f"the run in {str(source.path)!r}")
-        if to == "onnx":
-            _check_onnx(setup, source)
-        run = assemble(source) if step is None else _replay(source, setup, step)
-        model, tokenizer, prompt = run.classifier.model, run.classifier.tokenizer, run.prompt
-        if to == "lora" and setup.config.init_from is not None:
-            logger.info("the LoRA goes onto the model of the run in %s: export that to merged", setup.config.init_from)
-            # not the model that the chain began with, onto which PEFT would put it without a word
-            model.active_peft_config.base_model_name_or_path = _start_in_words(setup.config.init_from)
-        batches = _batches(run) if to == "onnx" else []
-        card = _card_of_run(run, setup.method.title, source.metrics(), output, to, step)
-        if run.threshold is not None and step is None:
-            logger.warning(
-                "the exported model knows nothing of the threshold %.3f by which the run answers; its card tells it",
-                run.threshold,
-            )
+    load = _load_adapter if holds_adapter(source.path) and not source.started else _load_run
+    model, tokenizer, prompt, card, batches = load(source, output, to, step)
     existing = next(parent for parent in output.absolute().parents if parent.is_dir())
     remedy = "Give the name of a new folder where one can be made, with room in it."
     with (
@@ -120,6 +94,50 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         output.parent.mkdir(parents=True, exist_ok=True)
         files.publish(staged, output)
     return output
+
+
+class _Loaded(NamedTuple):
+    """What is to be written: a model with what goes beside it, and texts on which an ONNX file of it is compared."""
+
+    model: Any
+    tokenizer: Any
+    prompt: Prompt | None
+    card: str
+    batches: Sequence[Any] = ()
+
+
+def _load_adapter(source: RunFolder, output: Path, to: str, step: int | None) -> _Loaded:
+    """A saved adapter on its base model."""
+    if step is not None:
+        raise FastpeftError(f"step is {step}, but {str(source.path)!r} holds an adapter alone. Leave it out.")
+    if to == "onnx":
+        raise FastpeftError(
+            f"{str(source.path)!r} holds an adapter alone, and only a run is exported to onnx. Export it to merged, or "
+            "call write_onnx of fastpeft.training.onnx_model on its model."
+        )
+    model, tokenizer = load_adapter(source.path)
+    return _Loaded(model, tokenizer, None, _card_of_adapter(model, output, to, tokenizer is not None))
+
+
+def _load_run(source: RunFolder, output: Path, to: str, step: int | None) -> _Loaded:
+    """The model of a finished run, or as it was after `step` of its steps."""
+    setup = setup_of_run(source)
+    setup.method.check_export(to, f"the run in {str(source.path)!r}")
+    if to == "onnx":
+        _check_onnx(setup, source)
+    run = assemble(source) if step is None else _replay(source, setup, step)
+    model = run.classifier.model
+    if to == "lora" and setup.config.init_from is not None:
+        logger.info("the LoRA goes onto the model of the run in %s: export that to merged", setup.config.init_from)
+        # not the model that the chain began with, onto which PEFT would put it without a word
+        model.active_peft_config.base_model_name_or_path = _start_in_words(setup.config.init_from)
+    if run.threshold is not None and step is None:
+        logger.warning(
+            "the exported model knows nothing of the threshold %.3f by which the run answers; its card tells it",
+            run.threshold,
+        )
+    card = _card_of_run(run, setup.method.title, source.metrics(), output, to, step)
+    return _Loaded(model, run.classifier.tokenizer, run.prompt, card, _batches(run) if to == "onnx" else ())
 
 
 def _check_onnx(setup: RunSetup, folder: RunFolder) -> None:
@@ -199,7 +217,6 @@ def _card_of_run(
     onto_chain = adapter and config.init_from is not None
     base = _start_in_words(config.init_from)
     shown = {name: getattr(config, name) for name in ("prompt", "init_from", "batch_size", "seed")}
-
     settings = {"learning_rate": metrics["learning_rate"], "steps": metrics["steps"], **shown, **config.settings}
     if step is not None:
         settings["steps"] = f"{step} of {metrics['steps']}"
