@@ -22,6 +22,7 @@ from fastpeft.errors import FastpeftError, first_line
 from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.hub import model_options, source_options
+from fastpeft.support.model_card import HEADS
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Clas
     """
     id2label = dict(enumerate(labels))
     loaded, tokenizer, info = _load(
-        getattr(transformers, problem.auto_class),
+        getattr(transformers, f"AutoModelFor{HEADS[problem.task_type or '']}"),
         model,
         # byte-level tokenizers read a word by itself as they would read it after a space
         {"add_prefix_space": True} if problem.per_token else {},

@@ -68,7 +68,6 @@ class Problem:
     Attributes:
         name: as files have it, and transformers' configurations where it is of whole texts.
         short: as given to `--problem-type`, and as messages call it.
-        auto_class: the class of transformers that loads a model with the head it needs.
         task_type: what PEFT calls it; None where it has no word for it.
         labels: what the labels are, in words.
         metrics: names of what is measured; the first is the one to look at.
@@ -89,7 +88,6 @@ class Problem:
 
     name: str
     short: str
-    auto_class: str
     task_type: str | None
     labels: str
     metrics: tuple[str, ...]
@@ -257,7 +255,6 @@ def _call(name: str, *arguments: Any) -> Any:
 CLASSIFICATION = Problem(
     name="single_label_classification",
     short="classification",
-    auto_class="AutoModelForSequenceClassification",
     task_type="SEQ_CLS",
     labels="classes",
     metrics=("accuracy", "f1", "matthews"),
@@ -270,7 +267,6 @@ CLASSIFICATION = Problem(
 REGRESSION = Problem(
     name="regression",
     short="regression",
-    auto_class="AutoModelForSequenceClassification",
     task_type="SEQ_CLS",
     labels="numbers",
     metrics=("pearson", "spearman", "mse"),
@@ -280,7 +276,6 @@ REGRESSION = Problem(
 TAGGING = Problem(
     name="token_classification",
     short="tags",
-    auto_class="AutoModelForTokenClassification",
     task_type="TOKEN_CLS",
     labels="tags",
     metrics=("word_f1", "entity_f1", "accuracy"),
@@ -294,7 +289,6 @@ TAGGING = Problem(
 MULTI_LABEL = Problem(
     name="multi_label_classification",
     short="multi-label",
-    auto_class="AutoModelForSequenceClassification",
     task_type="SEQ_CLS",
     labels="labels",
     metrics=("micro_f1", "macro_f1", "subset_accuracy", "ranking_precision"),
@@ -307,7 +301,6 @@ MULTI_LABEL = Problem(
 MASKED_WORDS = Problem(
     name="masked_words",
     short="masked_words",
-    auto_class="AutoModelForMaskedLM",
     task_type=None,
     labels="masked tokens",
     metrics=("masked_accuracy", "perplexity"),
@@ -321,7 +314,6 @@ MASKED_WORDS = Problem(
 NEXT_WORDS = Problem(
     name="next_words",
     short="next_words",
-    auto_class="AutoModelForCausalLM",
     task_type="CAUSAL_LM",
     labels="next tokens",
     metrics=("next_accuracy", "perplexity"),

@@ -82,7 +82,7 @@ def test_the_report_tells_what_does_not_compare() -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_the_metric_to_look_at_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    tags = Problem("tags", "tags", "", "", "tags", ("f1", "accuracy"), lambda outputs, labels, names: {})
+    tags = Problem("tags", "tags", "", "tags", ("f1", "accuracy"), lambda outputs, labels, names: {})
     monkeypatch.setitem(PROBLEMS, "tags", tags)
     Path("cell.py").write_text(STAND_IN.replace('"train_rows"', '"problem_type": "tags", "train_rows"'))
     compare(config("head"))
