@@ -322,23 +322,21 @@ def _table(file: Path, lines: list[Any]) -> list[Numbered]:
         raise FastpeftError(f"{file} names a column twice: {', '.join(header)}. Give every column its own name.")
     rows: list[Numbered] = []
     for number, fields in enumerate(lines[1:], start=1):
+        row: Record | FastpeftError
         if isinstance(fields, FastpeftError):
-            rows.append((number, FastpeftError(f"row {number}: {fields}")))
+            row = FastpeftError(f"row {number}: {fields}")
         elif not fields:
-            rows.append((number, _blank(f"row {number}", file)))
+            row = _blank(f"row {number}", file)
         elif len(fields) != len(header):
-            error = FastpeftError(
+            row = FastpeftError(
                 f"row {number} of {file} has {len(fields)} fields, its header has {len(header)} ({', '.join(header)}). "
                 "Correct the row, or quote fields that hold the separator."
             )
-            rows.append((number, error))
         elif len(header) > 1 and [fields[0].removeprefix("\ufeff"), *fields[1:]] == header:
-            error = FastpeftError(
-                f"row {number} of {file} repeats the header, as in files that were joined. Remove it."
-            )
-            rows.append((number, error))
+            row = FastpeftError(f"row {number} of {file} repeats the header, as in files that were joined. Remove it.")
         else:
-            rows.append((number, dict(zip(header, fields))))
+            row = dict(zip(header, fields))
+        rows.append((number, row))
     return rows
 
 

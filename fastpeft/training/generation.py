@@ -159,13 +159,11 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
         logger.warning("no prompt leaves room for %d new tokens, so nothing is generated", limit)
         return {}
     said = generator.generate(list(encoded.values()))
-    for count, what in (
-        (
-            len(prompts) - len(encoded),
-            "leave no room for new tokens within the model's maximum length, and are skipped",
-        ),
-        (generator.cut, f"have completions that were cut off after {limit} tokens; raise `max_new_tokens`"),
-    ):
+    told = {
+        "leave no room for new tokens within the model's maximum length, and are skipped": len(prompts) - len(encoded),
+        f"have completions that were cut off after {limit} tokens; raise `max_new_tokens`": generator.cut,
+    }
+    for what, count in told.items():
         if count:
             logger.warning("%d of %d prompts %s", count, len(prompts), what)
     expected_of = [references[key] for key in encoded]
