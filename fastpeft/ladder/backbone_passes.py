@@ -17,7 +17,8 @@ from fastpeft.ops.dtypes import HALVES, autocast_dtype
 
 _ADVICE_FOR_TEXT = (
     "Load the base with attn_implementation='sdpa', which keeps padding, without virtual tokens, and name in "
-    "feature_modules only layers of the backbone's width."
+    "feature_modules only layers of the backbone's width. A model that pads rows itself, as Longformer does, takes "
+    "those of a data collator with pad_to_multiple_of its number."
 )
 _ADVICE = (
     "Name in feature_modules layers between which the number of tokens stays the same (H W for (B, C, H, W)), and give "
@@ -37,6 +38,7 @@ def listen(
     feed: Callable[[int, Tensor], None],
     replace: Callable[[Tensor], Tensor] = lambda feature: feature,
     tokens: tuple[int, ...] | None = None,
+    rows: int | None = None,
 ) -> Iterator[None]:
     """While the block runs, hand each feature to `feed`, and let `replace` change the output of the last layer.
 
@@ -48,6 +50,7 @@ def listen(
         feed: called as `feed(layer, feature)`, layer 0 to L.
         replace: called with `B_L` after `feed`; its result goes on to the head.
         tokens: B and T of all features; None takes them from the first feature.
+        rows: B, where it tells features `(T, B, d)`; None does not look.
 
     Raises:
         FastpeftError: in the block, if a feature has another shape.
@@ -59,6 +62,12 @@ def listen(
         nonlocal tokens
         ran.add(layer)
         found = _as_tokens(feature, layer)
+        if feature.ndim == 3 and feature.shape[0] != rows == feature.shape[1]:
+            raise FastpeftError(
+                f"the feature of layer {layer} has the shape {tuple(feature.shape)} in a pass over {rows} rows: it is "
+                "(T, B, d), and a side network reads (B, T, d): it would mix the rows up. Make layers that take rows "
+                "first, as those of torch do with batch_first=True."
+            )
         tokens = found.shape[:2] if tokens is None else tokens
         expected = (*tokens, backbone.feature_sizes[layer])
         if found.shape != expected:
@@ -225,6 +234,12 @@ def tokens_of(given: Mapping[str, Any]) -> torch.Size | None:
     return None if source is None else source.shape[:2]
 
 
+def rows_of(given: Mapping[str, Any]) -> int | None:
+    """How many rows a module that is not a transformers model is given; None for other inputs."""
+    inputs = given.get("inputs")
+    return len(inputs) if isinstance(inputs, Tensor) and inputs.ndim > 0 else None
+
+
 def autocast_of(feature: Tensor) -> contextlib.AbstractContextManager[Any] | None:
     """The context for float32 modules that read `feature`: autocast to its dtype if that has 16 bits and none is on."""
     if feature.dtype in HALVES and not feature.is_meta and autocast_dtype(feature.device) is None:
@@ -246,6 +261,12 @@ def _did_not_run(backbone: Backbone, idle: list[int]) -> str:
 
 def _as_tokens(feature: Any, layer: int) -> Tensor:
     """A feature as `(B, T, d)`; see `listen`."""
+    if isinstance(feature, Tensor) and feature.is_nested:
+        raise FastpeftError(
+            f"the feature of layer {layer} is a nested tensor, whose rows have no padding; a side network reads "
+            "(B, T, d). Make torch's nn.TransformerEncoder with enable_nested_tensor=False, or set its "
+            "use_nested_tensor to False."
+        )
     if isinstance(feature, Tensor) and feature.is_floating_point():
         if feature.ndim == 2:
             return feature[:, None]

@@ -84,7 +84,7 @@ class LadderConfig(PretrainedConfig):
             width in the model's configuration, or else those of the layers' matrices.
         causal: whether tokens see only those before them. None does as the backbone does, found by a pass over four
             tokens. False is refused for a model that predicts next tokens. A module that is not a transformers model
-            and answers for each token, `(B, T, classes)`, needs it.
+            and answers for each token, `(B, T, classes)` or `(B, T)`, needs it.
         context: token ids that a decoder reads once, in front of every text, such as those of a few examples; see
             `fastpeft.ladder.context`. The side network reads the text alone. None is none.
         train_adapters: whether the active adapter of a base that PEFT wraps trains with the side network, through the

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.backbone_passes import autocast_of, listen, skip_layers, tokens_of
+from fastpeft.ladder.backbone_passes import autocast_of, listen, rows_of, skip_layers, tokens_of
 from fastpeft.ladder.cache import FeatureCache
 from fastpeft.ladder.checks import check_mask
 from fastpeft.ladder.side_run import SideRun
@@ -36,7 +36,8 @@ class RunningBackbone:
     """The layers, as they run: each feature is handed over, and the last one replaced."""
 
     def around_base(self, ladder: LadderPass) -> contextlib.AbstractContextManager[None]:
-        return listen(ladder.backbone, ladder.feed, ladder.output, tokens_of(ladder.arguments))
+        given = ladder.arguments
+        return listen(ladder.backbone, ladder.feed, ladder.output, tokens_of(given), rows_of(given))
 
 
 class GivenFeatures:
@@ -81,10 +82,14 @@ class LadderPass:
         arguments: what the base is called with.
         gradients_from: the first layer through which gradients flow, L + 1 for none: an adapter in it trains. The
             layers before it run without gradients.
+
+    Attributes:
+        read: B and T of the features, once the side network reads them.
     """
 
     def __init__(self, backbone: Backbone, run: SideRun, arguments: Mapping[str, Any], gradients_from: int) -> None:
         self.backbone, self.arguments = backbone, arguments
+        self.read: tuple[int, int] | None = None
         self._run, self._gradients_from = run, gradients_from
         self._gradients = torch.is_grad_enabled()
         self._device = run.side.up.weight.device  # perhaps not that of the backbone
@@ -105,7 +110,7 @@ class LadderPass:
     def feed(self, layer: int, feature: Tensor) -> None:
         """Let the side network read `B_layer`."""
         if layer == 0:
-            batch, tokens = feature.shape[:2]
+            batch, tokens = self.read = feature.shape[0], feature.shape[1]
             check_mask(self._run.mask, (batch, self._run.past + tokens))
         if not self._gradients:
             self._give(layer, feature)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import logging
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -56,6 +57,8 @@ from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.ops.quantise import count_parameters
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.processes import agreed
+
+logger = logging.getLogger(__name__)
 
 _DIVISOR = "num_items_in_batch"  # the Trainer's: what a decoder learns in all micro-batches of a step
 
@@ -112,6 +115,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True  # of the side blocks
     _generates = False  # until the base is known
+    _has_answered = False
+    _told_of_thawed = False
 
     def __init__(self, base: nn.Module, config: LadderConfig) -> None:
         if not isinstance(config, LadderConfig):
@@ -138,6 +143,12 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             raise FastpeftError(
                 f"the head of the {type(backbone.core).__name__} is quantised ({some(quantised)}), and it "
                 f"trains. Load the base with BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like."
+            )
+        if backbone.plain and not head:
+            logger.warning(
+                "no parameter of the %s comes after its layers in base.modules(), so the side network trains alone: a "
+                "head that is made before the layers stays as it is. Make it after them if it is new",
+                type(backbone.core).__name__,
             )
         if config.context is not None:
             if adapters:
@@ -223,7 +234,10 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         return decoder
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the base's vocabulary, as transformers does; the new token embeddings are frozen like the others."""
+        """Resize the base's vocabulary, as transformers does; the new token embeddings are frozen like the others.
+
+        A saved side network does not hold them: save the base too.
+        """
         resized: nn.Module = self.backbone.core.resize_token_embeddings(*args, **kwargs)
         for module in (resized, self.backbone.decoder):
             if module is not None:
@@ -243,8 +257,16 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         """Set the side network, the head and an adapter that trains to this mode; the backbone stays in evaluation."""
         super().train(mode)
         adapter = self.backbone.adapter_modules() if self.adapters else set()
+        thawed = False
         for module in self.backbone.frozen:
             module.training = mode and module in adapter  # its children may belong to the head
+            thawed |= any(each is not None and each.requires_grad for each in module._parameters.values())
+        if mode and thawed and not (self.adapters or self._told_of_thawed):
+            self._told_of_thawed = True
+            logger.warning(
+                "parameters of the backbone require gradients, but none come to them, and they are not saved. Call "
+                "requires_grad_(False) on them; to train in the backbone, put an adapter into it and set train_adapters"
+            )
         return self
 
     def print_trainable_parameters(self) -> None:
@@ -346,17 +368,22 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             output_hidden_states = self.config.output_hidden_states
         step = past > 0 and text is not None and text.shape[1] == 1
         run = self.new_side_run(attention_mask, bool(output_hidden_states), cache, step)
-        arguments = {} if plain else self.backbone.arguments(given)
+        arguments = {"inputs": inputs} if plain else self.backbone.arguments(given)
         # features of tokens that follow others, or stand beside an image or the like, are those of no row
         keeps = cache is None and pixel_values is None and all(value is None for value in others.values())
         source = self._source or choose_source(self.feature_cache if keeps else None, arguments)
         called = arguments if plain else self.backbone.after_context(arguments)
-        with LadderPass(self.backbone, run, arguments, self.gradients_from).around_base(source):
+        this = LadderPass(self.backbone, run, arguments, self.gradients_from)
+        with this.around_base(source):
             outputs = self.base(inputs) if plain else self.base(**called, **divisor, return_dict=True)
         if not plain:
             outputs = with_own_cache(outputs, cache)
         else:
-            check_told(self.config.causal, self.base, outputs)
+            # of the first pass: a later batch may have as many tokens as there are classes
+            first = not (self._has_answered or torch.compiler.is_compiling())
+            check_told(self.config.causal, self.base, outputs, this.read if first else None)
+            if first:
+                self._has_answered = True
             outputs = with_loss(outputs, labels, self.config.problem_type)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)

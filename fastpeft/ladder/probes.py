@@ -87,9 +87,20 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
     return True
 
 
-def check_told(causal: bool | None, base: nn.Module, logits: Any) -> None:
-    """Raise `FastpeftError` if a module answers for each token and `causal` is unknown: it may predict next tokens."""
-    if causal is None and isinstance(logits, Tensor) and logits.ndim == 3:
+def check_told(causal: bool | None, base: nn.Module, logits: Any, read: tuple[int, int] | None) -> None:
+    """Raise `FastpeftError` if a module answers for each token and `causal` is unknown: it may predict next tokens.
+
+    Args:
+        causal: the configuration's.
+        base: the module.
+        logits: what it returned.
+        read: B and T of its features, where answers may be `(B, T)`, as forecasts are, or `(B T, classes)`.
+    """
+    if causal is not None or not isinstance(logits, Tensor):
+        return
+    rows, tokens = read or (0, 0)
+    for_each = tokens > 1 and (logits.shape == read or logits.shape[:1] == (rows * tokens,))
+    if logits.ndim == 3 or for_each:
         raise FastpeftError(
             f"the base, a {type(base).__name__}, returned logits {tuple(logits.shape)}. Give LadderConfig(causal=True) "
             "if it predicts next tokens, causal=False if its tokens may see later ones."

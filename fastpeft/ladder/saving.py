@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import reprlib
 from collections.abc import Mapping, Sequence, Set
@@ -14,7 +15,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -26,6 +27,8 @@ from fastpeft.support.adapter_files import PREFIX, check_file
 from fastpeft.support.hub import HUB_ARGUMENTS, model_options
 from fastpeft.support.model_card import model_card, write_card
 from fastpeft.support.safe_paths import check_named_files
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, in PEFT's format
 # fields of a base's configuration that other libraries read from a model's, as sentence-transformers and `generate` do
@@ -58,6 +61,7 @@ class SavedModel(PreTrainedModel):
             )
         describe_base(self.config, self.backbone)
         if not self.config.base_fingerprints:
+            warn_of_new_words(self.config, self.backbone)
             self.config.base_fingerprints = fingerprints(self.backbone, self.adapters.values(), skip_trained=True)
         if kwargs.get("is_main_process", True):
             write_card_of(self.config, Path(save_directory))
@@ -265,6 +269,27 @@ def describe_base(config: LadderConfig, backbone: Backbone) -> None:
         setattr(config, name, value)
     config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path
     config.base_revision = getattr(core.config, "_commit_hash", None) or config.base_revision
+
+
+def warn_of_new_words(config: LadderConfig, backbone: Backbone) -> None:
+    """Warn where the base has another number of words than the model by whose name it is loaded again."""
+    name, own = config.base_model_name_or_path, getattr(backbone.text_config, "vocab_size", None)
+    if backbone.plain or name is None or own is None:
+        return
+    try:
+        saved = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+    except Exception:  # it is not at hand, or of a kind that transformers does not know
+        return
+    before = getattr(saved.get_text_config(), "vocab_size", own)
+    if before != own:
+        logger.warning(
+            "the base knows %d words and %s, by whose name it is loaded again, %d. The new ones are in no file of a "
+            "side network, so save the base too: model.base.save_pretrained(FOLDER). Load it from there, and give it "
+            "to LadderModel.from_pretrained(..., base=...)",
+            own,
+            name,
+            before,
+        )
 
 
 def task_fields(config: Any) -> dict[str, Any]:

@@ -119,7 +119,9 @@ class ScratchWeights:
         if self._filling or not self._scales:
             return
         for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.numel():
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+                continue  # no parameter is nested, as what torch makes of padded rows is
+            if not tensor.numel():
                 continue
             begin, end = _span(tensor)
             for first, last, name in self._names.get(tensor.untyped_storage().data_ptr(), ()):

@@ -65,6 +65,24 @@ class Texts(nn.Module):
         return logits
 
 
+class Padded(nn.Module):
+    """An encoder of torch's own, whose padding is 0."""
+
+    def __init__(self, rows_first: bool, **arguments: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=rows_first)
+        self.embedding, self.rows_first = nn.Embedding(50, 16), rows_first
+        self.encoder = nn.TransformerEncoder(layer, 3, **arguments)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, padding = self.embedding(ids), ids == 0
+        x = self.encoder(x if self.rows_first else x.transpose(0, 1), src_key_padding_mask=padding)
+        logits: Tensor = self.head(x[:, 0] if self.rows_first else x[0])
+        return logits
+
+
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 TEXTS = torch.randint(3, 30, (3, 6), generator=torch.Generator().manual_seed(1))
@@ -355,6 +373,34 @@ def test_features_that_do_not_fit_are_refused(base: Any, config: dict[str, Any],
     model = ladder(base(), **config)
     with pytest.raises(FastpeftError, match=message):
         model(inputs=given)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_before_rows_are_refused(rows: int) -> None:
+    """As layers of torch have them by default: rows would see each other."""
+    model = ladder(Padded(False, enable_nested_tensor=False), feature_modules="encoder.layers")
+    with pytest.raises(FastpeftError, match=rf"\(6, {rows}, 16\) in a pass over {rows} rows: .* batch_first=True"):
+        model(inputs=TEXTS[:rows])
+    fits = ladder(Padded(True, enable_nested_tensor=False), feature_modules="encoder.layers").eval()
+    together = fits(inputs=TEXTS).logits
+    torch.testing.assert_close(fits(inputs=TEXTS[:rows]).logits, together[:rows])
+
+
+def test_nested_tensors_are_refused() -> None:
+    with pytest.raises(FastpeftError, match=r"layer 0 is a nested tensor, .* with enable_nested_tensor=False"):
+        ladder(Padded(True).eval(), feature_modules="encoder.layers")(inputs=IDS)
+
+
+def test_a_head_that_is_made_before_the_layers_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Before(Texts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = self._modules.pop("blocks")
+
+    ladder(Texts(), feature_modules="blocks")
+    assert "comes after" not in caplog.text
+    ladder(Before(), feature_modules="blocks")
+    assert "no parameter of the Before comes after its layers" in caplog.text
 
 
 def test_inputs_under_another_name_are_refused() -> None:

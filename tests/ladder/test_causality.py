@@ -222,6 +222,38 @@ def test_a_module_that_answers_for_each_token_must_be_told_of() -> None:
     assert changes(moved(Decoder(), feature_modules="blocks", causal=False))[0] > 1e-3
 
 
+class Forecast(Decoder):
+    """One number for each token."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids)[..., 0]
+
+
+class Flat(Decoder):
+    """The tokens of all rows one after another."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).flatten(0, 1)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(Forecast, r"\(2, 7\)"), (Flat, r"\(14, 64\)")])
+def test_answers_for_each_token_in_two_dimensions_must_be_told_of_too(kind: type[Decoder], shape: str) -> None:
+    untold = ladder(kind(), feature_modules="blocks")
+    with pytest.raises(FastpeftError, match=rf"returned logits {shape}\. Give LadderConfig\(causal=True\)"):
+        untold(inputs=IDS)
+    assert ladder(kind(), feature_modules="blocks", causal=True)(inputs=IDS).logits.isfinite().all()
+
+
+def test_a_later_batch_with_a_token_for_each_class_is_no_answer_for_each() -> None:
+    class Classes(Decoder):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids)[:, -1, :5]
+
+    model = ladder(Classes(), feature_modules="blocks")
+    for tokens in (7, 5):
+        assert model(inputs=IDS[:, :tokens]).logits.shape == (2, 5)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_to_find_out_leaves_no_trace(training: bool) -> None:
     base = causal_model("gpt2").train(training)

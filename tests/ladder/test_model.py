@@ -135,6 +135,16 @@ def test_the_backbone_stays_in_evaluation_mode() -> None:
     assert not any(module.training for module in model.eval().modules())
 
 
+def test_a_backbone_that_is_to_train_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = ladder()
+    model.train()
+    assert "require gradients" not in caplog.text
+    model.backbone.layers[-1].requires_grad_(True)
+    for _ in range(2):
+        model.train()
+    assert caplog.text.count("parameters of the backbone require gradients") == 1
+
+
 def test_inference_makes_no_graph() -> None:
     with torch.no_grad():
         output = ladder()(IDS, labels=torch.tensor([0, 1, 2]), output_hidden_states=True)
@@ -486,6 +496,16 @@ def test_virtual_tokens_are_refused() -> None:
     model = ladder(peft.get_peft_model(tiny(), config))
     with pytest.raises(FastpeftError, match="without virtual tokens"):
         model(IDS, attention_mask=MASK)
+
+
+def test_rows_that_a_model_pads_itself_are_padded_by_a_collator() -> None:
+    base = tiny("Longformer", attention_window=4)
+    model = ladder(base).eval()
+    with pytest.raises(FastpeftError, match=r"\(3, 12, 16\).* as Longformer does, .* pad_to_multiple_of"):
+        model(IDS, attention_mask=MASK)
+    padded = [nn.functional.pad(each, (0, more)) for more in (3, 7) for each in (IDS, MASK)]
+    once, twice = (model(ids, attention_mask=mask).logits for ids, mask in (padded[:2], padded[2:]))
+    torch.testing.assert_close(once, twice)
 
 
 def test_a_pass_during_another_is_refused_and_leaves_nothing_behind() -> None:

@@ -68,6 +68,25 @@ def test_parts_of_the_weights_are_read_and_another_name_is_refused(tmp_path: Pat
     assert not (tmp_path / "variant").exists()
 
 
+def test_words_that_no_file_holds_are_told_of(
+    tmp_path: Path, half_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = classifier(half_checkpoint)
+    ladder(base).save_pretrained(tmp_path / "as it was")
+    words = base.config.vocab_size
+    assert "words" not in caplog.text
+    base.resize_token_embeddings(words + 2, mean_resizing=False)
+    model = train_a_little(ladder(base))
+    model.save_pretrained(tmp_path / "side")
+    assert f"knows {words + 2} words and {half_checkpoint}, by whose name it is loaded again, {words}." in caplog.text
+    with pytest.raises(FastpeftError, match="trained on another backbone"):
+        LadderModel.from_pretrained(tmp_path / "side")
+    model.base.save_pretrained(tmp_path / "base")
+    loaded = LadderModel.from_pretrained(tmp_path / "side", base=classifier(tmp_path / "base"))
+    ids = torch.tensor([[3, words + 1, 4]])
+    assert loaded(ids).logits.equal(model(ids).logits)
+
+
 def test_auto_classes_and_pipelines(tmp_path: Path, half_checkpoint: Path) -> None:
     model = train_a_little(ladder(classifier(half_checkpoint)))
     model.save_pretrained(tmp_path)

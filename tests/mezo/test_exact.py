@@ -293,6 +293,24 @@ def test_a_frozen_weight_in_the_memory_of_a_trained_one_can_be_read() -> None:
         MeZO(model, lr=0.1, restore="exact").step(lambda: model(torch.ones(2, 4)).sum())
 
 
+def test_rows_without_their_padding_pass_the_watch() -> None:
+    """torch's encoder makes a nested tensor of padded rows, in evaluation mode."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False] * 2 + [True] * 2])
+
+    def loss_of_a_step(restore: str) -> float | None:
+        model = copy.deepcopy(encoder)
+        optimizer = MeZO(model, lr=1e-3, restore=restore)
+        return optimizer.step(lambda: model(x, src_key_padding_mask=padding).square().mean())
+
+    with pytest.raises(FastpeftError, match=r"out_proj\.weight' to what reads it outside"):
+        loss_of_a_step("exact")
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_("out_proj" not in name)
+    assert loss_of_a_step("exact") == pytest.approx(loss_of_a_step("in_place"), rel=1e-5)
+
+
 def test_exact_needs_the_model() -> None:
     model = network(torch.float32)
     with pytest.raises(FastpeftError, match="needs the model"):
