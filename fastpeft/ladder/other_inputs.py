@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,12 +29,11 @@ class WithInputsOfBase:
     def __get__(self, model: Any, owner: Any = None) -> Callable[..., Any]:
         if model is None:
             return self._function
-        bound: Any = functools.partial(self._function, model)
-        if not torch.compiler.is_compiling():
-            kind: Any = type(model.backbone.core)
-            bound.__signature__ = _signature(self._function, kind, model.backbone.plain)
-        found: Callable[..., Any] = bound
-        return found
+        if torch.compiler.is_compiling():
+            return functools.partial(self._function, model)
+        # a method, since accelerate makes others of the function in it
+        kind: Any = type(model.backbone.core)
+        return MethodType(_with_signature(self._function, kind, model.backbone.plain), model)
 
 
 def check_others(backbone: Backbone, others: Mapping[str, Any], function: Callable[..., Any]) -> None:
@@ -46,6 +46,22 @@ def check_others(backbone: Backbone, others: Mapping[str, Any], function: Callab
             f"LadderModel beside a {kind.__name__} got {', '.join(sorted(unknown))}, which that does not take. Leave "
             "it out."
         )
+
+
+@functools.cache
+def _with_signature(function: Callable[..., Any], kind: Any, plain: bool) -> Callable[..., Any]:
+    """`function`, not bound, with the signature that `_signature` makes for it."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    forward: Any = functools.update_wrapper(call, function)
+    del forward.__wrapped__  # by which accelerate would go on to the function itself
+    model = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    own = _signature(function, kind, plain).parameters.values()
+    forward.__signature__ = inspect.Signature([model, *own])
+    found: Callable[..., Any] = forward
+    return found
 
 
 @functools.cache

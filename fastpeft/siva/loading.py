@@ -129,7 +129,8 @@ class LoadableLinear(AdaptedLinear):
         A checkpoint holds W_r, but PEFT's `set_base_model_state_dict` loads the pretrained weight.
         """
         weight = weight.t() if self.fan_in_fan_out else weight
-        if not self._frozen or self.merged or weight.shape != self._weight.shape or weight.device.type == "meta":
+        shape = (self.out_features, self.in_features)  # that of `_weight`, which may have to be dequantised
+        if not self._frozen or self.merged or weight.shape != shape or weight.device.type == "meta":
             return None
         if self._lossy and not loaded:
             self.check_restorable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from backbones import (
     IDS,
     MASK,
@@ -358,6 +361,21 @@ def test_inputs_that_the_base_alone_names_reach_it_in_a_trainer(tmp_path: Path) 
     assert not model(IDS, bbox=boxes.expand(3, 9, 4)).logits.allclose(model(IDS).logits)
     with pytest.raises(FastpeftError, match=r"beside a LayoutLMForTokenClassification got langs, which that does not"):
         model(IDS, langs=IDS)
+
+
+def test_accelerate_gives_the_forward_back_that_it_wrapped_for_autocast() -> None:
+    model = moved(tiny("LayoutLM", "ForTokenClassification", max_2d_position_embeddings=64))
+    expected, inputs = model(IDS).logits, inspect.signature(model.forward)
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of a Trainer before
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        wrapped = accelerator.prepare(model)
+        assert not wrapped(IDS).logits.equal(expected)
+        unwrapped = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert unwrapped(IDS).logits.equal(expected)
+    assert inspect.signature(unwrapped.forward) == inputs
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------

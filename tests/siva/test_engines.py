@@ -17,6 +17,7 @@ import torch.distributed as dist
 from siva_adapters import RESIDUALS, move, tiny, without_dropout
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -244,15 +245,28 @@ def ddp_step(residual: str, passes: int) -> dict[str, Tensor]:
     return sgd_step(DistributedDataParallel(adapted(residual)), own_rows(batch()), passes)
 
 
-def fsdp_step(residual: str, half: bool) -> dict[str, Tensor]:
-    model = adapted(residual)
+def sharded(model: nn.Module, half: bool = False) -> nn.Module:
     mesh = init_device_mesh("cpu", (2,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None)
     for block in model.base_model.model.roberta.encoder.layer:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    return sgd_step(model, own_rows(batch()))
+    return model
+
+
+def fsdp_step(residual: str, half: bool) -> dict[str, Tensor]:
+    return sgd_step(sharded(adapted(residual), half), own_rows(batch()))
+
+
+def load_shards(residual_dtype: str | None) -> tuple[Tensor, Tensor]:
+    """What a model says after a step, and what another says that is given its shards."""
+    model = sharded(adapted(residual_dtype=residual_dtype))
+    sgd_step(model, own_rows(batch()))
+    other = sharded(adapted(residual_dtype=residual_dtype))
+    set_model_state_dict(other, get_model_state_dict(model))
+    with torch.no_grad():
+        return model(**batch()).logits, other(**batch()).logits
 
 
 def fsdp1_step(residual: str, passes: int) -> dict[str, Tensor]:
@@ -298,6 +312,13 @@ def test_fsdp2_equals_one_process(ranks: Run, residual: str) -> None:
     model = adapted(residual)
     start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     assert_same(ranks(fsdp_step, residual, False), sgd_step(model, batch()), start)
+
+
+@needs_gloo
+@pytest.mark.parametrize("residual_dtype", [None, "int8"])
+def test_fsdp2_loads_its_shards(ranks: Run, residual_dtype: str | None) -> None:
+    for expected, found in ranks(load_shards, residual_dtype):
+        assert found.equal(expected)
 
 
 @needs_gloo
