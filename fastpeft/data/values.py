@@ -129,11 +129,12 @@ def as_class(value: Any, column: str, names: Mapping[int, str] | None, at: RowRe
     text = "" if absent else str(value).strip()
     number = None if names is None and _CODE.fullmatch(text) else as_number(text)
     if not text or (isinstance(number, float) and not number.is_integer()):
-        what = f"the class {text!r}" if text else "no class"
+        what, remedy = "no class", "Give it one, remove the row,"
+        if text:
+            what, remedy = f"the class {text!r}", "Correct it, add --problem-type regression if labels are numbers,"
         raise FastpeftError(
-            f"{at} has {what} in column {column!r}; classes are words or whole numbers. Correct it, name another "
-            "column with --label-column, or learn numbers (fastpeft train --problem-type regression), which names a "
-            "row that has none."
+            f"{at} has {what} in column {column!r}; classes are words or whole numbers. {remedy} or name another "
+            "column with --label-column."
         )
     if number is None:
         return text

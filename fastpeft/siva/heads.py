@@ -20,6 +20,7 @@ ADDED_BY_PEFT = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+_POOLER = "pooler"
 
 
 def head_names(model: Any) -> set[str]:
@@ -55,14 +56,16 @@ def let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_pef
     """Add the modules of a head to `modules_to_save` where the task is known, else warn that they stay as they are.
 
     In a model that PEFT makes (`of_peft_model`) it adds names that most heads have, but not those of BART or XLNet, and
-    only a part of DeBERTa's. The head of a language model is no new one, and stays.
+    only a part of DeBERTa's. A pooler that the checkpoint lacks belongs to the head. The head of a language model is no
+    new one, and stays.
     """
     if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
         return
     added = ADDED_BY_PEFT.get(peft_config.task_type, ()) if of_peft_model else ()
     saved = (*(peft_config.modules_to_save or ()), *added)
     names = [name for name, _ in model.named_modules()]
-    new = [part for head in sorted(heads) for part in _parts_beside(saved, head, model.get_submodule(head))]
+    parts = [*sorted(heads), *(_new_poolers(model) if heads else ())]
+    new = [part for head in parts for part in _parts_beside(saved, head, model.get_submodule(head))]
     # PEFT would take every module whose name ends so
     clear = [head for head in new if added and not any(name.endswith(head) and name != head for name in names)]
     if clear:
@@ -75,6 +78,26 @@ def let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_pef
         )
     elif added and not clear and not any(name.endswith(saved) for name in names):
         logger.warning("no module is called %s, so no head trains. Name yours in modules_to_save", " or ".join(added))
+
+
+def _new_poolers(model: nn.Module) -> list[str]:
+    """The names of poolers that the model's checkpoint lacks, so that each time it is loaded they are drawn anew.
+
+    transformers marks the parameters that it reads. A model that was not loaded has no mark, and none of these.
+    """
+
+    def is_read(module: nn.Module) -> list[bool]:
+        return [getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()]
+
+    if not any(is_read(model)):
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == _POOLER
+        and not any(is_read(module))
+        and all(type(parameter) is nn.Parameter and parameter.is_floating_point() for parameter in module.parameters())
+    ]
 
 
 def warn_of_statistics(peft_config: SivaConfig, model: nn.Module) -> None:

@@ -186,6 +186,28 @@ def tied_parameters(model: nn.Module) -> set[int]:
     return shared | {id(parameter) for parameters in own for parameter in parameters}
 
 
+def check_base(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
+    """Raise `FastpeftError` where a saved adapter has none of the layers that it would be put on.
+
+    Layers may have other names than in the model that it was made from, if their weights are those.
+    """
+    saved = peft_config.base_fingerprints if peft_config.init_weights == "saved" else {}
+    if not saved or not targets.keys().isdisjoint(saved):
+        return
+    for target in targets.values():
+        found = target.base_fingerprint if isinstance(target, SivaLinear) else original_fingerprint(target)
+        if found is None or any(fingerprints_agree(each, found) for each in saved.values()):
+            return
+    raise FastpeftError(
+        f"{next(iter(targets))}: the adapter was trained on other layers than this model has, as {next(iter(saved))}. "
+        f"Load the base model it was made from ({_base_of(peft_config)}), unchanged."
+    )
+
+
+def _base_of(peft_config: SivaConfig) -> str:
+    return peft_config.base_model_name_or_path or "see its model card"
+
+
 def check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: Any, tied: set[int]) -> None:
     """Raise `FastpeftError`, naming the layer, unless an adapter of `peft_config` can be put on it."""
     check_kind(target.base_layer if isinstance(target, SivaLinear) else target, key)
@@ -206,5 +228,5 @@ def check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: A
     if found is not None and not fingerprints_agree(expected, found):
         raise FastpeftError(
             f"{key}: the adapter was trained on another weight than this model has. Load the base model it was made "
-            f"from ({peft_config.base_model_name_or_path or 'see its model card'}), unchanged."
+            f"from ({_base_of(peft_config)}), unchanged."
         )

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import cache
@@ -34,6 +35,20 @@ FOR_LABELS = (
 )
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each the name of its package, and of the Trainer's callback
 _HIGHEST_SEED = 2**32 - 1
+
+
+# what to do with a value that is in memory, where a name is asked for
+_AS_FILE = {
+    "data": " Write the rows to a csv, jsonl or parquet file and give its path.",
+    "model": " Save it and its tokenizer by save_pretrained and give the folder.",
+}
+
+
+def _in_short(value: Any) -> str:
+    """What an error says that was given: not every row of a table, nor every layer of a model."""
+    if isinstance(value, (list, tuple, set, dict)):
+        return reprlib.repr(value)
+    return repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 class Option(NamedTuple):
@@ -329,11 +344,11 @@ class TrainConfig:
                 self._refuse("problem_type", f"this has no labels. Give `objective` {objective} instead.")
         for known in options():
             value = getattr(self, known.name)
-            # a copy of dictionaries, which the caller may change
-            value = str(value) if isinstance(value, Path) else copy.deepcopy(value)
+            value = str(value) if isinstance(value, Path) else value
             if not known.takes(value):
-                close = did_you_mean(str(value), known.choices)
-                raise FastpeftError(f"`{known.name}` is {value!r}; it must be {known.allowed}.{close}")
+                advice = did_you_mean(value, known.choices) if isinstance(value, str) else _AS_FILE.get(known.name, "")
+                raise FastpeftError(f"`{known.name}` is {_in_short(value)}; it must be {known.allowed}.{advice}")
+            value = copy.deepcopy(value)  # of dictionaries, which the caller may change
             object.__setattr__(self, known.name, known.stored.get(value, value) if known.stored else value)
         if self.model is None:
             model = DEMO if self.init_from is None else earlier_run(self.init_from).config()["model"]

@@ -28,7 +28,7 @@ from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.model_card import ONNX_FILE, loading_snippet, model_card, onnx_snippet
 from fastpeft.support.stages import report
 from fastpeft.training.encoding import encode
-from fastpeft.training.lineage import check_start
+from fastpeft.training.lineage import check_places, check_start
 from fastpeft.training.loading import FinishedRun, assemble
 from fastpeft.training.onnx_model import check_onnx, write_onnx
 from fastpeft.training.results import answers_in_words, chosen_by, results
@@ -269,6 +269,7 @@ def _replay(folder: RunFolder, setup: RunSetup, step: int) -> FinishedRun:
         )
     if not 0 <= step <= journal.steps:
         raise FastpeftError(f"step is {step}; the run in {str(folder.path)!r} made {journal.steps}. Give 0 to that.")
+    check_places(folder)
     check_start(folder)
     start = draw_start(setup)
     model: Any = prepare(start, setup)

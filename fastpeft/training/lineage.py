@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,21 @@ def earlier_run(folder: str) -> RunFolder:
         raise FastpeftError(f"the run to start from is not there: {error}") from None
     _check_beginning(run)
     return run
+
+
+def check_places(folder: RunFolder) -> None:
+    """Raise `FastpeftError` where what the run in `folder` began with is not at the path that its run.json has.
+
+    As after its folder was moved or renamed. Of a run that started from another, that is the other one.
+    """
+    name = "model" if folder.config().get("init_from") is None else "init_from"
+    path = folder.config().get(name)
+    if isinstance(path, str) and os.path.isabs(path) and not os.path.exists(path):
+        also = "" if name == "model" else ", and where the model is, as model, if it moved too"
+        raise FastpeftError(
+            f"the {'model' if name == 'model' else 'run'} that the run in {str(folder.path)!r} began with is not at "
+            f"{path!r}. Put it back, or write into {folder.config_file} where it is now, as {name}{also}."
+        )
 
 
 def check_start(folder: RunFolder, start: str | None = None) -> None:

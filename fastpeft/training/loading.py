@@ -21,7 +21,7 @@ from fastpeft.support.environment import best_device
 from fastpeft.support.files import read_json
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.lineage import check_start, earlier_run
+from fastpeft.training.lineage import check_places, check_start, earlier_run
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import Head, RunSetup, setup_of_run
 
@@ -114,6 +114,7 @@ def assemble(folder: RunFolder) -> FinishedRun:
     folder.check_readable()
 
     def start() -> Classifier:
+        check_places(folder)
         check_start(folder)
         return load_start(setup)
 

@@ -253,13 +253,21 @@ class Predictions:
         Raises:
             FastpeftError: a column of texts has the name of one that is made.
         """
-        made = self._made
         others: dict[str, list[Any]] = {}
         for row in self._records.values():
-            for name, value in row.items():
-                if name not in made and name not in self._names:
-                    others.setdefault(name, []).append(value)
-        return made | {name: _kind_of(values) for name, values in others.items()}
+            for name, other in self._others(row).items():
+                others.setdefault(name, []).append(other)
+        return self._made | {name: _kind_of(values) for name, values in others.items()}
+
+    def _others(self, row: Mapping[str, Any]) -> Record:
+        """The columns of a row that follow the predictions, without texts and names that are taken.
+
+        Labels whose name is taken, as by the number that a run gives, get another: they are not to be lost unseen.
+        """
+        run, taken = self._predictor.run, {*self._made, *self._names}
+        labels = named_labels(run.config.label_column or run.columns[1] or "", list(row))
+        named = {f"given {name}" if name in taken and name in labels else name: each for name, each in row.items()}
+        return {name: each for name, each in named.items() if name not in taken}
 
     @cached_property
     def _made(self) -> dict[str, type]:
@@ -295,7 +303,8 @@ class Predictions:
             said = [] if problem is REGRESSION else [self._answer(scores)[0]]
             texts = text if isinstance(text, tuple) else (text,)
             found = [[prediction.row, *texts, *said, *map(shortest, scores)]]
-        others = {name: prediction.others.get(name) for name in self.columns if name not in self._made}
+        given = self._others(prediction.others)
+        others = {name: given.get(name) for name in self.columns if name not in self._made}
         return [dict(zip(self._made, values)) | others for values in found]
 
 

@@ -244,9 +244,11 @@ class RunFolder:
         ]
         if changed:
             differences = ", ".join(f"{name} {before[name]!r} -> {config[name]!r}" for name in changed)
+            gone = [name for name in changed if os.path.isabs(str(before[name])) and not os.path.exists(before[name])]
+            advice = f" Where {' and '.join(gone)} only moved, write the new path into {self.config_file}."
             raise FastpeftError(
                 f"the run in {str(self.path)!r} was started with other values: {differences}. Resume it with its own, "
-                "or give another output folder."
+                f"or give another output folder.{advice if gone else ''}"
             )
         if resume and self.journal.exists():
             from fastpeft.mezo.journal import Journal

@@ -169,6 +169,22 @@ def test_a_changed_base_is_refused_by_layer_name(tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(base, tmp_path)
 
 
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_a_base_of_another_kind_is_refused_by_layer_name(tmp_path: Path, task: str | None) -> None:
+    """Though a name of the configuration, as query, is that of layers there too."""
+    peft.get_peft_model(tiny(), SivaConfig(r=3, task_type=task)).save_pretrained(tmp_path)
+    with pytest.raises(FastpeftError, match=r"^bert\.encoder\.layer\.0\S*: .* other layers .* as roberta\.encoder"):
+        peft.PeftModel.from_pretrained(tiny("Bert"), tmp_path)
+
+
+def test_a_base_whose_layers_have_other_names_is_loaded_by_a_mapping(tmp_path: Path) -> None:
+    model = move(peft.get_peft_model(tiny(), SivaConfig(r=3)).eval())
+    model.save_pretrained(tmp_path)
+    mapping = {"^roberta": "0.roberta"}
+    loaded = peft.PeftModel.from_pretrained(nn.Sequential(tiny()), tmp_path, key_mapping=mapping).eval()
+    assert loaded(token_ids()).logits.equal(model(token_ids()).logits)
+
+
 def test_one_configuration_for_two_bases_is_told(caplog: pytest.LogCaptureFixture) -> None:
     config, base = SivaConfig(task_type="SEQ_CLS"), tiny()
     other = copy.deepcopy(base)

@@ -227,6 +227,30 @@ def test_an_adapter_that_was_saved_without_its_head_is_loaded(tmp_path: Path) ->
     assert not any("classification_head" in name for name in trained(loaded))
 
 
+@pytest.mark.parametrize("targets", [["query", "key"], "all-linear"])
+def test_a_pooler_that_the_checkpoint_lacks_is_saved_with_the_head(tmp_path: Path, targets: Any) -> None:
+    """As those of masked-word models do, so that each time they are loaded another one is drawn."""
+    tiny("Bert", "ForMaskedLM").save_pretrained(tmp_path / "base")
+
+    def base(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+
+    config = {"r": 2, "target_modules": targets, "task_type": "SEQ_CLS"}
+    model = move(peft.get_peft_model(base(0), SivaConfig(**config)).eval())
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(base(1), tmp_path / "adapter").eval()
+    expected = model(token_ids()).logits
+    assert not base(0)(token_ids()).logits.equal(base(1)(token_ids()).logits)
+    assert loaded(token_ids()).logits.equal(expected)
+    torch.testing.assert_close(loaded.merge_and_unload()(token_ids()).logits, expected, **CLOSE)
+    base(0).save_pretrained(tmp_path / "whole")
+    read = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    assert not any(
+        "pooler" in name for name in trained(peft.get_peft_model(read, SivaConfig(**config))) if "siva" not in name
+    )
+
+
 class OwnHead(nn.Module):
     """A backbone, one layer of which has a name that ends as the head's, and a head."""
 

@@ -203,7 +203,7 @@ CASES = [
     (["--data", "one-number.csv", "--problem-type", "regression"], ["one number only (2.5)"]),
     (["--data", "missing/reviews.txt"], ["no data at 'missing/reviews.txt'", "csv, tsv, jsonl, parquet"]),
     (["--data", "one-row.csv"], ["1 row is too few"]),
-    (["--data", "no-class.csv"], ["row 2 of no-class.csv has no class"]),
+    (["--data", "no-class.csv"], ["row 2 of no-class.csv has no class", "Give it one, remove the row"]),
     (["--data", "nan.jsonl"], ["row 2 of nan.jsonl has no class"]),
     (
         ["--data", "measures.csv", "--problem-type", "single_label_classification"],

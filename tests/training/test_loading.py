@@ -173,6 +173,25 @@ def test_an_earlier_run_that_is_gone_or_changed_is_named(config: TrainConfig) ->
         train(link, resume=True)
 
 
+@pytest.mark.parametrize("name", ["model", "init_from"])
+def test_where_to_say_that_what_a_run_began_with_moved(config: TrainConfig, tmp_path: Path, name: str) -> None:
+    shutil.copytree(config.model, tmp_path / "model")
+    config = replace(config, model=str(tmp_path / "model"))
+    train(replace(config, **SIVA))
+    link = replace(config, output=f"{config.output}-next", init_from=config.output, method="lora")
+    run = link if name == "init_from" else replace(config, **SIVA)
+    folder = train(run, resume=True).folder
+    before = Path(getattr(run, name))
+    after = before.rename(tmp_path / "moved")
+    with pytest.raises(FastpeftError, match=rf"'{folder}' began with is not at '{before}'.*run\.json .* as {name}"):
+        load_run(folder)
+    with pytest.raises(FastpeftError, match=rf"Where {name} only moved, write the new path into {folder}/run\.json"):
+        train(replace(run, **{name: str(after)}), resume=True)
+    values = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(values | {name: str(after)}))
+    load_run(folder)
+
+
 @pytest.mark.parametrize("method", ["siva", "lst", "head"])
 def test_weights_that_another_user_keeps_to_himself_are_not_called_missing(config: TrainConfig, method: str) -> None:
     folder = train(replace(config, method=method)).folder

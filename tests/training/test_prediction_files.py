@@ -278,8 +278,9 @@ def test_pairs_numbers_and_tags_are_written(place: Path) -> None:
     run("numbers", "--file", "scores.jsonl", "--output", "numbers.parquet")
     (row, *_) = READERS["parquet"](place / "numbers.parquet")
     (said,) = predict("numbers", [scores(3)[0]["text"]])
-    expected = {"row": 1, "text": scores(3)[0]["text"], "score": pytest.approx(said[1], abs=1e-6)}
-    assert row == expected  # the number's name is that of the input's column, which is left out
+    (given, *_) = scores(3)
+    expected = {"row": 1, "text": given["text"], "score": pytest.approx(said[1], abs=1e-6)}
+    assert row == {**expected, "given score": given["score"]}  # the number has the name of the input's column
     write_jsonl(place / "tagged.jsonl", tagged(2))
     run("tags", "--file", "tagged.jsonl", "--output", "tags.jsonl")
     rows = READERS["jsonl"](place / "tags.jsonl")

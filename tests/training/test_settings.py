@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
 from samples import reviews, save_tiny_model, write_csv
 from transformers import TrainingArguments
 
@@ -176,3 +179,18 @@ def test_a_configuration_keeps_what_it_was_given() -> None:
     comparison = CompareConfig(output="compared", methods=["lora"], common=settings)
     settings["weight_decay"] = 0.5
     assert run.settings == comparison.common == {"weight_decay": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown", "advice"),
+    [
+        ("data", [{"text": "A joy.", "label": 1}] * 1000, "[{", "file and give its path"),
+        ("data", Dataset.from_dict({"text": ["A joy."], "label": [1]}), "a Dataset", "file and give its path"),
+        ("model", torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(99))), "a Sequential", "give the folder"),
+        ("label_column", ["comedy", "drama"], "['comedy', 'drama']", "a text"),
+    ],
+)
+def test_what_is_in_memory_is_refused_in_short(name: str, value: Any, shown: str, advice: str) -> None:
+    with pytest.raises(FastpeftError, match=rf"^{name} is {re.escape(shown)}.*{advice}") as caught:
+        TrainConfig(output="run", **{name: value})
+    assert len(str(caught.value)) < 400
