@@ -417,7 +417,9 @@ class LadderPool:
         if not tasks:
             raise FastpeftError("no tasks are given. Give a batch of one row or more, and the task of each.")
         if len(tasks) != len(source_of(batch)):
-            raise FastpeftError(f"the batch has {len(source_of(batch))} rows, but {len(tasks)} tasks were given.")
+            raise FastpeftError(
+                f"the batch has {len(source_of(batch))} rows, but {len(tasks)} tasks were given. Give that of each row."
+            )
         if labels := [name for name in LABELS if name in batch]:
             raise FastpeftError(f"a call takes no {labels[0]}: leave it out, or train with outputs or fit.")
         return batch

@@ -338,13 +338,15 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
     """The file to write to.
 
     Raises:
-        FastpeftError: it is of no kind that is written, or it is there and not to be replaced.
+        FastpeftError: it is of no kind that is written, its folder is missing, or it is there and not to be replaced.
     """
     path = path_of(output)
     if path.suffix[1:].lower() not in _OPEN:
         raise FastpeftError(f"the output {str(path)!r} must end in one of {', '.join(f'.{kind}' for kind in _OPEN)}.")
     if path.is_dir():
         raise FastpeftError(f"the output {str(path)!r} is a folder. Give the name of a file.")
+    if not path.parent.is_dir():
+        raise FastpeftError(f"the output {str(path)!r} is to be in a folder that is not there. Make it first.")
     if path.exists() and not overwrite:
         raise FastpeftError(f"the output {str(path)!r} exists. Give another name, or --overwrite to replace it.")
     return path

@@ -441,6 +441,8 @@ def test_what_is_there_stays_unless_it_may_be_replaced(place: Path) -> None:
     refused = run("classes", "a film", "--output", "out.csv", code=2).stderr
     assert "the output 'out.csv' exists. Give another name, or --overwrite" in refused
     assert (place / "out.csv").read_text() == "before"
+    refused = run("classes", "a film", "--output", "gone/out.csv", code=2).stderr
+    assert "'gone/out.csv' is to be in a folder that is not there. Make it first." in refused
     run("classes", "a film", "--output", "out.csv", "--overwrite")
     assert len(READERS["csv"](place / "out.csv")) == 1
 
