@@ -32,7 +32,7 @@ from fastpeft.support.interrupts import interrupted_once, uninterrupted
 from fastpeft.support.processes import refuse_several
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, estimate, process_seconds
-from fastpeft.training.setup import Setup, resolve
+from fastpeft.training.setup import Setup, check_reporter, resolve
 from fastpeft.training.task import data_for
 
 logger = logging.getLogger(__name__)
@@ -297,6 +297,7 @@ def _check(plan: Plan, option: str) -> TextData | None:
             if config.model not in models:
                 check_model(config.model)
                 models.add(config.model)
+            check_reporter(config)
             resolve(config).for_data(loaded[rows])
         except FastpeftError as error:
             how = _words_option(config, loaded[rows], option)

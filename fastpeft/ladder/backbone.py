@@ -65,6 +65,8 @@ class Backbone:
         body: a transformers model without its head; for another module, the whole module.
         context: tokens that stand in front of every text, a `fastpeft.ladder.context.Context`; None for none.
         layers: the L modules whose outputs are the features `B_1 .. B_L`. The first layer's input is `B_0`.
+        rows_first: whether a pass has shown that features are not `(T, B, d)`. In a later one there may be as many
+            tokens as rows by chance, where a module makes several rows of one, as of the channels of a series.
 
     Raises:
         FastpeftError: the head cannot be told from the body, the layers are not found, or the model reads or makes what
@@ -95,6 +97,7 @@ class Backbone:
         if not self.plain:
             _check_reads_rows(core)
         self.context: Any = None
+        self.rows_first = False
         self._given_sizes = feature_sizes
         self.tuple_size: int | None = None  # length of the tuple that a layer returns, 0 for a tensor; None: unknown
         self.layers = self._find_layers() if feature_modules is None else self._named_layers(feature_modules)
@@ -256,6 +259,14 @@ class Backbone:
             for name, parameter in self._after_layers().items()
             if id(parameter) in own or (parameter.ndim == 2 and [*parameter.shape].count(words) == 1)
         }
+
+    def may_have_an_earlier_head(self) -> bool:
+        """Whether a module that is not a transformers model has no head after its layers, but perhaps before them."""
+        if not self.plain or self.head_parameters():
+            return False
+        in_layers = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
+        others = (module for module in self.body.modules() if not isinstance(module, nn.Embedding))
+        return any(id(each) not in in_layers for module in others for each in module.parameters(recurse=False))
 
     def _after_layers(self) -> dict[str, nn.Parameter]:
         frozen = {id(parameter) for module in self.frozen for parameter in module.parameters(recurse=False)}

@@ -62,12 +62,15 @@ def listen(
         nonlocal tokens
         ran.add(layer)
         found = _as_tokens(feature, layer)
-        if feature.ndim == 3 and feature.shape[0] != rows == feature.shape[1]:
+        may_be = feature.ndim == 3 and rows is not None and not backbone.rows_first
+        if may_be and feature.shape[0] != rows == feature.shape[1]:
             raise FastpeftError(
                 f"the feature of layer {layer} has the shape {tuple(feature.shape)} in a pass over {rows} rows: it is "
                 "(T, B, d), and a side network reads (B, T, d): it would mix the rows up. Make layers that take rows "
                 "first, as those of torch do with batch_first=True."
             )
+        if may_be and feature.shape[1] != rows and not torch.compiler.is_compiling():
+            backbone.rows_first = True
         tokens = found.shape[:2] if tokens is None else tokens
         expected = (*tokens, backbone.feature_sizes[layer])
         if found.shape != expected:

@@ -144,7 +144,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
                 f"the head of the {type(backbone.core).__name__} is quantised ({some(quantised)}), and it "
                 f"trains. Load the base with BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like."
             )
-        if backbone.plain and not head:
+        if not config.base_fingerprints and backbone.may_have_an_earlier_head():  # else it was told when it was made
             logger.warning(
                 "no parameter of the %s comes after its layers in base.modules(), so the side network trains alone: a "
                 "head that is made before the layers stays as it is. Make it after them if it is new",

@@ -277,7 +277,9 @@ def warn_of_new_words(config: LadderConfig, backbone: Backbone) -> None:
     if backbone.plain or name is None or own is None:
         return
     try:
-        saved = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+        saved = AutoConfig.from_pretrained(
+            name, revision=config.base_revision or "main", trust_remote_code=False, local_files_only=True
+        )
     except Exception:  # it is not at hand, or of a kind that transformers does not know
         return
     before = getattr(saved.get_text_config(), "vocab_size", own)

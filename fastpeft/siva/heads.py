@@ -64,7 +64,7 @@ def let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_pef
     added = ADDED_BY_PEFT.get(peft_config.task_type, ()) if of_peft_model else ()
     saved = (*(peft_config.modules_to_save or ()), *added)
     names = [name for name, _ in model.named_modules()]
-    parts = [*sorted(heads), *(_new_poolers(model) if heads else ())]
+    parts = [*sorted(heads), *(_new_poolers(model, heads) if heads else ())]
     new = [part for head in parts for part in _parts_beside(saved, head, model.get_submodule(head))]
     # PEFT would take every module whose name ends so
     clear = [head for head in new if added and not any(name.endswith(head) and name != head for name in names)]
@@ -80,8 +80,8 @@ def let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_pef
         logger.warning("no module is called %s, so no head trains. Name yours in modules_to_save", " or ".join(added))
 
 
-def _new_poolers(model: nn.Module) -> list[str]:
-    """The names of poolers that the model's checkpoint lacks, so that each time it is loaded they are drawn anew.
+def _new_poolers(model: nn.Module, heads: set[str]) -> list[str]:
+    """The names of poolers outside heads that the checkpoint lacks: each time it is loaded they are drawn anew.
 
     transformers marks the parameters that it reads. A model that was not loaded has no mark, and none of these.
     """
@@ -95,6 +95,7 @@ def _new_poolers(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == _POOLER
+        and not any(f"{name}.".startswith(f"{head}.") for head in heads)
         and not any(is_read(module))
         and all(type(parameter) is nn.Parameter and parameter.is_floating_point() for parameter in module.parameters())
     ]

@@ -42,13 +42,15 @@ _AS_FILE = {
     "data": " Write the rows to a csv, jsonl or parquet file and give its path.",
     "model": " Save it and its tokenizer by save_pretrained and give the folder.",
 }
+_SHORT = 40  # characters of what is shown as it is, as a number of numpy
 
 
 def _in_short(value: Any) -> str:
     """What an error says that was given: not every row of a table, nor every layer of a model."""
     if isinstance(value, (list, tuple, set, dict)):
         return reprlib.repr(value)
-    return repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+    shown = repr(value)
+    return shown if isinstance(value, str) or len(shown) <= _SHORT else f"a {type(value).__name__}"
 
 
 class Option(NamedTuple):

@@ -146,17 +146,21 @@ class RunSetup(Setup):
         return self.head.prompt
 
 
+def check_reporter(config: TrainConfig) -> None:
+    """Raise `FastpeftError` where a run that is to be made would report to what is not installed here."""
+    if config.report_to is not None and find_spec(config.report_to) is None:
+        raise FastpeftError(
+            f"`report_to` is {config.report_to!r}, but that package is not installed. Run pip install "
+            f"{config.report_to}, or leave it out."
+        )
+
+
 def resolve(config: TrainConfig) -> Setup:
     """What `config` comes to: the only place where a run's method is looked up.
 
     Raises:
         FastpeftError: an option or a setting cannot be used, as far as that can be told without model and data.
     """
-    if config.report_to is not None and find_spec(config.report_to) is None:
-        raise FastpeftError(
-            f"`report_to` is {config.report_to!r}, but that package is not installed. Run pip install "
-            f"{config.report_to}, or leave it out."
-        )
     method = get_method(config.method, config.settings)
     settings, arguments = sort_settings(method, config.settings)
     if method.optimization.zeroth_order and config.optimizer_in_backward:

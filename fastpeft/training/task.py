@@ -26,7 +26,7 @@ from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, encode_counted, warn_of_texts
 from fastpeft.training.loading import continue_earlier, earlier_context, load_start
 from fastpeft.training.prompt_search import search_prompt
-from fastpeft.training.setup import RunSetup, resolve
+from fastpeft.training.setup import RunSetup, check_reporter, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Task:
         Raises:
             FastpeftError: something named is missing, broken or does not fit the rest.
         """
+        check_reporter(config)
         plan = resolve(config)
         report("reading data")
         data = data_for(config)

@@ -116,6 +116,17 @@ def test_what_failed_is_recorded_and_tried_again() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_a_reporter_is_asked_for_of_unfinished_cells_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of finished ones is made anew on a machine that has none."""
+    compare(config("head:report_to=tensorboard"))
+    monkeypatch.setattr("fastpeft.training.setup.find_spec", lambda name: None)
+    assert compare(config("head:report_to=tensorboard")).failed == {}
+    with pytest.raises(FastpeftError, match=r"variant 'lora:report_to=tensorboard' .* that package is not installed"):
+        compare(config("lora:report_to=tensorboard"))
+    assert started() == ["head-report_to=tensorboard-seed0"]
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_a_chain_fails_with_its_start_and_goes_on_with_it() -> None:
     methods = ("lst:init_from=mezo:learning_rate=0.25", "head", "mezo:learning_rate=0.25")
     failed = compare(config(*methods)).failed

@@ -87,6 +87,20 @@ def test_words_that_no_file_holds_are_told_of(
     assert loaded(ids).logits.equal(model(ids).logits)
 
 
+def test_words_are_counted_in_the_revision_that_is_loaded_again(
+    half_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    base = classifier(half_checkpoint)
+    words = {"main": 9, "0123abcd": base.config.vocab_size}
+    config = type(base.config)
+    found = lambda name, revision="main", **_: config(vocab_size=words[revision])  # noqa: E731
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", found)
+    ladder(base, base_revision="0123abcd").save_pretrained(tmp_path)
+    assert "words" not in caplog.text
+    ladder(base).save_pretrained(tmp_path)
+    assert "by whose name it is loaded again, 9." in caplog.text
+
+
 def test_auto_classes_and_pipelines(tmp_path: Path, half_checkpoint: Path) -> None:
     model = train_a_little(ladder(classifier(half_checkpoint)))
     model.save_pretrained(tmp_path)

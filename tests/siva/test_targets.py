@@ -251,6 +251,16 @@ def test_a_pooler_that_the_checkpoint_lacks_is_saved_with_the_head(tmp_path: Pat
     )
 
 
+def test_a_pooler_that_is_beside_the_backbone_is_saved_once(tmp_path: Path) -> None:
+    """As DeBERTa's, which is a module of the head itself."""
+    sizes = {"num_attention_heads": 2, "pooler_hidden_size": 16}
+    tiny("DebertaV2", "ForMaskedLM", **sizes).save_pretrained(tmp_path)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    config = SivaConfig(r=2, target_modules=["query_proj"], task_type="SEQ_CLS")
+    peft.get_peft_model(base, config)
+    assert sorted(config.modules_to_save) == ["classifier", "pooler", "score"]
+
+
 class OwnHead(nn.Module):
     """A backbone, one layer of which has a name that ends as the head's, and a head."""
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -188,6 +189,7 @@ def test_a_configuration_keeps_what_it_was_given() -> None:
         ("data", Dataset.from_dict({"text": ["A joy."], "label": [1]}), "a Dataset", "file and give its path"),
         ("model", torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(99))), "a Sequential", "give the folder"),
         ("label_column", ["comedy", "drama"], "['comedy', 'drama']", "a text"),
+        ("seed", np.int64(3), "np.int64(3)", "a whole number"),
     ],
 )
 def test_what_is_in_memory_is_refused_in_short(name: str, value: Any, shown: str, advice: str) -> None:
