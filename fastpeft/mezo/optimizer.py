@@ -203,6 +203,9 @@ class MeZO(torch.optim.Optimizer):
         self.settle()
         group = self.defaults | param_group
         check_group(group)
+        for name in ("lr", "eps", "weight_decay"):
+            if not isinstance(group[name], Tensor):  # as a schedule may change in place
+                group[name] = float(group[name])  # of numpy, as of a sweep, it could be neither recorded nor loaded
         super().add_param_group({**group, "params": self.weights.trained(group["params"])})
         self.weights.set_groups(self.param_groups)
 
@@ -265,7 +268,7 @@ class MeZO(torch.optim.Optimizer):
                     self._go(point)
                     each = self._losses(closure)
                     if not self._checked and all(map(math.isfinite, each)):
-                        again = self._losses(closure)
+                        again = self._losses(closure, warn=True)
                         check_repeated(each, again, self.ranks)
                         each, self._checked = again, True
                     for rank, loss in enumerate(each):
@@ -495,9 +498,10 @@ class MeZO(torch.optim.Optimizer):
         if not self.defer:
             self.settle()
 
-    def _losses(self, closure: Callable[[], Any]) -> list[float]:
-        """The loss of each process."""
-        return self.ranks.losses(loss_of(closure), self.weights.params()[0].device)
+    def _losses(self, closure: Callable[[], Any], *, warn: bool = False) -> list[float]:
+        """The loss of each process; `warn` tells of one that is too coarse."""
+        eps = self.weights.epses()[0] if warn and self.ranks.is_first else None
+        return self.ranks.losses(loss_of(closure, eps), self.weights.params()[0].device)
 
     def _give_up(self, what: str) -> None:
         """Raise an error about a value that is not finite, or note that the step is to be skipped."""

@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from fastpeft.errors import FastpeftError, NotFiniteError
 from fastpeft.mezo.checkpoints import STATE_FILE, Checkpoint, Start, where_to_begin
+from fastpeft.mezo.closure import warn_of_rounding
 from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
 from fastpeft.mezo.sharding import is_sharded
@@ -58,7 +59,7 @@ class MeZOConfig(TrainingArguments):
             `fastpeft.MeZO`.
         journal: append a record of each step, some 40 bytes, to `mezo.journal` in the output folder. With the base
             model this is a checkpoint of every step: `resume_from_checkpoint=True` goes on from the last one. The log
-            is not in it.
+            is not in it, nor what a callback does to the weights.
         save_weights: whether checkpoints hold the weights. If not, they hold a copy of the journal, and resuming
             repeats its steps on the base model, or on the newest checkpoint with weights.
         learning_rate, lr_scheduler_type, per_device_train_batch_size: as in `TrainingArguments`, with the defaults of
@@ -152,12 +153,18 @@ class MeZOTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self._micro_batches: list[dict[str, Any]] = []
         self._last_loss = 0.0
+        self._warned = False  # of losses in half precision
         self._start: Start | None = None  # of a resumed run with a journal
         self._settle_for_callbacks()
-        if can_fuse_head(self.model):  # whose loss asks for no gradient, even where the decoder trains
-            fuse_head(self.model)
+        _fuse(self.model)
         for warning in self.warnings_of_head():
             logger.warning("%s", warning)
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `Trainer.call_model_init`: each `train` begins with another model."""
+        model: nn.Module = super().call_model_init(*args, **kwargs)
+        _fuse(model)
+        return model
 
     def warnings_of_head(self) -> list[str]:
         """What is to be said where the model is no language model, and contains none."""
@@ -323,6 +330,12 @@ class MeZOTrainer(Trainer):
         start, file = self._start, self.journal_file
         if checkpoint is None or start is None:
             return
+        if not start.at_checkpoint and start.steps >= self.state.max_steps:
+            raise FastpeftError(
+                f"the journal {file} has {start.steps + 1} steps, but this run is to end after {self.state.max_steps}. "
+                f"Let it make {start.steps + 1} or more (max_steps, num_train_epochs). The weights after fewer steps "
+                "are those of fastpeft.mezo.Journal.open(file).replay(model, stop=...) on the base model."
+            )
         if start.newest is not None and not start.newest.weights:
             with self.args.main_process_first(local=False):
                 if not file.exists():
@@ -412,7 +425,10 @@ class MeZOTrainer(Trainer):
                 loss = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
             if not isinstance(loss, Tensor):  # a number, as an error rate may be
                 loss = torch.tensor(loss, dtype=torch.float64)
-            total = total + loss.mean()  # one loss per device under DataParallel
+            loss = loss.mean()  # one loss per device under DataParallel
+            if not self._warned and self.is_world_process_zero():
+                self._warned = warn_of_rounding(loss, self.mezo.weights.epses()[0])
+            total = total + loss
         return total / len(batches) if self.compute_loss_func is None else total
 
     def compute_loss(
@@ -437,6 +453,12 @@ class MeZOTrainer(Trainer):
             logs.pop("grad_norm", None)
             logs["projected_grad"] = self.mezo.projected_grad
         super().log(logs, *args, **kwargs)
+
+
+def _fuse(model: nn.Module) -> None:
+    """Fuse the head of a language model, whose loss asks for no gradient, even where the decoder trains."""
+    if can_fuse_head(model):
+        fuse_head(model)
 
 
 def _warn_of_unused(args: MeZOConfig, optimizer: MeZO) -> None:

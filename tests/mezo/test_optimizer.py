@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mezo_networks import close, equal, fit, network, weights
@@ -153,6 +155,27 @@ def test_a_graph_from_before_the_step_is_refused() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_loss_in_half_precision_brings_one_warning(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """Near 0.75 numbers are half of the dtype's eps apart, so over 2 eps = 0.5 the slope is a multiple of it."""
+    model = network(dtype)
+
+    def told(closure: Callable[[], Tensor]) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="fastpeft"):
+            optimizer = MeZO(model, lr=0.0, eps=0.25, restore="exact")
+            for _ in range(2):
+                optimizer.step(closure)
+        return caplog.messages
+
+    near = lambda: model(torch.zeros(1, 5, dtype=dtype)).mean() * 0 + 0.75  # noqa: E731
+    (warning,) = told(near)
+    name, apart = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps / 2
+    assert f"in {name}, in which numbers near 0.75 are {apart:.2g} apart" in warning
+    assert f"multiples of about {apart / 0.5:.2g}" in warning
+    assert not told(lambda: near().float())
+
+
 def test_two_halves_are_a_step() -> None:
     ours, theirs = network(), network()
     halves, whole = MeZO(ours, lr=0.1), MeZO(theirs, lr=0.1)
@@ -194,6 +217,21 @@ def test_a_resumed_run_continues_to_the_bit() -> None:
     assert (optimizer.seed, optimizer.steps_done) == (3, 7)
     run(resumed, optimizer, schedule, range(7, 20))
     assert equal(weights(resumed), weights(whole))
+
+
+def test_numbers_of_numpy_are_recorded_and_saved(tmp_path: Path) -> None:
+    """As a sweep over np.logspace gives them."""
+    ours, theirs = network(), network()
+    optimizer = MeZO(ours, np.float32(1e-2), np.float64(1e-3), np.float32(0.5))
+    optimizer.record(tmp_path / "run")
+    plain = MeZO(theirs, float(np.float32(1e-2)), 1e-3, 0.5)
+    for step in range(2):
+        assert optimizer.step(fit(ours, step)) == plain.step(fit(theirs, step))
+    torch.save(optimizer.state_dict(), tmp_path / "state")
+    assert torch.load(tmp_path / "state", weights_only=True) == plain.state_dict()
+    again = network()
+    Journal.open(tmp_path / "run").replay(again)
+    assert equal(weights(again), weights(theirs))
 
 
 @pytest.mark.parametrize("restore", ["in_place", "exact"])

@@ -327,6 +327,19 @@ def test_checkpoints_without_weights_need_a_journal_from_the_beginning(tmp_path:
     assert equal(weights(resumed.model), weights(whole.model))
 
 
+@pytest.mark.parametrize("steps", [3, 6])
+def test_a_run_that_is_to_end_before_its_journal_is_refused(tmp_path: Path, steps: int) -> None:
+    killed(tmp_path, 7)
+    file = tmp_path / "mezo.journal"
+    content = file.read_bytes()
+    with pytest.raises(FastpeftError, match=rf"has 7 steps, but this run is to end after {steps}\. Let it make 7 or"):
+        journaled(tmp_path, max_steps=steps).train(resume_from_checkpoint=True)
+    assert file.read_bytes() == content
+    resumed = journaled(tmp_path, max_steps=7)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.mezo.steps_done == 7
+
+
 def test_what_a_journal_refuses(tmp_path: Path) -> None:
     with pytest.raises(FastpeftError, match="save_weights=False needs journal=True"):
         config(tmp_path, save_weights=False)

@@ -26,6 +26,7 @@ from transformers import (
 
 from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig, fuse_head
 from fastpeft.mezo import perturbed_weights
+from fastpeft.ops.fused_head import FusedLinear
 
 
 def classifier() -> RobertaForSequenceClassification:
@@ -157,6 +158,25 @@ def test_weight_decay_where_all_or_none_of_what_trains_decays(tmp_path: Path, en
     trainer = MeZOTrainer(model, config(tmp_path, weight_decay=0.1), train_dataset=rows())
     trainer.train()
     assert [group["weight_decay"] for group in trainer.mezo.param_groups] == [decay]
+
+
+@pytest.mark.parametrize(("restore", "expected"), [("exact", 1), ("in_place", 0)])
+def test_a_loss_in_half_precision_brings_one_warning(
+    tmp_path: Path, restore: str, expected: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In place the head is fused, and its loss is in float32."""
+    model = language_model().to(torch.bfloat16)
+    with caplog.at_level(logging.WARNING, logger="fastpeft"):
+        MeZOTrainer(model, config(tmp_path, restore=restore), train_dataset=rows()).train()
+    assert sum("the loss is in bfloat16" in message for message in caplog.messages) == expected
+
+
+def test_a_model_that_each_training_makes_anew_has_its_head_fused(tmp_path: Path) -> None:
+    trainer = MeZOTrainer(model_init=lambda: language_model(), args=config(tmp_path, max_steps=1), train_dataset=rows())
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert type(trainer.model.lm_head.decoder) is FusedLinear
 
 
 def test_bf16_autocast_trains_float32_weights(tmp_path: Path) -> None:
