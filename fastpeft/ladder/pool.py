@@ -397,7 +397,8 @@ class LadderPool:
             return {}
         distinct = {id(batch): self._check_batch(batch) for batch in batches.values()}
         joined, places = join(distinct, getattr(self.backbone.core.config, "pad_token_id", None) or 0)
-        with self._passing, torch.no_grad():
+        body = self.backbone.body
+        with self._passing, torch.no_grad(), dropout_off(body.modules() if body.training else ()):
             features = None if self.feature_cache is None else self.feature_cache.features(joined)
             if features is None:
                 features = features_of(self.backbone, joined)

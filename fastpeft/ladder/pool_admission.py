@@ -127,15 +127,18 @@ class Admission:
 def share_backbone(model: LadderModel, backbone: Backbone) -> None:
     """Replace the weights of a model's backbone by those of `backbone`, which must be equal.
 
+    So must the buffers be, of which most are the frequencies of positions.
+
     Raises:
         FastpeftError: they are not equal. Nothing has changed then.
     """
     for each in (backbone.model, model.base):
         bring_back(each)
     own = dict(backbone.body.named_parameters(remove_duplicate=False))
+    head = {id(parameter) for parameter in model.backbone.head_parameters().values()}
     replaced = {}
     for name, theirs in model.backbone.body.named_parameters(remove_duplicate=False):
-        if theirs.requires_grad:  # a pooler, which belongs to the head
+        if id(theirs) in head:  # a pooler
             continue
         if name not in own or not _equal(theirs, own[name]):
             raise FastpeftError(
@@ -143,6 +146,13 @@ def share_backbone(model: LadderModel, backbone: Backbone) -> None:
                 f"{model.config.base_model_name_or_path or 'the model it was trained on'}."
             )
         replaced[id(theirs)] = own[name]
+    buffers = dict(backbone.body.named_buffers())
+    for name, held in model.backbone.body.named_buffers():
+        if name in buffers and not _equal(held, buffers[name]):
+            raise FastpeftError(
+                f"the side network stands on another backbone: its weights are the pool's, but its {name} differs, as "
+                "by another setting of the model's configuration. Make a pool of a base with that."
+            )
     scores, own_scores = model.backbone.decoder, backbone.decoder
     if scores is not None and own_scores is not None:  # where it is not tied to the embeddings
         for theirs, ours in zip(scores.parameters(), own_scores.parameters()):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_stack import SideStack, shape_of
 from fastpeft.prompts.model import inside_prompt
 
@@ -31,12 +32,21 @@ class Members:
 
     def changed(self, models: Mapping[str, Any], member: Any) -> Members:
         """Members with `models`; `member` was added or removed, so only the stack of its shape is made again."""
-        shape = shape_of(inside_prompt(member).side)
-        stacks = [(names, stack) for names, stack in self.stacks if shape_of(stack.sides[0]) != shape]
-        sides = {name: inside_prompt(model).side for name, model in models.items()}
-        alike = {name: side for name, side in sides.items() if shape_of(side) == shape}
-        if alike:
-            stacks.append((tuple(alike), SideStack(list(alike.values()))))
+        own = inside_prompt(member).side
+        shape = shape_of(own)
+        stacks = []
+        for names, stack in self.stacks:
+            # its own may have another shape by now
+            stack.retired = shape_of(stack.sides[0]) == shape or any(side is own for side in stack.sides)
+            if not stack.retired:
+                stacks.append((names, stack))
+        there = {name for names, _ in stacks for name in names}
+        left: dict[Hashable, dict[str, SideNetwork]] = {}
+        for name, model in models.items():
+            if name not in there:
+                side = inside_prompt(model).side
+                left.setdefault(shape_of(side), {})[name] = side
+        stacks += [(tuple(alike), SideStack(list(alike.values()))) for alike in left.values()]
         return Members(models, stacks)
 
     def batches(self, rows: Mapping[str, Sequence[int]]) -> Iterator[tuple[list[str], SideStack, list[int]]]:

@@ -205,6 +205,7 @@ class MemberTrainer:
                 nn.utils.clip_grad_norm_(trained, self._max_grad_norm)
             self._optimizer.step()
             self._clear_gradients()
+            torch.clear_autocast_cache()  # an autocast around `fit` would go on with casts of the weights before
             if isinstance(self._scheduler, ReduceLROnPlateau):
                 self._scheduler.step(self.losses[-1])
             elif self._scheduler is not None:

@@ -32,16 +32,25 @@ def _settings(side: SideNetwork) -> tuple[str, ...]:
     return tuple(repr(getattr(side.config, name)) for name in SHAPE)
 
 
+def _address(side: SideNetwork) -> int:
+    """Where a network has its weights, told by one of them."""
+    return side.up.weight.data_ptr()
+
+
 class SideStack:
     """G side networks of one `shape_of`, whose weights are slices of tensors `(G, ...)`.
 
     The parameters of the networks are these slices: nothing is stored twice, and the stack sees what an optimizer or
     `load_state_dict` writes to a network. A network that moves to another device or dtype leaves its stack. Weights are
     copied once, into the stack; a single network stays as it is.
+
+    Attributes:
+        retired: whether another stack holds the networks now, so that this one serves only the calls that have it.
     """
 
     def __init__(self, sides: Sequence[SideNetwork]) -> None:
         self.sides = list(sides)
+        self.retired = False
         if len(sides) == 1:
             return
         own = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in sides[0].parameters()}
@@ -52,6 +61,7 @@ class SideStack:
             for parameter, part in zip(parameters, stacked):
                 parameter.data = part
             self._weights[id(own[id(parameters[0])])] = stacked
+        self._addresses = [_address(side) for side in sides]
 
     def select(self, places: Sequence[int]) -> SideNetwork:
         """The networks at `places` as one, with operands and results `(G, B, T, ...)`; a single network as it is.
@@ -59,7 +69,7 @@ class SideStack:
         The weights are copied, unless `places` are all networks in their order.
 
         Raises:
-            FastpeftError: a network has changed its form since.
+            FastpeftError: a network has changed its form since, or has other tensors for weights.
         """
         if len(places) == 1:
             return self.sides[places[0]]
@@ -67,6 +77,13 @@ class SideStack:
             raise FastpeftError(
                 "a member of the pool has changed its form since it joined, as take_over does. Remove it and add it "
                 "again."
+            )
+        # the addresses first: it is retired before they change
+        if any(_address(self.sides[place]) != self._addresses[place] for place in places) and not self.retired:
+            raise FastpeftError(
+                "a member of the pool has other tensors for weights since it joined, as a move, a cast, "
+                "load_state_dict(assign=True) or vector_to_parameters gives it. Remove it and add it again; or write "
+                "to its weights, as load_state_dict does."
             )
         weights = self._weights
         if list(places) != list(range(len(self.sides))):

@@ -67,7 +67,10 @@ class Shared:
         """Whether rows of a run can stand in one batch with those that are here."""
         own, other = self.tokenizer, run.classifier.tokenizer
         padding = (own.pad_token_id, own.padding_side) == (other.pad_token_id, other.padding_side)
-        return padding and self.bf16 == bool(run.config.bf16) and self.generates_text == (run.problem is NEXT_WORDS)
+        alike = self.bf16 == bool(run.config.bf16) and self.generates_text == (run.problem is NEXT_WORDS)
+        if self.generates_text and alike:  # by one configuration for all rows
+            alike = self.pool.backbone.core.generation_config == run.classifier.model.generation_config
+        return padding and alike
 
     def scores(self, rows: Sequence[tuple[Task, EncodedText]]) -> list[np.ndarray]:
         """What `Predictor.scores` gives for each row, by one pass of the backbone."""
@@ -240,6 +243,8 @@ class Tasks:
         except FastpeftError as error:  # as of an adapter that trained inside the backbone
             return Task(name, run, predictor, None, str(error).partition(". ")[0])
         shared = Shared(pool, run.classifier.tokenizer, bool(run.config.bf16), run.problem is NEXT_WORDS)
+        if shared.generates_text:  # the pool generates by its base's
+            pool.backbone.core.generation_config = run.classifier.model.generation_config
         return Task(name, run, predictor, shared, reason, member)
 
     def remove(self, name: str) -> None:

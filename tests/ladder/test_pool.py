@@ -150,6 +150,27 @@ def test_a_member_that_left_is_cast_alone(given: bool) -> None:
         pool.add("cast", left)
 
 
+@pytest.mark.parametrize("way", ["assign", "vector", "cast"])
+def test_a_member_with_other_tensors_for_weights_is_told_of(way: str) -> None:
+    """Others of its shape were computed with it, by the weights that it had before."""
+    pool = pool_of(tiny(), {}, {})
+    expected = answers(pool, ["1"] * 3)
+    side = pool["0"].side
+    if way == "assign":
+        side.load_state_dict({name: value + 0.3 for name, value in side.state_dict().items()}, assign=True)
+    elif way == "vector":
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(side.parameters()) + 0.3, side.parameters())
+    else:
+        side.half()
+    with pytest.raises(FastpeftError, match=r"has other tensors for weights since it joined.* add it again"):
+        pool(BATCH, ["0", "1", "0"])
+    assert answers(pool, ["1"] * 3).equal(expected)
+    member = pool.remove("0").float()
+    torch.testing.assert_close(answers(pool, ["1"] * 3), expected, **ROUNDING)  # they were nobody's once
+    pool.add("0", member)
+    assert_answers_are_the_models(pool, BATCH, ["0", "1", "0"])
+
+
 def test_a_member_on_the_pools_own_base_leaves_that_as_it_is() -> None:
     """As a server has its first run: other members share these parameters."""
     first = ladder(tiny())
@@ -216,6 +237,25 @@ def test_what_a_pool_refuses(tmp_path: Path) -> None:
             pool(batch, tasks)
     with pytest.raises(FastpeftError, match="no task"):
         pool.remove("b")
+
+
+def test_equal_weights_at_other_positions_are_another_backbone() -> None:
+    """The frequencies of positions come from the configuration, and no file of weights has them."""
+    pool = LadderPool(tiny("Llama"))
+    member = ladder(tiny("Llama", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}))
+    with pytest.raises(FastpeftError, match=r"weights are the pool's, but its rotary_emb\.inv_freq differs"):
+        pool.add("far", member)
+    pool.add("near", ladder(tiny("Llama")))
+    assert pool.tasks == ("near",)
+
+
+def test_a_model_that_trains_nothing_keeps_its_own_head() -> None:
+    """As one for answers alone does; its pooler was compared with that of the pool's base."""
+    member = shuffled(ladder(tiny("Bert")), 1).requires_grad_(False)
+    expected = logits(member)
+    pool = LadderPool(tiny("Bert"))
+    assert pool.add("a", member).base.bert.pooler.dense.weight is not pool.base.bert.pooler.dense.weight
+    torch.testing.assert_close(answers(pool, ["a"] * 3), expected, **ROUNDING)
 
 
 def test_tasks_come_and_go_while_others_call() -> None:

@@ -105,6 +105,35 @@ def test_tasks_with_batches_of_their_own_train_as_separate_runs() -> None:
         assert moved < 1e-2 * whole
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_autocast_around_all_steps_is_that_around_each(shared: bool) -> None:
+    """It keeps casts of weights until it ends: each step went on with those of the first."""
+    pool, alone = (LadderPool(tiny(hidden_dropout_prob=0.0)) for _ in range(2))
+    data = batches()
+    for each in (pool, alone):
+        torch.manual_seed(3)
+        each.add("a", LadderConfig(**SMALL, share_projections=shared))
+    expected = []
+    optimizer = torch.optim.AdamW(trainable(alone["a"]).values(), lr=1e-2)
+    for batch in data:
+        with torch.autocast("cpu", torch.bfloat16):
+            expected += alone.fit([batch], {"a": optimizer})["a"]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = pool.fit(data, {"a": torch.optim.AdamW(trainable(pool["a"]).values(), lr=1e-2)})["a"]
+    assert losses == expected
+
+
+def test_the_backbone_drops_nothing_whatever_its_mode() -> None:
+    pool = pool_of(tiny(hidden_dropout_prob=0.0), {})
+    for module in pool.backbone.body.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    expected = dict(pool.outputs({**BATCH, "labels": torch.arange(3)}))["0"].loss
+    pool.base.train()
+    assert dict(pool.outputs({**BATCH, "labels": torch.arange(3)}))["0"].loss.equal(expected)
+    assert all(module.training for module in pool.base.modules())
+
+
 def test_members_stop_on_their_own() -> None:
     pool, data = new_pool(), batches()
     seen: list[tuple[str, int]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -243,6 +244,23 @@ def test_each_request_has_its_own_row_whatever_the_model_says(
     answers = tasks.generate(asked)
     texts = [answer.text if isinstance(answer, GenerationRequest) else answer for answer in answers]
     assert texts == [expected[name, text] for text in ASKED]
+
+
+def test_a_run_generates_by_its_own_configuration(place: Path, tmp_path: Path, expected: dict[Any, str]) -> None:
+    """As `predict` does; the pool's base has another one."""
+    shutil.copytree(place / "chat", tmp_path / "never twice")
+    file = next((tmp_path / "never twice").rglob("generation_config.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "no_repeat_ngram_size": 1}))
+    generator = TextGenerator(load_run(tmp_path / "never twice"), 8)
+    alone = generator.generate([generator.encode(text) for text in ASKED])
+    assert alone != [expected["chat", text] for text in ASKED]
+    for names in (("chat", "never"), ("never", "chat")):
+        folders = {"chat": place / "chat", "never": tmp_path / "never twice"}
+        tasks = Tasks({name: folders[name] for name in names})
+        for name, texts in (("never", alone), ("chat", [expected["chat", text] for text in ASKED])):
+            asked = [tasks.generation_request(name, Conversation((("user", text),)), 8) for text in ASKED]
+            answers: list[Any] = tasks.generate([(name, asked)])
+            assert [answer.text for answer in answers] == texts
 
 
 def test_of_a_batch_that_fails_each_is_answered_alone(tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
