@@ -251,10 +251,12 @@ SPEAKING = {  # variants of E2E's evidence
     "lst:layers_per_block=1:normalise_features=false": "LST, a block for each layer, not normalised",
     "lst": "LST",
     "lst:reduction=4:learning_rate=0.002": "LST, twice as wide",
+    "lst:side_heads=9": "LST, nine heads in place of one",
     "lst:examples=8": "LST after 8 examples",
     "lst:siva_layers=4": "LST with SiVA in the last 4 layers",
     "lst:siva_layers=16": "LST with SiVA in the last 16 layers",
     "lst:siva_layers=16:learning_rate=0.001": "the same at SiVA's rate",
+    "lst:siva_layers=16:learning_rate=0.001:epochs=3": "the same, three epochs",
     "k-lst:window=9:layers_per_block=1": "9-LST, a block for each layer",
     "k-lst:window=9": "**9-LST**",
     "k-lst:window=9:residual=state": "9-LST with the state",
@@ -289,6 +291,30 @@ def speaking() -> str:
         body.append([title, shown[0], rouge, shown[1], f"{shown[2]} to {shown[3]}", *cost])
     heads = ["", "BLEU", "ROUGE-L", "perplexity", "other text, nats a token", "memory, MB", "learning rate", "seeds"]
     return table(heads, body)
+
+
+GENERALISATION = {  # titles of some of them
+    "full": "full fine-tuning",
+    "lora:rank=8:targets=all-linear": "LoRA, all linear",
+    "siva:rank=8:targets=all-linear": "SiVA, all linear",
+    f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA in the last 16 layers",
+    "last-n": "last 3 layers",
+    "lst": "LST",
+    "k-lst:window=9": "9-LST",
+    "lst:siva_layers=16:learning_rate=0.001": "LST with SiVA in the last 16 layers, at SiVA's rate",
+    "lst:siva_layers=16:learning_rate=0.001:epochs=3": "the same, three epochs",
+}
+
+
+def generalisation() -> str:
+    """The loss of a decoder in the last fifth of training, and that of rows with other meanings."""
+    body = []
+    for variant, title in GENERALISATION.items():
+        (cell,) = cells_of("e2e", variant)
+        losses = [loss for _, loss in cell["curves"]["training loss"]]
+        learned, other = mean(losses[-(len(losses) // 5) :]), cell["metrics"]["loss"]
+        body.append([title, f"{learned:.2f}", f"{other:.2f}", f"{other - learned:+.2f}"])
+    return table(["", "loss, end of training", "of dev rows", "difference"], body)
 
 
 def base_rates() -> str:

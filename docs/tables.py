@@ -32,6 +32,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "base-trec": partial(accuracy_tables.evidence, "trec", is_papers=False),
     "base-wnut17": accuracy_tables.tagging,
     "e2e": accuracy_tables.speaking,
+    "e2e-gap": accuracy_tables.generalisation,
     "targets": accuracy_tables.targets,
     "prompts": accuracy_tables.prompts,
     "after-mezo": accuracy_tables.after_mezo,
