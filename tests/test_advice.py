@@ -57,6 +57,8 @@ OTHERS = [
         transformers.Trainer,
         transformers.BitsAndBytesConfig,
         torch.nn.Module,
+        torch.nn.TransformerEncoder,
+        torch.nn.TransformerEncoderLayer,
         torch,
     ),
 ]

@@ -442,7 +442,7 @@ CASES = [
         ["'new.txt' must end in one of .csv, .tsv, .jsonl, .parquet"],
     ),
     (["predict", "run", "a text", "--output", "good.csv"], ["'good.csv' exists", "--overwrite"]),
-    (["predict", "run", "a text", "--output", "nowhere/new.csv"], ["cannot write nowhere/new.csv (No such file"]),
+    (["predict", "run", "a text", "--output", "nowhere/new.csv"], ["'nowhere/new.csv'", "Make it first"]),
     (["predict", "unfinished", "a text"], ["not finished"]),
     (["export"], ["RUN"]),
     (["export", "run"], ["OUT"]),
