@@ -105,7 +105,9 @@ def _why_not(backend: str) -> str:
         if module:
             importlib.import_module(module)
     except ImportError as error:
-        return f"{module} is not available ({error})"
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            return f"{module} was not built" if backend in _COMPILED else f"{module} is not installed"
+        return f"{module} cannot be loaded ({error})"
     return ""
 
 
