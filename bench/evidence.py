@@ -187,6 +187,7 @@ _TAGGING = (  # by the recipes' rates adapters answer one tag throughout
     "full:learning_rate=5e-5",
 )
 _WIDE = ":rank=8:targets=all-linear"
+_LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"  # PEFT chooses blocks among named layers alone
 _SPEAKING = (
     "lst",
     "k-lst:window=9",
@@ -198,6 +199,8 @@ _SPEAKING = (
     *(f"{method}:siva_layers=16" for method in ("k-lst:window=9", "lst")),
     *(f"{method}:siva_layers=16:learning_rate=0.001" for method in ("k-lst:window=9", "lst")),
     "lst:siva_layers=16:learning_rate=0.001:epochs=3",
+    *(f"{each}{_WIDE}:learning_rate=0.001" for each in ("k-lst:window=9:siva_layers=10", "lst:siva_layers=12")),
+    f"siva:rank=8:targets={_LINEAR}:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
     f"siva:targets=q_proj+k_proj:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
     f"lora{_WIDE}",
     "lst:layers_per_block=1:normalise_features=false",

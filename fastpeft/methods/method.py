@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,7 +43,7 @@ class EarlierRun:
         name: what error messages call its folder.
         folder: where it lies.
         method: its name in the registry, of MeZO that of the method that it trained over.
-        settings: its settings.
+        preparation: what its method was given.
         same_head: whether the head that it trained serves the later run.
         start: loads what it started from, with the head of the later run.
         result: loads the model that it left.
@@ -53,7 +53,7 @@ class EarlierRun:
     name: str
     folder: Path
     method: str
-    settings: Mapping[str, Any]
+    preparation: Preparation
     same_head: bool
     start: Callable[[], Any]
     result: Callable[[], Any]
@@ -155,8 +155,8 @@ class Method(ABC):
         """Raise `FastpeftError` where a run by `later` cannot start from `run`, which this method made."""
         self.check_merges(f"the run in {run.name!r}")
 
-    def start_later(self, run: EarlierRun, settings: Mapping[str, Any]) -> Any:
-        """The `Classifier` that a later run, with these settings, starts from.
+    def start_later(self, run: EarlierRun, later: Preparation) -> Any:
+        """The `Classifier` that a later run, which is given `later`, starts from.
 
         That is the pretrained model with the weights that `run`, by this method, left it.
         """

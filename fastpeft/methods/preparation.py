@@ -12,6 +12,7 @@ from fastpeft.errors import FastpeftError
 
 # layer names to train on, a regular expression that whole names must match, or a name that PEFT knows
 Targets = list[str] | str | None
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Preparation:
 
 def parse_targets(text: str | None) -> Targets:
     """Targets as written on a command line: `query,key`, `all-linear`, or a regular expression."""
-    if text is None or text == "all-linear":
+    if text is None or text == ALL_LINEAR:
         return text
     if re.fullmatch(r"[\w.-]+(,[\w.-]+)*", text):
         return text.split(",")

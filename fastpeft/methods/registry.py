@@ -14,8 +14,9 @@ from typing import Any
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.adapter import AdapterMethod, PromptTuningMethod
 from fastpeft.methods.method import OVER, Method, Optimization
+from fastpeft.methods.preparation import ALL_LINEAR
 from fastpeft.methods.recipes import Recipe
-from fastpeft.methods.side_network import GATED, SideNetworkMethod
+from fastpeft.methods.side_network import GATED, OF_SIVA, SideNetworkMethod
 from fastpeft.methods.whole_model import WholeModelMethod, biases, everything, head, last_layers
 
 # the paper's: 48,000 steps, 11.4 epochs of SST-2
@@ -59,7 +60,7 @@ METHODS: dict[str, Method] = {
             description="a side network reads one feature a block, through a gate",
             recipe=_SIDE_NETWORK,
             fields=GATED,
-            options=("reduction",),
+            options=("reduction", *OF_SIVA),
         ),
         WholeModelMethod(
             name="full",
@@ -105,7 +106,7 @@ METHODS: dict[str, Method] = {
             title="QLoRA",
             description="LoRA in all linear layers, beside weights in 4 bits",
             recipe=Recipe(2e-4),  # Dettmers et al. 2023, models of 7 and 13 billion weights
-            fields=lambda r: {"lora_alpha": 2 * r, "target_modules": "all-linear"},
+            fields=lambda r: {"lora_alpha": 2 * r, "target_modules": ALL_LINEAR},
             four_bits=True,
             merges=False,
         ),
@@ -168,7 +169,7 @@ METHODS: dict[str, Method] = {
             description="LST written directly from its equations, to compare with",
             recipe=_SIDE_NETWORK,
             fields=GATED,
-            options=("reduction",),
+            options=("reduction", *OF_SIVA),
             direct=True,
         ),
         SideNetworkMethod(

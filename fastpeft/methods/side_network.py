@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any, get_type_hints
 
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import EarlierRun, Method, name_after
-from fastpeft.methods.preparation import Preparation
+from fastpeft.methods.preparation import ALL_LINEAR, Preparation
 from fastpeft.support.model_card import loading_snippet
 
 SIVA_LAYERS = "siva_layers"  # the setting of a side network beside which SiVA trains
+OF_SIVA = ("targets", "rank")  # options of what trains there
 EXAMPLES = "examples"  # that of one whose decoder reads some training rows in front of every text
 GATED: Mapping[str, Any] = {"window_size": 1, "fusion": "gated"}  # the original LST
 
@@ -34,7 +36,7 @@ class SideNetworkMethod(Method):
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     direct: bool = False
-    options: tuple[str, ...] = ("window", "reduction")
+    options: tuple[str, ...] = ("window", "reduction", *OF_SIVA)
 
     frozen_features = True
 
@@ -47,6 +49,17 @@ class SideNetworkMethod(Method):
 
     def check(self, preparation: Preparation) -> None:
         self._config(preparation)
+        given = [name for name in OF_SIVA if getattr(preparation, name) is not None]
+        if given and SIVA_LAYERS not in preparation.settings:
+            raise FastpeftError(
+                f"`{given[0]}` is of SiVA, which trains beside a side network only where {SIVA_LAYERS} says in how "
+                f"many of the last layers. Give {SIVA_LAYERS} too, or leave `{given[0]}` out."
+            )
+        if isinstance(preparation.targets, str) and preparation.targets != ALL_LINEAR:
+            raise FastpeftError(
+                f"`targets` is {preparation.targets!r} beside {SIVA_LAYERS}, which chooses among the layers itself. "
+                f"Give names joined by commas, or {ALL_LINEAR}."
+            )
         count = preparation.settings.get(EXAMPLES)
         if count is not None and count < 1:
             raise FastpeftError(f"{EXAMPLES} is {count}; it must be a whole number from 1. Or leave it out.")
@@ -69,7 +82,8 @@ class SideNetworkMethod(Method):
     def prepare(self, model: Any, preparation: Preparation) -> Any:
         """A side network beside the model; of a prompted one, beside the masked language model in it.
 
-        With the setting `siva_layers` SiVA adapts so many of the model's last layers, and trains with it.
+        With the setting `siva_layers` SiVA adapts so many of the model's last layers, and trains with it: their query
+        and key, or `targets`, at its own rank, or `rank`.
         """
         from fastpeft.ladder import LadderModel
         from fastpeft.prompts.model import around
@@ -78,7 +92,7 @@ class SideNetworkMethod(Method):
 
         def beside(base: Any) -> Any:
             if config.train_adapters:
-                base = _with_siva(base, preparation.settings[SIVA_LAYERS], config.feature_modules)
+                base = _with_siva(base, preparation, config.feature_modules)
             return self._computed(LadderModel(base, config))
 
         return around(model, beside)
@@ -120,15 +134,17 @@ class SideNetworkMethod(Method):
                 f"--set over={run.method}, or leave `init_from` out."
             )
 
-    def start_later(self, run: EarlierRun, settings: Mapping[str, Any]) -> Any:
+    def start_later(self, run: EarlierRun, later: Preparation) -> Any:
         """What the earlier run started from; an adapter that trained with its side network is merged or trains on."""
         start = run.start()
-        adapted, wanted = (each.get(SIVA_LAYERS) for each in (run.settings, settings))
+        adapted, wanted = _siva_beside(run.preparation), _siva_beside(later)
         if adapted is None or adapted == wanted:
             return start
         if wanted is not None:
+            name = next(name for name in wanted if wanted[name] != adapted[name])
+            here, there = ("its own" if value is None else value for value in (wanted[name], adapted[name]))
             raise FastpeftError(
-                f"{SIVA_LAYERS} is {wanted}, but the run in {run.name!r} had {adapted}. Give that, or leave it out to "
+                f"{name} is {here}, but the run in {run.name!r} had {there}. Give that, or leave {SIVA_LAYERS} out to "
                 "merge what was trained into the backbone."
             )
         from fastpeft.ladder.saving import with_adapter
@@ -148,12 +164,19 @@ class SideNetworkMethod(Method):
         return loading_snippet(folder, adapter=False, ladder=True, chained=chained, **known)
 
 
-def _with_siva(model: Any, count: int, feature_modules: Sequence[str] | None) -> Any:
-    """The model with SiVA in the last `count` layers, whose weights it leaves as they are: side networks know them."""
-    from peft import get_peft_model
+def _siva_beside(preparation: Preparation) -> dict[str, Any] | None:
+    """What decides the weights of SiVA beside a side network; None where there is none."""
+    layers = preparation.settings.get(SIVA_LAYERS)
+    if layers is None:
+        return None
+    return {SIVA_LAYERS: layers, **{f"`{name}`": getattr(preparation, name) for name in OF_SIVA}}
 
+
+def _with_siva(model: Any, preparation: Preparation, feature_modules: Sequence[str] | None) -> Any:
+    """The model with SiVA in its last layers, whose weights it leaves as they are: side networks know them."""
     from fastpeft.ladder.backbone import Backbone
-    from fastpeft.siva import SivaConfig
+    from fastpeft.methods.wrapping import linear_names, wrap
+    from fastpeft.support.logs import at_least
 
     if feature_modules is not None:
         raise FastpeftError(
@@ -161,8 +184,15 @@ def _with_siva(model: Any, count: int, feature_modules: Sequence[str] | None) ->
             "Leave out either, or put SiVA where you want it by peft.get_peft_model, with "
             "LadderConfig(train_adapters=True)."
         )
-    layers = len(Backbone(model).layers)
-    if not 1 <= count <= layers:
-        raise FastpeftError(f"{SIVA_LAYERS} is {count}; the model has {layers} layers. Give a number from 1 to that.")
-    chosen = list(range(layers - count, layers))
-    return get_peft_model(model, SivaConfig(layers_to_transform=chosen, residual="implicit"))
+    count, layers = preparation.settings[SIVA_LAYERS], Backbone(model).layers
+    if not 1 <= count <= len(layers):
+        raise FastpeftError(
+            f"{SIVA_LAYERS} is {count}; the model has {len(layers)} layers. Give a number from 1 to that."
+        )
+    targets = preparation.targets
+    if targets == ALL_LINEAR:  # PEFT chooses blocks among named layers alone
+        targets = sorted({name for layer in layers[-count:] for name in linear_names(layer)})
+    chosen = {"layers_to_transform": [*range(len(layers) - count, len(layers))], "residual": "implicit"}
+    siva = replace(preparation, head=(), targets=targets, task_type=None, settings=chosen)
+    with at_least("fastpeft.siva.heads", logging.ERROR):  # the side network's model trains the head
+        return wrap(model, siva, "SivaConfig", {} if preparation.rank is None else {"r": preparation.rank})

@@ -142,7 +142,7 @@ def load_start(setup: RunSetup) -> Classifier:
             "Leave the model out."
         )
     earlier.method.check_successor(setup.method, run)
-    start: Classifier = earlier.method.start_later(run, setup.preparation.settings)
+    start: Classifier = earlier.method.start_later(run, setup.preparation)
     return start
 
 
@@ -179,7 +179,7 @@ def _earlier(setup: RunSetup) -> tuple[RunSetup, EarlierRun]:
         name=name,
         folder=folder.path,
         method=earlier.config.settings.get(OVER, earlier.config.method),
-        settings=earlier.config.settings,
+        preparation=earlier.preparation,
         same_head=setup.head.can_take_over(earlier.head),
         start=lambda: load_start(dataclasses.replace(earlier, head=setup.head)),
         result=lambda: assemble(folder).classifier.model,

@@ -256,6 +256,26 @@ def test_a_side_network_and_its_adapter_go_on(
     assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"])
 
 
+def test_siva_beside_a_side_network_takes_other_layers_and_another_rank(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wide = replace(config, targets="all-linear", rank=2)
+    inside = {name.partition(".layer.")[2].partition(".siva_")[0] for name in Task.load(wide).model.adapters}
+    of_attention = (f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense"))
+    assert inside == {f"1.{name}" for name in (*of_attention, "intermediate.dense", "output.dense")}
+    assert "do not train" not in caplog.text
+    result = train(wide)
+    assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"])
+    went_on = train(replace(wide, init_from=str(result.folder), output=str(tmp_path / "then")))
+    assert evaluate(went_on.folder)["loss"] == pytest.approx(went_on.metrics["loss"])
+    for other, said in (
+        ({"rank": 3}, "rank is 3, but the run in .* had 2. Give that, or leave siva_layers out"),
+        ({"targets": None}, "targets is its own, but the run in .* had all-linear"),
+    ):
+        with pytest.raises(FastpeftError, match=said):
+            Task.load(replace(wide, init_from=str(result.folder), **other))
+
+
 def test_a_side_network_without_an_adapter_gets_one(config: TrainConfig, tmp_path: Path) -> None:
     words = train(replace(config, objective="mlm", settings={}))
     result = train(replace(config, init_from=str(words.folder), output=str(tmp_path / "then")))
@@ -267,5 +287,7 @@ def test_other_numbers_of_layers_are_refused(config: TrainConfig, tmp_path: Path
         Task.load(replace(config, settings={"siva_layers": 3}))
     words = train(replace(config, objective="mlm"))
     then = replace(config, init_from=str(words.folder), settings={"siva_layers": 2})
-    with pytest.raises(FastpeftError, match=r"siva_layers is 2, but the run in .* had 1. Give that, or leave it out"):
+    with pytest.raises(
+        FastpeftError, match=r"siva_layers is 2, but the run in .* had 1. Give that, or leave siva_layers out"
+    ):
         Task.load(then)

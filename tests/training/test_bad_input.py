@@ -148,7 +148,16 @@ CASES = [
     (["--method", "k-lst", "--reduction", "3"], ["reduction_factor=3 does not divide", "1, 2, 4, 8, 16"]),
     (["--method", "k-lst", "--set", "window_size=3"], ["window_size cannot be set", "use --window"]),
     (["--method", "k-lst", "--set", "fusion=gated"], ["fusion='gated'", "window_size=1"]),
-    (["--method", "k-lst", "--rank", "2"], ["'k-lst' takes no --rank", "window, reduction"]),
+    (["--method", "k-lst", "--rank", "2"], ["--rank is of SiVA", "siva_layers says in how many", "leave --rank out"]),
+    (["--method", "lst", "--targets", "all-linear"], ["--targets is of SiVA", "leave --targets out"]),
+    (
+        ["--method", "lst", "--set", "siva_layers=1", "--targets", ".*query"],
+        ["--targets is '.*query' beside siva_layers", "names joined by commas, or all-linear"],
+    ),
+    (
+        ["--method", "lst", "--set", "siva_layers=1", "--targets", "bread"],
+        ["target_modules=['bread'] matches no linear layer", "dense, key, query, value"],
+    ),
     (["--method", "k-lst", "--model", "seq2seq"], ["feature_modules"]),
     (["--method", "lst", "--window", "3"], ["'lst' takes no --window", "reduction"]),
     (["--window", "3"], ["'lora' takes no --window", "targets, rank"]),
