@@ -175,7 +175,7 @@ def _siva_beside(preparation: Preparation) -> dict[str, Any] | None:
 def _with_siva(model: Any, preparation: Preparation, feature_modules: Sequence[str] | None) -> Any:
     """The model with SiVA in its last layers, whose weights it leaves as they are: side networks know them."""
     from fastpeft.ladder.backbone import Backbone
-    from fastpeft.methods.wrapping import linear_names, wrap
+    from fastpeft.methods.wrapping import wrap
     from fastpeft.support.logs import at_least
 
     if feature_modules is not None:
@@ -189,10 +189,7 @@ def _with_siva(model: Any, preparation: Preparation, feature_modules: Sequence[s
         raise FastpeftError(
             f"{SIVA_LAYERS} is {count}; the model has {len(layers)} layers. Give a number from 1 to that."
         )
-    targets = preparation.targets
-    if targets == ALL_LINEAR:  # PEFT chooses blocks among named layers alone
-        targets = sorted({name for layer in layers[-count:] for name in linear_names(layer)})
     chosen = {"layers_to_transform": [*range(len(layers) - count, len(layers))], "residual": "implicit"}
-    siva = replace(preparation, head=(), targets=targets, task_type=None, settings=chosen)
+    siva = replace(preparation, head=(), task_type=None, settings=chosen)
     with at_least("fastpeft.siva.heads", logging.ERROR):  # the side network's model trains the head
         return wrap(model, siva, "SivaConfig", {} if preparation.rank is None else {"r": preparation.rank})

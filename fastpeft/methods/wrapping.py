@@ -100,7 +100,7 @@ def _own_names(model: Any, targets: Targets) -> Targets:
     """
     if not isinstance(targets, list):
         return targets
-    layers = linear_names(model)
+    layers = _layers(model)
     names = {name.rpartition(".")[2] for name in layers}
     found = _projections(layers)
     if len({*found}) == 1 and not {*_ROLES} <= {*targets}:
@@ -109,8 +109,7 @@ def _own_names(model: Any, targets: Targets) -> Targets:
     return list(dict.fromkeys(own.get(name, name) for name in targets))
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """The names of its linear layers."""
+def _layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
@@ -130,7 +129,7 @@ def _usual_layers(model: Any, config: str) -> dict[str, Any]:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in _KNOWN.get(config, {kind}):
         return {}
-    layers = linear_names(model)
+    layers = _layers(model)
     query, key, value = _projections(layers)
     end = next((end for end in _FEED_FORWARD if any(name.endswith(f".{end}") for name in layers)), "")
     if config == "IA3Config":

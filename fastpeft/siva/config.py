@@ -11,6 +11,7 @@ import peft
 from peft import PeftConfig, PeftType
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from fastpeft.errors import FastpeftError
@@ -89,7 +90,7 @@ class SivaConfig(PeftConfig):
             `"plain"`: in proportion to the triplet's singular value, as if U and V themselves trained.
         rank_pattern: Ranks of single layers, `{name or regular expression: r}`.
         layers_to_transform: Indices of the blocks to adapt; None adapts all. It goes with names in
-            `target_modules`, not with a regular expression or `"all-linear"`.
+            `target_modules` or `"all-linear"`, not with a regular expression.
         layers_pattern: Name of the list of blocks, where it is not the usual one; with `layers_to_transform`.
         exclude_modules: Names or a regular expression of layers to leave out.
         modules_to_save: Further modules that train and are saved whole. With the task types SEQ_CLS, TOKEN_CLS and
@@ -170,13 +171,13 @@ class SivaConfig(PeftConfig):
 
     def _check_layers(self) -> None:
         """Refuse, as LoRA does, a choice of blocks that PEFT would ignore silently."""
-        if isinstance(self.target_modules, str):
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise FastpeftError(
                         f"{name}={getattr(self, name)!r} with target_modules={self.target_modules!r}: blocks are "
-                        "chosen among layers that a list names. Give target_modules as a list of names, or choose the "
-                        "blocks in the regular expression itself."
+                        "chosen among layers that a list names. Give target_modules as a list of names or as "
+                        f"{INCLUDE_LINEAR_LAYERS_SHORTHAND!r}, or choose the blocks in the regular expression itself."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise FastpeftError(

@@ -26,6 +26,7 @@ from fastpeft.siva.targets import (
     check_base,
     check_target,
     endings,
+    in_chosen_blocks,
     limit_ranks,
     query_and_key,
     rank_of,
@@ -94,6 +95,8 @@ class SivaModel(BaseTuner):
         wanted = peft_config.target_modules
         all_linear = isinstance(wanted, str) and wanted.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         _maybe_include_all_linear_layers(peft_config, model)
+        if all_linear and peft_config.layers_to_transform is not None:
+            peft_config.target_modules = in_chosen_blocks(peft_config, peft_config.target_modules)
         adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         modules = {name: module for name, module in model.named_modules() if not name.startswith(adapted)}
         targets = [name for name in modules if name and self._check_target_module_exists(peft_config, name)]

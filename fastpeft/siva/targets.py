@@ -126,6 +126,16 @@ def warn_of_strangers(
             logger.warning("%s: nothing matches %s.%s %s", field, shown, meant, there)
 
 
+def in_chosen_blocks(peft_config: SivaConfig, names: Iterable[str]) -> set[str]:
+    """Those of these layers, its targets by their whole names, that are in a block that it chooses.
+
+    PEFT looks at the block of a layer only where a target is the end of its name.
+    """
+    probe = copy.copy(peft_config)
+    probe.target_modules = set(endings(names))
+    return {name for name in names if check_target_module_exists(probe, name)}
+
+
 def _blocks(peft_config: SivaConfig, names: list[str]) -> list[int]:
     """The numbers of the blocks that `layers_to_transform` can choose, by PEFT's own rule for a layer's name."""
     probe = copy.copy(peft_config)

@@ -121,10 +121,6 @@ class NotForSiva:
 
 EXCEPTIONS = (
     NotForSiva(
-        "test_*::test_training*_layer_indexing[[]SivaConfig-config_kwargs[123]-*",
-        'layers_to_transform goes with names in target_modules, here is "all-linear": LoRA refuses it too',
-    ),
-    NotForSiva(
         "test_decoder_models::test_*mixed_adapter_batches[[]SivaConfig-config_kwargs[123]-*OPT*",
         "OPT's fc1 reads tokens of all rows as rows: SiVA finds and refuses it",
     ),

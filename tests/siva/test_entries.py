@@ -63,13 +63,25 @@ def test_any_other_name_will_do(tmp_path: Path, name: str) -> None:
 SELF = "roberta.encoder.layer.{}.attention.self.{}"
 
 
-@pytest.mark.parametrize("targets", ["all-linear", r".*\.(query|key)"])
 @pytest.mark.parametrize("chosen", [{"layers_to_transform": [1]}, {"layers_pattern": "layer"}])
-def test_blocks_are_chosen_among_named_layers_alone(targets: str, chosen: dict[str, Any]) -> None:
+def test_no_blocks_are_chosen_in_a_regular_expression(chosen: dict[str, Any]) -> None:
+    targets = r".*\.(query|key)"
     with pytest.raises(ValueError, match=r"cannot be used when `target_modules` is a str"):
         peft.LoraConfig(target_modules=targets, **chosen)
     with pytest.raises(FastpeftError, match=rf"{next(iter(chosen))}=.* with target_modules="):
         config(target_modules=targets, **chosen)
+
+
+def test_all_linear_in_some_blocks(tmp_path: Path) -> None:
+    """PEFT looks at the block of a layer only where a target is the end of its name, which it is not here."""
+    model = peft.get_peft_model(tiny(), config(target_modules="all-linear", layers_to_transform=[1]))
+    names = [layer.name for layer in model.base_model._siva_layers()]
+    assert len(names) == 6
+    assert all(".layer.1." in name for name in names)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
+    assert [layer.name for layer in loaded.base_model._siva_layers()] == names
+    assert answers(loaded).equal(answers(model.eval()))
 
 
 def test_a_pattern_of_blocks_needs_their_numbers() -> None:
@@ -201,6 +213,7 @@ def test_names_of_a_saved_adapter_are_taken_as_they_are(tmp_path: Path) -> None:
     "given",
     [
         {"layers_to_transform": 7},
+        {"layers_to_transform": 7, "target_modules": "all-linear"},
         {"exclude_modules": ["query", "key"]},
         {"exclude_modules": ".*"},
         {"modules_to_save": ["query", "key"]},
