@@ -110,6 +110,18 @@ class Cell:
         kept = files.read_json(file)
         return kept["metric"], significance.row_scores(kept["above"], kept["below"])
 
+    def words(self) -> tuple[int, ...] | None:
+        """How many words its metric is of: of texts alone those of each dev row, of tags those of all rows.
+
+        Cells with another `max_length` or tokenizer have others. None where rows are answered, or it was not kept.
+        """
+        metrics, file = self.metrics() or {}, self.folder.path / ROW_SCORES
+        problem = get_problem(metrics.get("problem_type", CLASSIFICATION.name))
+        if problem.of_texts_alone:
+            return tuple(files.read_json(file)["below"]) if file.is_file() else None
+        known = metrics.get("per_class", {}) if problem.per_token else {}
+        return (sum(tag["support"] for tag in known.values()),) if known else None
+
     def curves(self) -> dict[str, list[tuple[int, float]]] | None:
         """Its logged values as (step, value), by name; None where they were not kept."""
         file = self.folder.path / CURVES

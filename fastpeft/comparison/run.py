@@ -261,7 +261,8 @@ class Comparison:
         else:
             with self._saving():
                 files.write_text(cell.clock, f"{ended.seconds:.1f}\n")
-            logger.info("%s: %s (%.0f s)", cell.name, output.headline(metrics), ended.seconds)
+            told = "%s: %s (its process took %.0f s, loading and measuring included)"
+            logger.info(told, cell.name, output.headline(metrics), ended.seconds)
 
 
 @contextmanager

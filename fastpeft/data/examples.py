@@ -15,6 +15,8 @@ from typing import Any
 
 from fastpeft.data import result_warnings
 from fastpeft.data.columns import (
+    LABEL_COLUMNS,
+    TAG_COLUMNS,
     Columns,
     check_answers,
     check_separated,
@@ -229,7 +231,11 @@ def load_rows(
     if problem is NEXT_WORDS and not (text_column or trained_with[0]):
         check_answers(table, columns.texts)
     part = _read_part(table, columns, problem, class_names(table, columns.label))
-    return _to_examples(part, list(labels), problem, data)
+    examples = _to_examples(part, list(labels), problem, data)
+    learned, taken = found[1], columns.label
+    if of_labels is None and learned and taken and taken.strip().lower() not in (*LABEL_COLUMNS, *TAG_COLUMNS):
+        examples.warnings.extend(result_warnings.of_other_labels(table.name, learned, taken))
+    return examples
 
 
 def count_labels(data: TextData) -> list[tuple[int, int]]:

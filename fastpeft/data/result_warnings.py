@@ -130,6 +130,14 @@ def of_numbers(data: str, problem: Problem, read_as: str) -> list[str]:
     ]
 
 
+def of_other_labels(table: str, learned: str, taken: str) -> list[str]:
+    """What is to be said where rows lack the column that a run learned from, and the only other one is measured."""
+    return [
+        f"{table!r} has no column {learned!r}, from which the run learned, so its only other column {taken!r} was "
+        "measured. If it holds something else, the metrics are wrong: name the column with --label-column."
+    ]
+
+
 def seen_rows(texts: Sequence[Any], trained_on: Set[str]) -> list[str]:
     """How many of the rows that are measured on were trained on, where any was."""
     seen = sum(digest(text) in trained_on for text in texts) if trained_on else 0

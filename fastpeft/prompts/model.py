@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ from fastpeft.support import files
 from fastpeft.support.adapter_files import WEIGHTS, check_file
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.hub import HUB_ARGUMENTS, source_options
+
+logger = logging.getLogger(__name__)
+
+_CALIBRATION = "calibration"  # its name in state dicts
 
 
 @dataclass
@@ -112,6 +117,13 @@ class PromptModel(PreTrainedModel):
                 "masked language model such as RoBERTa by AutoModelForMaskedLM, or a decoder by AutoModelForCausalLM."
             )
         _check_tokenizer(core, tokenizer)
+        if masked_lm is core and (new := _new_in_head(core)):
+            logger.warning(
+                "the checkpoint of %s lacks its LM head, as %s, which was drawn at random: until it is trained, label "
+                "words are answered by chance. Load a model that predicts words.",
+                type(core).__name__,
+                new[0],
+            )
         config: Any = copy.deepcopy(masked_lm.config)
         config.id2label = dict(enumerate(prompt.labels))
         config.label2id = {label: index for index, label in enumerate(prompt.labels)}
@@ -131,6 +143,7 @@ class PromptModel(PreTrainedModel):
         self.register_buffer("label_ids", label_ids, persistent=False)  # (classes,)
         # log-probabilities of the label words for an empty text, or zeros (classes,)
         self.register_buffer("calibration", torch.zeros(len(label_ids), device=self.device), persistent=False)
+        self.register_state_dict_post_hook(_add_calibration)
         self.register_load_state_dict_pre_hook(_take_plain_names)
         unsaved = getattr(masked_lm, "_keys_to_ignore_on_save", None) or ()  # a side network's backbone, to the Trainer
         self._keys_to_ignore_on_save = {f"masked_lm.{name}" for name in unsaved} or None
@@ -317,7 +330,8 @@ class PromptModel(PreTrainedModel):
         So the folder is that of a plain language model too.
         """
         if state_dict is not None:
-            kwargs["state_dict"] = {name.removeprefix("masked_lm."): value for name, value in state_dict.items()}
+            of_inside = {name: value for name, value in state_dict.items() if name != _CALIBRATION}
+            kwargs["state_dict"] = {name.removeprefix("masked_lm."): value for name, value in of_inside.items()}
         self.masked_lm.save_pretrained(save_directory, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
@@ -428,6 +442,16 @@ def _find_core(model: Any) -> Any:
         model = inside
 
 
+def _new_in_head(model: Any) -> list[str]:
+    """The weights outside the encoder that its checkpoint lacked, where transformers has loaded one."""
+    prefix = f"{model.base_model_prefix}."
+    # transformers marks what it has read from a file, and what it ties to that
+    read = {name: getattr(weight, "_is_hf_initialized", False) for name, weight in model.named_parameters()}
+    if not any(found for name, found in read.items() if name.startswith(prefix)):
+        return []
+    return [name for name, found in read.items() if not (found or name.startswith(prefix))]
+
+
 def _fills_masks(model: Any) -> bool:
     name = type(model).__name__
     return name.endswith("ForMaskedLM") or name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
@@ -495,8 +519,18 @@ def _only_masks(model: Any, positions: Tensor, length: int) -> Iterator[None]:
         handle.remove()
 
 
+def _add_calibration(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a state dict have the calibration where there is one: a plain model's, which has none, loads as before."""
+    calibration: Any = module.calibration
+    if not calibration.is_meta and calibration.any():
+        state_dict[prefix + _CALIBRATION] = calibration.clone()
+
+
 def _take_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let checkpoints of the plain model, which `save_pretrained` writes, load into a PromptModel."""
+    calibration: Any = module.calibration
+    if (kept := state_dict.pop(prefix + _CALIBRATION, None)) is not None:
+        calibration.copy_(kept)
     inner = f"{prefix}masked_lm."
     for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:
         state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)

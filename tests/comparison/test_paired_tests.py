@@ -263,6 +263,31 @@ def test_objectives_are_tested_apart(tmp_path: Path) -> None:
     assert "Masked-token accuracy of every pair of variants, paired by dev row: a t test over rows. 'p by Holm'" in text
 
 
+def test_variants_that_were_measured_on_other_words_are_not_compared(tmp_path: Path) -> None:
+    """A smaller `max_length` or another tokenizer leaves other words to say, and to tag, in the same rows."""
+    methods = ["siva", "lora", "siva:max_length=8", "head:objective=mlm", "head:objective=mlm:max_length=8"]
+    plan = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=methods), "command")
+    plan.save()
+    for cell in plan.results:
+        tags, few = "mlm" not in cell.name, "max_length" in cell.name
+        metric, problem = ("entity_f1", "token_classification") if tags else ("masked_accuracy", "masked_words")
+        below = [2 if few else 4 - 2 * (row % 2) for row in range(100)]
+        per_class = {"O": {"f1": 1.0, "recall": 1.0, "support": sum(below)}}
+        own = {"problem_type": problem, metric: 0.5, **({"per_class": per_class} if tags else {})}
+        finish(cell, 100, 200.0, 100.0, **{"accuracy": None, **own})
+        (cell.folder.path / "predictions.json").unlink()
+        scores = {"metric": metric, "above": [2] * 100, "below": below}
+        (cell.folder.path / "row_scores.json").write_text(json.dumps(scores))
+    compared = results.variants(plan.results)
+    assert [str(pair) for pair in paired_tests.all_pairs(compared)] == ["siva and lora"]
+    assert first_lines(plan)[1] == (
+        "Do not compare entity F1 between these, which were measured on different words, as their max_length or their "
+        "tokenizer differs: siva and lora; siva:max_length=8. Do not compare masked-token accuracy between these, "
+        "which were measured on different words, as their max_length or their tokenizer differs: head:objective=mlm; "
+        "head:objective=mlm:max_length=8."
+    )
+
+
 # -- pairs -------------------------------------------------------------------------------------------------------------
 
 

@@ -229,6 +229,22 @@ def test_a_file_without_names_is_told_to_have_some(tmp_path: Path) -> None:
         load_data(file)
 
 
+def test_another_column_in_place_of_the_labels_is_told_of(tmp_path: Path) -> None:
+    """It is the only one left, and its numbers would do, but they may be of something else."""
+    rows = [("a film", "12"), ("a plot", "7")]
+    file = write_csv(tmp_path / "rows.csv", rows, ("text", "length"))
+    read = load_rows(file, ["stars"], REGRESSION, found=("text", "stars"))
+    assert read.labels == [12.0, 7.0]
+    assert read.warnings == [
+        f"{str(file)!r} has no column 'stars', from which the run learned, so its only other column 'length' was "
+        "measured. If it holds something else, the metrics are wrong: name the column with --label-column."
+    ]
+    assert load_rows(file, ["stars"], REGRESSION, label_column="length", found=("text", "stars")).warnings == []
+    usual = write_csv(tmp_path / "usual.csv", rows, ("text", "Score"))
+    for names in (("text", "stars"), ("text", "Score"), (None, None)):
+        assert load_rows(usual, ["stars"], REGRESSION, found=names).warnings == []
+
+
 @pytest.mark.parametrize("name", ["id", "Index"])
 def test_numbers_of_rows_are_no_labels(tmp_path: Path, name: str) -> None:
     """Though no other column is left, and they would do as indices of classes."""

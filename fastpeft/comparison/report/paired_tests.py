@@ -163,6 +163,22 @@ def limits(tested: Sequence[Pair]) -> str:
     return " ".join(told)
 
 
+def other_words(compared: Sequence[Variant]) -> str:
+    """Which variants were measured on other words than others with the same metric; empty where none were."""
+    told = []
+    for metric in dict.fromkeys(variant.tested for variant in compared if variant.words):
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for variant in compared:
+            if variant.words and variant.tested == metric:
+                groups.setdefault(variant.words, []).append(variant.name)
+        if metric and len(groups) > 1:
+            told.append(
+                f"Do not compare {TITLES[metric]} between these, which were measured on different words, as their "
+                f"max_length or their tokenizer differs: {'; '.join(map(listed, groups.values()))}."
+            )
+    return " ".join(told)
+
+
 def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Block]:
     """The section on the pairs, those of a metric together: a row each, or a matrix where they are many."""
     if tested:

@@ -112,6 +112,11 @@ class Variant:
         return {seed: found[1] for seed, found in self._scores.items() if found and self.tested}
 
     @cached_property
+    def words(self) -> tuple[int, ...] | None:
+        """How many words its metrics are of, as `Cell.words` has it."""
+        return next((found for cell in self.cells if (found := cell.words())), None)
+
+    @cached_property
     def _scores(self) -> dict[int | None, tuple[str, np.ndarray] | None]:
         return {cell.seed: cell.row_scores() for cell in self.cells if cell.metrics()}
 
@@ -129,12 +134,14 @@ class Variant:
         """How far its tested metric is above another's, paired by dev row and seed, and the number of seeds.
 
         A variant without seeds is paired with every seed of the other. None where either has no such metric, or they
-        have different ones or other rows, as `max_length` leaves some out.
+        have different ones or other rows or words, as `max_length` leaves some out.
         """
         ours, theirs = self.row_scores, other.row_scores
         seeds = [seed for seed in {**ours, **theirs} if all({seed, None} & scores.keys() for scores in (ours, theirs))]
         shapes = {scores.shape for scores in (*ours.values(), *theirs.values())}
         if not seeds or self.tested != other.tested or len(shapes) > 1:
+            return None
+        if None not in (self.words, other.words) and self.words != other.words:
             return None
         first, second = (
             np.stack([scores[seed if seed in scores else None] for seed in seeds]) for scores in (ours, theirs)

@@ -60,8 +60,9 @@ def report(plan: Plan, *, pictures: bool) -> list[Block]:
 
 
 def opening(compared: Sequence[Variant], tested: Sequence[paired_tests.Pair]) -> list[str]:
-    """The first sentences: whether any difference is significant, and what the tests cannot show."""
-    return list(filter(None, (paired_tests.verdict(compared, tested), paired_tests.limits(tested))))
+    """The first sentences: whether any difference is significant, what does not compare, what tests cannot show."""
+    told = (paired_tests.verdict(compared, tested), paired_tests.other_words(compared), paired_tests.limits(tested))
+    return list(filter(None, told))
 
 
 def _few(names: Sequence[str]) -> str:
