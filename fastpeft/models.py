@@ -21,6 +21,7 @@ from fastpeft.data.problems import REGRESSION, Problem
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
+from fastpeft.support.four_bits import keep_form
 from fastpeft.support.hub import model_options, source_options
 from fastpeft.support.model_card import HEADS
 
@@ -309,6 +310,7 @@ def _load(
     except Exception as error:  # a broken file surfaces as almost any type
         raise _unloadable(model, error) from error
     _check_encoder(model, loaded.base_model_prefix, info)
+    keep_form(loaded)
     return loaded, tokenizer, info
 
 

@@ -56,6 +56,7 @@ from fastpeft.ladder.side_step import run_of
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.ops.quantise import count_parameters
 from fastpeft.support.dropout import dropout_off
+from fastpeft.support.four_bits import keep_form
 from fastpeft.support.processes import agreed
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         config = copy.deepcopy(config)
         backbone = Backbone(base, config.feature_modules, config.feature_sizes)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}
+        keep_form(base, passes_gradients=bool(adapters))
         config.causal = decide_causal(backbone, config.causal)
         self._decided = decide_defaults(config, backbone)
         if not config.base_fingerprints:  # else it was found when the side network was made

@@ -41,6 +41,7 @@ from fastpeft.ladder.side_run import SideRun
 from fastpeft.ops.quantise import check_format
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support.dropout import dropout_off
+from fastpeft.support.four_bits import keep_form
 
 _MASKS = "mask_positions"  # an input of members with a prompt only
 
@@ -86,6 +87,7 @@ class LadderPool:
     ) -> None:
         check_format("backbone_dtype", backbone_dtype, "bfloat16")
         self.backbone = Backbone(base, feature_modules)
+        keep_form(base)
         if self.backbone.input_name != "input_ids":
             raise FastpeftError(
                 f"a {type(self.backbone.core).__name__} takes {self.backbone.input_name}; a pool is for transformers "
@@ -122,6 +124,12 @@ class LadderPool:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tasks)
+
+    def __getstate__(self) -> Any:
+        raise FastpeftError(
+            "a LadderPool can be neither copied nor pickled. Save its members by pool[task].save_pretrained(folder), "
+            "and add the folders to a LadderPool of another base."
+        )
 
     # -- members -------------------------------------------------------------------------------------------------
 
@@ -352,7 +360,9 @@ class LadderPool:
 
         Notes:
             On batches for all, a member trains as its model alone in a loop after `torch.manual_seed(seed)`, to the
-            bit; on batches of its own to rounding, since the backbone gets all batches padded to one length.
+            bit; on batches of its own to rounding, since the backbone gets all batches padded to one length. Several
+            processes exchange no gradients: each trains members of its own. With `layer_drop` they wait for each other
+            at every step, so all must make equally many.
         """
         members = self._members
         if isinstance(seed, Mapping) and (extra := [name for name in seed if name not in optimizers]):

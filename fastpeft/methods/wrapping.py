@@ -25,6 +25,7 @@ from fastpeft.siva import SivaConfig
 from fastpeft.siva.grouping import ATTENTION
 from fastpeft.siva.targets import FUSED
 from fastpeft.support.adapter_files import PREFIX
+from fastpeft.support.four_bits import keep_form
 
 logger = logging.getLogger(__name__)
 
@@ -201,8 +202,7 @@ def in_4_bits(model: Any) -> Any:
         )
         weight: Any = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=quantised)
         quantised.weight, quantised.bias = weight.to(layer.weight.device), layer.bias
-        # a form for inference, which bitsandbytes would go over to when it is evaluated: no gradient passes through it
-        quantised.support_avx512bf16_for_cpu = False
         backbone.set_submodule(name, quantised.train(layer.training))
+    keep_form(model)
     model.is_loaded_in_4bit = True  # what PEFT looks at
     return model

@@ -25,6 +25,7 @@ from fastpeft.mezo.saved_state import SavedState
 from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, names_of, reshard
 from fastpeft.ops.noise import NAMES
 from fastpeft.support.dropout import dropout_off
+from fastpeft.support.four_bits import keep_form
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.support.processes import Ranks
 
@@ -160,6 +161,8 @@ class MeZO(torch.optim.Optimizer):
         if restore == "exact" and model is None:
             raise FastpeftError("MeZO: restore='exact' needs the model, to show its forward other weights: pass model.")
         params = list(model_or_params)
+        if model is not None:
+            keep_form(model)
         # beside what the class's text names, `CapturedStep` reads ranks, weights and draw_seeds()
         self.ranks = Ranks(process_group)
         self.seed = self.ranks.gather(seed)[0]

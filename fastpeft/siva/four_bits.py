@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import autocast_dtype
 from fastpeft.ops.quantised_linear import BLOCK, Nested, dequantise, unnested
+from fastpeft.support.four_bits import keep_form
 
 
 def is_in_4_bits(layer: nn.Module) -> bool:
@@ -48,12 +49,7 @@ class WeightIn4Bits:
                 f"blocks of {BLOCK}. Load the model with BitsAndBytesConfig(load_in_4bit=True, "
                 "bnb_4bit_quant_type='nf4'), or unquantised with SivaConfig(residual_dtype='nf4')."
             )
-        if getattr(state, "packing_format_for_cpu", False):
-            raise FastpeftError(
-                f"{name}: bitsandbytes has arranged its weight for inference. Load the model again, and put the "
-                "adapter onto it before it is evaluated."
-            )
-        layer.support_avx512bf16_for_cpu = False  # nor arrange it later: no gradient would pass through it
+        keep_form(layer, passes_gradients=True, name=name)
         self.shape = torch.Size((layer.out_features, layer.in_features))
 
     @property

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING
+from transformers.integrations import is_fsdp_enabled
 
 from fastpeft.siva.config import SivaConfig
+from fastpeft.support.processes import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -83,22 +85,24 @@ def let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_pef
 def _new_poolers(model: nn.Module, heads: set[str]) -> list[str]:
     """The names of poolers outside heads that the checkpoint lacks: each time it is loaded they are drawn anew.
 
-    transformers marks the parameters that it reads. A model that was not loaded has no mark, and none of these.
+    transformers marks the parameters that it reads. A model that was not loaded has no mark, and none of these. Where
+    FSDP loads with little memory, one process of a machine reads and the others mark all: the first one's answer holds.
     """
 
     def is_read(module: nn.Module) -> list[bool]:
         return [getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()]
 
-    if not any(is_read(model)):
-        return []
-    return [
-        name
+    poolers = {
+        name: module
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == _POOLER
         and not any(f"{name}.".startswith(f"{head}.") for head in heads)
-        and not any(is_read(module))
         and all(type(parameter) is nn.Parameter and parameter.is_floating_point() for parameter in module.parameters())
-    ]
+    }
+    if not poolers or not any(is_read(model)):
+        return []
+    new = [name for name, module in poolers.items() if not any(is_read(module))]
+    return Ranks().gather(new)[0] if is_fsdp_enabled() else new
 
 
 def warn_of_statistics(peft_config: SivaConfig, model: nn.Module) -> None:

@@ -35,6 +35,7 @@ from fastpeft.siva.targets import (
     warn_of_strangers,
 )
 from fastpeft.support.fingerprints import fingerprints_agree
+from fastpeft.support.four_bits import keep_form
 from fastpeft.support.stages import report
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class SivaModel(BaseTuner):
                 f"low_cpu_mem_usage=True for the new adapter {adapter_name!r}: it makes empty factors for a saved "
                 "adapter to fill. Those of a new one are computed from the weights: leave it out."
             )
+        keep_form(model, passes_gradients=True)  # through layers that are not adapted too
         self._heads, self._adding = head_names(model), adapter_name
         self._pissa = None if config.pissa is None else PissaAdapter.read(config.pissa)
         if config.init_weights != "saved" and self._pissa is None:  # a file has the modules that it has

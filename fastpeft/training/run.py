@@ -27,7 +27,7 @@ from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
 from fastpeft.support.environment import best_device
 from fastpeft.support.interrupts import noting_stops
-from fastpeft.support.launcher import is_first
+from fastpeft.support.launcher import is_first, launched
 from fastpeft.support.nonfinite import is_finite
 from fastpeft.support.processes import Ranks, noticing_lost_processes
 from fastpeft.support.processor import has_bfloat16
@@ -99,10 +99,8 @@ def train(
         raise FastpeftError("callbacks is one callback. Give a list of them.")
     folder = RunFolder(config.output)
     check_output(folder, config.values(), resume=resume, overwrite=overwrite)
-    if resume and folder.finished:
-        logger.info("the run in %s is finished; nothing to do", folder.path)
-        folder.clear_lock()
-        return TrainResult(folder.path, folder.metrics())
+    if resume and folder.finished and launched() == 1:  # several look first whether all see it
+        return _finished(folder)
     if resume:
         config = _as_begun(config, folder)
     timings.begin(folder.timings() if resume and (folder.path / TIMINGS).is_file() else None)
@@ -118,7 +116,9 @@ def train(
             _tell_beginnings(task.config)
             for warning in (*result_warnings.seen_rows(task.data.dev.texts, trained_on), *of_classes(task)):
                 logger.warning("%s", warning)
-        trainer, measured, lowered = _prepare(task, folder, callbacks)
+        if (prepared := _prepare(task, folder, callbacks, resume)) is None:
+            return _finished(folder)
+        trainer, measured, lowered = prepared
         before = Beginning(measured, lowered, trained_on, command or f"fastpeft train --config {folder.config_file}")
 
         def open_folder() -> None:
@@ -145,6 +145,13 @@ def train(
     if trainer.stop.asked:
         raise KeyboardInterrupt(f"Interrupted while the run in {folder.path} was ending; it is finished.")
     return TrainResult(folder.path, metrics)
+
+
+def _finished(folder: RunFolder) -> TrainResult:
+    """The result of a run that was finished before."""
+    logger.info("the run in %s is finished; nothing to do", folder.path)
+    folder.clear_lock()
+    return TrainResult(folder.path, folder.metrics())
 
 
 def _as_begun(config: TrainConfig, folder: RunFolder) -> TrainConfig:
@@ -182,9 +189,12 @@ def _tell_beginnings(config: TrainConfig) -> None:
 
 
 def _prepare(
-    task: Task, folder: RunFolder, callbacks: Sequence[TrainerCallback]
-) -> tuple[RunTrainer, dict[str, float], float]:
-    """The Trainer of a run, and what it measures before training: metrics, and the loss that training lowers."""
+    task: Task, folder: RunFolder, callbacks: Sequence[TrainerCallback], resume: bool
+) -> tuple[RunTrainer, dict[str, float], float] | None:
+    """The Trainer of a run, and what it measures before training: metrics, and the loss that training lowers.
+
+    None where the run to resume is finished.
+    """
     config = task.config
     if config.cache_features is not None:
         inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or FEATURE_DTYPES[0])
@@ -192,6 +202,8 @@ def _prepare(
         arguments = training_arguments(task, elsewhere)
         if (ranks := Ranks()).size > 1:
             ranks.check_same({**config.values(), **_on_disk(task, folder)})
+        if resume and folder.finished:
+            return None
         with refusing(task), noticing_lost_processes():
             trainer = trainer_class(task)(task, arguments, folder, callbacks)
             trainer.create_optimizer()
@@ -207,7 +219,7 @@ def _on_disk(task: Task, folder: RunFolder) -> dict[str, Any]:
         "the weights of `model`": model_fingerprint(task.config.model),
         "the weights of `init_from`": start and earlier_run(start).fingerprint(),
         "what `output` holds, a folder that all must share": [
-            file.name for file in (*folder.all_checkpoints(), folder.journal) if file.exists()
+            file.name for file in (*folder.all_checkpoints(), folder.journal, folder.metrics_file) if file.exists()
         ],
     }
 

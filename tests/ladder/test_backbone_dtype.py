@@ -311,7 +311,7 @@ def test_a_base_quantised_by_bitsandbytes_is_taken_as_it_is() -> None:
     codes = model.backbone.layers[0].output.dense.weight
     assert codes.dtype == torch.uint8
     assert 0 < relative(last_feature(model), last_feature(exact)) < ERROR["nf4"]
-    before = codes.clone()  # bitsandbytes has packed them anew in the first pass
+    before = codes.clone()
     train_a_little(model)
     assert codes.equal(before)
 

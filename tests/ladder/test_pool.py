@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from pathlib import Path
 
@@ -193,6 +194,13 @@ def test_a_pool_tells_what_is_in_it() -> None:
     assert "1" in pool
     assert "2" not in pool
     assert list(pool) == ["0", "1"]
+
+
+def test_a_pool_is_neither_copied_nor_pickled() -> None:
+    pool = pool_of(tiny(), {})
+    for make in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(FastpeftError, match="a LadderPool can be neither copied nor pickled"):
+            make(pool)
 
 
 def test_what_a_pool_refuses(tmp_path: Path) -> None:

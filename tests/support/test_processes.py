@@ -278,6 +278,7 @@ def train_apart(config: TrainConfig, folder: Path, parts: dict[str, str]) -> Any
     [
         ("reviews.csv", "text,label\n" + "one more,good\nand more,bad\n" * 20, "the rows of data"),
         ("run/checkpoints/checkpoint-3", "", "what output holds, a folder that all must share"),
+        ("run/metrics.json", "{}", "what output holds, a folder that all must share"),
     ],
 )
 def test_what_lies_on_several_disks_must_be_the_same(
@@ -290,6 +291,16 @@ def test_what_lies_on_several_disks_must_be_the_same(
     for error in ranks(train_apart, config, tmp_path, {name: text}):
         assert isinstance(error, FastpeftError)
         assert f"differs from rank 0 in {said}, so they would train different models" in str(error)
+
+
+def test_a_finished_run_stays_as_it_is(ranks: Run, tmp_path: Path, place: Path) -> None:
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    shutil.copy(place / "reviews.csv", tmp_path / "disk")
+    (tmp_path / "disk" / "run" / "run.json").write_text('{"fastpeft_version": "0"}')
+    (tmp_path / "disk" / "run" / "metrics.json").write_text('{"accuracy": 1.0}')
+    config = TrainConfig(output="run", model=str(place / "model"), data=str(place / "reviews.csv"), max_steps=2)
+    for found in ranks(train_apart, config, tmp_path, {}):
+        assert found == {"accuracy": 1.0}
 
 
 @pytest.mark.parametrize(
