@@ -14,6 +14,8 @@ from fastpeft.cli_options import HELP, typed
 from fastpeft.errors import FastpeftError
 from fastpeft.support.interrupts import sigterm_interrupts
 
+_UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it
+
 
 class Group(TyperGroup):
     """Commands whose `FastpeftError` becomes one message and exit code 2, and an interruption exit code 130."""
@@ -32,6 +34,9 @@ class Group(TyperGroup):
         except FastpeftError as error:
             typer.echo(f"Error: {error.message_for(typed)}", err=True)
             raise typer.Exit(2) from None
+        except _UsageError as error:
+            _add_advice(error)
+            raise
         except KeyboardInterrupt as interrupt:
             typer.echo(str(interrupt) or "Interrupted.", err=True)
             raise typer.Exit(130) from None
@@ -53,6 +58,16 @@ class Command(TyperCommand):
         if option is not None:
             option.rich_help_panel = HELP
         return option
+
+
+def _add_advice(error: Any) -> None:
+    """Say what to write where the reader of the command line knows only what it cannot read."""
+    if getattr(error, "option_name", None) == "--lr":
+        error.possibilities = ["--learning-rate"]
+    elif error.message.startswith("No such option") and error.ctx.info_name == "predict" and not error.possibilities:
+        error.message += ". Write -- before texts of which one begins with a dash: fastpeft predict RUN -- TEXT"
+    elif "extra argument" in error.message:
+        error.message += ". A value follows the name of its option, as in --data reviews.csv; a list has no spaces."
 
 
 def _without_types(parameters: list[Any]) -> list[Any]:

@@ -49,6 +49,11 @@ MISTAKES = [
     # names
     ("trian", "Did you mean 'train'"),
     ("train --modle demo", "--model"),
+    ("train --lr 0.1", "Possible options: --learning-rate\\)"),
+    ("train reviews.csv", "A value follows the name of its option, as in --data reviews.csv"),
+    ("compare --methods siva lora --output table", "a list has no spaces"),
+    ("predict run '- dull'", "Write -- before texts"),
+    ("predict run --fil", "No such option: --fil \\(Possible"),
     ("train --method lorra", "--method is 'lorra'.* Did you mean lora"),
     ("train --method LORA", "--method is 'LORA'"),
     ("train --cache-dtype fp8 --cache-features kept", "--cache-dtype is 'fp8'"),

@@ -12,7 +12,7 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.data.names import UNLABELLED
-from fastpeft.data.problems import MULTI_LABEL, Problem
+from fastpeft.data.problems import MULTI_LABEL, REGRESSION, Problem
 from fastpeft.data.splitting import digest
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def of_dev_rows(
         )
     if problem.has_classes:
         found += _never_told(problem, outputs, labels, names)
+    elif problem is REGRESSION:
+        found += _far_off(outputs, labels)
     words = sum(map(len, texts)) if problem.per_token and not problem.of_texts_alone else 0
     if left := words and words - int((labels != UNLABELLED).sum()):
         found.append(
@@ -56,6 +58,20 @@ def of_dev_rows(
             "compare these metrics with those of runs with a larger maximum length."
         )
     return found
+
+
+def _far_off(outputs: np.ndarray, labels: np.ndarray) -> list[str]:
+    """Whether numbers are further from those of the rows than the mean of these is, by squared errors."""
+    from fastpeft.data.scores import squared_error
+
+    error, of_mean = squared_error(outputs, labels), float(labels.astype("float64").var())
+    if not 0 < of_mean < error:
+        return []
+    return [
+        f"The mean squared error, {error:.3g}, is above the {of_mean:.3g} that always answering the mean of these rows "
+        "has, so do not use the values. Train longer; numbers are learned as they are, so if they are far from 0, "
+        "first shift and divide the column so that most lie between -1 and 1."
+    ]
 
 
 def of_threshold(rows: int) -> list[str]:

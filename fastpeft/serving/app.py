@@ -213,7 +213,9 @@ def _refuse_in_words(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_such(request: fastapi.Request, error: HTTPException) -> JSONResponse:
-        answer = refusal(request, error.status_code, str(error.detail))
+        wrong = {404: "there is no such address", 405: "this address does not take this method"}.get(error.status_code)
+        said = f"{wrong}. GET /docs shows the addresses of this server." if wrong else str(error.detail)
+        answer = refusal(request, error.status_code, said)
         answer.headers.update(error.headers or {})
         return answer
 

@@ -260,14 +260,24 @@ class Predictions:
         return self._made | {name: _kind_of(values) for name, values in others.items()}
 
     def _others(self, row: Mapping[str, Any]) -> Record:
-        """The columns of a row that follow the predictions, without texts and names that are taken.
+        """The columns of a row that follow the predictions, by their names there."""
+        return {self._kept[name]: each for name, each in row.items() if name in self._kept}
+
+    @cached_property
+    def _kept(self) -> dict[str, str]:
+        """The columns of the file that follow the predictions, without texts and names that are taken, and their names.
 
         Labels whose name is taken, as by the number that a run gives, get another: they are not to be lost unseen.
         """
         run, taken = self._predictor.run, {*self._made, *self._names}
-        labels = named_labels(run.config.label_column or run.columns[1] or "", list(row))
-        named = {f"given {name}" if name in taken and name in labels else name: each for name, each in row.items()}
-        return {name: each for name, each in named.items() if name not in taken}
+        given = [*dict.fromkeys(name for row in self._records.values() for name in row)]
+        kept = {name: name for name in given if name not in taken}
+        for name in named_labels(run.config.label_column or run.columns[1] or "", given):
+            if name in given and name in taken:
+                kept[name] = f"given {name}"
+                while kept[name] in {*given, *taken}:
+                    kept[name] = f"given {kept[name]}"
+        return {name: kept[name] for name in given if name in kept}
 
     @cached_property
     def _made(self) -> dict[str, type]:

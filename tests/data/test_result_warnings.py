@@ -68,8 +68,16 @@ def test_one_answer_and_few_rows_are_told() -> None:
     assert "is 'yes', so nothing" in said_of(CLASSIFICATION, one, [0, 0])[0], "every label is another"
     assert said_of(CLASSIFICATION, one[:1], [1]) == [], "one row has one answer"
     assert "can distinguish the tags" in said_of(TAGGING, [*one, both[1]], [0, 1, -100])[0], "what has no label is none"
-    assert said_of(REGRESSION, [[0.0], [0.0]], [1.0, 2.0]) == []
+    assert said_of(REGRESSION, [[1.5], [1.5]], [1.0, 2.0]) == []
     assert [text.partition(",")[0] for text in said_of(CLASSIFICATION, both, [0, 1], 99)] == [FEW.format(99)]
+
+
+def test_numbers_that_are_far_off_are_told() -> None:
+    """As prices are, which no few steps reach from 0."""
+    (said,) = said_of(REGRESSION, [[7.0], [7.1]], [25_000.5, 75_000.5])
+    assert said.startswith("The mean squared error, 3.12e+09, is above the 6.25e+08 that always answering the mean")
+    assert said_of(REGRESSION, [[26_000.0], [74_000.0]], [25_000.5, 75_000.5]) == []
+    assert said_of(REGRESSION, [[0.0]], [3.0]) == [], "one row is its mean"
 
 
 # -- losses ----------------------------------------------------------------------------------------------------------

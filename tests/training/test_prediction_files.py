@@ -290,6 +290,17 @@ def test_pairs_numbers_and_tags_are_written(place: Path) -> None:
     ]
 
 
+def test_no_column_is_lost_where_predictions_are_predicted_again(place: Path) -> None:
+    """The output of a run on numbers has both, its own and those given; as an input it may have them in any order."""
+    for names in (("score", "given score"), ("given score", "score")):
+        write_csv(place / "again.csv", [("A warm film.", "0.5", "0.25")], ("text", *names))
+        run("numbers", "--file", "again.csv", "--output", "twice.csv", "--overwrite")
+        (row,) = READERS["csv"](place / "twice.csv")
+        given = dict(zip(names, ("0.5", "0.25")))
+        assert row["given given score"] == given["score"]
+        assert row["given score"] == given["given score"]
+
+
 def test_a_pair_is_read_as_in_training(place: Path) -> None:
     """With its spaces, which many tokenizers see; those around a tab in one string are none of its texts."""
     predictor = Predictor("pairs")
