@@ -306,7 +306,7 @@ def _stamp(backbone: Backbone) -> list[Any]:
         if _is_trained(name):
             continue
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if isinstance(module, Packed) and tensor is module._parameters["weight"]:
+            if isinstance(module, Packed) and tensor is module._parameters.get("weight"):
                 stamp.append(module.stamp())
             elif tensor is not None:
                 address = 0 if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 
 import torch
@@ -10,6 +11,14 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
+
+logger = logging.getLogger(__name__)
+
+_JOINED = (
+    "position_ids begin anew within a row, or leave some out, and there is no attention_mask: these are joined texts, "
+    "which a side network cannot tell apart. Give each a row of its own (packing=False), or an attention_mask to rows "
+    "of one text."
+)
 
 
 def check_base(base: nn.Module, backbone: Backbone) -> None:
@@ -51,6 +60,23 @@ def check_inputs(backbone: Backbone, given: Tensor | None) -> None:
         )
 
 
+def tells_of_no_gradient(given: Tensor, gradients_from: int) -> bool:
+    """Warn where a pass reads what asks for a gradient, such as a soft prompt, and none comes to it.
+
+    Args:
+        given: what the base reads, which requires a gradient.
+        gradients_from: the first layer through which gradients flow, 0 for all.
+    """
+    if gradients_from == 0 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    logger.warning(
+        "the input of a LadderModel requires a gradient, but none comes to it, since nothing is propagated back "
+        "through the backbone: what made it does not train. Train that without a side network, as by SiVA, or call "
+        "detach() on the input"
+    )
+    return True
+
+
 def check_labels(backbone: Backbone, *labels: Tensor | None) -> None:
     """Raise `FastpeftError` if a base without a head is given labels."""
     if backbone.headless and any(each is not None for each in labels):
@@ -82,15 +108,14 @@ def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) 
     """Raise `FastpeftError` where positions do not follow each other and there is no mask: texts that were joined.
 
     Transformers takes such rows for joined texts, which a causal backbone keeps apart. The side network, whose masks
-    are of tokens alone, would not. What `torch.compile` traces is not checked.
+    are of tokens alone, would not. What `torch.compile` traces is checked when it runs, by a `RuntimeError`.
     """
-    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
+    if position_ids is None or attention_mask is not None:
         return
     # time, height and width of what Qwen2-VL sees are no places in the row; those are a fourth plane, the first
     places = position_ids[: len(position_ids) - 3] if position_ids.ndim == 3 else position_ids
-    if (places.diff(dim=-1) != 1).any():
-        raise FastpeftError(
-            "position_ids begin anew within a row, or leave some out, and there is no attention_mask: these are joined "
-            "texts, which a side network cannot tell apart. Give each a row of its own (packing=False), or an "
-            "attention_mask to rows of one text."
-        )
+    follow = places.diff(dim=-1) == 1
+    if torch.compiler.is_compiling():
+        torch._assert_async(follow.all(), _JOINED)
+    elif not follow.all():
+        raise FastpeftError(_JOINED)

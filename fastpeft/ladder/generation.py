@@ -76,6 +76,7 @@ class GrowingLayer(DynamicLayer):
             or room.data_ptr() != old.data_ptr()
             or room.shape[0] != old.shape[0]
             or room.shape[-2] < tokens
+            or (room.is_inference() and not torch.is_inference_mode_enabled())  # which may not be written to here
         ):
             size = tokens + max(_LEAST_SPARE, tokens // _SPARE)
             room = self._rooms[name] = old.new_empty(*old.shape[:-2], size, old.shape[-1])

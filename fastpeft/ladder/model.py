@@ -29,6 +29,7 @@ from fastpeft.ladder.checks import (
     check_labels,
     check_mask,
     check_positions,
+    tells_of_no_gradient,
 )
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
@@ -118,6 +119,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     _generates = False  # until the base is known
     _has_answered = False
     _told_of_thawed = False
+    _told_of_inputs = False
 
     def __init__(self, base: nn.Module, config: LadderConfig) -> None:
         if not isinstance(config, LadderConfig):
@@ -258,18 +260,22 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     def train(self, mode: bool = True) -> LadderModel:
         """Set the side network, the head and an adapter that trains to this mode; the backbone stays in evaluation."""
         super().train(mode)
-        adapter = self.backbone.adapter_modules() if self.adapters else set()
-        thawed = False
-        for module in self.backbone.frozen:
-            module.training = mode and module in adapter  # its children may belong to the head
-            thawed |= any(each is not None and each.requires_grad for each in module._parameters.values())
-        if mode and thawed and not (self.adapters or self._told_of_thawed):
+        self._keep_in_evaluation()
+        parameters = (each for module in self.backbone.frozen for each in module._parameters.values())
+        thawed = mode and any(each is not None and each.requires_grad for each in parameters)
+        if thawed and not (self.adapters or self._told_of_thawed):
             self._told_of_thawed = True
             logger.warning(
                 "parameters of the backbone require gradients, but none come to them, and they are not saved. Call "
                 "requires_grad_(False) on them; to train in the backbone, put an adapter into it and set train_adapters"
             )
         return self
+
+    def _keep_in_evaluation(self) -> None:
+        """Put the backbone into evaluation mode, but for an adapter that trains."""
+        adapter = self.backbone.adapter_modules() if self.adapters else set()
+        for module in self.backbone.frozen:
+            module.training = self.training and module in adapter  # its children may belong to the head
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, as PEFT's models do."""
@@ -333,7 +339,10 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         check_base(self.base, self.backbone)
         plain = self.backbone.plain
         text = input_ids if input_ids is not None else inputs_embeds
-        check_inputs(self.backbone, inputs if plain else text if text is not None else pixel_values)
+        source = inputs if plain else text if text is not None else pixel_values
+        check_inputs(self.backbone, source)
+        if source is not None and source.requires_grad and not self._told_of_inputs:
+            self._told_of_inputs = tells_of_no_gradient(source, self.gradients_from)
         check_labels(self.backbone, labels, start_positions, end_positions)
         takes = _DIVISOR in others and self.accepts_loss_kwargs
         divisor = {_DIVISOR: others.pop(_DIVISOR)} if takes else {}
@@ -364,8 +373,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             **others,
         }
         padding = getattr(self.config, "pad_token_id", None)
-        if not plain and padding is not None and getattr(self.backbone.text_config, "pad_token_id", None) is None:
-            self.backbone.text_config.pad_token_id = padding  # the Trainer knows our configuration, a head its own
+        if not plain and padding is not None and getattr(self.backbone.text_config, "pad_token_id", None) != padding:
+            self.backbone.text_config.pad_token_id = padding  # trainers know our configuration, a head its own
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         step = past > 0 and text is not None and text.shape[1] == 1
@@ -373,10 +382,10 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         arguments = {"inputs": inputs} if plain else self.backbone.arguments(given)
         # features of tokens that follow others, or stand beside an image or the like, are those of no row
         keeps = cache is None and pixel_values is None and all(value is None for value in others.values())
-        source = self._source or choose_source(self.feature_cache if keeps else None, arguments)
+        features = self._source or choose_source(self.feature_cache if keeps else None, arguments)
         called = arguments if plain else self.backbone.after_context(arguments)
         this = LadderPass(self.backbone, run, arguments, self.gradients_from)
-        with this.around_base(source):
+        with this.around_base(features):
             outputs = self.base(inputs) if plain else self.base(**called, **divisor, return_dict=True)
         if not plain:
             outputs = with_own_cache(outputs, cache)
@@ -397,6 +406,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         self, attention_mask: Tensor | None, keep_states: bool, cache: LadderCache | None = None, step: bool = False
     ) -> SideRun:
         """A new pass of the side network, with what it drops drawn from torch's random state."""
+        if self.backbone.body.training:  # by `base.train()`, or a loop over all modules
+            self._keep_in_evaluation()
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
         seed: int | Tensor = 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
@@ -121,6 +122,8 @@ class Packed:
     def _own_weight(self) -> Any:
         weight = self._parameters.get("weight")
         if weight is None:  # FSDP1 takes the parameter away and sets a view of its own
+            if "weight" not in self.__dict__:  # a parametrisation asks whether it is gone
+                raise AttributeError(f"{type(self).__name__} has no weight")
             return self.__dict__["weight"]
         if weight.is_mkldnn:
             self.packs.drop()  # who reads the values may change them
@@ -139,6 +142,8 @@ class Packed:
 
     def forward(self, x: Tensor) -> Tensor:
         stored = self._parameters.get("weight")
+        if stored is None and is_parametrized(self, "weight"):  # type: ignore[arg-type]
+            return self.original.forward(self, x)  # type: ignore[arg-type]
         if stored is not None and self.computation is None and is_token(x, stored):
             return F.linear(x, self._of_matrix(stored), self.bias)
         needs_dx = torch.is_grad_enabled() and x.requires_grad
@@ -297,7 +302,7 @@ def bring_back(model: nn.Module) -> None:
 def unpack_frozen(model: Model) -> Model:
     """Undo `pack_frozen`: each layer has its class again, and its packs are gone."""
     for module in model.modules():
-        if isinstance(module, Packed):
+        if isinstance(module, Packed) and not is_parametrized(module, "weight"):  # that has a class of its own
             _ = module.weight
             module.__class__ = module.original  # type: ignore[assignment]
             for name in ("packs", "computation", "keeps_weight", "_values"):

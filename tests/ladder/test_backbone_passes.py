@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastpeft import FastpeftError, unfuse_head
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.backbone_passes import features_of, listen, skip_layers
+from fastpeft.ladder.checks import check_positions
 
 KINDS = ("Roberta", "DistilBert", "ModernBert", "Electra", "DebertaV2", "GPT2")
 
@@ -129,3 +130,12 @@ def test_a_whole_model_is_one_graph(kind: str, network: dict[str, Any]) -> None:
     for later in gradients[1:]:
         assert later.keys() == gradients[0].keys()
         assert all(gradient.equal(later[name]) for name, gradient in gradients[0].items())
+
+
+def test_a_compiled_pass_refuses_joined_texts() -> None:
+    compiled: Any = torch.compile(check_positions, backend="eager", fullgraph=True)
+    places = torch.arange(6).expand(2, -1)
+    compiled(places, None)
+    with pytest.raises(RuntimeError, match="position_ids begin anew within a row"):
+        compiled(places % 3, None)
+    compiled(places % 3, MASK)

@@ -316,6 +316,17 @@ def test_a_text_continues_from_its_cache() -> None:
     assert both.sequences.equal(model.generate(WORDS[:, :6], max_new_tokens=8, **options).sequences)
 
 
+def test_a_cache_of_inference_mode_goes_on_outside_of_it() -> None:
+    model = moved(causal_model("llama"))
+    options = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, "max_new_tokens": 4}
+    with torch.inference_mode():
+        first = model.generate(WORDS[:, :6], return_dict_in_generate=True, **options)
+    longer = torch.cat((first.sequences, WORDS[:, :3]), dim=1).clone()
+    options["attention_mask"] = torch.ones_like(longer)
+    expected = model.generate(longer, **options)
+    assert model.generate(longer, past_key_values=first.past_key_values, **options).equal(expected)
+
+
 def test_features_that_are_cached_on_disk_are_left_alone(tmp_path: Path) -> None:
     model = moved(causal_model("llama"))
     expected = written(model)

@@ -138,6 +138,18 @@ def test_the_backbone_stays_in_evaluation_mode() -> None:
     assert not any(module.training for module in model.eval().modules())
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["base", "each module"])
+def test_a_pass_puts_the_backbone_back_into_evaluation_mode(whole: bool) -> None:
+    """Something else may hold the base too, or visit all modules."""
+    model = ladder(tiny("Bert")).train()
+    expected = [module.training for module in model.modules()]
+    for module in [model.base] if whole else model.modules():
+        module.train()
+    assert [module.training for module in model.modules()] != expected
+    model(IDS)
+    assert [module.training for module in model.modules()] == expected
+
+
 def test_a_backbone_that_is_to_train_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
     model = ladder()
     model.train()
@@ -146,6 +158,22 @@ def test_a_backbone_that_is_to_train_is_told_of_once(caplog: pytest.LogCaptureFi
     for _ in range(2):
         model.train()
     assert caplog.text.count("parameters of the backbone require gradients") == 1
+
+
+def test_an_input_that_is_to_train_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As a soft prompt in front of the embeddings."""
+    model = ladder().train()
+    embeddings = model.get_input_embeddings()(IDS)
+    model(inputs_embeds=embeddings)
+    assert not caplog.text
+    embeddings.requires_grad_(True)
+    with torch.no_grad():
+        model(inputs_embeds=embeddings)
+    assert not caplog.text
+    for _ in range(2):
+        model(inputs_embeds=embeddings).logits.sum().backward()
+    assert embeddings.grad is None
+    assert caplog.text.count("the input of a LadderModel requires a gradient") == 1
 
 
 def test_inference_makes_no_graph() -> None:
@@ -286,9 +314,12 @@ def test_trainer_loads_the_best_model_and_no_optimizer_holds_the_backbone(
     assert logits(LadderModel.from_pretrained(best.state.best_model_checkpoint)).isfinite().all()
 
 
-def test_the_padding_that_a_trainer_tells_reaches_the_head(tmp_path: Path, half_checkpoint: Path) -> None:
+@pytest.mark.parametrize("own", [None, 0])
+def test_the_padding_that_a_trainer_tells_reaches_the_head(
+    own: int | None, tmp_path: Path, half_checkpoint: Path
+) -> None:
     """The head of a decoder looks for the last token that is no padding."""
-    base = tiny("GPT2", pad_token_id=None)
+    base = tiny("GPT2", pad_token_id=own)
     model, expected = ladder(base), ladder(tiny("GPT2")).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(half_checkpoint)
     assert tokenizer.pad_token_id == 1

@@ -14,6 +14,7 @@ from instructions import PACKED_DTYPES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
@@ -219,6 +220,22 @@ def test_what_trains_or_is_of_another_kind_stays() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Own(4, 4).requires_grad_(False), nn.Linear(4, 4).requires_grad_(False))
     assert [type(m) for m in pack_frozen(model)] == [nn.Linear, Own, PackedLinear]
     assert [type(m) for m in pack_frozen(model)] == [nn.Linear, Own, PackedLinear]  # twice is once
+
+
+def test_a_parametrised_layer_computes_by_what_its_weight_became() -> None:
+    layer, x = pack_frozen(frozen()), torch.randn(3, 40)
+    expected = F.linear(x, 2 * layer.weight, layer.bias)
+    before = layer(x)
+
+    class Twice(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    parametrize.register_parametrization(layer, "weight", Twice())
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(unpack_frozen(layer)(x), expected)
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    torch.testing.assert_close(layer(x), before)
 
 
 def test_refuses_a_model_without_frozen_layers_and_unknown_words() -> None:
