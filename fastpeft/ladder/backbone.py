@@ -112,15 +112,20 @@ class Backbone:
                 f"{kind} has an encoder and a decoder; name the layers of one of them in feature_modules: "
                 f"{' or '.join(map(repr, stacks))}."
             )
+        if config is not self.core.config:  # beside them are the layers of another part, perhaps larger ones
+            inside = set(self.core.get_decoder().modules())
+            lists = {name: blocks for name, blocks in lists.items() if inside.issuperset(blocks)} or lists
+        mixed = {name: blocks for name, blocks in lists.items() if len(set(map(type, blocks))) > 1}
         lists = {name: blocks for name, blocks in lists.items() if len(set(map(type, blocks))) == 1}
         size = {name: sum(p.numel() for block in blocks for p in block.parameters()) for name, blocks in lists.items()}
         name = max(lists, key=lambda name: size[name], default=None)
         expected = getattr(config, "num_hidden_layers", None)
         if name is None or (expected is not None and len(lists[name]) != expected):
             raise FastpeftError(
-                f"the layers of {kind} are not found: its lists of modules of one class are {_lengths(lists)}, and its "
-                f"configuration says {expected} layers. Name in feature_modules layers that run once each, in their "
-                "order; layers that a model runs several times, such as ALBERT's, cannot be read."
+                f"the layers of {kind} are not found: its lists of modules of one class are {_lengths(lists)}, of "
+                f"several classes {_lengths(mixed)}, and its configuration says {expected} layers. Name in "
+                "feature_modules layers that run once each, in their order; layers that a model runs several times, "
+                "such as ALBERT's, cannot be read."
             )
         return lists[name]
 
@@ -176,6 +181,21 @@ class Backbone:
         for shapes in matrices:
             sizes.append(shapes[-1][0] if shapes else sizes[-1])
         return sizes
+
+    @property
+    def encodes_and_decodes(self) -> bool:
+        """Whether a transformers model has an encoder and a decoder, by its configuration or that of its text."""
+        config: Any = self.core.config
+        of_itself: bool = getattr(config, "is_encoder_decoder", False)
+        return of_itself or getattr(config.get_text_config(), "is_encoder_decoder", False)
+
+    @property
+    def encoder(self) -> nn.Module | None:
+        """Of a model with an encoder and a decoder the former, if the layers are its own."""
+        if self.plain or not self.encodes_and_decodes:
+            return None
+        encoder: nn.Module = self.core.get_encoder()
+        return encoder if self.layers[0] in set(encoder.modules()) else None
 
     @property
     def device(self) -> torch.device:
@@ -333,8 +353,9 @@ class Backbone:
         return arguments if self.context is None else self.context.in_front(arguments)
 
     def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments to call the body of a text model with: those of `given` that decide the features."""
-        return self.arguments({name: given[name] for name in INPUTS if name in given}, self.body)
+        """The arguments of `run_body`: those of `given` that decide the features of a text model."""
+        part = self.body if self.encoder is None else self.encoder
+        return self.arguments({name: given[name] for name in INPUTS if name in given}, part)
 
 
 @functools.cache

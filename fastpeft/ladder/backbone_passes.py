@@ -18,7 +18,8 @@ from fastpeft.ops.dtypes import HALVES, autocast_dtype
 _ADVICE_FOR_TEXT = (
     "Load the base with attn_implementation='sdpa', which keeps padding, without virtual tokens, and name in "
     "feature_modules only layers of the backbone's width. A model that pads rows itself, as Longformer does, takes "
-    "those of a data collator with pad_to_multiple_of its number."
+    "those of a data collator with pad_to_multiple_of its number. One that puts the patches of an image beside a text, "
+    "as LayoutLMv3 does, takes the text alone: leave pixel_values out."
 )
 _ADVICE = (
     "Name in feature_modules layers between which the number of tokens stays the same (H W for (B, C, H, W)), and give "
@@ -86,6 +87,7 @@ def listen(
             if index == 1:
                 take(0, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
             output = computed(*args, **kwargs)
+            output = _as_tuple(output)
             feature = output[0] if isinstance(output, tuple) else output
             found = take(index, feature)
             if index < len(backbone.layers):
@@ -131,7 +133,7 @@ def skip_layers(backbone: Backbone, output: Tensor, given: Mapping[str, Any]) ->
         def forward(*args: Any, **kwargs: Any) -> Any:
             if backbone.tuple_size is None:
                 with torch.no_grad():
-                    returned = computed(*args, **kwargs)
+                    returned = _as_tuple(computed(*args, **kwargs))
                 backbone.tuple_size = len(returned) if isinstance(returned, tuple) else 0
             hidden = output if index == len(backbone.layers) else args[0] if args else kwargs["hidden_states"]
             return (hidden, *[None] * (backbone.tuple_size - 1)) if backbone.tuple_size else hidden
@@ -141,6 +143,8 @@ def skip_layers(backbone: Backbone, output: Tensor, given: Mapping[str, Any]) ->
     def check_inputs(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
         own = [name for name in tensors if name not in given and name != "position_ids"]  # those of a context's texts
+        if of_encoder:  # whose features know nothing of the decoder
+            own = [name for name in own if not name.startswith("decoder_")]
         if own:
             raise FastpeftError(
                 f"the head of the {type(backbone.core).__name__} makes {', '.join(own)} for its layers, of which "
@@ -148,6 +152,7 @@ def skip_layers(backbone: Backbone, output: Tensor, given: Mapping[str, Any]) ->
                 "use a LadderModel of its own without `cache_features`."
             )
 
+    of_encoder = backbone.encoder is not None
     hook = backbone.body.register_forward_pre_hook(check_inputs, with_kwargs=True)
     try:
         with _forwards(backbone, skipped):
@@ -189,10 +194,26 @@ def run_body(
     feed: Callable[[int, Tensor], None],
     replace: Callable[[Tensor], Tensor] = lambda feature: feature,
 ) -> None:
-    """A pass over text without the head; `feed` and `replace` as in `listen`."""
-    inputs = backbone.after_context(backbone.inputs(given))
+    """A pass over text without the head, or of an encoder without its decoder; `feed` and `replace` as in `listen`.
+
+    Raises:
+        FastpeftError: the layers are those of a decoder whose tokens the head makes.
+    """
+    inputs, encoder = backbone.after_context(backbone.inputs(given)), backbone.encoder
     with listen(backbone, feed, replace, tokens_of(given)):
-        backbone.body(**inputs)
+        if encoder is not None:
+            encoder(**inputs)
+            return
+        try:
+            backbone.body(**inputs)
+        except ValueError as error:
+            if isinstance(error, FastpeftError) or backbone.plain or not backbone.encodes_and_decodes:
+                raise
+            raise FastpeftError(
+                f"the head of the {type(backbone.core).__name__} makes the tokens of its decoder, whose layers the "
+                "side network reads, so their features cannot be cached or shared in a pool. Name the encoder's layers "
+                "in feature_modules, or use a LadderModel of its own without `cache_features`."
+            ) from error
 
 
 def features_of(backbone: Backbone, given: Mapping[str, Any]) -> list[Tensor]:
@@ -260,6 +281,11 @@ def _did_not_run(backbone: Backbone, idle: list[int]) -> str:
         "feature_modules layers that run in every pass, in their order: single modules of model.named_modules(), or "
         "a list that the model runs one module after the other."
     )
+
+
+def _as_tuple(output: Any) -> Any:
+    """What a layer returned, a tuple in place of a list of one feature, as OpenAI's first GPT has it."""
+    return tuple(output) if isinstance(output, list) and len(output) == 1 else output
 
 
 def _as_tokens(feature: Any, layer: int) -> Tensor:

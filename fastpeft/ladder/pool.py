@@ -81,11 +81,12 @@ class LadderPool:
     def __init__(
         self,
         base: nn.Module,
-        feature_modules: Sequence[str] | None = None,
+        feature_modules: Sequence[str] | str | None = None,
         backbone_dtype: BackboneDtype | None = None,
         context: Sequence[int] | None = None,
     ) -> None:
         check_format("backbone_dtype", backbone_dtype, "bfloat16")
+        feature_modules = [feature_modules] if isinstance(feature_modules, str) else feature_modules
         self.backbone = Backbone(base, feature_modules)
         keep_form(base)
         if self.backbone.input_name != "input_ids":

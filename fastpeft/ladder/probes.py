@@ -115,7 +115,7 @@ def check_answers(backbone: Backbone) -> None:
     which reads the text again.
     """
     core = backbone.core
-    if backbone.plain or backbone.input_name != "input_ids" or _encodes_and_decodes(backbone) or not _has_values(core):
+    if backbone.plain or backbone.input_name != "input_ids" or backbone.encodes_and_decodes or not _has_values(core):
         return
     try:
         given = backbone.arguments({"input_ids": _two_texts(backbone, slice(None))})
@@ -139,27 +139,20 @@ def check_answers(backbone: Backbone) -> None:
 
 def predicts_next_tokens(backbone: Backbone) -> bool:
     """Whether a decoder alone generates text, by its class: it has `generate` and is not for masked words."""
-    if not _has_generate(backbone) or _encodes_and_decodes(backbone):
+    if not _has_generate(backbone) or backbone.encodes_and_decodes:
         return False
     return type(backbone.core).__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
 
 
 def _reads_decoder_of_words(backbone: Backbone) -> bool:
     """Whether the layers are those of a decoder that generates text from what an encoder has read."""
-    if not _has_generate(backbone) or not _encodes_and_decodes(backbone):
+    if not _has_generate(backbone) or not backbone.encodes_and_decodes:
         return False
-    return backbone.layers[0] not in set(backbone.core.get_encoder().modules())
+    return backbone.encoder is None
 
 
 def _has_generate(backbone: Backbone) -> bool:
     return not backbone.plain and bool(backbone.core.can_generate())
-
-
-def _encodes_and_decodes(backbone: Backbone) -> bool:
-    """Whether a transformers model has an encoder and a decoder, by its configuration or that of its text's part."""
-    config: Any = backbone.core.config
-    of_itself: bool = getattr(config, "is_encoder_decoder", False)
-    return of_itself or getattr(config.get_text_config(), "is_encoder_decoder", False)
 
 
 def _declares_causal(backbone: Backbone) -> bool | None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import ExitStack
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
@@ -186,12 +186,18 @@ class ScratchWeights:
         holder._parameters[name] = view  # type: ignore[assignment]  # the module reads what stands there
         self._depths[-1] += 1
 
-    def _leave(self, *_args: Any) -> None:
-        """Put the parameters of the innermost module back."""
-        for _ in range(self._depths.pop() if self._depths else 0):
+    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Put the parameters of the innermost module back; return its output, of which no part is in the scratch."""
+        lent = self._depths.pop() if self._depths else 0
+        for _ in range(lent):
             holder, name, param = self._borrowed[-1]
             holder._parameters[name] = param  # type: ignore[assignment]
             self._borrowed.pop()
+        # the next module would write over what lies there, as Perceiver's latents, which are expanded for each row
+        buffers = {buffer.untyped_storage().data_ptr() for buffer in self._scratch} if lent else set()
+        if not any(_lies_in(each, buffers) for each in tree_leaves(output)):
+            return None
+        return tree_map(lambda each: each.clone() if _lies_in(each, buffers) else each, output)
 
 
 def _by_rows(module: nn.Module) -> TypeGuard[nn.Embedding]:
@@ -199,6 +205,12 @@ def _by_rows(module: nn.Module) -> TypeGuard[nn.Embedding]:
     if type(module) is not nn.Embedding or module.max_norm is not None:
         return False
     return module.weight.device.type == "cpu"
+
+
+def _lies_in(found: Any, buffers: Set[int]) -> bool:
+    """Whether a tensor is in one of the storages with these addresses."""
+    strided = isinstance(found, Tensor) and found.layout == torch.strided and not found.is_nested
+    return strided and found.untyped_storage().data_ptr() in buffers
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

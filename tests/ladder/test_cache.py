@@ -388,6 +388,24 @@ def test_a_folder_that_can_no_longer_be_written_costs_nothing(
     assert counts(model) == (0, 6)
 
 
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_an_encoder_whose_decoder_reads_what_the_head_makes(tmp_path: Path, stack: str) -> None:
+    """As T5's for classes: without its head, it runs no decoder."""
+    shape = {"num_layers": 3, "num_decoder_layers": 3, "d_model": 16, "d_kv": 8, "decoder_start_token_id": 0}
+    base = tiny("T5", eos_token_id=2, **shape)
+    model = ladder(base, feature_modules=f"transformer.{stack}.block").eval()
+    ids = torch.cat([IDS, torch.full((3, 1), 2)], dim=1)
+    expected = model(ids).logits
+    model.cache_features(tmp_path, "float32")
+    if stack == "decoder":
+        with pytest.raises(FastpeftError, match=r"head of the T5\w+ makes the tokens .* Name the encoder's layers"):
+            model(ids)
+        return
+    for _ in range(2):
+        torch.testing.assert_close(model(ids).logits, expected)
+    assert (model.feature_cache.hits, model.feature_cache.misses) == (3, 3)
+
+
 def test_rows_without_tokens_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FastpeftError, match="reads pixel_values"):
         ladder(vit()).cache_features(tmp_path)

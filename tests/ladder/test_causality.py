@@ -22,7 +22,19 @@ from fastpeft.ladder.probes import decide_causal
 IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 
 # whose attention does not call itself causal, or not in the first layer
-SILENT = ("bloom", "falcon_mamba", "lfm2", "mamba", "mamba2", "mpt", "qwen3_next", "rwkv", "trocr", "xglm")
+SILENT = (
+    "bloom",
+    "falcon_mamba",
+    "lfm2",
+    "mamba",
+    "mamba2",
+    "mpt",
+    "openai-gpt",
+    "qwen3_next",
+    "rwkv",
+    "trocr",
+    "xglm",
+)
 REFUSED = {
     "cpmant": "the feature of layer 0 has the shape",  # 32 tokens of a prompt come before the text's
     "deepseek_v4": "the feature of layer 0 has the shape",  # several streams
@@ -33,7 +45,6 @@ REFUSED = {
     "llama4_text": "Llama4ForCausalLM has no head",  # its body has another name than its class says
     "longcat_flash": "the layers of LongcatFlashForCausalLM are not found",  # fewer than the configuration says
     "olmo_hybrid": "the layers of OlmoHybridForCausalLM are not found",  # of two classes
-    "openai-gpt": "the feature of layer 1 is list",
     "prophetnet": "the feature of layer 0 has the shape",  # several streams
     "qwen4_exp_text": "the feature of layer 0 has the shape",  # several streams
     "reformer": "has no attribute 'attn_output'",  # its layers return two streams
@@ -162,8 +173,17 @@ def test_layers_that_a_text_does_not_pass_are_refused(causal: bool | None) -> No
         transformers.Qwen2VLConfig(text_config=text, vision_config=images)
     )
     with pytest.raises(FastpeftError, match=r"did not run 2 of the 2 .*\(model\.visual\.blocks\.0 to model\.visual"):
-        ladder(base, causal=causal)
-    assert_no_later_token_is_seen(moved(base, feature_modules="model.language_model.layers"))
+        ladder(base, causal=causal, feature_modules="model.visual.blocks")
+    found = moved(base, causal=causal)  # though the vision model has as many layers, of more weights
+    assert found.backbone.layers == list(base.model.language_model.layers)
+    assert_no_later_token_is_seen(found)
+
+
+def test_layers_of_several_classes_are_named() -> None:
+    base = causal_model("jamba", attn_layer_period=2, attn_layer_offset=1)
+    with pytest.raises(FastpeftError, match=r"of several classes model\.layers \(3\), and its configuration says 3"):
+        ladder(base)
+    assert_no_later_token_is_seen(moved(base, feature_modules="model.layers"))
 
 
 def test_without_values_the_task_and_the_layers_tell() -> None:

@@ -52,6 +52,16 @@ def test_every_row_gets_its_models_answer(mix: list[int], masked: bool) -> None:
     assert_answers_are_the_models(pool, batch, [str(task) for task in mix])
 
 
+def test_an_encoder_beside_a_decoder_named_by_its_list() -> None:
+    shape = {"num_layers": 3, "num_decoder_layers": 3, "d_model": 16, "d_kv": 8, "decoder_start_token_id": 0}
+    pool = LadderPool(tiny("T5", eos_token_id=2, **shape), feature_modules="transformer.encoder.block")
+    pool.add("a", LadderConfig(window_size=3, reduction_factor=2))
+    ids = torch.cat([IDS, torch.full((3, 1), 2)], dim=1)
+    expected = pool["a"].eval()(ids).logits
+    for row, answer in zip(expected, pool({"input_ids": ids}, ["a", "a", "a"])):
+        torch.testing.assert_close(answer.logits, row)
+
+
 def test_inputs_of_one_row_are_those_of_all() -> None:
     """As the models take them."""
     pool = pool_of(tiny(), {}, {"window_size": 9})

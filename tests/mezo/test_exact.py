@@ -293,6 +293,36 @@ def test_a_frozen_weight_in_the_memory_of_a_trained_one_can_be_read() -> None:
         MeZO(model, lr=0.1, restore="exact").step(lambda: model(torch.ones(2, 4)).sum())
 
 
+class Latents(nn.Module):
+    """A parameter for each row, as of Perceiver: a view of it, which a module reads after others have run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 1)
+        self.latents = nn.Module()
+        self.latents.weight = nn.Parameter(torch.randn(4, 8))
+        self.latents.forward = lambda rows: {"latents": self.latents.weight.expand(rows, -1, -1)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.latents(len(x))["latents"]
+        x = self.first(x)
+        return self.last(F.softmax(latents @ x.mT, dim=-1) @ x).mean()
+
+
+@pytest.mark.parametrize("larger_before", [False, True])
+def test_what_a_module_returns_of_its_weight_outlives_its_forward(larger_before: bool) -> None:
+    x = torch.randn(3, 5, 8)
+
+    def slope(restore: str) -> float | None:
+        model = Latents()
+        optimizer = MeZO(model, lr=1e-3, eps=EPS, restore=restore)
+        optimizer.step(lambda: model(model.first(x) if larger_before else x))
+        return optimizer.projected_grad
+
+    assert slope("exact") == pytest.approx(slope("in_place"), rel=1e-3)
+
+
 def test_rows_without_their_padding_pass_the_watch() -> None:
     """torch's encoder makes a nested tensor of padded rows, in evaluation mode."""
     torch.manual_seed(0)
