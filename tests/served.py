@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Server:
-    """An application on a free port, in a thread."""
+    """An application on a free port, in a thread, until a `with` ends."""
 
     def __init__(self, app: Any) -> None:
         import uvicorn
@@ -21,6 +21,12 @@ class Server:
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
         self.port = self._socket.getsockname()[1]
         self._thread.start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def ask(
         self, method: str, path: str, body: Any = None, kind: str = "application/json"

@@ -52,9 +52,8 @@ def tasks(runs: Path) -> Tasks:
 
 @pytest.fixture
 def server(tasks: Tasks, runs: Path) -> Iterator[Server]:
-    server = Server(create_app(tasks, runs=runs, limits=Limits(body=65_536, queue=100, seconds=20)))
-    yield server
-    server.stop()
+    with Server(create_app(tasks, runs=runs, limits=Limits(body=65_536, queue=100, seconds=20))) as server:
+        yield server
 
 
 def assert_right(answer: Any, task: str, numbers: list[int], expected: dict[tuple[str, int], list[float]]) -> None:
@@ -135,25 +134,19 @@ def test_an_answer_tells_how_many_texts_were_cut(server: Server) -> None:
 
 
 def test_runs_on_words_and_numbers(runs: Path) -> None:
-    server = Server(create_app(Tasks({"words": runs / "words", "number": runs / "number"})))
-    try:
+    with Server(create_app(Tasks({"words": runs / "words", "number": runs / "number"}))) as server:
         for texts in ([TEXTS[0]], [TEXTS[0].split()]):
             (said,) = server.ask("POST", "/predict", {"task": "words", "texts": texts})[1]["predictions"]
             assert [each["word"] for each in said["words"]] == TEXTS[0].split()
         (said,) = server.ask("POST", "/predict", {"task": "number", "texts": TEXTS[:1]})[1]["predictions"]
         assert (said["name"], type(said["value"])) == ("score", float)
-    finally:
-        server.stop()
 
 
 def test_one_task_need_not_be_named(runs: Path) -> None:
-    server = Server(create_app(Tasks({"a": runs / "a"})))
-    try:
+    with Server(create_app(Tasks({"a": runs / "a"}))) as server:
         assert server.ask("POST", "/predict", {"texts": TEXTS[:1]})[1]["task"] == "a"
         assert server.ask("PUT", "/tasks/b", {"path": "b"})[0] == 404  # without a folder of runs nobody changes them
         assert server.ask("DELETE", "/tasks/a")[0] == 404
-    finally:
-        server.stop()
 
 
 GOOD = {"task": "a", "texts": ["a film"]}
@@ -239,25 +232,19 @@ def test_what_is_no_http_is_refused(server: Server, sent: bytes) -> None:
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(runs: Path) -> None:
-    server = Server(create_app(Tasks({"a": runs / "a"}), limits=Limits(seconds=0.05)))
-    try:
+    with Server(create_app(Tasks({"a": runs / "a"}), limits=Limits(seconds=0.05))) as server:
         sent = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
         assert server.send(sent).startswith(b"HTTP/1.1 408")
-    finally:
-        server.stop()
 
 
 def test_who_leaves_before_the_body_has_come_is_no_fault_of_the_server(runs: Path) -> None:
-    server = Server(create_app(Tasks({"a": runs / "a"})))
-    try:
+    with Server(create_app(Tasks({"a": runs / "a"}))) as server:
         server.send(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{", listen=False)
         end = time.monotonic() + 30
         while 'status="499"' not in (counted := server.ask("GET", "/metrics")[1]) and time.monotonic() < end:
             time.sleep(0.01)
         assert 'fastpeft_requests_total{status="499",task=""} 1.0' in counted
         assert 'status="500"' not in counted
-    finally:
-        server.stop()
 
 
 def test_refusals_are_described_in_the_form_that_they_have(server: Server) -> None:

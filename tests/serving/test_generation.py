@@ -64,9 +64,8 @@ def tasks(place: Path) -> Tasks:
 
 @pytest.fixture(scope="module")
 def server(tasks: Tasks) -> Iterator[Server]:
-    server = Server(create_app(tasks, limits=Limits(seconds=20)))
-    yield server
-    server.stop()
+    with Server(create_app(tasks, limits=Limits(seconds=20))) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -387,11 +386,8 @@ def test_what_there_is(server: Server, tasks: Tasks) -> None:
 
 @pytest.mark.parametrize(("queue", "status"), [(1, 200), (0, 503)])
 def test_a_full_queue_of_words_leaves_a_server_that_tells_classes(tasks: Tasks, queue: int, status: int) -> None:
-    server = Server(create_app(tasks, limits=Limits(queue=queue, chats=0)))
-    try:
+    with Server(create_app(tasks, limits=Limits(queue=queue, chats=0))) as server:
         assert server.ask("GET", "/health")[0] == status
-    finally:
-        server.stop()
 
 
 CHAT = {"model": "chat", "messages": turns("film"), "max_tokens": 2}
@@ -506,15 +502,12 @@ def test_what_is_refused(server: Server, stream: bool) -> None:
 def test_of_many_faults_a_few_are_counted(messages: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes time of the thread that reads all requests."""
     counted: list[int] = []
-    server = Server(create_app(Tasks({})))
     errors = RequestValidationError.errors
     monkeypatch.setattr(
         RequestValidationError, "errors", lambda error: (counted.append(len(errors(error))), errors(error))[1]
     )
-    try:
+    with Server(create_app(Tasks({}))) as server:
         status, answer, _ = server.ask("POST", "/v1/chat/completions", {"model": "chat", "messages": messages})
-    finally:
-        server.stop()
     assert (status, "body.messages" in answer["error"]["message"]) == (400, True)
     assert max(counted) < 10
 
