@@ -71,15 +71,30 @@ def server(tasks: Tasks) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def expected(place: Path) -> dict[tuple[str, str], str]:
     """What each run by itself says to each text, a turn of the user or a prompt."""
-    found = {}
-    for name in (*SHARED, "own"):
-        generator = TextGenerator(load_run(place / name), 8)
-        found |= {
-            (name, text): said
-            for text, said in zip(ASKED, generator.generate([generator.encode(text) for text in ASKED]))
-        }
+    found = {(name, text): said for name in (*SHARED, "own") for text, said in zip(ASKED, alone(place / name))}
     assert len(set(found.values())) > 3
     return found
+
+
+def alone(folder: Path, max_tokens: int = 8) -> list[str]:
+    """What a run by itself says to what is `ASKED`, as `predict` does."""
+    return said_by(TextGenerator(load_run(folder), max_tokens))
+
+
+def said_by(generator: TextGenerator) -> list[str]:
+    return generator.generate([generator.encode(text) for text in ASKED])
+
+
+def request_to(tasks: Tasks, name: str, text: str, max_tokens: int = 8) -> GenerationRequest:
+    """A text for a task, as a turn of the user where the task learned conversations."""
+    asked = Conversation((("user", text),)) if tasks[name].run.chats else text
+    return tasks.generation_request(name, asked, max_tokens)
+
+
+def answers(tasks: Tasks, name: str, max_tokens: int = 8) -> list[str]:
+    """What a task says to what is `ASKED`."""
+    found: list[Any] = tasks.generate([(name, [request_to(tasks, name, text, max_tokens)]) for text in ASKED])
+    return [answer.text for answer in found]
 
 
 def turns(text: str) -> list[dict[str, Any]]:
@@ -186,32 +201,22 @@ def test_tasks_on_one_backbone_say_their_words_in_one_batch(
         "generate",
         lambda pool, batch, tasks, **options: (batches.append(len(tasks)), generate(pool, batch, tasks, **options))[1],
     )
-    asked = []
-    for (name, text), _ in zip(expected, range(99)):
-        what = text if name == "e2e" else Conversation((("user", text),))
-        asked.append((name, [tasks.generation_request(name, what, 8)]))
-    answers = tasks.generate(asked)
-    assert [answer.text.strip() for answer in answers if isinstance(answer, GenerationRequest)] == list(
-        expected.values()
-    )
+    found: list[Any] = tasks.generate([(name, [request_to(tasks, name, text)]) for name, text in expected])
+    assert [answer.text.strip() for answer in found] == list(expected.values())
     assert batches == [15]
 
 
 def test_predict_is_greedy_whatever_the_model_says(place: Path, expected: dict[tuple[str, str], str]) -> None:
     generator = TextGenerator(load_run(place / "own"), 8)
     generator.run.classifier.model.generation_config.num_beams = 4
-    said = generator.generate([generator.encode(text) for text in ASKED])
-    assert said == [expected["own", text] for text in ASKED]
+    assert said_by(generator) == [expected["own", text] for text in ASKED]
 
 
 def test_other_sampling_or_too_long_a_sum_is_another_batch(tasks: Tasks) -> None:
     chat, own = tasks["chat"], tasks["own"]
-    long = [
-        tasks.generation_request("chat", Conversation((("user", "film " * length),)), most)
-        for length, most in ((1, 30), (24, 4))
-    ]
+    long = [request_to(tasks, "chat", "film " * length, most) for length, most in ((1, 30), (24, 4))]
     assert [len(batch) for batch in tasks._batches(long)] == [1, 1]
-    short = [tasks.generation_request("chat", Conversation((("user", "film"),)), 4) for _ in range(20)]
+    short = [request_to(tasks, "chat", "film", 4) for _ in range(20)]
     assert [len(batch) for batch in tasks._batches(short)] == [16, 4]
     assert chat.shared is not None
     assert own.shared is None
@@ -239,10 +244,7 @@ def test_each_request_has_its_own_row_whatever_the_model_says(
     base = task.run.classifier.model if task.shared is None else task.shared.pool.backbone.core
     for option, value in given.items():
         monkeypatch.setattr(base.generation_config, option, value)
-    asked = [(name, [tasks.generation_request(name, Conversation((("user", text),)), 8)]) for text in ASKED]
-    answers = tasks.generate(asked)
-    texts = [answer.text if isinstance(answer, GenerationRequest) else answer for answer in answers]
-    assert texts == [expected[name, text] for text in ASKED]
+    assert answers(tasks, name) == [expected[name, text] for text in ASKED]
 
 
 def test_a_run_generates_by_its_own_configuration(place: Path, tmp_path: Path, expected: dict[Any, str]) -> None:
@@ -250,16 +252,12 @@ def test_a_run_generates_by_its_own_configuration(place: Path, tmp_path: Path, e
     shutil.copytree(place / "chat", tmp_path / "never twice")
     file = next((tmp_path / "never twice").rglob("generation_config.json"))
     file.write_text(json.dumps({**json.loads(file.read_text()), "no_repeat_ngram_size": 1}))
-    generator = TextGenerator(load_run(tmp_path / "never twice"), 8)
-    alone = generator.generate([generator.encode(text) for text in ASKED])
-    assert alone != [expected["chat", text] for text in ASKED]
+    texts = {"never": alone(tmp_path / "never twice"), "chat": [expected["chat", text] for text in ASKED]}
+    assert texts["never"] != texts["chat"]
     for names in (("chat", "never"), ("never", "chat")):
         folders = {"chat": place / "chat", "never": tmp_path / "never twice"}
         tasks = Tasks({name: folders[name] for name in names})
-        for name, texts in (("never", alone), ("chat", [expected["chat", text] for text in ASKED])):
-            asked = [tasks.generation_request(name, Conversation((("user", text),)), 8) for text in ASKED]
-            answers: list[Any] = tasks.generate([(name, asked)])
-            assert [answer.text for answer in answers] == texts
+        assert {name: answers(tasks, name) for name in texts} == texts
 
 
 def test_of_a_batch_that_fails_each_is_answered_alone(tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +269,7 @@ def test_of_a_batch_that_fails_each_is_answered_alone(tasks: Tasks, monkeypatch:
         return generate(pool, batch, tasks, **options)
 
     monkeypatch.setattr(LadderPool, "generate", failing)
-    chat = Conversation((("user", "film"),))
-    first, second = tasks.generate([(name, [tasks.generation_request(name, chat, 4)]) for name in ("wide", "chat")])
+    first, second = tasks.generate([(name, [request_to(tasks, name, "film", 4)]) for name in ("wide", "chat")])
     assert isinstance(first, RuntimeError)
     assert isinstance(second, GenerationRequest)
     assert second.finish_reason is not None
@@ -289,10 +286,8 @@ def test_a_run_with_examples_answers_from_a_backbone_that_has_read_them(place: P
     assert shared[1] is shared[2]
     assert len({id(each) for each in shared}) == 3
     for name in ("one", "again", "other"):
-        generator = TextGenerator(load_run(tmp_path / name.replace("again", "one")), 3)
-        answers = tasks.generate([(name, [tasks.generation_request(name, text, 3)]) for text in ASKED])
-        texts = [answer.text.strip() for answer in answers if isinstance(answer, GenerationRequest)]
-        assert texts == generator.generate([generator.encode(text) for text in ASKED])
+        texts = [text.strip() for text in answers(tasks, name, 3)]
+        assert texts == alone(tmp_path / name.replace("again", "one"), 3)
 
 
 def test_a_task_that_was_removed_is_gone(place: Path) -> None:
