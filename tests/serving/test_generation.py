@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -385,78 +385,75 @@ def test_a_full_queue_of_words_leaves_a_server_that_tells_classes(tasks: Tasks, 
         assert server.ask("GET", "/health")[0] == status
 
 
+class Refusal(NamedTuple):
+    """A request that is refused, and what its answer then has."""
+
+    body: Any
+    message: str
+    param: str | None = None
+    status: int = 400
+    code: str | None = None
+
+
 CHAT = {"model": "chat", "messages": turns("film"), "max_tokens": 2}
-REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
-    "no such task": ({**CHAT, "model": "x"}, 404, "there is no task 'x'", "model", "model_not_found"),
-    "a task of classes": ({**CHAT, "model": "classes"}, 404, "generates no text", "model", "model_not_found"),
-    "a task of texts": ({**CHAT, "model": "e2e"}, 400, "learned from texts, not from conv", "messages", None),
-    "a role": (
-        {**CHAT, "messages": [{"role": "narrator", "content": "a"}]},
-        400,
-        "the role 'narrator'",
-        "messages",
-        None,
+REFUSED = {
+    "no such task": Refusal(
+        {**CHAT, "model": "x"}, "there is no task 'x'", param="model", status=404, code="model_not_found"
     ),
-    "late system": (
+    "a task of classes": Refusal(
+        {**CHAT, "model": "classes"}, "generates no text", param="model", status=404, code="model_not_found"
+    ),
+    "a task of texts": Refusal({**CHAT, "model": "e2e"}, "learned from texts, not from conv", param="messages"),
+    "a role": Refusal(
+        {**CHAT, "messages": [{"role": "narrator", "content": "a"}]}, "the role 'narrator'", param="messages"
+    ),
+    "late system": Refusal(
         {**CHAT, "messages": [*turns("film"), {"role": "system", "content": "a"}]},
-        400,
         "a turn of the system as turn 2",
-        "messages",
-        None,
+        param="messages",
     ),
-    "assistant last": (
+    "assistant last": Refusal(
         {**CHAT, "messages": [*turns("film"), {"role": "assistant", "content": "a"}]},
-        400,
         "the assistant's turn at its end",
-        "messages",
-        None,
+        param="messages",
     ),
-    "no messages": ({**CHAT, "messages": []}, 400, "at least 1 item", None, None),
-    "an empty message": ({**CHAT, "messages": turns(" ")}, 400, "with nothing in it", "messages", None),
-    "a number": ({**CHAT, "messages": [{"role": "user", "content": 1}]}, 400, "body.messages.0.content", None, None),
-    "surrogate": ({**CHAT, "messages": turns("a\ud800")}, 400, "lone surrogate", None, None),
-    "an image": (
+    "no messages": Refusal({**CHAT, "messages": []}, "at least 1 item"),
+    "an empty message": Refusal({**CHAT, "messages": turns(" ")}, "with nothing in it", param="messages"),
+    "a number": Refusal({**CHAT, "messages": [{"role": "user", "content": 1}]}, "body.messages.0.content"),
+    "surrogate": Refusal({**CHAT, "messages": turns("a\ud800")}, "lone surrogate"),
+    "an image": Refusal(
         {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]},
-        400,
         "Input should be 'text'",
-        None,
-        None,
     ),
-    "too long": (
+    "too long": Refusal(
         {**CHAT, "messages": turns("film " * 40)},
-        400,
         "reads 38 tokens; the messages have 4",
-        "messages",
-        "context_length_exceeded",
+        param="messages",
+        code="context_length_exceeded",
     ),
-    "too many": ({**CHAT, "max_tokens": 38}, 400, "38 more are asked for", "messages", "context_length_exceeded"),
-    "none": ({**CHAT, "max_tokens": 0}, 400, "body.max_tokens", None, None),
-    "a number as text": (
-        {**CHAT, "max_tokens": "2"},
-        400,
-        "body.max_tokens: Input should be a valid integer",
-        None,
-        None,
+    "too many": Refusal(
+        {**CHAT, "max_tokens": 38}, "38 more are asked for", param="messages", code="context_length_exceeded"
     ),
-    "true": ({**CHAT, "temperature": True}, 400, "body.temperature: Input should be a valid number", None, None),
-    "hot": ({**CHAT, "temperature": 3}, 400, "body.temperature", None, None),
-    "five stops": (
-        *({**CHAT, "stop": ["a"] * 5}, 400),
-        *("body.stop: Input should be a valid string, or: List should have at most 4 items", None, None),
+    "none": Refusal({**CHAT, "max_tokens": 0}, "body.max_tokens"),
+    "a number as text": Refusal({**CHAT, "max_tokens": "2"}, "body.max_tokens: Input should be a valid integer"),
+    "true": Refusal({**CHAT, "temperature": True}, "body.temperature: Input should be a valid number"),
+    "hot": Refusal({**CHAT, "temperature": 3}, "body.temperature"),
+    "five stops": Refusal(
+        {**CHAT, "stop": ["a"] * 5}, "body.stop: Input should be a valid string, or: List should have at most 4 items"
     ),
-    "an empty stop": ({**CHAT, "stop": ""}, 400, "body.stop", None, None),
-    "a long stop": ({**CHAT, "stop": "a" * 1_001}, 400, "body.stop: String should have at most 1000", None, None),
-    "two numbers": ({**CHAT, "max_completion_tokens": 1}, 400, "max_completion_tokens differ", None, None),
-    "two answers": ({**CHAT, "n": 2}, 400, "body.n", None, None),
-    "a log probability": ({**CHAT, "logprobs": 0}, 400, "body.logprobs", None, None),
-    "a penalty": ({**CHAT, "frequency_penalty": 0.5}, 400, "body.frequency_penalty", None, None),
-    "another": ({**CHAT, "presence_penalty": -1}, 400, "body.presence_penalty", None, None),
-    "a seed": ({**CHAT, "seed": 1}, 400, "body.seed", None, None),
-    "a form": ({**CHAT, "response_format": {"type": "json_object"}}, 400, "body.response_format", None, None),
-    "tools": ({**CHAT, "tools": []}, 400, "body.tools: Extra inputs", None, None),
-    "half of JSON": (b'{"model": "chat"', 400, "JSON decode error", None, None),
-    "no JSON": (b"\xff", 400, "parsing the body", None, None),
-    "large": (b" " * (1 << 21), 413, "more than 1,048,576 bytes", None, None),
+    "an empty stop": Refusal({**CHAT, "stop": ""}, "body.stop"),
+    "a long stop": Refusal({**CHAT, "stop": "a" * 1_001}, "body.stop: String should have at most 1000"),
+    "two numbers": Refusal({**CHAT, "max_completion_tokens": 1}, "max_completion_tokens differ"),
+    "two answers": Refusal({**CHAT, "n": 2}, "body.n"),
+    "a log probability": Refusal({**CHAT, "logprobs": 0}, "body.logprobs"),
+    "a penalty": Refusal({**CHAT, "frequency_penalty": 0.5}, "body.frequency_penalty"),
+    "another": Refusal({**CHAT, "presence_penalty": -1}, "body.presence_penalty"),
+    "a seed": Refusal({**CHAT, "seed": 1}, "body.seed"),
+    "a form": Refusal({**CHAT, "response_format": {"type": "json_object"}}, "body.response_format"),
+    "tools": Refusal({**CHAT, "tools": []}, "body.tools: Extra inputs"),
+    "half of JSON": Refusal(b'{"model": "chat"', "JSON decode error"),
+    "no JSON": Refusal(b"\xff", "parsing the body"),
+    "large": Refusal(b" " * (1 << 21), "more than 1,048,576 bytes", status=413),
 }
 
 
@@ -470,7 +467,7 @@ def test_what_is_no_stream_is_refused(server: Server) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_refused(server: Server, stream: bool) -> None:
-    for name, (body, status, message, param, code) in REFUSED.items():
+    for name, (body, message, param, status, code) in REFUSED.items():
         body = {**body, "stream": stream} if isinstance(body, dict) else body
         given, answer, _ = server.ask("POST", "/v1/chat/completions", body)
         assert given == status, (name, answer)
