@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tolerances import GRADIENT, assert_as_accurate
 from torch import Tensor
 
 
@@ -77,3 +78,29 @@ def in_order(args: Sequence[Any]) -> list[Any]:
 def flat(results: Sequence[Any]) -> list[Any]:
     """What ops return, or flags for it, with lists among it opened."""
     return [one for result in results for one in (result if isinstance(result, (list, tuple)) else [result])]
+
+
+def expected_of(op: Callable[..., Any], args: Sequence[Any]) -> list[list[Tensor]]:
+    """What `assert_as_accurate` compares with: the op plain, in float64, and there on absolute values."""
+    double = in_double(args)
+    return [flat(op(*some)) for some in (in_order(args), double, absolute(double))]
+
+
+def assert_outputs(actual: Sequence[Any], expected: list[list[Tensor]]) -> None:
+    """Compare a kernel's outputs with those of `expected_of`."""
+    for ours, *others in zip(flat(actual), *expected, strict=True):
+        assert_as_accurate(ours, *others)
+        assert ours.is_contiguous()
+
+
+def assert_gradients(
+    actual: Sequence[Any], again: Sequence[Any], needs: Sequence[Any], expected: list[list[Tensor]]
+) -> None:
+    """The same for gradients, twice the same bits; those that nothing needs are empty."""
+    for ours, repeated, need, *others in zip(flat(actual), flat(again), flat(needs), *expected, strict=True):
+        assert ours.is_contiguous()
+        assert torch.equal(ours, repeated)
+        if need:
+            assert_as_accurate(ours, *others, factor=GRADIENT)
+        else:
+            assert ours.shape == (0,)

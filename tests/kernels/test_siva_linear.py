@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from poison import in_nan, poisoned_memory
-from siva_operands import absolute, in_double, in_order, operands
-from tolerances import GRADIENT, assert_as_accurate
+from siva_operands import assert_gradients, assert_outputs, expected_of, in_order, operands
 from torch import Tensor
 
 from fastpeft.ops import aten, reference
@@ -28,31 +27,19 @@ def check_forward(*args: Tensor | None) -> None:
     """Launch on `args` and compare h and p with the reference in float64."""
     with poisoned_memory():
         actual = kernel.siva_linear(*args)
-    double = in_double(args)
-    results = (reference.siva_linear(*some) for some in (in_order(args), double, absolute(double)))
-    for ours, *others in zip(actual, *results):
-        assert_as_accurate(ours, *others)
-        assert ours.is_contiguous()
+    assert_outputs(actual, expected_of(reference.siva_linear, args))
 
 
 def check_backward(dh: Tensor, *args: Tensor | None, needs: tuple[bool, ...] = (True,) * 4) -> None:
     """Launch on dh and the forward's `args` and compare the gradients, twice the same bits, with float64."""
     x, weight, u, s, v, _ = args
     p = in_nan(reference.siva_linear(*in_order(args))[1])
-    args = (dh, x, weight, u, s, v, p, *needs)
-    double = in_double(args)
-    results = [reference.siva_linear_backward(*some) for some in (in_order(args), double, absolute(double))]
+    expected = expected_of(reference.siva_linear_backward, (dh, x, weight, u, s, v, p, *needs))
     unread = dh.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
     args = (dh, x if needs[2] else unread, weight, u, s, v, p if needs[1] else unread, *needs)
     with poisoned_memory():
         actual, again = kernel_backward.siva_linear_backward(*args), kernel_backward.siva_linear_backward(*args)
-    for ours, repeated, need, *others in zip(actual, again, needs, *results):
-        assert ours.is_contiguous()
-        assert torch.equal(ours, repeated)
-        if need:
-            assert_as_accurate(ours, *others, factor=GRADIENT)
-        else:
-            assert ours.shape == (0,)
+    assert_gradients(actual, again, needs, expected)
 
 
 def check(*args: Tensor | None, step: int = 1) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from poison import in_nan, poisoned_memory
-from siva_operands import absolute, each, flat, in_double, in_order, operands
-from tolerances import GRADIENT, assert_as_accurate
+from siva_operands import assert_gradients, assert_outputs, each, expected_of, flat, in_order, operands
 from torch import Tensor
 
 from fastpeft.ops import aten
@@ -40,36 +39,22 @@ def check_forward(*args: Any) -> None:
     """Launch on `args` and compare with float64."""
     with poisoned_memory():
         actual = kernel.siva_linear_group(*args)
-    double = in_double(args)
-    results = [flat(aten.siva_linear_group(*some)) for some in (in_order(args), double, absolute(double))]
-    for ours, *others in zip(flat(actual), *results, strict=True):
-        assert_as_accurate(ours, *others)
-        assert ours.is_contiguous()
+    assert_outputs(actual, expected_of(aten.siva_linear_group, args))
 
 
 def check_backward(*args: Any, needs: list[Any] | None = None) -> None:
     """Launch twice on the forward's `args` and compare with float64."""
     x, weights, us, ss, vs, biases = args
-    p = aten.siva_linear_group(*in_order(args))[-1]
+    p = in_nan(aten.siva_linear_group(*in_order(args))[-1])
     generator = torch.Generator().manual_seed(0)
     dhs = [in_nan(torch.randn(*x.shape[:-1], len(w), generator=generator).to(x)) for w in weights]
     needs = needs or [True, [True] * len(us), True, [bias is not None for bias in biases]]
-    args = (dhs, x, weights, us, ss, vs, in_nan(p))
-    double = in_double(args)
-    results = [
-        flat(aten.siva_linear_group_backward(*some, *needs)) for some in (in_order(args), double, absolute(double))
-    ]
+    expected = expected_of(aten.siva_linear_group_backward, (dhs, x, weights, us, ss, vs, p, *needs))
     unread = x.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
-    args = (dhs, x if needs[2] else unread, weights, us, ss, vs, args[-1] if any(needs[1]) else unread, *needs)
+    args = (dhs, x if needs[2] else unread, weights, us, ss, vs, p if any(needs[1]) else unread, *needs)
     with poisoned_memory():
-        actual, again = (flat(kernel_backward.siva_linear_group_backward(*args)) for _ in range(2))
-    for ours, repeated, need, *others in zip(actual, again, flat(needs), *results, strict=True):
-        assert ours.is_contiguous()
-        assert torch.equal(ours, repeated)
-        if need:
-            assert_as_accurate(ours, *others, factor=GRADIENT)
-        else:
-            assert ours.shape == (0,)
+        actual, again = (kernel_backward.siva_linear_group_backward(*args) for _ in range(2))
+    assert_gradients(actual, again, needs, expected)
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from poison import in_nan, poisoned_memory
-from siva_operands import absolute, batch, each, flat, in_double, in_order
-from tolerances import GRADIENT, assert_as_accurate
+from siva_operands import assert_gradients, assert_outputs, batch, each, expected_of, flat
 from torch import Tensor
 
 from fastpeft.ops import aten
@@ -25,32 +24,20 @@ def check(*args: Any, needs: list[Any] | None = None) -> None:
     x, weight, us, ss, vs, sizes, order, bias = args
     with poisoned_memory():
         actual = kernel.siva_linear_mixed(*args)
-    double = in_double(args)
-    results = [flat(aten.siva_linear_mixed(*some)) for some in (in_order(args), double, absolute(double))]
-    for ours, *others in zip(flat(actual), *results, strict=True):
-        assert_as_accurate(ours, *others)
-        assert ours.is_contiguous()
+    expected = expected_of(aten.siva_linear_mixed, args)
+    assert_outputs(actual, expected)
 
     generator = torch.Generator().manual_seed(0)
     dh = in_nan(torch.randn(*x.shape[:-1], len(weight), generator=generator).to(x))
     needs = needs or [True, [True] * len(us), [True] * len(us), bias is not None]
-    args = (dh, x, weight, us, ss, vs, each(in_nan, results[0][1:]), sizes, order)
-    double = in_double(args)
-    results = [
-        flat(aten.siva_linear_mixed_backward(*some, *needs)) for some in (in_order(args), double, absolute(double))
-    ]
+    ps = each(in_nan, expected[0][1:])
+    expected = expected_of(aten.siva_linear_mixed_backward, (dh, x, weight, us, ss, vs, ps, sizes, order, *needs))
     unread = x.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
-    ps = [p if need else unread for p, need in zip(args[6], needs[1])]
+    ps = [p if need else unread for p, need in zip(ps, needs[1])]
     args = (dh, x if any(needs[2]) else unread, weight, us, ss, vs, ps, sizes, order, *needs)
     with poisoned_memory():
-        actual, again = (flat(kernel.siva_linear_mixed_backward(*args)) for _ in range(2))
-    for ours, repeated, need, *others in zip(actual, again, flat(needs), *results, strict=True):
-        assert ours.is_contiguous()
-        assert torch.equal(ours, repeated)
-        if need:
-            assert_as_accurate(ours, *others, factor=GRADIENT)
-        else:
-            assert ours.shape == (0,)
+        actual, again = (kernel.siva_linear_mixed_backward(*args) for _ in range(2))
+    assert_gradients(actual, again, needs, expected)
 
 
 @pytest.mark.long(but="in any order-torch.float16")
