@@ -23,7 +23,7 @@ from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.rows import BASE, AdapterRows, acting
 from fastpeft.siva.targets import (
-    check_base,
+    check_saved_layers,
     check_target,
     endings,
     in_chosen_blocks,
@@ -137,7 +137,7 @@ class SivaModel(BaseTuner):
         tied = tied_parameters(model)
         for name in targets:
             check_target(peft_config, self._adding, name, modules[name], tied)
-        check_base(peft_config, {name: modules[name] for name in targets})
+        check_saved_layers(peft_config, {name: modules[name] for name in targets})
         if self._pissa is not None:
             self._pissa.check_targets(targets)
         self._number_of_targets, self._number_made, self._told_of_bases = len(targets), 0, False

@@ -196,7 +196,7 @@ def tied_parameters(model: nn.Module) -> set[int]:
     return shared | {id(parameter) for parameters in own for parameter in parameters}
 
 
-def check_base(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
+def check_saved_layers(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
     """Raise `FastpeftError` where a saved adapter has none of the layers that it would be put on.
 
     Layers may have other names than in the model that it was made from, if their weights are those.
@@ -205,13 +205,17 @@ def check_base(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
     if not saved or not targets.keys().isdisjoint(saved):
         return
     for target in targets.values():
-        found = target.base_fingerprint if isinstance(target, SivaLinear) else original_fingerprint(target)
+        found = _fingerprint_of(target)
         if found is None or any(fingerprints_agree(each, found) for each in saved.values()):
             return
     raise FastpeftError(
         f"{next(iter(targets))}: the adapter was trained on other layers than this model has, as {next(iter(saved))}. "
         f"Load the base model it was made from ({_base_of(peft_config)}), unchanged."
     )
+
+
+def _fingerprint_of(target: Any) -> str | None:
+    return target.base_fingerprint if isinstance(target, SivaLinear) else original_fingerprint(target)
 
 
 def _base_of(peft_config: SivaConfig) -> str:
@@ -234,7 +238,7 @@ def check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: A
     expected = peft_config.base_fingerprints.get(key) if peft_config.init_weights == "saved" else None
     if expected is None:
         return
-    found = target.base_fingerprint if isinstance(target, SivaLinear) else original_fingerprint(target)
+    found = _fingerprint_of(target)
     if found is not None and not fingerprints_agree(expected, found):
         raise FastpeftError(
             f"{key}: the adapter was trained on another weight than this model has. Load the base model it was made "
