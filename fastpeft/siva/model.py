@@ -25,9 +25,10 @@ from fastpeft.siva.rows import BASE, AdapterRows, acting
 from fastpeft.siva.targets import (
     check_saved_layers,
     check_target,
-    endings,
     in_chosen_blocks,
+    leave_heads_out,
     limit_ranks,
+    no_target,
     query_and_key,
     rank_of,
     tied_parameters,
@@ -101,43 +102,32 @@ class SivaModel(BaseTuner):
             peft_config.target_modules = in_chosen_blocks(peft_config, peft_config.target_modules)
         adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         modules = {name: module for name, module in model.named_modules() if not name.startswith(adapted)}
-        targets = [name for name in modules if name and self._check_target_module_exists(peft_config, name)]
+        targets = {
+            name: module
+            for name, module in modules.items()
+            if name and self._check_target_module_exists(peft_config, name)
+        }
         linear = [
             name
             for name, module in modules.items()
             if isinstance(module, (nn.Linear, Conv1D, SivaLinear)) and not self._is_head(name)
         ]
-        if not targets and not linear:
-            raise FastpeftError(
-                f"{type(model).__name__} has no linear layer beside its head, and SiVA adapts no others. Use a k-LST "
-                "side network, or train the head alone."
-            )
         if not targets:
-            wanted = peft_config.target_modules
-            shown = sorted(wanted) if isinstance(wanted, set) else repr(wanted)
-            raise FastpeftError(
-                f"target_modules={shown} matches no linear layer that SiVA may adapt (heads, excluded and separately "
-                f"saved modules are not targets, a string is a regular expression for the whole name). Linear layers "
-                f'here end in {", ".join(endings(linear))}; name some of them in a list, or pass "all-linear".'
-            )
+            raise no_target(peft_config, linear, model)
         if peft_config.init_weights != "saved" and self._pissa is None:  # what a file says was given to another model
             names = () if isinstance(wanted, str) else wanted
             warn_of_strangers(peft_config, names, linear, targets, model, self._is_head)
         if all_linear:
-            # without heads: PEFT takes a lm_head for embeddings, which it then saves
-            ends = [f".{name}" for name in targets]
-            peft_config.target_modules = {
-                each for each in peft_config.target_modules if any(end.endswith(f".{each}") for end in ends)
-            }
-            limit_ranks(peft_config, {name: modules[name] for name in targets})
+            leave_heads_out(peft_config, targets)
+            limit_ranks(peft_config, targets)
             warn_of_stacks(model, self._is_head)
         _check_tokens(peft_config, model)
-        if any(is_in_4_bits(getattr(modules[name], "base_layer", modules[name])) for name in targets):
+        if any(is_in_4_bits(getattr(module, "base_layer", module)) for module in targets.values()):
             _make_implicit(peft_config)
         tied = tied_parameters(model)
-        for name in targets:
-            check_target(peft_config, self._adding, name, modules[name], tied)
-        check_saved_layers(peft_config, {name: modules[name] for name in targets})
+        for name, module in targets.items():
+            check_target(peft_config, self._adding, name, module, tied)
+        check_saved_layers(peft_config, targets)
         if self._pissa is not None:
             self._pissa.check_targets(targets)
         self._number_of_targets, self._number_made, self._told_of_bases = len(targets), 0, False

@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -71,7 +71,7 @@ def warn_of_strangers(
     peft_config: SivaConfig,
     wanted: Iterable[str],
     linear: list[str],
-    targets: list[str],
+    targets: Collection[str],
     model: nn.Module,
     is_head: Callable[[str], bool],
 ) -> None:
@@ -147,6 +147,30 @@ def _blocks(peft_config: SivaConfig, names: list[str]) -> list[int]:
         if any(f".{index}." in name and check_target_module_exists(probe, name) for name in names):
             blocks.append(index)
     return blocks
+
+
+def no_target(peft_config: SivaConfig, linear: Collection[str], model: nn.Module) -> FastpeftError:
+    """Why no layer of the model is a target, given the names of those that SiVA may adapt."""
+    if not linear:
+        return FastpeftError(
+            f"{type(model).__name__} has no linear layer beside its head, and SiVA adapts no others. Use a k-LST "
+            "side network, or train the head alone."
+        )
+    wanted = peft_config.target_modules
+    shown = sorted(wanted) if isinstance(wanted, set) else repr(wanted)
+    return FastpeftError(
+        f"target_modules={shown} matches no linear layer that SiVA may adapt (heads, excluded and separately "
+        f"saved modules are not targets, a string is a regular expression for the whole name). Linear layers "
+        f'here end in {", ".join(endings(linear))}; name some of them in a list, or pass "all-linear".'
+    )
+
+
+def leave_heads_out(peft_config: SivaConfig, targets: Iterable[str]) -> None:
+    """Of the names for which "all-linear" stands, keep those of `targets`: PEFT saves a lm_head as if embeddings."""
+    ends = [f".{name}" for name in targets]
+    peft_config.target_modules = {
+        each for each in peft_config.target_modules or () if any(end.endswith(f".{each}") for end in ends)
+    }
 
 
 def limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
