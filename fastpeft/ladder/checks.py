@@ -1,9 +1,9 @@
-"""What a pass of a side network refuses."""
+"""What a side network refuses of its base, and of what a pass is given."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.fingerprints import is_quantised
+from fastpeft.ladder.saving import some
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,26 @@ def check_base(base: nn.Module, backbone: Backbone) -> None:
         raise FastpeftError(
             "the base is not the module that this LadderModel was made with. nn.DataParallel copies it: use one "
             "GPU, or a process per GPU by torchrun. If you replaced it, make a new LadderModel."
+        )
+
+
+def check_head(backbone: Backbone, head: Mapping[str, nn.Parameter]) -> None:
+    """Raise `FastpeftError` if parameters of the head are quantised, which train."""
+    if quantised := [name for name, parameter in head.items() if is_quantised(parameter)]:
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in quantised))
+        raise FastpeftError(
+            f"the head of the {type(backbone.core).__name__} is quantised ({some(quantised)}), and it "
+            f"trains. Load the base with BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like."
+        )
+
+
+def warn_of_earlier_head(backbone: Backbone) -> None:
+    """Warn where the head of a module may be made before its layers, so that it does not train."""
+    if backbone.may_have_an_earlier_head():
+        logger.warning(
+            "no parameter of the %s comes after its layers in base.modules(), so the side network trains alone: a "
+            "head that is made before the layers stays as it is. Make it after them if it is new",
+            type(backbone.core).__name__,
         )
 
 

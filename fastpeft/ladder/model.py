@@ -25,18 +25,20 @@ from fastpeft.ladder.checks import (
     check_adapters_around,
     check_attentions,
     check_base,
+    check_head,
     check_inputs,
     check_labels,
     check_mask,
     check_positions,
     tells_of_no_gradient,
+    warn_of_earlier_head,
 )
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, pack
 from fastpeft.ladder.defaults import decide_defaults
 from fastpeft.ladder.feature_sources import FeatureSource, LadderPass, choose_source
-from fastpeft.ladder.fingerprints import check_fingerprints, is_quantised
+from fastpeft.ladder.fingerprints import check_fingerprints
 from fastpeft.ladder.generation import (
     CACHE,
     LadderCache,
@@ -50,7 +52,7 @@ from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
 from fastpeft.ladder.probes import check_answers, check_told, decide_causal, predicts_next_tokens
 from fastpeft.ladder.pruning import prune
-from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base, some
+from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
@@ -144,18 +146,9 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         causal = bool(config.causal)
         side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), config.base_activation, causal)
         head = backbone.head_parameters()
-        if quantised := [name for name, parameter in head.items() if is_quantised(parameter)]:
-            modules = list(dict.fromkeys(name.rpartition(".")[0] for name in quantised))
-            raise FastpeftError(
-                f"the head of the {type(backbone.core).__name__} is quantised ({some(quantised)}), and it "
-                f"trains. Load the base with BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like."
-            )
-        if not config.base_fingerprints and backbone.may_have_an_earlier_head():  # else it was told when it was made
-            logger.warning(
-                "no parameter of the %s comes after its layers in base.modules(), so the side network trains alone: a "
-                "head that is made before the layers stays as it is. Make it after them if it is new",
-                type(backbone.core).__name__,
-            )
+        check_head(backbone, head)
+        if not config.base_fingerprints:  # else it was told when the side network was made
+            warn_of_earlier_head(backbone)
         if config.context is not None:
             if adapters:
                 raise FastpeftError(
@@ -374,9 +367,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             "logits_to_keep": logits_to_keep,
             **others,
         }
-        padding = getattr(self.config, "pad_token_id", None)
-        if not plain and padding is not None and getattr(self.backbone.text_config, "pad_token_id", None) != padding:
-            self.backbone.text_config.pad_token_id = padding  # trainers know our configuration, a head its own
+        self._share_padding()
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         step = past > 0 and text is not None and text.shape[1] == 1
@@ -389,20 +380,29 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         this = LadderPass(self.backbone, run, arguments, self.gradients_from)
         with this.around_base(features):
             outputs = self.base(inputs) if plain else self.base(**called, **divisor, return_dict=True)
-        if not plain:
-            outputs = with_own_cache(outputs, cache)
-        else:
-            # of the first pass: a later batch may have as many tokens as there are classes
-            first = not (self._has_answered or torch.compiler.is_compiling())
-            check_told(self.config.causal, self.base, outputs, this.read if first else None)
-            if first:
-                self._has_answered = True
-            outputs = with_loss(outputs, labels, self.config.problem_type)
+        outputs = self._with_loss(outputs, labels, this.read) if plain else with_own_cache(outputs, cache)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
+
+    def _share_padding(self) -> None:
+        """Tell the base's head, which reads its own configuration, the padding that trainers have put into ours."""
+        padding = getattr(self.config, "pad_token_id", None)
+        if self.backbone.plain or padding is None:
+            return
+        if getattr(self.backbone.text_config, "pad_token_id", None) != padding:
+            self.backbone.text_config.pad_token_id = padding
+
+    def _with_loss(self, outputs: Any, labels: Tensor | None, read: tuple[int, int] | None) -> Any:
+        """What a base that is not a transformers model answers, with its loss; `read` are B and T of its features."""
+        # of the first pass: a later batch may have as many tokens as there are classes
+        first = not (self._has_answered or torch.compiler.is_compiling())
+        check_told(self.config.causal, self.base, outputs, read if first else None)
+        if first:
+            self._has_answered = True
+        return with_loss(outputs, labels, self.config.problem_type)
 
     def new_side_run(
         self, attention_mask: Tensor | None, keep_states: bool, cache: LadderCache | None = None, step: bool = False
