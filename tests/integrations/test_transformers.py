@@ -11,6 +11,7 @@ import transformers
 from samples import add_adapter
 from siva_adapters import tiny
 from torch import Tensor
+from trainers import quiet
 
 from fastpeft import SivaConfig
 
@@ -35,9 +36,7 @@ def test_an_added_adapter_trains_is_saved_and_loads(residual: Any, tmp_path: Pat
     assert trained
     assert all("siva_" in name for name in trained)
 
-    settings = transformers.TrainingArguments(
-        str(tmp_path / "out"), max_steps=3, learning_rate=0.1, use_cpu=True, report_to="none", save_strategy="no"
-    )
+    settings = quiet(tmp_path / "out", max_steps=3, learning_rate=0.1, save_strategy="no")
     transformers.Trainer(model, settings, train_dataset=ROWS).train()
     after = logits(model)
     assert not torch.allclose(after, before, rtol=0, atol=1e-4)

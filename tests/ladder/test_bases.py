@@ -16,6 +16,7 @@ import transformers
 from backbones import IDS, ladder, tiny, trainable, vit
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from trainers import quiet
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder.backbone import Backbone
@@ -260,8 +261,8 @@ def test_trainer(tmp_path: Path, kind: str) -> None:
     rows = [{name: x, "labels": int(x.mean() > 0)} for x in inputs]
 
     def trainer(model: LadderModel, folder: str) -> transformers.Trainer:
-        settings = transformers.TrainingArguments(
-            str(tmp_path / folder),
+        settings = quiet(
+            tmp_path / folder,
             max_steps=40,
             save_steps=20,
             eval_steps=20,
@@ -269,9 +270,6 @@ def test_trainer(tmp_path: Path, kind: str) -> None:
             logging_steps=1,
             per_device_train_batch_size=8,
             learning_rate=1e-2,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
         )
         return transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows)
 

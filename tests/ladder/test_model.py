@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from samples import reviews
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from trainers import quiet
 
 from fastpeft import FastpeftError, LadderModel
 from fastpeft.ladder import SideNetwork
@@ -286,8 +287,8 @@ def test_trainer_loads_the_best_model_and_no_optimizer_holds_the_backbone(
     model = ladder(classifier(half_checkpoint, id2label={0: "no", 1: "yes"}))
     tokenizer = transformers.AutoTokenizer.from_pretrained(half_checkpoint)
     rows = [{**tokenizer(text), "labels": int(label == "positive")} for text, label in reviews(32)]
-    settings = transformers.TrainingArguments(
-        str(tmp_path),
+    settings = quiet(
+        tmp_path,
         max_steps=8,
         per_device_train_batch_size=4,
         learning_rate=5e-3,
@@ -297,9 +298,6 @@ def test_trainer_loads_the_best_model_and_no_optimizer_holds_the_backbone(
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=True,  # an early checkpoint, so that loading it changes something
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
     )
     best = transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows[:8], processing_class=tokenizer)
     best.train()
@@ -324,9 +322,7 @@ def test_the_padding_that_a_trainer_tells_reaches_the_head(
     tokenizer = transformers.AutoTokenizer.from_pretrained(half_checkpoint)
     assert tokenizer.pad_token_id == 1
     rows = [{"input_ids": ids, "labels": 0} for ids in ([5, 6, 7], [8, 9])]
-    settings = transformers.TrainingArguments(
-        str(tmp_path), max_steps=1, learning_rate=0.0, report_to="none", disable_tqdm=True, use_cpu=True
-    )
+    settings = quiet(tmp_path, max_steps=1, learning_rate=0.0)
     transformers.Trainer(model, settings, train_dataset=rows, processing_class=tokenizer).train()
     padded = torch.tensor([[5, 6, 7], [8, 9, 1]])
     expected.base.config.pad_token_id = 1
@@ -351,15 +347,7 @@ def test_smoothed_labels_of_next_words_are_shifted_by_a_trainer(tmp_path: Path, 
 def test_a_trainer_counts_next_words_as_beside_the_base(tmp_path: Path) -> None:
     """Else it divides the sum over T - 1 words by T."""
     base = tiny("Llama", "ForCausalLM")
-    settings = transformers.TrainingArguments(
-        str(tmp_path),
-        max_steps=1,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    settings = quiet(tmp_path, max_steps=1, logging_steps=1, save_strategy="no")
     rows = [{"input_ids": row, "labels": row} for row in IDS.tolist()]
     losses = []
     for model in (copy.deepcopy(base), ladder(base)):  # which starts as its base
@@ -378,9 +366,7 @@ def test_inputs_that_the_base_alone_names_reach_it_in_a_trainer(tmp_path: Path) 
         lambda _, args, given: seen.append(given["bbox"]), with_kwargs=True
     )
     row = {"input_ids": IDS[0].tolist(), "bbox": boxes.tolist(), "labels": [0] * 9, "speaker": "Ada"}
-    settings = transformers.TrainingArguments(
-        str(tmp_path), max_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True
-    )
+    settings = quiet(tmp_path, max_steps=1, save_strategy="no")
     for wrapped in (model, peft.get_peft_model(model, peft.LoraConfig(target_modules=["classifier"]))):
         trainer = transformers.Trainer(
             wrapped, settings, train_dataset=[row, row], data_collator=transformers.default_data_collator

@@ -19,7 +19,8 @@ from mezo_trainer import logged
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from trainers import quiet
+from transformers import Trainer
 
 import fastpeft
 from fastpeft import fuse_head, unfuse_head
@@ -245,10 +246,7 @@ def trained(tmp_path: Path, fused: bool, **options: Any) -> Trainer:
     model = get_peft_model(causal_model("llama"), LoraConfig(r=2))
     metrics = options.pop("compute_metrics", None)
     batch = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}
-    args = TrainingArguments(
-        str(tmp_path), **batch, max_steps=3, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True,
-        logging_steps=1, disable_tqdm=True, **options,
-    )  # fmt: skip
+    args = quiet(tmp_path, **batch, max_steps=3, learning_rate=1e-2, save_strategy="no", logging_steps=1, **options)
     if fused:
         fuse_head(model)
     trainer = Trainer(model, args, train_dataset=rows(), eval_dataset=rows(), compute_metrics=metrics)

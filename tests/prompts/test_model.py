@@ -15,7 +15,8 @@ from safetensors import safe_open
 from samples import pickle_adapter
 from tokenizers_for_prompts import make_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
+from trainers import quiet
+from transformers import AutoModelForMaskedLM, Trainer
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, Prompt, PromptCollator, PromptModel, SivaConfig
 from fastpeft.models import resolve_model
@@ -345,23 +346,10 @@ def test_models_that_cannot_be_prompted() -> None:
 def trainer(model: Any, folder: Path, **arguments: Any) -> Trainer:
     texts = ["a lovely film", "a dull story"] * 8
     rows = PROMPT.encode(tokenizer_of("Roberta"), texts, labels=[1, 0] * 8)
-    settings = TrainingArguments(
-        str(folder),
-        **{
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "max_steps": 80,
-            "save_steps": 40,
-            "seed": 3,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            **arguments,
-        },
-    )
+    usual = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 80, "save_steps": 40, "seed": 3}
     return Trainer(
         model,
-        settings,
+        quiet(folder, **{**usual, **arguments}),
         train_dataset=rows,
         eval_dataset=rows,
         data_collator=PromptCollator(tokenizer_of("Roberta")),
