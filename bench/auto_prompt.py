@@ -18,7 +18,6 @@ What is in the table already is not measured again: the whole can be done in par
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import random
@@ -31,7 +30,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import DATA, put_row, read_rows
+from bench.harness import DATA, option_parser, put_row, read_rows
 from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.data.examples import Examples, TextData, load_data
 from fastpeft.data.problems import CLASSIFICATION
@@ -171,7 +170,7 @@ def measure(task: str, data: str, prompt: str, way: str, seed: int, runs: Path) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--task", choices=TASKS, help="this one only")
     parser.add_argument("--way", choices=WAYS, help="this one only")
     parser.add_argument("--prompt", choices=PROMPTS, help="this one only")

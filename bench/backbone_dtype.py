@@ -10,7 +10,6 @@ error of an accuracy of 0.7 is 0.02 there, so this finds what breaks, not what i
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from bench.harness import DATA, put_row
+from bench.harness import DATA, option_parser, put_row
 from fastpeft import LadderConfig, LadderModel
 from fastpeft.comparison.learning_rates import take_slice
 from fastpeft.data.examples import load_data
@@ -101,7 +100,7 @@ def measure(dtype: BackboneDtype | None, texts: Texts) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--dtype", choices=[dtype or "none" for dtype in DTYPES], help="this one only")
     only, texts = parser.parse_args().dtype, Texts()
     for dtype in DTYPES:

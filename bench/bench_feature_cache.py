@@ -11,7 +11,6 @@ the layers, 8 times the work, are a larger share of the step: about 4 times.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 
 from bench.backbones import MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS
-from bench.harness import DATA, ROUNDS, Candidates, measure
+from bench.harness import DATA, ROUNDS, Candidates, measure, option_parser
 from fastpeft import LadderConfig, LadderModel
 from fastpeft.data.names import FEATURE_DTYPES
 
@@ -60,7 +59,7 @@ def candidates(model: str, folder: Path, device: torch.device) -> Candidates:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--rounds", type=int, default=ROUNDS)

@@ -16,7 +16,6 @@ without; the frozen head has 24 MB, a chunk of 128 tokens, and N K for the gradi
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import itertools
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from bench.harness import DATA, Candidates, Row, machine, measure, put_row
+from bench.harness import DATA, Candidates, Row, machine, measure, option_parser, put_row
 from bench.tune import HEADS
 from fastpeft import LadderConfig, LadderModel, SivaConfig, fuse_head, unfuse_head
 from fastpeft.functional import frozen_head_cross_entropy
@@ -181,7 +180,7 @@ def record_memory(load: Callable[[], Any], method: str, tokens: int, file: Any =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--model", default="models/smollm2", help="a folder, default models/smollm2")
     parser.add_argument("--memory", action="store_true", help="peaks and differences instead of times")
     parser.add_argument("--methods", nargs="+", default=["alone", "LST", "SiVA", "MeZO"])

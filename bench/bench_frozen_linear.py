@@ -13,7 +13,6 @@ each element of x is read twice and each of h written: at 768 x 768 a fifth of t
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.backbones import MODELS
-from bench.harness import DATA, ROUNDS, Candidates, columns_of, measure
+from bench.harness import DATA, ROUNDS, Candidates, columns_of, measure, option_parser
 from fastpeft import pack_frozen
 from fastpeft.functional import int8_linear
 from fastpeft.ops.frozen_linear import frozen_linear
@@ -114,7 +113,7 @@ def test_frozen_linear(benchmark: Any, case: Case, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--encoder", choices=MODELS, help="a whole encoder of these shapes instead")
     parser.add_argument("--tokens", type=int, default=64, help="of the encoder, default 64")
     parser.add_argument("--batch", type=int, default=16, help="of the encoder, default 16")

@@ -13,7 +13,6 @@ one operation, and Python around it: about 50 microseconds, 0.3 ms in 60.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from bench.harness import DATA, ROUNDS, measure
+from bench.harness import DATA, ROUNDS, measure, option_parser
 from fastpeft import LadderConfig, LadderModel, SivaConfig
 
 FILE = DATA / "generation.csv"
@@ -54,7 +53,7 @@ def go_on(model: Any, cache: Any, token: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("model", help="folder of SmolLM2")
     parser.add_argument(
         "--candidates", default=",".join(MODELS), help="names with commas, the one to compare with first"

@@ -19,7 +19,6 @@ it could be beaten 1.8 times at most, by a side network that costs nothing.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch import nn
 
 from bench.backbones import HEADS, MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS, names_in, step_of
-from bench.harness import DATA, ROUNDS, Candidates, measure
+from bench.harness import DATA, ROUNDS, Candidates, measure, option_parser
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
 
@@ -104,7 +103,7 @@ def test_ladder(benchmark: Any, method: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="what the frozen weights are brought to")

@@ -7,7 +7,6 @@ engine there was the reference's loop, which draws each noise four times, into t
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import DATA, Candidates, columns_of, measure
+from bench.harness import DATA, Candidates, columns_of, measure, option_parser
 from fastpeft import MeZO, Prompt
 from fastpeft.prompts.model import load_prompted
 
@@ -127,7 +126,7 @@ def test_mezo_step(benchmark: Any, case: Case, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     device = torch.device(parser.parse_args().device)
     for case in CASES:

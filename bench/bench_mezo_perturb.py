@@ -27,7 +27,6 @@ unrolled: one at a time gained a sixth.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 from collections.abc import Callable
@@ -39,7 +38,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import DATA, Candidates, columns_of, measure
+from bench.harness import DATA, Candidates, columns_of, measure, option_parser
 from fastpeft import functional
 
 FILE = DATA / "mezo_perturb.csv"
@@ -164,7 +163,7 @@ def test_mezo_perturb(benchmark: Any, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--model", choices=MODELS, default="large")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16"])

@@ -13,7 +13,6 @@ times. With cached features what the backbone takes goes, and reading 10 MB of t
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from bench.harness import DATA, Candidates, measure
+from bench.harness import DATA, Candidates, measure, option_parser
 from fastpeft import LadderConfig, LadderPool
 
 FILE = DATA / "pool.csv"
@@ -138,7 +137,7 @@ def record(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--work", choices=WORKS, nargs="+", default=WORKS)
     parser.add_argument("--window", type=int, default=9)

@@ -7,7 +7,6 @@ A case of several layers is one of layers that read the same x, which SiVA runs 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastpeft
-from bench.harness import DATA, Candidates, columns_of, measure
+from bench.harness import DATA, Candidates, columns_of, measure, option_parser
 from fastpeft.ops import reference
 from fastpeft.siva import grouping
 
@@ -138,7 +137,7 @@ def test_siva_linear(benchmark: Any, case: Case, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--models", help="some of the models only, as demo,base")
     arguments = parser.parse_args()

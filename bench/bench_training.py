@@ -18,7 +18,6 @@ which keep the dtype that their library gives them, and `--dtype autocast` keeps
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.backbones import HEADS, MODELS
-from bench.harness import DATA, ROUNDS, Candidates, measure
+from bench.harness import DATA, ROUNDS, Candidates, measure, option_parser
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
 from fastpeft.ops.frozen_linear import set_packing
@@ -170,7 +169,7 @@ def test_training_step(benchmark: Any, cell: Cell) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--adapters", action="store_true", help="SiVA, its limit and other adapters of the same layers")
     parser.add_argument("--model", choices=MODELS, default="demo")

@@ -19,7 +19,6 @@ DistributedDataParallel sends buffers at each forward too: SiVA's first factors,
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import socket
@@ -41,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.backbones import MODELS
 from bench.bench_pool import adamw
-from bench.harness import DATA, Row, machine, percentiles, put_row
+from bench.harness import DATA, Row, machine, option_parser, percentiles, put_row
 from fastpeft import MeZO
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
@@ -217,7 +216,7 @@ def measured(case: Case, size: int, model_name: str) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--method", help="this one only")
     parser.add_argument("--ranks", type=int, nargs="*", default=RANKS)

@@ -10,11 +10,10 @@ estimate does.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from statistics import linear_regression, mean
 
-from bench.harness import DATA, Row, put_row
+from bench.harness import DATA, Row, option_parser, put_row
 from fastpeft.comparison.cells import Cell
 from fastpeft.support import files
 
@@ -85,7 +84,7 @@ def compared(plan: list[dict[str, str]], cells: list[Cell]) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("plan", type=Path, help="what the dry run printed")
     parser.add_argument("folder", type=Path, help="output of the comparison")
     given = parser.parse_args()

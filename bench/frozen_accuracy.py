@@ -12,14 +12,13 @@ command goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import DATA, Row, machine, put_row, read_rows
+from bench.harness import DATA, Row, machine, option_parser, put_row, read_rows
 from fastpeft import TrainConfig, train
 from fastpeft.support.environment import best_device
 
@@ -73,7 +72,7 @@ def measure(file: Path, model: str, data: str, folder: Path, method: str, dtype:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("model", help="as for fastpeft train --model")
     parser.add_argument("data", help="as for fastpeft train --data")
     parser.add_argument("folder", type=Path, help="of the runs, while they run")

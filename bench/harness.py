@@ -137,6 +137,11 @@ def source() -> str:
     return hashlib.sha256(b"".join(texts)).hexdigest()[:12]
 
 
+def option_parser(description: str | None) -> argparse.ArgumentParser:
+    """The parser of a bench's options, whose `--help` is the bench's docstring, line by line."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def time_operation(
     description: str | None,
     file: Path,
@@ -151,7 +156,7 @@ def time_operation(
         cases: those in some dtypes: float32 on a CPU, bfloat16 too on a card.
         candidates: those of a case on a device.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(description)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
     arguments = parser.parse_args()

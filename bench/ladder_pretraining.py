@@ -8,14 +8,13 @@ texts that are not in the slice. Cut off, the same command goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import csv
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import DATA, machine, put_row
+from bench.harness import DATA, machine, option_parser, put_row
 from fastpeft import TrainConfig, train
 from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.data.examples import load_data
@@ -67,7 +66,7 @@ def run(folder: Path, cell: str, seed: int, epochs: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("folder", type=Path, help="where to put the slice and the runs")
     parser.add_argument("cells", nargs="*", default=list(CELLS), metavar="CELL", help="in this order (default: all)")
     parser.add_argument("--seed", type=int, default=0)

@@ -46,7 +46,6 @@ of few bits as numbers: a step that runs does not show it. The rows of shapes ha
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -61,7 +60,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from bench.harness import DATA, Row, put_row, read_rows
+from bench.harness import DATA, Row, option_parser, put_row, read_rows
 from fastpeft import LadderConfig, LadderModel, SivaConfig, fuse_head
 from fastpeft.methods.side_network import GATED
 from fastpeft.methods.wrapping import in_4_bits
@@ -321,7 +320,7 @@ def measure(name: str, case: Case, model: Any, rows: int, tokens: int) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default all")
     parser.add_argument("--methods", nargs="+", help="default all")
     parser.add_argument("--measure", metavar="MODEL", help="steps that run, on the model in this folder")

@@ -15,7 +15,6 @@ features, which the gradients of its projections need.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from bench.backbones import LARGE
-from bench.harness import DATA, put_row
+from bench.harness import DATA, option_parser, put_row
 from fastpeft import LadderConfig, LadderModel, SivaConfig
 from fastpeft.methods.side_network import GATED
 from fastpeft.support.environment import versions
@@ -137,7 +136,7 @@ def rows(cases: list[Case], config: RobertaConfig, lengths: tuple[int, ...]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--only", metavar="TEXT", help="cases of this method, residual or optimizer only")
     only = parser.parse_args().only
     cases = [case for case in CASES if only in (None, case.method, case.residual_dtype, case.optimizer)]

@@ -7,13 +7,12 @@ next, which changes no bit; and with `restore="exact"`, which has to leave every
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bench.harness import DATA, columns_of, machine, put_row
+from bench.harness import DATA, columns_of, machine, option_parser, put_row
 from fastpeft import MeZO
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.models import load_classifier
@@ -69,7 +68,7 @@ def _output(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--steps", type=int, default=Case.steps)

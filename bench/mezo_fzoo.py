@@ -12,7 +12,6 @@ the accuracy of 1,000 dev rows has a standard error of 1.5 points, so the losses
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from bench.harness import DATA, machine, put_row
+from bench.harness import DATA, machine, option_parser, put_row
 from fastpeft import TrainConfig, train
 from fastpeft.mezo.estimator import Estimator
 
@@ -95,7 +94,7 @@ class Points(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("data", help="a slice, as above")
     parser.add_argument("output", type=Path, help="folder of the runs' folders")
     parser.add_argument("--curve", default="spsa-1", help="estimator and directions a step, as fzoo-8")

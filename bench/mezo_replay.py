@@ -7,7 +7,6 @@ has two forward passes. The check that the base model is the run's, made once wh
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.bench_mezo import EPS, LR, Case, batch_of, prompted
-from bench.harness import DATA, Candidates, measure
+from bench.harness import DATA, Candidates, measure, option_parser
 from fastpeft import MeZO
 from fastpeft.mezo import Journal
 from fastpeft.mezo.journal import FILE_NAME
@@ -44,7 +43,7 @@ def candidates(case: Case, device: torch.device, folder: Path, steps: int = STEP
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     device = torch.device(parser.parse_args().device)
     case = Case("spsa", 1, "gaussian", 2)

@@ -10,7 +10,6 @@ edges of bins of 2^-14.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.harness import DATA, columns_of, machine, write_rows
+from bench.harness import DATA, columns_of, machine, option_parser, write_rows
 from fastpeft.functional import mezo_perturb_
 
 FILE = DATA / "noise_statistics.csv"
@@ -127,7 +126,7 @@ def _worst(of: tuple[str, int], statistic: str, samples: int, scores: Sequence[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--samples", type=int, default=10**9, help="of each noise from each first seed")
     parser.add_argument("--seed", nargs="+", type=int, default=FIRST_SEEDS, help="first seeds")
     arguments = parser.parse_args()

@@ -13,7 +13,6 @@ model with the tiles of a bare product.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ import torch
 from scipy.stats import spearmanr
 
 from bench import static
-from bench.harness import DATA, Row, read_rows, write_rows
+from bench.harness import DATA, Row, option_parser, read_rows, write_rows
 from fastpeft.kernels import tiles
 from fastpeft.ops.autotune import TUNED
 from fastpeft.ops.dispatch import architecture
@@ -177,7 +176,7 @@ def _correlation(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--against", nargs="?", const="", help="times that bench.tune measured (default: on this card)")
     given = parser.parse_args()
     if given.against is None:

@@ -22,7 +22,6 @@ Axes that are in the table are not measured again: a run that is cut off goes on
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from bench.bench_pool import adamw
-from bench.harness import DATA, interleave, machine, percentiles, put_row, read_rows
+from bench.harness import DATA, interleave, machine, option_parser, percentiles, put_row, read_rows
 from fastpeft import LadderConfig, LadderModel, LadderPool
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
@@ -157,7 +156,7 @@ def record(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--method", choices=AXES, help="this one only")
     parser.add_argument("--axis", help="this one only, anew")

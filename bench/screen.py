@@ -24,14 +24,13 @@ the difference of two models that err independently one of 0.02: a screening fin
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from bench.harness import DATA, Row, put_row, read_rows
+from bench.harness import DATA, Row, option_parser, put_row, read_rows
 from fastpeft import CompareConfig, compare
 from fastpeft.training.config import parse_value
 
@@ -112,7 +111,7 @@ def row(screen: Screen, name: str, found: Row) -> Row:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("table", choices=SCREENS)
     parser.add_argument("data", help="folder that bench.slices wrote; else as for fastpeft train --data")
     parser.add_argument("folder", help="of the comparison")

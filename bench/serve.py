@@ -9,7 +9,6 @@ is what else the machine had to do: the processes that ran or waited, on average
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import os
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import DATA, Row, machine, put_row
+from bench.harness import DATA, Row, machine, option_parser, put_row
 from fastpeft.data.examples import load_data
 from fastpeft.serving.tasks import parse_runs
 from fastpeft.training.prediction import Predictor
@@ -176,7 +175,7 @@ def record(file: Path, runs: Mapping[str, str], clients: int, seconds: float, de
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="NAME=RUN", help="finished runs on classes")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)

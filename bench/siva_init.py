@@ -9,7 +9,6 @@ subspace (sine of the largest angle), and of the residual W_r (its spectral norm
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fastpeft
-from bench.harness import DATA, interleave, machine, percentiles, put_row
+from bench.harness import DATA, interleave, machine, option_parser, percentiles, put_row
 from fastpeft.siva.decompose import decompose
 
 FILE = DATA / "siva_init.csv"
@@ -125,7 +124,7 @@ def models(r: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--models", action="store_true", help="time whole models of RoBERTa-large's shapes")
     parser.add_argument("--rank", type=int, default=4)
     given = parser.parse_args()

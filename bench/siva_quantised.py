@@ -27,7 +27,6 @@ step: SiVA takes 0.8 of QLoRA's time at 128 rows and 0.93 at 512. Not more than 
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,7 +39,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, RobertaCon
 
 from bench.backbones import BASE
 from bench.bench_training import BATCH_SIZE, step_of
-from bench.harness import DATA, ROUNDS, Candidates, measure, put_row
+from bench.harness import DATA, ROUNDS, Candidates, measure, option_parser, put_row
 from fastpeft.data.examples import load_data
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
@@ -220,7 +219,7 @@ def time_steps(rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--format", choices=FORMATS, help="this one only")
     parser.add_argument("--rank", type=int, help="this one only")
     parser.add_argument("--pretrained", type=Path, help="the folder of a model; without it the bundled one")

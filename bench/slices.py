@@ -11,11 +11,11 @@ What reads scores there is to be given --problem-type regression: those of a sli
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.evidence import e2e
+from bench.harness import option_parser
 from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.data.examples import TextData, load_data
 from fastpeft.data.problems import NEXT_WORDS
@@ -29,7 +29,7 @@ def whole_e2e(folder: Path) -> TextData:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("data", help="as for fastpeft train --data")
     parser.add_argument("folder", type=Path, help="where to write train.jsonl and dev.jsonl")
     parser.add_argument("--rows", type=int, required=True, help="training rows to take")
