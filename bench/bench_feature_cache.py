@@ -20,7 +20,7 @@ import torch
 
 from bench.backbones import MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS
-from bench.harness import DATA, ROUNDS, Candidates, measure, option_parser
+from bench.harness import DATA, Candidates, measure, timing_parser
 from fastpeft import LadderConfig, LadderModel
 from fastpeft.data.names import FEATURE_DTYPES
 
@@ -59,15 +59,12 @@ def candidates(model: str, folder: Path, device: torch.device) -> Candidates:
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser = timing_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="demo")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args()
-    device = torch.device(given.device)
     with tempfile.TemporaryDirectory() as folder:
-        steps = candidates(given.model, Path(folder), device)
-        measure(FILE, {**CASE, "model": given.model}, steps, device, given.rounds)
+        steps = candidates(given.model, Path(folder), given.device)
+        measure(FILE, {**CASE, "model": given.model}, steps, given.device, given.rounds)
 
 
 if __name__ == "__main__":

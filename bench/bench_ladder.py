@@ -28,7 +28,7 @@ from torch import nn
 
 from bench.backbones import HEADS, MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS, names_in, step_of
-from bench.harness import DATA, ROUNDS, Candidates, measure, option_parser
+from bench.harness import DATA, Candidates, measure, timing_parser
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
 
@@ -103,22 +103,17 @@ def test_ladder(benchmark: Any, method: str) -> None:
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser = timing_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="what the frozen weights are brought to")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of a text; default {TOKENS}")
     parser.add_argument("--methods", default=",".join(METHODS), help="the first is what ratios are taken to")
-    parser.add_argument(
-        "--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}; the large model takes seconds each"
-    )
     given = parser.parse_args()
-    device = torch.device(given.device)
     measure(
         FILE,
         {**CASE, "model": given.model, "tokens": str(given.tokens), "dtype": given.dtype},
-        candidates(given.model, device, tuple(given.methods.split(",")), given.dtype, given.tokens),
-        device,
+        candidates(given.model, given.device, tuple(given.methods.split(",")), given.dtype, given.tokens),
+        given.device,
         given.rounds,
     )
 

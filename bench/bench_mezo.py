@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import DATA, Candidates, columns_of, measure, option_parser
+from bench.harness import DATA, Candidates, columns_of, measure, timing_parser
 from fastpeft import MeZO, Prompt
 from fastpeft.prompts.model import load_prompted
 
@@ -126,11 +126,9 @@ def test_mezo_step(benchmark: Any, case: Case, name: str) -> None:
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    device = torch.device(parser.parse_args().device)
+    given = timing_parser(__doc__, ROUNDS).parse_args()
     for case in CASES:
-        measure(FILE, columns_of(case), candidates(case, device), device, ROUNDS)
+        measure(FILE, columns_of(case), candidates(case, given.device), given.device, given.rounds)
 
 
 if __name__ == "__main__":

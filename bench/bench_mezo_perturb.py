@@ -38,7 +38,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import DATA, Candidates, columns_of, measure, option_parser
+from bench.harness import DATA, Candidates, columns_of, measure, timing_parser
 from fastpeft import functional
 
 FILE = DATA / "mezo_perturb.csv"
@@ -163,21 +163,19 @@ def test_mezo_perturb(benchmark: Any, name: str) -> None:
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser = timing_parser(__doc__, ROUNDS)
     parser.add_argument("--model", choices=MODELS, default="large")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--work", nargs="+", choices=WORKS, default=WORKS)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    threads = sorted(set(arguments.threads)) if device.type == "cpu" else [1]
+    threads = sorted(set(arguments.threads)) if arguments.device.type == "cpu" else [1]
     for dtype, work, count in itertools.product(arguments.dtype, arguments.work, threads):
         if work == "threads" and count == 1:
             continue
         torch.set_num_threads(count)
         case = Case(arguments.model, *MODELS[arguments.model], dtype, count, work)
-        measure(FILE, columns_of(case), candidates(case, device), device, ROUNDS)
+        measure(FILE, columns_of(case), candidates(case, arguments.device), arguments.device, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from bench.harness import DATA, Candidates, measure, option_parser
+from bench.harness import DATA, Candidates, measure, timing_parser
 from fastpeft import LadderConfig, LadderPool
 
 FILE = DATA / "pool.csv"
@@ -137,14 +137,12 @@ def record(
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser = timing_parser(__doc__, ROUNDS)
     parser.add_argument("--work", choices=WORKS, nargs="+", default=WORKS)
     parser.add_argument("--window", type=int, default=9)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
     given = parser.parse_args()
     for work in given.work:
-        record(FILE, work, given.window, torch.device(given.device), given.rounds)
+        record(FILE, work, given.window, given.device, given.rounds)
 
 
 if __name__ == "__main__":

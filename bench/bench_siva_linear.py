@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastpeft
-from bench.harness import DATA, Candidates, columns_of, measure, option_parser
+from bench.harness import DATA, Candidates, columns_of, measure, timing_parser
 from fastpeft.ops import reference
 from fastpeft.siva import grouping
 
@@ -137,17 +137,16 @@ def test_siva_linear(benchmark: Any, case: Case, name: str) -> None:
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser = timing_parser(__doc__)
     parser.add_argument("--models", help="some of the models only, as demo,base")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    given = parser.parse_args()
+    device = given.device
     models, dtypes = (
         (ROBERTA, ("float32",)) if device.type == "cpu" else (ROBERTA | LLAMA, ("float32", "bfloat16", "float16"))
     )
-    wanted = arguments.models.split(",") if arguments.models else list(models)
+    wanted = given.models.split(",") if given.models else list(models)
     for case in cases({model: models[model] for model in wanted}, dtypes):
-        measure(FILE, columns_of(case), candidates(case, device), device)
+        measure(FILE, columns_of(case), candidates(case, device), device, given.rounds)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.backbones import HEADS, MODELS
-from bench.harness import DATA, ROUNDS, Candidates, measure, option_parser
+from bench.harness import DATA, Candidates, measure, timing_parser
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
 from fastpeft.ops.frozen_linear import set_packing
@@ -169,17 +169,15 @@ def test_training_step(benchmark: Any, cell: Cell) -> None:
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser = timing_parser(__doc__)
     parser.add_argument("--adapters", action="store_true", help="SiVA, its limit and other adapters of the same layers")
     parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--targets", default="query, key;all linear", help="with --adapters")
     parser.add_argument("--candidates", default=",".join(ADAPTERS), help="with --adapters; siva comes first")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="with --adapters")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="with --adapters")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args()
-    device = torch.device(given.device)
+    device = given.device
     if not given.adapters:
         measure(FILE, {**CASE, "model": given.model}, candidates(device, given.model), device, given.rounds)
         return

@@ -142,6 +142,14 @@ def option_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def timing_parser(description: str | None, rounds: int = ROUNDS) -> argparse.ArgumentParser:
+    """The `option_parser` of a bench that times: it has --device, a `torch.device`, and --rounds."""
+    parser = option_parser(description)
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
+    return parser
+
+
 def time_operation(
     description: str | None,
     file: Path,
@@ -156,13 +164,9 @@ def time_operation(
         cases: those in some dtypes: float32 on a CPU, bfloat16 too on a card.
         candidates: those of a case on a device.
     """
-    parser = option_parser(description)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    for case in cases(("float32",) if device.type == "cpu" else ("bfloat16", "float32")):
-        measure(file, columns_of(case), candidates(case, device), device, arguments.rounds)
+    given = timing_parser(description).parse_args()
+    for case in cases(("float32",) if given.device.type == "cpu" else ("bfloat16", "float32")):
+        measure(file, columns_of(case), candidates(case, given.device), given.device, given.rounds)
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.bench_mezo import EPS, LR, Case, batch_of, prompted
-from bench.harness import DATA, Candidates, measure, option_parser
+from bench.harness import DATA, Candidates, measure, timing_parser
 from fastpeft import MeZO
 from fastpeft.mezo import Journal
 from fastpeft.mezo.journal import FILE_NAME
@@ -43,9 +43,7 @@ def candidates(case: Case, device: torch.device, folder: Path, steps: int = STEP
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    device = torch.device(parser.parse_args().device)
+    given = timing_parser(__doc__, ROUNDS).parse_args()
     case = Case("spsa", 1, "gaussian", 2)
     columns = {
         "model": case.model,
@@ -55,7 +53,7 @@ def main() -> None:
         "dtype": case.dtype,
     }
     with tempfile.TemporaryDirectory() as folder:
-        measure(FILE, columns, candidates(case, device, Path(folder)), device, ROUNDS)
+        measure(FILE, columns, candidates(case, given.device, Path(folder)), given.device, given.rounds)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from bench.bench_pool import adamw
-from bench.harness import DATA, interleave, machine, option_parser, percentiles, put_row, read_rows
+from bench.harness import DATA, interleave, machine, percentiles, put_row, read_rows, timing_parser
 from fastpeft import LadderConfig, LadderModel, LadderPool
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
@@ -156,20 +156,17 @@ def record(
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser = timing_parser(__doc__, ROUNDS)
     parser.add_argument("--method", choices=AXES, help="this one only")
     parser.add_argument("--axis", help="this one only, anew")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
     given = parser.parse_args()
-    device = torch.device(given.device)
     there = {(row["method"], row["axis"], row["device"], row["card"]) for row in read_rows(FILE)}
-    where = (machine(device)["device"], machine(device)["card"])
+    where = (machine(given.device)["device"], machine(given.device)["card"])
     for method, axes in AXES.items():
         for axis, points in axes.items():
             wanted = given.method in (None, method) and given.axis in (None, axis)
             if wanted and (given.axis is not None or (method, axis, *where) not in there):
-                record(FILE, method, axis, points, device, given.rounds)
+                record(FILE, method, axis, points, given.device, given.rounds)
 
 
 if __name__ == "__main__":
