@@ -214,30 +214,13 @@ def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> 
     None where it cannot be told. As the Trainer does before its first step, this lets a model compute its activations
     again where `arguments` say so.
     """
-    model, config, problem = task.model, task.config, task.data.problem
+    model, config = task.model, task.config
     optimizer = None
     if not task.method.optimization.zeroth_order:
         optimizer = _optimizer(model, arguments)
         if optimizer is None:
             return None
-    device = next(model.parameters()).device
-    rows = config.batch_size // Ranks().size
-    shape = (rows, tokens)
-    batch = {
-        "input_ids": torch.zeros(shape, dtype=torch.long, device=device),
-        "attention_mask": torch.ones(shape, dtype=torch.long, device=device),
-        "labels": torch.zeros(shape if problem.per_token else shape[:1], dtype=torch.long, device=device),
-    }
-    if problem is REGRESSION:
-        batch["labels"] = batch["labels"].float()
-    if problem is MULTI_LABEL:
-        batch["labels"] = torch.zeros(rows, len(task.data.labels), device=device)
-    if POSITIONS in task.train_rows[0]:  # of two texts, so that the step keeps a mask that tells texts apart
-        del batch["attention_mask"]
-        half = torch.arange(tokens, device=device) % max(1, tokens // 2)
-        batch[POSITIONS] = half.expand(shape)
-    if "mask_positions" in task.train_rows[0]:
-        batch["mask_positions"] = torch.zeros(rows, dtype=torch.long, device=device)
+    batch = _batch(task, config.batch_size // Ranks().size, tokens)
     try:
         if arguments.gradient_checkpointing:
             _checkpoint_activations(model, arguments)
@@ -247,6 +230,26 @@ def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> 
         logger.warning("peak memory cannot be simulated for this model: %s", error)
         return None
     return round(step.peak / MEBIBYTE, 1)
+
+
+def _batch(task: Task, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    """What a step of the task is given, in form: so many rows of so many tokens, all of them 0."""
+    problem, row = task.data.problem, task.train_rows[0]
+    with next(task.model.parameters()).device:
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if problem is MULTI_LABEL:
+            batch["labels"] = torch.zeros(rows, len(task.data.labels))
+        elif problem is REGRESSION:
+            batch["labels"] = torch.zeros(rows)
+        else:
+            batch["labels"] = torch.zeros_like(ids if problem.per_token else ids[:, 0])
+        if POSITIONS in row:  # of two texts, so that the step keeps a mask that tells texts apart
+            del batch["attention_mask"]
+            batch[POSITIONS] = (torch.arange(tokens) % max(1, tokens // 2)).expand(rows, tokens)
+        if "mask_positions" in row:
+            batch["mask_positions"] = torch.zeros(rows, dtype=torch.long)
+    return batch
 
 
 def _optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> OptimizerFactory | None:
