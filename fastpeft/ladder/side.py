@@ -258,22 +258,13 @@ class SideNetwork(nn.Module):
                 f"the side network is {self.width} wide, which its {side_heads} heads (one per {_HEAD_WIDTH}) do not "
                 "divide. Give side_heads."
             )
-
-        step, reach = config.step(num_layers), config.window_size // 2
+        step = config.step(num_layers)
         if step > num_layers:
             raise FastpeftError(
                 f"layers_per_block={step}, but the backbone has {num_layers} layers. Give a number from 1 to that."
             )
         self.places = range(num_layers, 0, -step)[::-1]
-        self.readers: dict[int, list[tuple[int, int]]] = {}
-        self.completes: dict[int, list[int]] = {}
-        windows: dict[int, list[int]] = {}  # block -> its slots inside the backbone
-        for block, place in enumerate(self.places, 1):
-            self.completes.setdefault(min(place + reach, num_layers), []).append(block)
-            windows[block] = [slot for slot in range(config.window_size) if 0 <= place - reach + slot <= num_layers]
-            for slot in windows[block]:
-                self.readers.setdefault(place - reach + slot, []).append((block, slot))
-
+        windows = self._place_windows(config.window_size)
         gated = config.fusion == "gated"  # a gate has no position vectors, so its projection keeps a bias
         self.down = nn.Linear(self.feature_sizes[0], self.width)
         # one layer is read by slots that are `step` apart
@@ -303,6 +294,20 @@ class SideNetwork(nn.Module):
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
         self.register_state_dict_post_hook(_detach_from_stack)
+
+    def _place_windows(self, window_size: int) -> dict[int, list[int]]:
+        """Find `readers` and `completes`, and for each block its slots inside the backbone."""
+        reach = window_size // 2
+        self.readers: dict[int, list[tuple[int, int]]] = {}
+        self.completes: dict[int, list[int]] = {}
+        windows: dict[int, list[int]] = {}
+        for block, place in enumerate(self.places, 1):
+            self.completes.setdefault(min(place + reach, self.num_layers), []).append(block)
+            first = place - reach  # the layer of slot 0
+            windows[block] = [slot for slot in range(window_size) if 0 <= first + slot <= self.num_layers]
+            for slot in windows[block]:
+                self.readers.setdefault(first + slot, []).append((block, slot))
+        return windows
 
     def projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that project `B_layer`, D rows for each of `readers[layer]`."""
