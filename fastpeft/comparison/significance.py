@@ -129,7 +129,7 @@ def _wilson(right: int, rows: int) -> tuple[float, float]:
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:
-    """Of seeds that agree on every row one alone: they tell no more of new rows."""
+    """One seed alone where all agree on every row: the others tell no more about new rows."""
     return values[:1] if (values == values[0]).all() else values
 
 
@@ -139,7 +139,7 @@ def _are_answers(scores: np.ndarray) -> bool:
 
 
 def _with_a_part(*scores: np.ndarray) -> list[np.ndarray]:
-    """Scores `(seeds, rows)` without the rows that have no part in any of the metrics, which thereby do not change.
+    """Scores `(seeds, rows)` without the rows that have no part in any of the metrics; the metrics stay the same.
 
     Such a row adds 0 to both sums of `row_scores`, as a sentence without an entity in its labels and answers, so its
     score is the metric itself. Counted, many of these would make a few others look like many.

@@ -26,7 +26,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """As `apply_chat_template` takes it."""
+        """The turns as `apply_chat_template` takes them."""
         return [{"role": role, "content": content} for role, content in self.turns]
 
     @property

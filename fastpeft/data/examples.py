@@ -68,7 +68,7 @@ class Examples:
         return len(self.texts)
 
     def take(self, rows: Sequence[int]) -> Examples:
-        """Those at some places, without warnings."""
+        """The examples at some places, without warnings."""
         return Examples([self.texts[row] for row in rows], [self.labels[row] for row in rows if self.labels])
 
     @property

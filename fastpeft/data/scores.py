@@ -124,12 +124,12 @@ def _of_entities(labels: np.ndarray, guesses: np.ndarray, names: Sequence[str]) 
 
 
 def parts_of_classes(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Of each row whether it was answered rightly, and 1: their sums have the accuracy as their ratio."""
+    """For each row whether its answer was right, and 1: the ratio of their sums is the accuracy."""
     return np.stack([outputs.argmax(-1) == labels, np.ones_like(labels)], axis=-1).astype(np.int64)
 
 
 def parts_of_entities(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Of each row the two numbers whose sums have F1 of entities as their ratio."""
+    """For each row two numbers; the ratio of their sums is the F1 of entities."""
     return _of_entities(labels, outputs.argmax(-1), names)
 
 
@@ -140,7 +140,7 @@ def parts_of_labels(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str
 
 
 def parts_of_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Of each row its words that were right, and all that have a label."""
+    """For each row how many words were right, and how many have a label."""
     labelled = labels != UNLABELLED
     return np.stack([(outputs[..., 1] * labelled).sum(-1), labelled.sum(-1)], axis=-1).astype(np.int64)
 

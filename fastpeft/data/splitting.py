@@ -232,7 +232,7 @@ class _DevPart:
 
 
 def bins(numbers: Sequence[float], dev_rows: int) -> list[int]:
-    """Of each number the bin that it is in, all about equally full, so few that each has a row among `dev_rows`."""
+    """The bin of each number: all about equally full, and so few that each has a row among `dev_rows`."""
     import numpy as np
 
     edges = np.quantile(numbers, np.linspace(0, 1, min(_BINS, dev_rows) + 1)[1:-1])

@@ -79,7 +79,7 @@ class PoolRun:
         self._rows = 0
 
     def feed(self, layer: int, feature: Tensor) -> None:
-        """As that of `SideRun`."""
+        """Read a feature, as `SideRun.feed` does."""
         self._rows = len(feature)
         for rows, run in self._runs:
             run.feed(layer, feature[rows])

@@ -117,7 +117,7 @@ class SideStep(SideRun):
         return getattr(side, "activation", None) in ACTIVATIONS and not torch.is_grad_enabled()
 
     def feed(self, layer: int, feature: Tensor) -> None:
-        """As that of `SideRun`."""
+        """Read a feature, as `SideRun.feed` does."""
         side, own, eps = self.side, self._weights, self._eps
         if layer == 0 or layer == side.num_layers or layer != self._next or feature.dtype is not self._dtype:
             feature, eps = self._accept(layer, feature), 0.0

@@ -61,7 +61,7 @@ class Start:
 
 
 def where_to_begin(saved: Sequence[Checkpoint], given: Checkpoint | None, reach: tuple[int, int] | None) -> Start:
-    """Where to begin.
+    """Choose where a resumed run begins.
 
     Args:
         saved: the checkpoints of the run, in the order of their steps. Those outside the journal's reach were left by a

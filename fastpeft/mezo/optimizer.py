@@ -502,7 +502,7 @@ class MeZO(torch.optim.Optimizer):
             self.settle()
 
     def _losses(self, closure: Callable[[], Any], *, warn: bool = False) -> list[float]:
-        """The loss of each process; `warn` tells of one that is too coarse."""
+        """The loss of each process; with `warn`, a warning tells where it is too coarse."""
         eps = self.weights.epses()[0] if warn and self.ranks.is_first else None
         return self.ranks.losses(loss_of(closure, eps), self.weights.params()[0].device)
 

@@ -57,7 +57,7 @@ class PerturbedWeights:
         return 0 if self._scratch is None else self._scratch.nbytes
 
     def modules(self) -> Iterator[nn.Module]:
-        """Those of the model, where it is known."""
+        """The modules of the model, where it is known."""
         return iter(()) if self.model is None else self.model.modules()
 
     def groups(self) -> Iterator[tuple[Mapping[str, Any], list[int]]]:

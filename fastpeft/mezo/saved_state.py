@@ -47,7 +47,7 @@ class SavedState:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of its entries that a journal's header has too."""
+        """The entries that the header of a journal has too."""
         return {name: value for name, value in asdict(self).items() if name not in ("steps_done", "dropped")}
 
     @property

@@ -205,7 +205,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _seconds_on_gpu(call: Callable[[], object]) -> float:
-    """Those that the GPU works. It first waits, so that launches, which can take longer, are all made by then."""
+    """Seconds that the GPU works. It waits first, so that all launches, which can take longer, are made by then."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_WAIT)
     start.record()

@@ -57,7 +57,7 @@ def choosing(
 
 
 def _names(op: Op) -> list[str]:
-    """Those of its arguments."""
+    """The names of its arguments."""
     return re.findall(r"(\w+)[,)]", op.schema.partition("->")[0])
 
 
@@ -109,7 +109,7 @@ def next_power_of_two(size: int, least: int = 1) -> int:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """Of a GPU, as "sm_90" or "gfx942"; of anything else its type."""
+    """The architecture of a GPU, as "sm_90" or "gfx942"; the type of any other device."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)

@@ -13,7 +13,7 @@ HALVES = torch.float16, torch.bfloat16
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """That of autocast; None where it is off, and on the meta device, of which autocast does not know."""
+    """The dtype of autocast; None where it is off, and on the meta device, which autocast does not know."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 

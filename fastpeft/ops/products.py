@@ -41,7 +41,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def output(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, p: Tensor, bias: Tensor | None) -> Tensor:
-    """One h."""
+    """The output h of one layer."""
     h = product(x, weight, bias)
     as_matrix(h).addmm_(p, scaled(u, s))
     return h

@@ -192,7 +192,7 @@ class QuantisedProduct(torch.autograd.Function):
 
 
 class SivaLinearQuantised(torch.autograd.Function):
-    """That of `fastpeft::siva_linear_quantised`: `apply(x, codes, scales, nested, u, s, v, bias, trained)`.
+    """The autograd of `fastpeft::siva_linear_quantised`: `apply(x, codes, scales, nested, u, s, v, bias, trained)`.
 
     The first `trained` triplets train: of the others dU and dV are 0. Saved for backward: as by `SivaLinear`, with
     codes and scales, as they are stored, instead of the weight.

@@ -87,7 +87,7 @@ def siva_linear_backward_aten(
     need_dv: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Those of a group of one layer."""
+    """The gradients of a group of one layer."""
     p = as_matrix(p).t() if need_du else p
     dx, (du,), dv, (dbias,) = siva_linear_group_backward_aten(
         [dh], x, [weight], [u], [s], [v], p, need_dx, [need_du], need_dv, [need_dbias]

@@ -190,7 +190,7 @@ def _let_change(app: FastAPI, tasks: Tasks, runs: Path, loading: ThreadPoolExecu
 
 
 def _refusals(*statuses: int | str, form: type[BaseModel] = Refusal) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI is told of refusals."""
+    """The description of refusals in OpenAPI."""
     return {status: {"model": form} for status in statuses}
 
 

@@ -14,7 +14,7 @@ from fastpeft.training.prediction import shortest
 
 MAX_TEXTS = 256  # of one request
 MAX_CHARACTERS = 20_000  # of one text, a pair, or a list of words
-_MAX_FIELDS = 100  # of an object, before each that is not known is an error of its own
+_MAX_FIELDS = 100  # of an object: each unknown one would be an error of its own
 
 
 def check_encodable(text: str) -> str:
@@ -202,7 +202,7 @@ def answer_of(encoded: EncodedRequest, scores: list[np.ndarray]) -> Answer:
 
 
 def describe(task: Task, beside: list[str]) -> TaskInfo:
-    """A task for those who ask what there is."""
+    """The description of a task in the list of tasks."""
     run = task.run
     return TaskInfo(
         name=task.name,

@@ -53,6 +53,6 @@ def source_options(source: str) -> dict[str, Any]:
 
 
 def model_options(source: str) -> dict[str, Any]:
-    """Those of a model's class, which looks for an adapter at `source` too and has options of its own for that."""
+    """The options of a model's class, which looks for an adapter at `source` too and has its own options for that."""
     options = source_options(source)
     return {**options, "adapter_kwargs": {"local_files_only": options["local_files_only"]}}

@@ -159,7 +159,7 @@ def _divide(arguments: TrainingArguments, config: TrainConfig) -> None:
 
 @contextmanager
 def refusing(task: Task) -> Iterator[None]:
-    """Lay to the settings what the Trainer, or what it is made of, raises in the block.
+    """Blame the settings for what the Trainer, or a part of it, raises in the block.
 
     Raises:
         FastpeftError: with what was raised in words; one that is raised in the block stays as it is.

@@ -109,7 +109,7 @@ class WholeCheckpoints(TrainerCallback):
 
 
 class KeptTimings(TrainerCallback):
-    """Writes which ways of computing were timed, as soon as a step has asked for one: a run that goes on takes them."""
+    """Writes which ways of computing were timed, as soon as a step has asked for one: a resumed run takes them."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder

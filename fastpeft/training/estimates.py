@@ -69,13 +69,13 @@ class Estimate:
     error: str | None = None
 
     def seconds(self, rows: float) -> float | None:
-        """Of a run that trains on so many rows, those of every epoch counted; None where nothing was timed."""
+        """Seconds of a run over so many rows, counted in every epoch; None where nothing was timed."""
         if self.start_seconds is None or self.row_seconds is None:
             return None
         return self.start_seconds + self.row_seconds * rows
 
     def later(self, seconds: float) -> Estimate:
-        """It, begun so many seconds later."""
+        """The estimate of the same run, begun so many seconds later."""
         if self.start_seconds is None:
             return self
         return dataclasses.replace(self, start_seconds=self.start_seconds + seconds)

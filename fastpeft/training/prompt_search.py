@@ -100,7 +100,7 @@ class FoundPrompt:
     runners_up: list[dict[str, Any]]
 
     def values(self) -> dict[str, Any]:
-        """It as JSON holds it: the fields of `Prompt.values()` and its own."""
+        """Its values as JSON holds them: the fields of `Prompt.values()` and its own."""
         own = {name: getattr(self, name) for name in ("rows", "ranked_rows", "templates", "calibrated", "runners_up")}
         return {**self.prompt.values(), "accuracy": round(self.accuracy, 4), **own}
 

@@ -268,7 +268,7 @@ class RunFolder:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def note_moved(self, paths: Mapping[str, str]) -> None:
-        """Let run.json name `paths`, which moved along with the folder, where they lie now."""
+        """Write into run.json where `paths`, which moved along with the folder, lie now."""
         values = files.read_json(self.config_file)
         if any(values.get(name) != path for name, path in paths.items()):
             files.write_json(self.config_file, {**values, **paths})
@@ -393,7 +393,7 @@ class RunFolder:
         return next((each for each in saved if up_to is None or _step(each) <= up_to), None)
 
     def newest_in_words(self) -> str:
-        """What there is to go back to."""
+        """A sentence that names the newest checkpoint, to which one can go back."""
         newest = self.newest_checkpoint()
         return "No checkpoint was saved before." if newest is None else f"The newest checkpoint is {newest}."
 

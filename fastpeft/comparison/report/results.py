@@ -108,7 +108,7 @@ class Variant:
 
     @cached_property
     def row_scores(self) -> dict[int | None, np.ndarray]:
-        """By seed, what each dev row stands for in the tested metric `(rows,)`; empty where there is none."""
+        """By seed, the score of each dev row in the tested metric `(rows,)`; empty where there is none."""
         return {seed: found[1] for seed, found in self._scores.items() if found and self.tested}
 
     @cached_property
