@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
+from fastpeft.data.batches import eval_batch_size
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.model import LadderModel
@@ -24,7 +25,6 @@ from fastpeft.training.config import TrainConfig
 from fastpeft.training.settings import arguments_of, checkpointing_options
 from fastpeft.training.task import Task
 
-_EVAL_BATCH_SIZE = 64
 _LOGS = 50  # points of the loss curve
 
 # names of optimizers that treat each parameter by itself
@@ -71,8 +71,7 @@ def _values(task: Task, output: str) -> dict[str, Any]:
     return {
         "output_dir": output,
         "per_device_train_batch_size": config.batch_size,
-        # outputs over the whole vocabulary fit where a batch to train on does
-        "per_device_eval_batch_size": _EVAL_BATCH_SIZE if task.data.problem.digest is None else config.batch_size,
+        "per_device_eval_batch_size": eval_batch_size(task.data.problem, config.batch_size),
         "learning_rate": learning_rate,
         "weight_decay": recipe.weight_decay,
         **schedule,

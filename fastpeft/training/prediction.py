@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastpeft.data import result_warnings
-from fastpeft.data.batches import by_length
+from fastpeft.data.batches import by_length, eval_batch_size
 from fastpeft.data.examples import Examples, TokenRow
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION
@@ -22,8 +22,6 @@ from fastpeft.support.stages import report
 from fastpeft.training.encoding import collator, count_cut, encode
 from fastpeft.training.generation import generate, generates_text
 from fastpeft.training.loading import EncodedText, FinishedRun, load_run
-
-_BATCH_SIZE = 64
 
 
 class Predictor:
@@ -198,8 +196,7 @@ def outputs_of(run: FinishedRun, rows: Sequence[TokenRow]) -> list[np.ndarray]:
     collate = collator(run.classifier.tokenizer, run.problem)
     model = run.classifier.model
     found: dict[int, np.ndarray] = {}
-    size = _BATCH_SIZE if run.problem.digest is None else run.config.batch_size  # outputs over the vocabulary are large
-    for chosen in by_length(rows, size):
+    for chosen in by_length(rows, eval_batch_size(run.problem, run.config.batch_size)):
         report("answering", len(found), len(rows))
         batch = collate([rows[i] for i in chosen]).to(model.device)
         labels = batch.pop("labels")
