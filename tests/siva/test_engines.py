@@ -291,31 +291,32 @@ def fsdp1_step(residual: str, passes: int) -> dict[str, Tensor]:
     return whole
 
 
-def assert_same(
-    found: list[dict[str, Tensor]], expected: dict[str, Tensor], start: dict[str, Tensor], **tolerance: float
-) -> None:
+def in_one_process(residual: str = "frozen", passes: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What trains, before and after a step."""
+    model = adapted(residual)
+    start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+    return start, sgd_step(model, batch(), passes)
+
+
+def assert_same(found: list[dict[str, Tensor]], start: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for of_rank in found:
         assert of_rank.keys() == expected.keys()
         for name, tensor in expected.items():
             assert (tensor - start[name]).abs().max() > 1e-4, name
-            torch.testing.assert_close(of_rank[name], tensor, **(tolerance or CLOSE))
+            torch.testing.assert_close(of_rank[name], tensor, **CLOSE)
 
 
 @needs_gloo
 @pytest.mark.parametrize("passes", [1, 2])
 @RESIDUALS
 def test_ddp_equals_one_process(ranks: Run, residual: str, passes: int) -> None:
-    model = adapted(residual)
-    start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
-    assert_same(ranks(ddp_step, residual, passes), sgd_step(model, batch(), passes), start)
+    assert_same(ranks(ddp_step, residual, passes), *in_one_process(residual, passes))
 
 
 @needs_gloo
 @RESIDUALS
 def test_fsdp2_equals_one_process(ranks: Run, residual: str) -> None:
-    model = adapted(residual)
-    start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
-    assert_same(ranks(fsdp_step, residual, False), sgd_step(model, batch()), start)
+    assert_same(ranks(fsdp_step, residual, False), *in_one_process(residual))
 
 
 @needs_gloo
@@ -329,9 +330,7 @@ def test_fsdp2_loads_its_shards(ranks: Run, residual_dtype: str | None) -> None:
 @pytest.mark.parametrize("passes", [1, 2])
 @RESIDUALS
 def test_fsdp1_equals_one_process(ranks: Run, residual: str, passes: int) -> None:
-    model = adapted(residual)
-    start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
-    assert_same(ranks(fsdp1_step, residual, passes), sgd_step(model, batch(), passes), start)
+    assert_same(ranks(fsdp1_step, residual, passes), *in_one_process(residual, passes))
 
 
 def saved_modules_of_low_memory(folder: str) -> list[str]:
@@ -353,10 +352,8 @@ def test_fsdp_that_loads_with_little_memory_trains_the_same_everywhere(ranks: Ru
 
 @needs_gloo
 def test_fsdp2_gathers_in_half_precision(ranks: Run) -> None:
-    model = adapted()
-    start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     found = ranks(fsdp_step, "frozen", True)
-    expected = sgd_step(model, batch())
+    start, expected = in_one_process()
     change, error = (
         torch.cat([(after[name] - before[name]).flatten() for name in expected]).norm()
         for before, after in ((start, expected), (expected, found[0]))
