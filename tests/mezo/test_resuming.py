@@ -37,6 +37,13 @@ def journaled(folder: Path, *callbacks: TrainerCallback, **changes: Any) -> MeZO
     return MeZOTrainer(model, arguments, train_dataset=rows(), eval_dataset=rows(4), callbacks=list(callbacks))
 
 
+def trained(folder: Path, resume: bool | str | None = None, **changes: Any) -> MeZOTrainer:
+    """A run with a journal, at its end."""
+    trainer = journaled(folder, **changes)
+    trainer.train(resume)
+    return trainer
+
+
 def killed(folder: Path, step: int, **changes: Any) -> None:
     """A run with a journal that ends in step number `step`, after its update and before anything that follows it."""
     with pytest.raises(KeyboardInterrupt):
@@ -86,12 +93,10 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Pat
 @pytest.mark.parametrize("killed_at", [1, 2, 5, 7])
 def test_a_run_goes_on_from_its_journal_alone(tmp_path: Path, killed_at: int) -> None:
     """Without a single checkpoint, to the bits of the uninterrupted run."""
-    whole = journaled(tmp_path / "whole")
-    whole.train()
+    whole = trained(tmp_path / "whole")
     killed(tmp_path / "broken", killed_at)
     assert Journal.open(tmp_path / "broken" / "mezo.journal").steps == killed_at
-    resumed = journaled(tmp_path / "broken")
-    resumed.train(resume_from_checkpoint=True)
+    resumed = trained(tmp_path / "broken", resume=True)
     assert resumed.mezo.steps_done == resumed.state.global_step == 7
     assert equal(weights(resumed.model), weights(whole.model))
     for name in ("projected_grad", "learning_rate", "loss"):
@@ -104,8 +109,7 @@ def test_a_run_goes_on_from_its_journal_alone(tmp_path: Path, killed_at: int) ->
 def test_a_share_of_the_steps_is_one_after_a_journal_too(tmp_path: Path) -> None:
     shares = {"logging_steps": 0.4, "eval_strategy": "steps", "eval_steps": 0.4}
     killed(tmp_path, 2, **shares)
-    resumed = journaled(tmp_path, **shares)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = trained(tmp_path, resume=True, **shares)
     assert [each["step"] for each in resumed.state.log_history if "eval_loss" in each] == [3, 6, 7]
     assert resumed.state.logging_steps == 3
 
@@ -114,14 +118,12 @@ def test_a_share_of_the_steps_is_one_after_a_journal_too(tmp_path: Path) -> None
 @pytest.mark.parametrize("save_weights", [True, False])
 def test_the_journal_leads_on_from_the_newest_checkpoint(tmp_path: Path, save_weights: bool) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "save_weights": save_weights}
-    whole = journaled(tmp_path / "whole", **saving)
-    whole.train()
+    whole = trained(tmp_path / "whole", **saving)
     killed(tmp_path / "broken", 6, **saving)
     checkpoint = tmp_path / "broken" / "checkpoint-4"
     assert (checkpoint / "model.safetensors").exists() == save_weights
     assert (checkpoint / "mezo.journal").exists() != save_weights
-    resumed = journaled(tmp_path / "broken", **saving)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = trained(tmp_path / "broken", resume=True, **saving)
     assert equal(weights(resumed.model), weights(whole.model))
     assert logged(resumed, "projected_grad")[-2:] == tail(whole, "projected_grad", 2)
 
@@ -153,8 +155,7 @@ def test_a_killed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Path
     """Killed twice, wherever it was: in a step, in a write, while saving."""
     options = {"save_strategy": "steps", "save_steps": 3, "save_weights": save_weights, "save_total_limit": 2}
     options |= {"max_steps": 80, "logging_steps": 50}
-    whole = journaled(tmp_path / "whole", **options)
-    whole.train()
+    whole = trained(tmp_path / "whole", **options)
     folder = tmp_path / "broken"
     script = _KILLED.format(
         folders=[str(each) for each in Path(__file__).parents[:2]], folder=str(folder), options=options
@@ -170,8 +171,7 @@ def test_a_killed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Path
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert process.returncode == -signal.SIGKILL
-    resumed = journaled(folder, **options)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = trained(folder, resume=True, **options)
     assert equal(weights(resumed.model), weights(whole.model))
     both = [(tmp_path / name / "mezo.journal").read_bytes() for name in ("whole", "broken")]
     assert both[0] == both[1]
@@ -179,19 +179,16 @@ def test_a_killed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Path
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}
-    whole = journaled(tmp_path / "whole", **saving)
-    whole.train()
+    whole = trained(tmp_path / "whole", **saving)
     killed(tmp_path / "broken", 5, **saving)
     (tmp_path / "broken" / "checkpoint-4" / "trainer_state.json").unlink()
-    resumed = journaled(tmp_path / "broken", **saving)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = trained(tmp_path / "broken", resume=True, **saving)
     assert equal(weights(resumed.model), weights(whole.model))
 
 
 def test_a_run_that_goes_on_from_its_journal_alone_saves_checkpoints(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 4}
-    whole = journaled(tmp_path / "whole", **saving)
-    whole.train()
+    whole = trained(tmp_path / "whole", **saving)
     killed(tmp_path / "broken", 3, **saving)
     journaled(tmp_path / "broken", **saving).train(resume_from_checkpoint=True)
     again = journaled(tmp_path / "broken", **saving)
@@ -201,16 +198,14 @@ def test_a_run_that_goes_on_from_its_journal_alone_saves_checkpoints(tmp_path: P
 
 def test_a_journal_can_begin_at_a_checkpoint(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 3}
-    whole = journaled(tmp_path / "whole", **saving)
-    whole.train()
+    whole = trained(tmp_path / "whole", **saving)
     with pytest.raises(KeyboardInterrupt):
         journaled(tmp_path / "late", Interrupt(4), journal=False, **saving).train()
     with pytest.raises(KeyboardInterrupt):
         journaled(tmp_path / "late", Interrupt(5), **saving).train(resume_from_checkpoint=True)
     journal = Journal.open(tmp_path / "late" / "mezo.journal")
     assert (journal.header["first_step"], journal.steps) == (3, 5)
-    resumed = journaled(tmp_path / "late", **saving)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = trained(tmp_path / "late", resume=True, **saving)
     assert equal(weights(resumed.model), weights(whole.model))
 
 
@@ -250,8 +245,7 @@ def test_where_a_resumed_run_begins(
 def test_a_run_that_went_back_and_was_ended_at_once_can_still_go_on(tmp_path: Path) -> None:
     """From all that it had before its first new step, and after it from what belongs to that."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    whole = journaled(tmp_path, **saving)
-    whole.train()
+    whole = trained(tmp_path, **saving)
     file = tmp_path / "mezo.journal"
     content = file.read_bytes()
     with pytest.raises(KeyboardInterrupt):
@@ -260,8 +254,7 @@ def test_a_run_that_went_back_and_was_ended_at_once_can_still_go_on(tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         journaled(tmp_path, Interrupt(2, "on_optimizer_step"), **saving).train(str(tmp_path / "checkpoint-2"))
     assert Journal.open(file).steps == 3
-    resumed = journaled(tmp_path, **saving)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = trained(tmp_path, resume=True, **saving)
     assert equal(weights(resumed.model), weights(whole.model))
     assert file.read_bytes() == content
 
@@ -282,15 +275,13 @@ def test_a_checkpoint_after_a_dropped_estimate(tmp_path: Path) -> None:
     whole = journaled(tmp_path, Drop(), **saving)
     whole.train()
     assert len(list(Journal.open(tmp_path / "mezo.journal").records())) == 5 + 3
-    resumed = journaled(tmp_path, **saving)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = trained(tmp_path, resume=True, **saving)
     assert equal(weights(resumed.model), weights(whole.model))
 
 
 def test_the_advice_for_a_damaged_journal(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    whole = journaled(tmp_path, **saving)
-    whole.train()
+    whole = trained(tmp_path, **saving)
     file = tmp_path / "mezo.journal"
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
@@ -299,8 +290,7 @@ def test_the_advice_for_a_damaged_journal(tmp_path: Path) -> None:
         with pytest.raises(FastpeftError, match="move it away and resume from a checkpoint with weights"):
             journaled(tmp_path, **saving).train(resume)
     file.rename(tmp_path / "away")
-    resumed = journaled(tmp_path, **saving)
-    resumed.train(str(tmp_path / "checkpoint-4"))
+    resumed = trained(tmp_path, resume=str(tmp_path / "checkpoint-4"), **saving)
     assert equal(weights(resumed.model), weights(whole.model))
     journal = Journal.open(file)
     assert (journal.header["first_step"], journal.steps) == (4, 6)
@@ -308,8 +298,7 @@ def test_the_advice_for_a_damaged_journal(tmp_path: Path) -> None:
 
 def test_checkpoints_without_weights_need_a_journal_from_the_beginning(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}
-    whole = journaled(tmp_path / "whole", **saving)
-    whole.train()
+    whole = trained(tmp_path / "whole", **saving)
     folder = tmp_path / "late"
     with pytest.raises(KeyboardInterrupt):
         journaled(folder, Interrupt(3), journal=False, **saving).train()
@@ -322,8 +311,7 @@ def test_checkpoints_without_weights_need_a_journal_from_the_beginning(tmp_path:
     (folder / "checkpoint-4" / "mezo.journal").write_bytes((folder / "mezo.journal").read_bytes())
     with pytest.raises(FastpeftError, match="begins after 2 steps of the run"):
         journaled(folder, save_weights=False, **saving).train(True)
-    resumed = journaled(folder, **saving)
-    resumed.train(True)
+    resumed = trained(folder, resume=True, **saving)
     assert equal(weights(resumed.model), weights(whole.model))
 
 
@@ -335,8 +323,7 @@ def test_a_run_that_is_to_end_before_its_journal_is_refused(tmp_path: Path, step
     with pytest.raises(FastpeftError, match=rf"has 7 steps, but this run is to end after {steps}\. Let it make 7 or"):
         journaled(tmp_path, max_steps=steps).train(resume_from_checkpoint=True)
     assert file.read_bytes() == content
-    resumed = journaled(tmp_path, max_steps=7)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = trained(tmp_path, resume=True, max_steps=7)
     assert resumed.mezo.steps_done == 7
 
 
