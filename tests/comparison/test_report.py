@@ -36,9 +36,14 @@ def plan(tmp_path: Path) -> Plan:
     return made
 
 
+def written(plan: Plan, *, whole: bool) -> str:
+    """The report, once it is written, in Markdown."""
+    report.write(plan, whole=whole)
+    return (plan.folder / "report.md").read_text()
+
+
 def test_the_papers_orderings_are_judged(plan: Plan) -> None:
-    report.write(plan, whole=True)
-    text = (plan.folder / "report.md").read_text()
+    text = written(plan, whole=True)
     orders = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| accuracy: ")]
     assert {row[0]: row[1] for row in orders} == {
         "accuracy: SiVA above full fine-tuning": "seen, for this seed alone",
@@ -58,8 +63,7 @@ def test_the_papers_orderings_are_judged(plan: Plan) -> None:
 
 
 def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> None:
-    report.write(plan, whole=True)
-    text = (plan.folder / "report.md").read_text()
+    text = written(plan, whole=True)
     assert text.startswith(
         "# Figure 5: training curves with one set of hyper-parameters, on demo\n\n"
         "**SiVA has the highest accuracy, 0.950, at 232 MB peak memory; significantly above full fine-tuning, LoRA and "
@@ -72,8 +76,7 @@ def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> No
     own = CompareConfig(output=str(tmp_path / "own"), methods=methods, seeds=2, common={"data": "some.csv"})
     made = Plan.make(own, "command")
     made.save()
-    report.write(made, whole=False)
-    text = (made.folder / "report.md").read_text()
+    text = written(made, whole=False)
     assert text.startswith(
         "# Comparison of SiVA and LoRA on some.csv\n\n**No difference was tested: a paired test needs two finished "
         "variants with a score for every dev row, and there is none for regression.**\n\n3 variants, 2 seeds each. "
@@ -86,8 +89,7 @@ def test_a_second_comparison_leaves_rows_in_their_suite(plan: Plan) -> None:
     again = Plan.make(CompareConfig(output=str(plan.folder), methods=["siva"], common=FIGURE5), "command")
     assert [cell.row for cell in again.results] == ["full", "lora", "siva", "9-lst"]
     again.save()
-    report.write(again, whole=False)
-    assert "| SiVA | 96.56 | 95.00 |" in (plan.folder / "report.md").read_text()
+    assert "| SiVA | 96.56 | 95.00 |" in written(again, whole=False)
 
 
 def test_rows_of_two_prompts_are_told_apart(tmp_path: Path) -> None:
@@ -155,8 +157,7 @@ def test_an_ordering_of_searched_rates_says_which_they_were(tmp_path: Path) -> N
     plan.save()
     for cell in plan.results:
         finish(cell, 150, 1.0, 1.0, learning_rate=0.003 if cell.row == "siva" else 0.001)
-    report.write(plan, whole=False)
-    text = (plan.folder / "report.md").read_text()
+    text = written(plan, whole=False)
     assert "| accuracy: SiVA above LoRA, at rates 0.003 and 0.001 | undecided |" in text
     assert "| accuracy: full fine-tuning above LoRA | undecided |" in text, "at the same rate"
     assert "| memory: LoRA below SiVA | undecided |" in text, "which no rate changes"
@@ -166,8 +167,7 @@ def test_an_ordering_of_searched_rates_says_which_they_were(tmp_path: Path) -> N
 def test_rates_that_were_not_searched_are_not_told_again(plan: Plan) -> None:
     file = plan.results[0].folder.metrics_file
     file.write_text(json.dumps({**json.loads(file.read_text()), "learning_rate": 0.003}))
-    report.write(plan, whole=False)
-    assert "t rates" not in (plan.folder / "report.md").read_text()
+    assert "t rates" not in written(plan, whole=False)
 
 
 def test_without_an_allocator_the_peak_is_the_process(plan: Plan) -> None:
@@ -175,15 +175,13 @@ def test_without_an_allocator_the_peak_is_the_process(plan: Plan) -> None:
         file = cell.folder.path / "metrics.json"
         metrics = {**json.loads(file.read_text()), "peak_memory_source": "simulated", "peak_rss_mb": 1507.0}
         file.write_text(json.dumps(metrics))
-    report.write(plan, whole=False)
-    text = (plan.folder / "report.md").read_text()
+    text = written(plan, whole=False)
     assert "| variant | estimated, MB | resident peak of the process, MB |\n|---|---:|---:|\n" in text
     assert "| SiVA | 255 | 1,507 |\n" in text
 
 
 def test_results_stand_beside_the_papers(plan: Plan) -> None:
-    report.write(plan, whole=False)
-    text = (plan.folder / "report.md").read_text()
+    text = written(plan, whole=False)
     assert "| SiVA | 96.56 | 95.00 | 96.63 | 50.00 | 4,529 | 232 | 73.3 | 100.0 |" in text
     assert "| method | accuracy | F1 | samples/s | CUDA allocator peak, MB |" in text
     assert "\n|---|---:|---:|---:|---:|---:|---:|---|\n" in text
@@ -205,8 +203,7 @@ def test_classes_have_their_scores(tmp_path: Path) -> None:
                 for place, name in enumerate(names)
             }
             finish(cell, 150, 1.0, 1.0, per_class=scores)
-        report.write(made, whole=False)
-        return (made.folder / "report.md").read_text()
+        return written(made, whole=False)
 
     few = write(["bad", "good"])
     assert "## Scores by class" in few
@@ -223,8 +220,7 @@ def test_a_threshold_is_not_that_of_the_curves(tmp_path: Path) -> None:
     told = "- Curves and the choice of checkpoints use a threshold of 0.5; the table uses each run's own threshold."
     for cell, threshold, noted in zip(made.results, (None, 0.3), (False, True)):
         finish(cell, 150, 1.0, 1.0, threshold=threshold)
-        report.write(made, whole=False)
-        assert (told in (made.folder / "report.md").read_text()) is noted
+        assert (told in written(made, whole=False)) is noted
 
 
 def test_loras_lag_is_told_in_steps(plan: Plan) -> None:
@@ -254,8 +250,7 @@ def test_one_seed_more_makes_other_tests(tmp_path: Path) -> None:
     plan.save()
     for cell in plan.results:
         finish(cell, RIGHT[cell.row or ""] - 2 * (cell.seed or 0), MEMORY[cell.row or ""], 100.0 + (cell.seed or 0))
-    report.write(plan, whole=False)
-    text = (plan.folder / "report.md").read_text()
+    text = written(plan, whole=False)
     assert "| SiVA | 0.945 (" in text
     assert "2 seeds each" in text
     assert re.search(r"\| accuracy: SiVA above LoRA \| seen \| \+0\.200 \(\+0\.\d+ to \+0\.\d+\) \| ", text)
@@ -269,8 +264,7 @@ def test_without_predictions_no_accuracy_is_judged(plan: Plan, known: bool) -> N
         (cell.folder.path / "predictions.json").unlink()
         if not known:
             (cell.folder.path / "curves.json").unlink()
-    report.write(plan, whole=True)
-    text = (plan.folder / "report.md").read_text()
+    text = written(plan, whole=True)
     assert "| accuracy: " not in text.partition("## Orderings of the paper")[2]
     assert "| 0.950 | 0.500 |" in text
     assert ("## Training curves" in text) == known
