@@ -333,9 +333,10 @@ def _check_encoder(model: str, prefix: str, info: Mapping[str, Any]) -> None:
     for keys, fault in (mismatched, "has another shape than config.json says"), (missing, "is missing"):
         inside = sorted(key for key in keys if key.startswith(f"{prefix}."))
         if inside:
+            others = f", and {len(inside) - 1} other weights likewise" if len(inside) > 1 else ""
             raise FastpeftError(
-                f"cannot load the model {model!r}: {inside[0]} {fault}, and {len(inside) - 1} other weights likewise. "
-                "Restore the checkpoint, or the config.json that belongs to it."
+                f"cannot load the model {model!r}: {inside[0]} {fault}{others}. Restore the checkpoint, or the "
+                "config.json that belongs to it."
             )
 
 

@@ -41,9 +41,9 @@ def check_weights(model: PeftModel, folder: Path) -> None:
         kinds = current_keys({key: file.get_slice(key).get_dtype() for key in sorted(file.keys())})
     for fault, names in _faults(own, kinds).items():
         if names:
+            others = f", and {len(names) - 1} more likewise" if len(names) > 1 else ""
             raise FastpeftError(
-                f"the adapter in {str(folder)!r} is damaged: {names[0]} {fault}, and {len(names) - 1} more likewise. "
-                "Restore it, or train it anew."
+                f"the adapter in {str(folder)!r} is damaged: {names[0]} {fault}{others}. Restore it, or train it anew."
             )
 
 
