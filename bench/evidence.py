@@ -199,7 +199,7 @@ _SPEAKING = (
     *(f"{method}:siva_layers=16" for method in ("k-lst:window=9", "lst")),
     *(f"{method}:siva_layers=16:learning_rate=0.001" for method in ("k-lst:window=9", "lst")),
     "lst:siva_layers=16:learning_rate=0.001:epochs=3",
-    *(f"{each}{_WIDE}:learning_rate=0.001" for each in ("k-lst:window=9:siva_layers=10", "lst:siva_layers=12")),
+    f"k-lst:window=9:siva_layers=10{_WIDE}:learning_rate=0.001",
     f"siva:rank=8:targets={_LINEAR}:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
     f"siva:targets=q_proj+k_proj:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
     f"lora{_WIDE}",

@@ -248,6 +248,7 @@ def tagging() -> str:
 
 
 LAST_16 = "layers_to_transform=[14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29]"
+LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"
 SPEAKING = {  # variants of E2E's evidence
     "lst:layers_per_block=1:normalise_features=false": "LST, a block for each layer, not normalised",
     "lst": "LST",
@@ -263,7 +264,9 @@ SPEAKING = {  # variants of E2E's evidence
     "k-lst:window=9:residual=state": "9-LST with the state",
     "k-lst:window=9:siva_layers=16": "9-LST with SiVA in the last 16 layers",
     "k-lst:window=9:siva_layers=16:learning_rate=0.001": "the same at SiVA's rate",
+    "k-lst:window=9:siva_layers=10:rank=8:targets=all-linear:learning_rate=0.001": "9-LST, SiVA in all linear of 10",
     f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of the last 16 layers",
+    f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
     "siva:rank=8:targets=all-linear": "**SiVA**, all linear",
     "lora:rank=8:targets=all-linear": "LoRA, all linear",
     "last-n": "last 3 layers",
@@ -298,12 +301,14 @@ GENERALISATION = {  # titles of some of them
     "full": "full fine-tuning",
     "lora:rank=8:targets=all-linear": "LoRA, all linear",
     "siva:rank=8:targets=all-linear": "SiVA, all linear",
-    f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA in the last 16 layers",
+    f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
+    f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of these",
     "last-n": "last 3 layers",
     "lst": "LST",
     "k-lst:window=9": "9-LST",
     "lst:siva_layers=16:learning_rate=0.001": "LST with SiVA in the last 16 layers, at SiVA's rate",
     "lst:siva_layers=16:learning_rate=0.001:epochs=3": "the same, three epochs",
+    "k-lst:window=9:siva_layers=10:rank=8:targets=all-linear:learning_rate=0.001": "9-LST, SiVA in all linear of 10",
 }
 
 
