@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastpeft import FastpeftError, functional
 from fastpeft.functional import mezo_perturb, mezo_perturb_, siva_linear, siva_linear_group, siva_linear_mixed
@@ -268,3 +269,34 @@ def test_a_second_derivative_is_refused(op: str) -> None:
         out = functional.window_attention(x.view(1, 1, 2, 6), x.view(1, 1, 2, 6), x[:1])
     with pytest.raises(FastpeftError, match=r"no second derivative.*create_graph"):
         torch.autograd.grad(torch.autograd.grad(out.square().sum(), x, create_graph=True)[0].square().sum(), x)
+
+
+@pytest.mark.parametrize("records", [True, False])
+@pytest.mark.parametrize("op", ["one layer", "a group", "a window", "a head"])
+def test_a_derivative_that_is_taken_forward_does_not_vanish(op: str, records: bool) -> None:
+    """An op of ours has no formula for it, and PyTorch then goes on without a word."""
+    x, weight, u, s, v, change = (torch.randn(*shape) for shape in ((2, 6), (4, 6), (4, 1), (1,), (1, 6), (2, 6)))
+
+    def function(x: Tensor) -> Tensor:
+        if op == "one layer":
+            return siva_linear(x, weight, u, s, v)
+        if op == "a group":
+            return siva_linear_group(x, [weight, weight], [u, u], [s, s], [v, v], [None, None])[1]
+        if op == "a window":
+            return functional.window_attention(x.view(1, 1, 2, 6), x.view(1, 1, 2, 6), v.expand(3, 6), slots=[1])
+        return functional.frozen_head_cross_entropy(x, weight, torch.tensor([3, -100]), u[:, 0])
+
+    step = 1e-2
+    expected = (function(x + step * change) - function(x - step * change)) / (2 * step)
+    with torch.set_grad_enabled(records):
+        _, found = torch.func.jvp(function, (x,), (change,))
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(function(forward_ad.make_dual(x, change))).tangent
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_forward_derivative_of_dropout_is_refused() -> None:
+    q, p = torch.randn(1, 1, 2, 6), torch.randn(1, 6)
+    with pytest.raises(FastpeftError, match=r"dropout is 0.1 .* torch.func.jvp; allowed is 0"):
+        torch.func.jvp(lambda q: functional.window_attention(q, q, p, dropout=0.1), (q,), (q,))

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional.checks import check_kinds
+from fastpeft.ops.define import is_forward
 from fastpeft.ops.dtypes import compute_dtype, no_autocast
+from fastpeft.ops.window import Window
+from fastpeft.ops.window_attention import window_attention_reference
 
 MAX_WINDOW = 15  # slots that the dropout's counters can tell apart, odd
 
@@ -56,7 +59,8 @@ def window_attention(
     Notes:
         Accumulates in float32 (float64 for float64). Differentiable in q, c and p. Saved for backward: the operands,
         the output and a log-sum-exp for each query; neither the T x k T scores nor what is dropped, which backward
-        makes again. The dropped elements are a function of (seed, block, slot, position) alone.
+        makes again. The dropped elements are a function of (seed, block, slot, position) alone. Where derivatives are
+        taken forward, as by `torch.func.jvp`, plain PyTorch computes, without dropout.
 
     Example:
         >>> q, c, p = torch.randn(2, 1, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(3, 8)
@@ -94,10 +98,16 @@ def window_attention(
     noise = None
     if dropout > 0:
         noise = seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=q.device)
-    with no_autocast(q.device):  # which would undo the accumulation in float32
-        out, _ = torch.ops.fastpeft.window_attention(
-            q.to(dtype), c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, noise, block
+    if is_forward() and dropout > 0:
+        raise FastpeftError(
+            f"window_attention: dropout is {dropout} where derivatives are taken forward, as by torch.func.jvp; "
+            "allowed is 0. Set the network to eval()."
         )
+    q, c, p = (operand.to(dtype) for operand in (q, c, p))
+    with no_autocast(q.device):  # which would undo the accumulation in float32
+        if is_forward():  # for which the op has no formula
+            return window_attention_reference(q, c, p, Window(mask, slots, causal, dropout, noise, block))[0]
+        out, _ = torch.ops.fastpeft.window_attention(q, c, p, mask, list(slots), causal, dropout, noise, block)
     return out
 
 

@@ -103,7 +103,7 @@ def frozen_head_cross_entropy(
         and saved for backward, as many bytes as hidden; without gradients, as in MeZO, the losses alone. On a CPU
         without instructions for half precision the products run in float32, with a copy of 2^22 numbers of the weight
         at a time. A label outside the vocabulary raises on a CPU; on a GPU its loss is NaN or an assertion fails.
-        Deterministic.
+        Deterministic. Under a transform of `torch.func`, such as `jvp`, all logits exist.
 
     Example:
         >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(100, 8)

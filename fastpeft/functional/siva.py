@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional.checks import check_kinds
+from fastpeft.ops.define import is_transformed
 from fastpeft.ops.dtypes import compute_dtype, factors_dtype
 from fastpeft.ops.packing import Packs, operand
 from fastpeft.ops.products import split
@@ -71,7 +72,7 @@ def siva_linear(
     if not (u.dtype is s.dtype is v.dtype is of_factors):
         u, s, v = _cast(of_factors, u, s, v)
     h: Tensor
-    if torch._C._are_functorch_transforms_active():  # those of torch.func do not take our autograd formula
+    if is_transformed():  # which does not take our autograd formula
         h, _ = siva_linear_reference(x, weight.to(dtype), u, s, v, bias)
     elif torch.is_grad_enabled() and not torch.compiler.is_exporting():  # a graph to export has the op
         h = SivaLinear.apply(x, weight, u, s, v, bias, packs)
@@ -130,7 +131,7 @@ def siva_linear_group(
         )
     for weight, u, s, v, bias in zip(weights, us, ss, vs, biases, strict=True):
         _check_siva_linear(x, weight, u, s, v, bias)
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return tuple(siva_linear(x, *each) for each in zip(*operands, strict=True))
     dtype = compute_dtype(x, weights[0])
     x, *biases = _cast(dtype, x, *biases)

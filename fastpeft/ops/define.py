@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastpeft.errors import FastpeftError
 
@@ -68,6 +69,16 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes)
     # ATen calls may write in place; a formula of the op's own differentiates it
     OPS[name] = Op(name, schema, reference, aten and torch.no_grad()(aten))
+
+
+def is_forward() -> bool:
+    """Whether derivatives are taken forward, as by `torch.func.jvp`: an op of ours would drop them in silence."""
+    return forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether they are, or a transform of `torch.func` is at work: plain PyTorch differentiates in all of them."""
+    return torch._C._are_functorch_transforms_active() or is_forward()
 
 
 def check_first_derivative(op: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft.ops.autotune import is_captured
-from fastpeft.ops.define import NAMESPACE, check_first_derivative, define
+from fastpeft.ops.define import NAMESPACE, check_first_derivative, define, is_transformed
 from fastpeft.ops.dtypes import compute_dtype, no_autocast
 from fastpeft.ops.products import as_matrix, multiplies_in_float32
 
@@ -40,9 +40,13 @@ def loss_of_head(
     bias = None if bias is None else bias.to(dtype)
     need_dhidden = torch.is_grad_enabled() and hidden.requires_grad
     with no_autocast(hidden.device):  # which would undo the sums in float32
-        losses: Tensor = torch.ops.fastpeft.frozen_head_cross_entropy(
-            hidden, weight.detach(), labels, None if bias is None else bias.detach(), ignore_index, need_dhidden
-        )[0]
+        losses: Tensor
+        if is_transformed():  # what the op has no formula for
+            losses, _ = frozen_head_cross_entropy_reference(hidden, weight, labels, bias, ignore_index, False)
+        else:
+            losses, _ = torch.ops.fastpeft.frozen_head_cross_entropy(
+                hidden, weight.detach(), labels, None if bias is None else bias.detach(), ignore_index, need_dhidden
+            )
     if reduction == "none":
         return losses
     if reduction == "sum":

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.define import check_first_derivative
+from fastpeft.ops.define import check_first_derivative, is_transformed
 from fastpeft.ops.dtypes import autocast_dtype, compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import Packs, is_token, num_rows, packed_linear, version_of
@@ -142,12 +142,12 @@ class Packed:
 
     def forward(self, x: Tensor) -> Tensor:
         stored = self._parameters.get("weight")
-        if stored is None and is_parametrized(self, "weight"):  # type: ignore[arg-type]
+        if is_transformed() or (stored is None and is_parametrized(self, "weight")):  # type: ignore[arg-type]
             return self.original.forward(self, x)  # type: ignore[arg-type]
         if stored is not None and self.computation is None and is_token(x, stored):
             return F.linear(x, self._of_matrix(stored), self.bias)
-        needs_dx = torch.is_grad_enabled() and x.requires_grad
-        if stored is not None and stored.is_mkldnn and not needs_dx and x.dtype == compute_dtype(x, x) == stored.dtype:
+        trains = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        if stored is not None and stored.is_mkldnn and not trains and x.dtype == compute_dtype(x, x) == stored.dtype:
             return packed_linear(x, stored.data, self.bias)
         del stored
         weight = self._own_weight()
@@ -156,10 +156,10 @@ class Packed:
         if weight.requires_grad or replaced or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.original.forward(self, x)  # type: ignore[arg-type]
         matrix = self._of_matrix(weight)
-        if self.computation == "int8" and not needs_dx and can_multiply_int8(x):
+        if self.computation == "int8" and not trains and can_multiply_int8(x):
             return multiply(x, *self.packs.codes(matrix), self.bias)
         h = frozen_linear(x, matrix, self.bias, self.packs)
-        if not (self.keeps_weight or needs_dx) and self.packs.nbytes:
+        if not (self.keeps_weight or trains) and self.packs.nbytes:
             del weight, matrix
             self._let_go()
         return h

@@ -173,6 +173,8 @@ def _view(func: Any, name: str, logits: LazyLogits, args: tuple[Any, ...], kwarg
     if name in ("contiguous", "float"):
         return logits.like(logits.hidden, change, dtype=torch.float32 if name == "float" else logits.dtype)
     if name == "to":
+        if "copy" in kwargs or any(type(value) is bool for value in args):
+            return NotImplemented
         device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
         is_here = device is None or device == logits.device
         return logits.like(logits.hidden, change, dtype=dtype or logits.dtype) if is_here else NotImplemented

@@ -192,6 +192,7 @@ class Packs:
         if rows is not None and weight.dtype is dtype and not _is_faster_packed(weight, transposed, rows):
             return None
         if self._holds(weight):
+            found = self._packed.get((dtype, transposed))  # after it holds: another thread may have noticed a change
             if found is not None:
                 return found
         elif self.enabled and can_pack(weight, dtype):
@@ -230,7 +231,7 @@ class Packs:
         self.drop()
         self._signature = _signature(weight)
         if not isinstance(weight, FakeTensor):
-            self._samples = _samples(weight)
+            self._samples = samples(weight)
             self._sampled = self._samples.clone()
 
     def _holds(self, weight: Tensor) -> bool:
@@ -277,11 +278,11 @@ def _signature(weight: Tensor) -> tuple[Any, ...]:
 
 
 def _is_dense(weight: Tensor) -> bool:
-    """Whether its `_samples` are a view."""
+    """Whether its `samples` are a view."""
     return weight.is_contiguous() or weight.t().is_contiguous()
 
 
-def _samples(weight: Tensor) -> Tensor:
+def samples(weight: Tensor) -> Tensor:
     """Some entries of the weight, beginning with the first, as integers: a view of it."""
     stored = weight.detach()
     flat = (stored if stored.is_contiguous() else stored.t()).view(-1)

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError, install
+from fastpeft.ops.define import is_transformed
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
-from fastpeft.ops.packing import quantise_rows, version_of
+from fastpeft.ops.packing import quantise_rows, samples, version_of
 from fastpeft.ops.quantised_linear import BLOCK, Nested, QuantisedProduct, dequantise, unnested
 
 Format = Literal["int8", "nf4", "nf4-double"]
@@ -84,14 +85,14 @@ class QuantisedWeight(nn.Module):
         """What scales in 8 bits stand for, see `fastpeft.ops.quantised_linear.unnested`."""
         return tuple(self._parameters[name] for name in _NESTED) if "mean" in self._parameters else None  # type: ignore[return-value]
 
-    def can_multiply(self, x: Tensor) -> bool:
+    def can_multiply(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether `multiply` is there for x: a product in int8 that asks for no gradient."""
-        needs_dx = torch.is_grad_enabled() and x.requires_grad
-        return self.kind == "int8" and not needs_dx and not torch.compiler.is_compiling() and can_multiply_int8(x)
+        trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        return self.kind == "int8" and not trains and not torch.compiler.is_compiling() and can_multiply_int8(x)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b` with each row of x in 8 bits, `(*, K)` -> `(*, N)`, in the dtype of x or that of autocast."""
-        codes = self.codes.data_ptr(), version_of(self.codes), self.codes.device
+        codes = self.codes.data_ptr(), version_of(self.codes), self.codes.device, samples(self.codes).tolist()
         if self._sums is None or self._summed != codes:
             self._sums, self._summed = self.codes.data.sum(1, dtype=torch.int32), codes
         return multiply(x, self.codes.data, self.scales.data, self._sums, bias)
@@ -130,11 +131,12 @@ class QuantisedLinear(nn.Module):
         return self.quantised.dequantise(torch.float32 if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.quantised.can_multiply(x):
-            return self.quantised.multiply(x, self.bias)
-        dtype = compute_dtype(x, x)
+        held, dtype = self.quantised, compute_dtype(x, x)
+        if is_transformed():
+            return F.linear(x.to(dtype), held.dequantise(dtype), None if self.bias is None else self.bias.to(dtype))
+        if held.can_multiply(x, self.bias):
+            return held.multiply(x, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
-        held = self.quantised
         h: Tensor = QuantisedProduct.apply(x.to(dtype), held.codes, held.scales, held.nested, self.out_features, bias)
         return h
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.define import is_transformed
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.frozen_linear import Packed
 from fastpeft.ops.packing import Packs, is_token
@@ -136,7 +137,7 @@ def can_call_directly(x: Tensor, operands: Operands) -> bool:
         and x.shape[-1] == weight.shape[1]
         and is_token(x, weight)
         and all(other is None or other.dtype is x.dtype for other in others)
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
     )
 
 

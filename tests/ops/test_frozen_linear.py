@@ -13,6 +13,7 @@ import torch
 from instructions import PACKED_DTYPES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,7 @@ import fastpeft
 from fastpeft.ops import packing, products
 from fastpeft.ops.frozen_linear import PackedLinear, pack_frozen, pack_layer, set_packing, unpack_frozen
 from fastpeft.ops.packing import Packs, can_pack, pack
+from fastpeft.ops.quantise import QuantisedLinear
 from fastpeft.training.memory import MemoryTracker, simulate_training_step
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -302,6 +304,47 @@ def test_int8_is_for_what_asks_for_no_gradient() -> None:
     assert error < 0.02
     layer.weight.data.mul_(2)
     assert (layer(x) - F.linear(x, layer.weight, layer.bias)).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("how", ["int8", "int8 codes", "a pack in the place of the weight"])
+def test_a_bias_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Also where x asks for none, as in the first layer of a model whose biases train alone."""
+    monkeypatch.setattr(packing, "_is_faster_packed", lambda *_: True)
+    layer, x = frozen(), torch.randn(6, 40)
+    layer.bias.requires_grad_()
+    expected = layer(x)
+    if how == "int8":
+        pack_frozen(layer, computation="int8")
+    elif how == "int8 codes":
+        layer = QuantisedLinear(layer, "int8")
+    else:
+        pack_layer(layer, keeps_weight=False)
+    with torch.no_grad():
+        assert (layer(x) - expected).norm() < 0.02 * expected.norm()
+    layer(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((24,), 6.0))
+
+
+@pytest.mark.parametrize("how", ["packed", "int8", "int8 codes"])
+def test_derivatives_by_torch_func(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Forward ones too: no product of ours has a formula for these, so they would vanish."""
+    monkeypatch.setattr(packing, "_is_faster_packed", lambda *_: True)
+    layer, x = frozen(), torch.randn(6, 40)
+    if how == "int8 codes":
+        layer = QuantisedLinear(layer, "int8")
+        weight = layer.weight
+    else:
+        weight = layer.weight.detach().clone()
+        pack_frozen(layer, computation="int8" if how == "int8" else None)
+    with torch.no_grad():
+        layer(x)
+    assert_close(torch.func.jvp(layer, (x,), (x,))[1], x @ weight.t())
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent
+    assert_close(tangent, x @ weight.t())
+    expected = weight.sum(0).expand(6, 40)
+    assert_close(torch.func.grad(lambda x: layer(x).sum())(x), expected)
+    assert_close(torch.func.grad(lambda x: torch.func.vmap(layer)(x).sum())(x), expected)
 
 
 def test_int8_takes_a_weight_that_is_not_dense() -> None:

@@ -339,6 +339,8 @@ MADE: dict[str, Callable[[Any], Any]] = {
     "numbers": lambda t: torch.tensor(t.tolist()),
     "array": lambda t: torch.from_numpy(t.detach().numpy()),
     "copied": lambda t: copy.deepcopy(t.detach()),
+    "copied to a dtype": lambda t: t.to(torch.float64, copy=True),
+    "copied to itself": lambda t: t.to(t.device, torch.float32, False, True),
     "pickled": lambda t: pickle.loads(pickle.dumps(t.detach())),
     "data": lambda t: t.data,
     "iterated": lambda t: next(iter(t)),

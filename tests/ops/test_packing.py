@@ -116,6 +116,24 @@ def test_a_change_of_the_weight_is_noticed(change: Callable[[Tensor], None]) -> 
 
 
 @packing
+def test_a_change_that_another_thread_notices_first_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, packs = weight_of(8, 16), Packs()
+    holds, others = Packs._holds, iter([True])
+
+    def late(self: Packs, weight: Tensor) -> bool:
+        if next(others, False):
+            self.of(weight, torch.float32)  # as if by another thread, while this one has not asked yet
+        return holds(self, weight)
+
+    packs.of(weight, torch.float32)
+    weight.data.mul_(2)
+    monkeypatch.setattr(Packs, "_holds", late)
+    packed = packs.of(weight, torch.float32)
+    assert packed is not None
+    assert torch.equal(packed.to_dense(), weight)
+
+
+@packing
 def test_a_weight_whose_memory_was_given_back_is_not_read() -> None:
     weight, packs = weight_of(64, 64), Packs()
     packs.of(weight, torch.float32)
