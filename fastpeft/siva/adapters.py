@@ -224,12 +224,14 @@ class AdaptedLinear(BaseWeightLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the factors; PEFT would also cast them to the dtype of the base layer."""
+        if adapter_name not in self.siva_du:
+            return  # PEFT asks every layer, also those that only other adapters have
         device = device or self.base_layer.weight.device
         for change in self._changes(adapter_name):
             if change.weight.device.type != "meta":
                 change.to(device)
         for tensors in (self.siva_s, self.siva_u0, self.siva_v0):
-            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
+            if tensors[adapter_name].device.type != "meta":
                 tensors[adapter_name] = tensors[adapter_name].to(device)
 
     # -- merging ---------------------------------------------------------------------------------------------------

@@ -93,8 +93,10 @@ class LoadableLinear(AdaptedLinear):
         stored = state_dict.get(f"{prefix}base_layer.weight")
         if stored is None or type(stored) not in (Tensor, nn.Parameter) or stored.is_meta or self.in_4_bits is not None:
             return []
-        if self.quantised is not None or f"{prefix}quantised.codes" in state_dict:
-            return self.merged_adapters if stored.numel() else []
+        arrives_quantised = f"{prefix}quantised.codes" in state_dict
+        if arrives_quantised or self.quantised is not None:  # W_r is kept beside a merged weight, else nothing is there
+            others = list(loaded) if arrives_quantised else []
+            return (self.merged_adapters or others) if stored.numel() else []
         weight = (stored.t() if self.fan_in_fan_out else stored).float()
         changes, distances = {}, {}
         for name, factors in loaded.items():

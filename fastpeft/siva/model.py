@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,6 +130,8 @@ class SivaModel(BaseTuner):
         check_saved_layers(peft_config, targets)
         if self._pissa is not None:
             self._pissa.check_targets(targets)
+        layers = (layer for name in targets if isinstance(layer := modules[name], SivaLinear))
+        _tell_of_rounding(layer for layer in layers if list(layer.siva_du) == [self._adding])  # it is replaced
         self._number_of_targets, self._number_made, self._told_of_bases = len(targets), 0, False
 
     def _is_head(self, key: str) -> bool:
@@ -210,11 +212,7 @@ class SivaModel(BaseTuner):
         if not merge:
             for layer in self._siva_layers():
                 layer.check_restorable()  # before the first layer is touched
-            if any(layer.comes_back_rounded for layer in self._siva_layers()):
-                logger.warning(
-                    "the base's weights come back in other bits, rounded, as W_r was stored in their place in half "
-                    "precision. Load the base again for its own, or use SivaConfig(residual='implicit') from the start"
-                )
+            _tell_of_rounding(self._siva_layers())
         grouping.part(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         return model
@@ -246,9 +244,10 @@ class SivaModel(BaseTuner):
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first. Call "
                 "unmerge_adapter(), or merge_and_unload() to keep the adapter in the weights."
             )
-        for layer in self._siva_layers():
-            if list(layer.siva_du) == [adapter_name]:
-                layer.check_restorable()
+        left = [layer for layer in self._siva_layers() if list(layer.siva_du) == [adapter_name]]
+        for layer in left:
+            layer.check_restorable()
+        _tell_of_rounding(left)
         super().delete_adapter(adapter_name)
 
     @contextmanager
@@ -283,6 +282,15 @@ class SivaModel(BaseTuner):
                     f"adapter_names={names!r}: {adapter!r} trains biases (bias={config.bias!r}), which are the model's "
                     f"own and act on every row. Give {adapter!r} to all rows, or train with bias='none'."
                 )
+
+
+def _tell_of_rounding(layers: Iterable[SivaLinear]) -> None:
+    """Warn if pretrained weights are about to come back into these layers that are not the base's own."""
+    if any(layer.comes_back_rounded for layer in layers):
+        logger.warning(
+            "the base's weights come back in other bits, rounded, as W_r was stored in their place in half precision. "
+            "Load the base again for its own, or use SivaConfig(residual='implicit') from the start"
+        )
 
 
 def _give_pretrained(model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -285,6 +285,35 @@ def test_weights_that_come_back_rounded_are_told(
     assert told is (residual == "frozen" and dtype is torch.bfloat16)
 
 
+@pytest.mark.parametrize("way", ["deleted", "replaced"])
+@RESIDUALS
+def test_weights_that_come_back_rounded_are_told_without_unloading(
+    way: str, residual: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, told = tiny().bfloat16(), "the base's weights come back in other bits"
+    config = SivaConfig(task_type="SEQ_CLS", residual=residual)
+    model = peft.get_peft_model(base, config, "first")
+    model.add_adapter("second", copy.deepcopy(config))
+    model.delete_adapter("first")  # the second has their W_r still
+    assert told not in caplog.text
+    if way == "deleted":
+        model.delete_adapter("second")
+    else:
+        peft.get_peft_model(base, copy.deepcopy(config), "second")
+    assert caplog.text.count(told) == (residual == "frozen")
+
+
+@RESIDUALS
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_loads_beside_one_of_more_layers(tmp_path: Path, residual: str, low_cpu_mem_usage: bool) -> None:
+    narrow = adapted(r=3, residual=residual, target_modules=["query"])
+    narrow.save_pretrained(tmp_path)
+    model = adapted(r=3, residual=residual)
+    model.load_adapter(tmp_path, "narrow", low_cpu_mem_usage=low_cpu_mem_usage)
+    model.set_adapter("narrow")
+    torch.testing.assert_close(answers(model), answers(narrow), **CLOSE)
+
+
 @RESIDUALS
 def test_several_adapters_with_different_targets(tmp_path: Path, residual: str) -> None:
     model = adapted(r=3, residual=residual)

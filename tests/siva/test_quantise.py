@@ -224,6 +224,18 @@ def test_a_whole_state_dict_fills_a_waiting_layer(kind: Any) -> None:
     assert blank(inputs()).equal(copy.deepcopy(blank)(inputs()))
 
 
+@KINDS
+def test_a_state_dict_of_a_merged_layer_is_refused_by_one_that_is_not(kind: Any) -> None:
+    layer = move(SivaLinear.from_linear(linear(), r=2, residual_dtype=kind))
+    apart = copy.deepcopy(layer)
+    layer.merge()
+    with pytest.raises(FastpeftError, match=r"'default' is merged into the weight .* Call unmerge_adapter"):
+        apart.load_state_dict(layer.state_dict())
+    layer.load_state_dict(apart.state_dict())
+    assert not layer.merged
+    torch.testing.assert_close(layer(inputs()), apart(inputs()), **CLOSE)
+
+
 def test_codes_that_are_loaded_later_have_sums_of_their_own() -> None:
     layer, other = (QuantisedWeight(matrix(seed=seed), "int8") for seed in (0, 1))
     with torch.no_grad():
