@@ -187,7 +187,7 @@ _TAGGING = (  # by the recipes' rates adapters answer one tag throughout
     "full:learning_rate=5e-5",
 )
 _WIDE = ":rank=8:targets=all-linear"
-_LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"  # PEFT chooses blocks among named layers alone
+_LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"
 _SPEAKING = (
     "lst",
     "k-lst:window=9",

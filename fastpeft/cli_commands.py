@@ -62,8 +62,9 @@ class Command(TyperCommand):
 
 def _add_advice(error: Any) -> None:
     """Say what to write where the reader of the command line knows only what it cannot read."""
+    rate = "--learning-rate"
     if getattr(error, "option_name", None) == "--lr":
-        error.possibilities = ["--learning-rate"]
+        error.possibilities = [rate] if any(rate in option.opts for option in error.ctx.command.params) else []
     elif error.message.startswith("No such option") and error.ctx.info_name == "predict" and not error.possibilities:
         error.message += ". Write -- before texts of which one begins with a dash: fastpeft predict RUN -- TEXT"
     elif "extra argument" in error.message:

@@ -50,6 +50,7 @@ MISTAKES = [
     ("trian", "Did you mean 'train'"),
     ("train --modle demo", "--model"),
     ("train --lr 0.1", "Possible options: --learning-rate\\)"),
+    ("eval run --lr 0.1", "No such option: --lr(?! \\(Possible)"),
     ("train reviews.csv", "A value follows the name of its option, as in --data reviews.csv"),
     ("compare --methods siva lora --output table", "a list has no spaces"),
     ("predict run '- dull'", "Write -- before texts"),

@@ -61,11 +61,20 @@ def of_dev_rows(
 
 
 def _far_off(outputs: np.ndarray, labels: np.ndarray) -> list[str]:
-    """Whether numbers are further from those of the rows than the mean of these is, by squared errors."""
+    """Whether numbers are further from those of the rows than the mean of these is, by squared errors.
+
+    In few rows chance alone may have it so: nothing is said within two standard errors.
+    """
+    import numpy as np
+
     from fastpeft.data.scores import squared_error
 
-    error, of_mean = squared_error(outputs, labels), float(labels.astype("float64").var())
+    exact = labels.astype("float64")
+    error, of_mean = squared_error(outputs, labels), float(exact.var())
     if not 0 < of_mean < error:
+        return []
+    further = (outputs.reshape(-1).astype("float64") - exact) ** 2 - (exact - exact.mean()) ** 2
+    if further.mean() < _CERTAIN * further.std(ddof=1) / np.sqrt(len(exact)):
         return []
     return [
         f"The mean squared error, {error:.3g}, is above the {of_mean:.3g} that always answering the mean of these rows "

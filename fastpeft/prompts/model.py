@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,8 +29,6 @@ from fastpeft.support import files
 from fastpeft.support.adapter_files import WEIGHTS, check_file
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.hub import HUB_ARGUMENTS, source_options
-
-logger = logging.getLogger(__name__)
 
 _CALIBRATION = "calibration"  # its name in state dicts
 
@@ -117,13 +114,6 @@ class PromptModel(PreTrainedModel):
                 "masked language model such as RoBERTa by AutoModelForMaskedLM, or a decoder by AutoModelForCausalLM."
             )
         _check_tokenizer(core, tokenizer)
-        if masked_lm is core and (new := _new_in_head(core)):
-            logger.warning(
-                "the checkpoint of %s lacks its LM head, as %s, which was drawn at random: until it is trained, label "
-                "words are answered by chance. Load a model that predicts words.",
-                type(core).__name__,
-                new[0],
-            )
         config: Any = copy.deepcopy(masked_lm.config)
         config.id2label = dict(enumerate(prompt.labels))
         config.label2id = {label: index for index, label in enumerate(prompt.labels)}
@@ -442,16 +432,6 @@ def _find_core(model: Any) -> Any:
         model = inside
 
 
-def _new_in_head(model: Any) -> list[str]:
-    """The weights outside the encoder that its checkpoint lacked, where transformers has loaded one."""
-    prefix = f"{model.base_model_prefix}."
-    # transformers marks what it has read from a file, and what it ties to that
-    read = {name: getattr(weight, "_is_hf_initialized", False) for name, weight in model.named_parameters()}
-    if not any(found for name, found in read.items() if name.startswith(prefix)):
-        return []
-    return [name for name, found in read.items() if not (found or name.startswith(prefix))]
-
-
 def _fills_masks(model: Any) -> bool:
     name = type(model).__name__
     return name.endswith("ForMaskedLM") or name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
@@ -529,7 +509,8 @@ def _add_calibration(module: nn.Module, state_dict: dict[str, Any], prefix: str,
 def _take_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let checkpoints of the plain model, which `save_pretrained` writes, load into a PromptModel."""
     calibration: Any = module.calibration
-    if (kept := state_dict.pop(prefix + _CALIBRATION, None)) is not None:
+    kept = state_dict.pop(prefix + _CALIBRATION, None)
+    if kept is not None and kept.shape == calibration.shape:  # else it is of another prompt
         calibration.copy_(kept)
     inner = f"{prefix}masked_lm."
     for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:

@@ -74,8 +74,10 @@ def test_one_answer_and_few_rows_are_told() -> None:
 
 def test_numbers_that_are_far_off_are_told() -> None:
     """As prices are, which no few steps reach from 0."""
-    (said,) = said_of(REGRESSION, [[7.0], [7.1]], [25_000.5, 75_000.5])
+    prices = 8 * [25_000.5, 75_000.5]
+    (said,) = said_of(REGRESSION, 8 * [[7.0], [7.1]], prices)
     assert said.startswith("The mean squared error, 3.12e+09, is above the 6.25e+08 that always answering the mean")
+    assert said_of(REGRESSION, [[0.9], [1.6], [1.4]], [1.0, 1.2, 1.4]) == [], "so few may be nearer to their mean"
     assert said_of(REGRESSION, [[26_000.0], [74_000.0]], [25_000.5, 75_000.5]) == []
     assert said_of(REGRESSION, [[0.0]], [3.0]) == [], "one row is its mean"
 

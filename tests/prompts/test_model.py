@@ -246,6 +246,8 @@ def test_a_state_dict_keeps_the_calibration(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
     loaded.load_state_dict(prompted().state_dict())
     assert torch.equal(logits(loaded), logits(model)), "one without it, as a plain model's, leaves it"
+    loaded.read_tokens([5, 6, 7]).load_state_dict(model.state_dict())
+    assert not loaded.calibration.any(), "that of two words is not of three"
     around = nn.Sequential(prompted())
     around.load_state_dict(nn.Sequential(model).state_dict())
     assert torch.equal(logits(around[0]), logits(model))
@@ -301,20 +303,6 @@ def test_all_files_are_of_the_revision(tmp_path: Path, adapted: bool, subfolder:
         assert torch.equal(logits(loaded), logits(expected))
     local = PromptModel.from_pretrained(repository / "snapshots" / commit, subfolder=subfolder)
     assert torch.equal(logits(local), logits(expected))
-
-
-def test_a_head_that_the_checkpoint_lacked_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """transformers draws one at random for an encoder of sentences, and answers would be those of chance."""
-    masked_lm().save_pretrained(tmp_path / "whole")
-    masked_lm().roberta.save_pretrained(tmp_path / "encoder")
-    whole, encoder = (AutoModelForMaskedLM.from_pretrained(tmp_path / name) for name in ("whole", "encoder"))
-    caplog.clear()  # of what transformers says of it, among other reports
-    for model in (whole, masked_lm(), copy.deepcopy(whole).bfloat16()):
-        PromptModel(model, tokenizer_of("Roberta"), PROMPT)
-    assert caplog.text == ""
-    PromptModel(encoder, tokenizer_of("Roberta"), PROMPT)
-    assert "the checkpoint of RobertaForMaskedLM lacks its LM head, as lm_head." in caplog.text
-    assert "until it is trained, label words are answered by chance. Load a model that predicts words." in caplog.text
 
 
 def test_models_that_cannot_be_prompted() -> None:
