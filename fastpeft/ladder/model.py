@@ -50,7 +50,7 @@ from fastpeft.ladder.generation import (
 )
 from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
-from fastpeft.ladder.probes import check_answers, check_told, decide_causal, predicts_next_tokens
+from fastpeft.ladder.probes import check_answers, check_told, decide_causal, predicts_next_tokens, tell_of_other_ways
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base
 from fastpeft.ladder.side import SideNetwork
@@ -137,6 +137,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         keep_form(base, passes_gradients=bool(adapters))
         config.causal = decide_causal(backbone, config.causal)
         self._decided = decide_defaults(config, backbone)
+        self._to_tell = backbone.plain and not config.base_fingerprints  # of what passes the side network by
         if not config.base_fingerprints:  # else it was found when the side network was made
             check_answers(backbone)
         else:
@@ -380,6 +381,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         this = LadderPass(self.backbone, run, arguments, self.gradients_from)
         with this.around_base(features):
             outputs = self.base(inputs) if plain else self.base(**called, **divisor, return_dict=True)
+        if self._to_tell and not torch.compiler.is_compiling():
+            self._to_tell = not tell_of_other_ways(self.backbone, inputs)
         outputs = self._with_loss(outputs, labels, this.read) if plain else with_own_cache(outputs, cache)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -16,9 +19,12 @@ from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.backbone_passes import IdleLayersError, features_of, listen
 from fastpeft.support.dropout import dropout_off
 
+logger = logging.getLogger(__name__)
+
 _TOKENS = 4
 _CHARACTERS = 128
 _CHANGED = 2  # the token, from 0, that is changed
+_PIXELS = 64  # the side of an image, where a model takes any
 
 # A change of earlier tokens is rounding up to this share of the change of later tokens. Measured over the 147
 # architectures of transformers in float32, bfloat16 and float16: those whose tokens see later ones are above 0.6, all
@@ -108,33 +114,59 @@ def check_told(causal: bool | None, base: nn.Module, logits: Any, read: tuple[in
 
 
 def check_answers(backbone: Backbone) -> None:
-    """Raise `FastpeftError` if a base's answer depends on its text in other ways than by its last layer's output.
+    """Raise `FastpeftError` if a base's answer depends on its input in other ways than by its last layer's output.
 
-    A side network replaces that output. In a pass over two texts both get that of the first, and then the answers must
-    be the same. There is no pass if the base has no values (on the meta device), reads no tokens, or has a decoder too,
-    which reads the text again.
+    A side network replaces that output. In a pass over two texts or images both get that of the first, and then the
+    answers must be the same, unless they differ for equal rows too, as those of ViTMAE, which draws the patches that it
+    reads. There is no pass if the base has no values (on the meta device), is not a transformers model, or has a
+    decoder too, which reads the text again.
     """
-    core = backbone.core
-    if backbone.plain or backbone.input_name != "input_ids" or backbone.encodes_and_decodes or not _has_values(core):
+    core, of_images = backbone.core, backbone.input_name == "pixel_values"
+    if backbone.plain or (backbone.encodes_and_decodes and not of_images) or not _has_values(core):
         return
-    try:
-        given = backbone.arguments({"input_ids": _two_texts(backbone, slice(None))})
-        with _leaving_no_trace(backbone), listen(backbone, lambda *_: None, lambda feature: feature[[0, 0]]):
-            outputs = core(**given, return_dict=True).values()
-            # (2, ...); first may be a loss, by which routers balance their experts
-            answers = next(each.float() for each in outputs if not isinstance(each, Tensor) or each.ndim)
-    except IdleLayersError:
-        raise
-    except Exception:  # a model that needs other inputs raises almost any type; its own pass then tells what is wrong
-        return
-    if (answers[0] - answers[1]).abs().max() > _SAME_ANSWER * answers.abs().max():
-        names = {module: name for name, module in core.named_modules()}
+    passed_by = False
+    for given in _two_inputs(backbone, of_images):
+        try:
+            passed_by = _answers_differ(backbone, given, [0, 1]) and not _answers_differ(backbone, given, [0, 0])
+        except IdleLayersError:
+            raise
+        except Exception:  # a model that needs other inputs raises almost any type; its own pass then tells of it
+            continue
+        break
+    if passed_by:
         raise FastpeftError(
-            f"the answer of the {type(core).__name__} comes not from the output of {names[backbone.layers[-1]]} alone, "
-            "which a side network would replace: what else it reads would pass the side network by. Name in "
-            "feature_modules whole layers, each of which reads the output of the one before, or load a model of "
-            "another architecture."
+            f"{_not_alone(backbone)}, which a side network would replace: what else it reads would pass the side "
+            "network by. Name in feature_modules whole layers, each of which reads the output of the one before, or "
+            "load a model of another architecture."
         )
+
+
+def tell_of_other_ways(backbone: Backbone, inputs: Any) -> bool:
+    """Warn if a module's answer depends on `inputs` in other ways than by its last layer's output; see `check_answers`.
+
+    It is no error: a module may be meant so, as one that gives a series its mean again.
+
+    Returns:
+        False where the inputs are of one row, which cannot tell: ask again.
+    """
+    several = dist.is_available() and dist.is_initialized()  # which have rows of their own, and as many passes
+    if several or not isinstance(inputs, Tensor) or inputs.ndim == 0 or not _has_values(backbone.core):
+        return True
+    if len(inputs) < 2 or inputs[0].equal(inputs[-1]):
+        return False
+    try:
+        given = {"inputs": inputs}
+        passed_by = _answers_differ(backbone, given, [0, -1]) and not _answers_differ(backbone, given, [0, 0])
+    except Exception:  # of two rows some modules make others
+        return True
+    if passed_by:
+        logger.warning(
+            "%s, which the side network replaces: what else it reads passes the side network by, as it does where a "
+            "head adds up all layers (use_weighted_layer_sum) or a network has skips. Unless that is meant, name other "
+            "layers in feature_modules, or let the head read the last one alone",
+            _not_alone(backbone),
+        )
+    return True
 
 
 def predicts_next_tokens(backbone: Backbone) -> bool:
@@ -194,6 +226,63 @@ def _two_texts(backbone: Backbone, changed: int | slice) -> Tensor:
     ids = (torch.arange(_TOKENS, device=backbone.device).repeat(2, 1) + count // 2) % count
     ids[1, changed] = (ids[1, changed] + 1) % count
     return ids
+
+
+def _two_inputs(backbone: Backbone, of_images: bool) -> Iterator[dict[str, Tensor]]:
+    """Inputs of two rows that differ: texts or images; where texts are not enough, images beside one text.
+
+    Small images come before those of the size that the configuration names, which cost more.
+    """
+    core = backbone.core
+    if not of_images:
+        yield {"input_ids": _two_texts(backbone, slice(None))}
+    if "pixel_values" not in inspect.signature(core.forward).parameters:
+        return
+    beside = {} if of_images else {"input_ids": _two_texts(backbone, slice(0))}
+    parts = [core.config, *(getattr(core.config, name, None) for name in ("vision_config", "backbone_config"))]
+    named = [size for part in parts if (size := getattr(part, "image_size", None))]
+    channels = next((count for part in parts if (count := getattr(part, "num_channels", None))), 3)
+    for size in (_PIXELS, *named[:1]):
+        shape = (size, size) if isinstance(size, int) else size
+        noise = torch.randn(2, channels, *shape, generator=torch.Generator().manual_seed(0))
+        yield {**beside, "pixel_values": noise.to(backbone.device, core.dtype)}
+
+
+def _not_alone(backbone: Backbone) -> str:
+    """What is wrong where an answer depends on more than the last layer's output."""
+    core = backbone.core
+    last = next(name for name, module in core.named_modules() if module is backbone.layers[-1])
+    return f"the answer of the {type(core).__name__} comes not from the output of {last} alone"
+
+
+def _answers_differ(backbone: Backbone, given: Mapping[str, Tensor], rows: list[int]) -> bool:
+    """Whether answers to two rows of `given` differ, where both get the first one's output of the last layer."""
+    core: Any = backbone.core
+    chosen = {name: value[rows] for name, value in given.items()}
+    reads = True  # whether the layers read what differs: beside one text those of images do
+
+    def replaced(feature: Tensor) -> Tensor:
+        nonlocal reads
+        if backbone.plain and len(feature) != 2:
+            raise ValueError("the rows of a feature are not those of the inputs")
+        reads = len(given) == 1 or not feature[0].equal(feature[1])
+        return feature[[0, 0]]
+
+    with _leaving_no_trace(backbone), listen(backbone, lambda *_: None, replaced):
+        if backbone.plain:
+            outputs = {"logits": core(chosen["inputs"])}
+        else:
+            arguments: dict[str, Any] = backbone.arguments(chosen)
+            if "interpolate_pos_encoding" in inspect.signature(core.forward).parameters:
+                arguments["interpolate_pos_encoding"] = True  # for images of any size
+            outputs = core(**arguments, return_dict=True)
+    # (2, ...), such as classes and boxes; else the first, but for a loss, by which routers balance their experts
+    tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.ndim}
+    answers = [value for name, value in tensors.items() if "logits" in name or name.startswith("pred")]
+    for answer in (each.float() for each in answers or list(tensors.values())[:1]):
+        if reads and (answer[0] - answer[1]).abs().max() > _SAME_ANSWER * answer.abs().max():
+            return True
+    return False
 
 
 @contextlib.contextmanager

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
-import pytest
-import transformers
-from backbones import IDS, SPECIAL, TINY, moved, tiny
-from torch import nn
+from pathlib import Path
 
-from fastpeft import FastpeftError
+import pytest
+import torch
+import transformers
+from backbones import IDS, SPECIAL, TINY, moved, tiny, vit
+from torch import Tensor, nn
+
+from fastpeft import FastpeftError, LadderModel
+from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.probes import check_answers
 
 XLM = {"vocab_size": 50, "emb_dim": 16, "n_layers": 3, "n_heads": 2, "num_labels": 3}
 CHARACTERS = {**SPECIAL, "local_transformer_stride": 8}
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+IMAGE = {"image_size": 16, "patch_size": 8, "num_labels": 3}
+MAPS = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16}
+OF_ALL_LAYERS = {  # class: configuration, layers
+    "BeitForSemanticSegmentation": (
+        transformers.BeitConfig(**SHAPE, image_size=32, patch_size=8, out_indices=[1, 2, 3, 4], pool_scales=[1, 2]),
+        "beit.layers",
+    ),
+    "DPTForDepthEstimation": (
+        transformers.DPTConfig(**SHAPE, **IMAGE, **MAPS, is_hybrid=False, backbone_out_indices=[0, 1, 2, 3]),
+        "dpt.encoder.layer",
+    ),
+    "SegformerForSemanticSegmentation": (  # names no size of images
+        transformers.SegformerConfig(hidden_sizes=[8, 8, 16, 16], num_attention_heads=[1, 1, 2, 2]),
+        "segformer.stages.3.blocks",
+    ),
+    "CLIPSegForImageSegmentation": (  # reads a text too
+        transformers.CLIPSegConfig(
+            text_config={**SHAPE, **SPECIAL, "vocab_size": 200},
+            vision_config={**SHAPE, **IMAGE},
+            projection_dim=16,
+            reduce_dim=16,
+            extract_layers=[1, 2, 3],
+            decoder_num_attention_heads=2,
+        ),
+        "clip.vision_model.encoder.layers",
+    ),
+}
 
 
 def xlm(kind: str) -> nn.Module:
@@ -38,3 +71,73 @@ def test_layers_that_the_head_does_not_read_are_refused() -> None:
         moved(tiny("Canine", **CHARACTERS), **named)
     tags = moved(tiny("Canine", "ForTokenClassification", **CHARACTERS), **named)
     assert tags(IDS).logits.shape == (*IDS.shape, TINY["num_labels"])
+
+
+@pytest.mark.parametrize("kind", OF_ALL_LAYERS)
+def test_heads_of_images_that_read_several_layers_are_refused(kind: str) -> None:
+    config, layers = OF_ALL_LAYERS[kind]
+    base = getattr(transformers, kind)(config).eval()
+    with pytest.raises(FastpeftError, match=rf"of the {kind} comes not from the output of {layers}\.\d alone"):
+        moved(base, feature_modules=layers)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_pass_over_images_leaves_no_trace(mode: bool) -> None:
+    """A head of images with the statistics of a batch, which passes in training mode would change."""
+    base = vit()
+    base.classifier = nn.Sequential(nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 3))
+    base.train(mode)
+    before, state = {name: value.clone() for name, value in base.state_dict().items()}, torch.get_rng_state()
+    check_answers(Backbone(base))
+    assert torch.get_rng_state().equal(state)
+    assert all(value.equal(before[name]) for name, value in base.state_dict().items())
+    assert all(module.training is mode for module in base.modules())
+
+
+def test_heads_of_images_that_read_the_last_layer_are_kept() -> None:
+    """ViTMAE draws the patches that it reads, and SegFormer's classes come from its last stage."""
+    small = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    moved(
+        transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**SHAPE, **IMAGE, **small)),
+        feature_modules="vit.layers",
+    )
+    config, layers = OF_ALL_LAYERS["SegformerForSemanticSegmentation"]
+    moved(transformers.SegformerForImageClassification(config), feature_modules=layers)
+
+
+class Sums(nn.Module):
+    """A head that reads the sum of these layers, as that of wav2vec2 with use_weighted_layer_sum does."""
+
+    def __init__(self, *read: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+        self.read, self.rows = read, []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.rows.append(len(inputs))
+        states = [inputs]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return self.head(sum(states[layer] for layer in self.read))
+
+
+def test_a_module_whose_answer_passes_the_side_network_by_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a pass over two rows, at the first that there are; a loaded side network was told of when it was made."""
+    model, inputs = moved(Sums(0, 1, 2, 3), feature_modules="layers"), torch.randn(5, 8)
+    model(inputs=inputs[:1])
+    assert "alone" not in caplog.text
+    model.train()(inputs=inputs)
+    assert "the answer of the Sums comes not from the output of layers.2 alone" in caplog.text
+    assert "passes the side network by" in caplog.text
+    assert model.base.head.training
+    caplog.clear()
+    model(inputs=inputs)
+    assert model.base.rows == [1, 5, 2, 2, 5]  # the second pass of two rows, equal ones, shows that nothing is random
+    model.save_pretrained(tmp_path)
+    LadderModel.from_pretrained(tmp_path, base=Sums(0, 1, 2, 3))(inputs=inputs)
+    moved(Sums(3), feature_modules="layers")(inputs=inputs)
+    assert "alone" not in caplog.text
