@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.four_bits import keep_form
 from fastpeft.support.hub import model_options, source_options
-from fastpeft.support.model_card import HEADS
+from fastpeft.support.model_card import HEADS, HUB_ID
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SIDE_NETWORK = "fastpeft_ladder"  # the model type of one beside its base
 
 
@@ -83,7 +81,7 @@ def resolve_model(model: str) -> str:
         )
     if folder.is_dir():
         return str(folder.resolve())  # an adapter keeps it, and may be loaded from elsewhere
-    if folder.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
+    if folder.exists() or not HUB_ID.fullmatch(model):
         raise FastpeftError(
             f"no model at {model!r}; give {DEMO!r}, a folder with config.json and model.safetensors, or a hub id such "
             "as FacebookAI/roberta-large."

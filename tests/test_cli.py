@@ -141,8 +141,8 @@ def test_help_has_what_most_people_need_in_80_columns(monkeypatch: pytest.Monkey
     monkeypatch.setenv("COLUMNS", "80")
     shown = run("train", "-h").stdout
     names = re.findall(r"^│ (--[a-z-]+) ", shown, re.MULTILINE)
-    assert len(names) == 12, "ten, and the two of help itself"
-    assert {"--data", "--model", "--method", "--output", "--help-all"} <= set(names)
+    assert len(names) == 13, "eleven, and the two of help itself"
+    assert {"--data", "--model", "--method", "--output", "--text-column", "--label-column", "--help-all"} <= set(names)
     assert max(map(len, shown.splitlines())) <= 80
     assert "bool" not in shown
     every = run("train", "--help-all").stdout

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastpeft.version import __version__
 
 ONNX_FILE = "model.onnx"
+
+HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 
 _OWN = "<!-- fastpeft writes this card at every save; remove this line to keep your own words -->"
 _BLANK = "<!-- Provide a quick summary of what the model is/does. -->"  # of PEFT's template
@@ -143,6 +146,7 @@ def _prompt_line(folder: str) -> str:
 def model_card(
     *,
     base_model: str | None,
+    on_hub: bool = True,
     method: str,
     snippet: str,
     library: str = "peft",
@@ -158,6 +162,7 @@ def model_card(
 
     Args:
         base_model: path or hub id of the model that was fine-tuned; None where it is not known.
+        on_hub: whether that may be a hub id. Hubs read the header's as one, so it names nothing else.
         method: the method's title, as "SiVA".
         snippet: Python code that loads what was saved.
         library: the one that loads it: `peft` for adapters, `onnx`, else `transformers`.
@@ -169,8 +174,9 @@ def model_card(
         metrics: results, each with its formatted value.
         settings: hyper-parameters, in the order to show.
     """
+    named = base_model and on_hub and HUB_ID.fullmatch(base_model) and not Path(base_model).exists()
+    header = [f"base_model: {base_model}"] if named else []
     base_model = base_model and _in_line(base_model)
-    header = [f"base_model: {base_model}"] if base_model else []
     header += [f"library_name: {library}", "tags:", "- fastpeft"]
     lines = ["---", *header, "---", "", f"# {method} of {base_model}" if base_model else f"# {method}", ""]
     lines += [f"Fine-tuned by fastpeft {__version__}.", ""]

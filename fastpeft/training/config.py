@@ -306,7 +306,9 @@ class TrainConfig:
         False,
     )
     deterministic: bool = option(ADVANCED, "Use deterministic kernels only", False)
-    text_column: str | None = option(DATA, "Column of texts, or two joined by a comma for pairs", unset="found by name")
+    text_column: str | None = option(
+        DATA, "Column of texts, or two joined by a comma for pairs", unset="found by name", common=True
+    )
     label_column: str | None = option(
         DATA,
         "Column of classes, numbers, tags or labels; or several of 0 and 1 joined by commas, one for each label",

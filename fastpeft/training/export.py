@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import DataCollatorWithPadding
 
 from fastpeft.data.examples import Examples
+from fastpeft.data.names import DEMO
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
@@ -222,6 +223,7 @@ def _card_of_run(
         settings["steps"] = f"{step} of {metrics['steps']}"
     return model_card(
         base_model=config.model,
+        on_hub=config.model != DEMO,
         method=f"{title}, as a LoRA" if adapter else title,
         snippet=onnx_snippet(str(output), max_length=run.max_length, pairs=run.is_pair, words=run.problem.per_token)
         if to == "onnx"

@@ -13,7 +13,7 @@ import torch
 
 from fastpeft.data import result_warnings
 from fastpeft.data.examples import count_labels
-from fastpeft.data.names import LOSS
+from fastpeft.data.names import DEMO, LOSS
 from fastpeft.data.problems import (
     CLASSIFICATION,
     MASKED_WORDS,
@@ -262,6 +262,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         settings |= found_settings(config.found_prompt)
     return model_card(
         base_model=config.model,
+        on_hub=config.model != DEMO,
         method=task.method.title,
         snippet=task.method.loading_snippet(
             str(folder.path),

@@ -33,9 +33,11 @@ NEEDS = {
     "how-to/integrations.md": ("trl", "sentence_transformers", "lightning"),  # of the extra `integrations`
     "how-to/from-unsloth.md": ("trl",),
 }
+# the rows that the tutorial writes, which a reader of the other pages has
 REVIEWS = "text,label\n" + "".join(
-    f'"A warm and clever film, number {number}.",good\nScene {number} drags on and on.,bad\n' for number in range(20)
+    f'"A warm and clever film, number {number}.",good\nScene {number} drags on and on.,bad\n' for number in range(60)
 )
+WRITTEN = r"""(?:--output |output="|fastpeft export (?:--\w+ \w+ )?\S+ )([\w./-]+)"""
 FENCE = re.compile(r"^(?P<reason><!-- not run: \S.* -->\n)?```(?P<language>.*)\n(?P<code>(?s:.*?))^```$", re.MULTILINE)
 
 
@@ -125,6 +127,18 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             done = subprocess.run(shell, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{block.place}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             printed = done.stdout
+
+
+def test_no_two_pages_write_into_one_folder() -> None:
+    """A folder that is not empty is refused, and a reader of two pages stays in one folder, where reviews.csv is."""
+    writers: dict[str, set[str]] = {}
+    for page in PAGES:
+        if page.parent.name not in ("reference", "results"):  # whose lines stand each by itself
+            for block in blocks(page):
+                for target in re.findall(WRITTEN, block.code):
+                    writers.setdefault(target, set()).add(name(page))
+    assert {"runs/reviews", "model", "runs/python"} <= set(writers)
+    assert not {target: pages for target, pages in writers.items() if len(pages) > 1}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name)
