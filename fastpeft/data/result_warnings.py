@@ -65,21 +65,17 @@ def _far_off(outputs: np.ndarray, labels: np.ndarray) -> list[str]:
 
     In few rows chance alone may have it so: nothing is said within two standard errors.
     """
-    import numpy as np
-
-    from fastpeft.data.scores import squared_error
-
     exact = labels.astype("float64")
-    error, of_mean = squared_error(outputs, labels), float(exact.var())
-    if not 0 < of_mean < error:
+    errors, of_mean = (outputs[:, 0].astype("float64") - exact) ** 2, (exact - exact.mean()) ** 2
+    if not 0 < of_mean.mean() < errors.mean():
         return []
-    further = (outputs.reshape(-1).astype("float64") - exact) ** 2 - (exact - exact.mean()) ** 2
-    if further.mean() < _CERTAIN * further.std(ddof=1) / np.sqrt(len(exact)):
+    further = errors - of_mean
+    if further.mean() < _CERTAIN * further.std(ddof=1) / len(exact) ** 0.5:
         return []
     return [
-        f"The mean squared error, {error:.3g}, is above the {of_mean:.3g} that always answering the mean of these rows "
-        "has, so do not use the values. Train longer; numbers are learned as they are, so if they are far from 0, "
-        "first shift and divide the column so that most lie between -1 and 1."
+        f"The mean squared error, {errors.mean():.3g}, is above the {of_mean.mean():.3g} that always answering the "
+        "mean of these rows has, so do not use the values. Train longer; numbers are learned as they are, so if they "
+        "are far from 0, first shift and divide the column so that most lie between -1 and 1."
     ]
 
 

@@ -98,14 +98,15 @@ def window_attention(
     noise = None
     if dropout > 0:
         noise = seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=q.device)
-    if is_forward() and dropout > 0:
+    forward = is_forward()  # for which the op has no formula
+    if forward and dropout > 0:
         raise FastpeftError(
             f"window_attention: dropout is {dropout} where derivatives are taken forward, as by torch.func.jvp; "
             "allowed is 0. Set the network to eval()."
         )
     q, c, p = (operand.to(dtype) for operand in (q, c, p))
     with no_autocast(q.device):  # which would undo the accumulation in float32
-        if is_forward():  # for which the op has no formula
+        if forward:
             return window_attention_reference(q, c, p, Window(mask, slots, causal, dropout, noise, block))[0]
         out, _ = torch.ops.fastpeft.window_attention(q, c, p, mask, list(slots), causal, dropout, noise, block)
     return out

@@ -336,7 +336,7 @@ class Backbone:
     def arguments(self, given: Mapping[str, Any], part: nn.Module | None = None) -> dict[str, Any]:
         """Arguments for the model or a part of it: no None, and of the optional ones those that it knows."""
         kind: Any = type(self.core if part is None else part)
-        accepted = _parameters_of(kind)
+        accepted = parameters_of(kind)
         chosen = {
             name: value
             for name, value in given.items()
@@ -354,12 +354,11 @@ class Backbone:
 
     def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of `run_body`: those of `given` that decide the features of a text model."""
-        part = self.body if self.encoder is None else self.encoder
-        return self.arguments({name: given[name] for name in INPUTS if name in given}, part)
+        return self.arguments({name: given[name] for name in INPUTS if name in given}, self.encoder or self.body)
 
 
 @functools.cache
-def _parameters_of(kind: Any) -> frozenset[str]:
+def parameters_of(kind: Any) -> frozenset[str]:
     """The names that the forward of a class takes."""
     return frozenset(inspect.signature(kind.forward).parameters)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.backbone import Backbone, parameters_of
 from fastpeft.ladder.backbone_passes import IdleLayersError, features_of, listen
 from fastpeft.support.dropout import dropout_off
 
@@ -127,7 +126,7 @@ def check_answers(backbone: Backbone) -> None:
     passed_by = False
     for given in _two_inputs(backbone, of_images):
         try:
-            passed_by = _answers_differ(backbone, given, [0, 1]) and not _answers_differ(backbone, given, [0, 0])
+            passed_by = _passes_by(backbone, given)
         except IdleLayersError:
             raise
         except Exception:  # a model that needs other inputs raises almost any type; its own pass then tells of it
@@ -155,8 +154,7 @@ def tell_of_other_ways(backbone: Backbone, inputs: Any) -> bool:
     if len(inputs) < 2 or inputs[0].equal(inputs[-1]):
         return False
     try:
-        given = {"inputs": inputs}
-        passed_by = _answers_differ(backbone, given, [0, -1]) and not _answers_differ(backbone, given, [0, 0])
+        passed_by = _passes_by(backbone, {"inputs": inputs})
     except Exception:  # of two rows some modules make others
         return True
     if passed_by:
@@ -233,10 +231,11 @@ def _two_inputs(backbone: Backbone, of_images: bool) -> Iterator[dict[str, Tenso
 
     Small images come before those of the size that the configuration names, which cost more.
     """
-    core = backbone.core
+    core: Any = backbone.core
+    kind: Any = type(core)
     if not of_images:
         yield {"input_ids": _two_texts(backbone, slice(None))}
-    if "pixel_values" not in inspect.signature(core.forward).parameters:
+    if "pixel_values" not in parameters_of(kind):
         return
     beside = {} if of_images else {"input_ids": _two_texts(backbone, slice(0))}
     parts = [core.config, *(getattr(core.config, name, None) for name in ("vision_config", "backbone_config"))]
@@ -255,9 +254,15 @@ def _not_alone(backbone: Backbone) -> str:
     return f"the answer of the {type(core).__name__} comes not from the output of {last} alone"
 
 
+def _passes_by(backbone: Backbone, given: Mapping[str, Tensor]) -> bool:
+    """Whether an answer depends on more than the last layer's output, by the first and the last row of `given`."""
+    return _answers_differ(backbone, given, [0, -1]) and not _answers_differ(backbone, given, [0, 0])
+
+
 def _answers_differ(backbone: Backbone, given: Mapping[str, Tensor], rows: list[int]) -> bool:
     """Whether answers to two rows of `given` differ, where both get the first one's output of the last layer."""
     core: Any = backbone.core
+    kind: Any = type(core)
     chosen = {name: value[rows] for name, value in given.items()}
     reads = True  # whether the layers read what differs: beside one text those of images do
 
@@ -273,7 +278,7 @@ def _answers_differ(backbone: Backbone, given: Mapping[str, Tensor], rows: list[
             outputs = {"logits": core(chosen["inputs"])}
         else:
             arguments: dict[str, Any] = backbone.arguments(chosen)
-            if "interpolate_pos_encoding" in inspect.signature(core.forward).parameters:
+            if "interpolate_pos_encoding" in parameters_of(kind):
                 arguments["interpolate_pos_encoding"] = True  # for images of any size
             outputs = core(**arguments, return_dict=True)
     # (2, ...), such as classes and boxes; else the first, but for a loss, by which routers balance their experts

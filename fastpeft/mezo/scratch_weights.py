@@ -189,12 +189,14 @@ class ScratchWeights:
     def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Put the parameters of the innermost module back; return its output, of which no part is in the scratch."""
         lent = self._depths.pop() if self._depths else 0
+        if not lent:
+            return None
         for _ in range(lent):
             holder, name, param = self._borrowed[-1]
             holder._parameters[name] = param  # type: ignore[assignment]
             self._borrowed.pop()
         # the next module would write over what lies there, as Perceiver's latents, which are expanded for each row
-        buffers = {buffer.untyped_storage().data_ptr() for buffer in self._scratch} if lent else set()
+        buffers = {buffer.untyped_storage().data_ptr() for buffer in self._scratch}
         if not any(_lies_in(each, buffers) for each in tree_leaves(output)):
             return None
         return tree_map(lambda each: each.clone() if _lies_in(each, buffers) else each, output)

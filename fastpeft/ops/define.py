@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastpeft.errors import FastpeftError
@@ -79,6 +80,11 @@ def is_forward() -> bool:
 def is_transformed() -> bool:
     """Whether they are, or a transform of `torch.func` is at work: plain PyTorch differentiates in all of them."""
     return torch._C._are_functorch_transforms_active() or is_forward()
+
+
+def asks_for_gradients(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product with a frozen weight is to pass gradients on: to x, or to a bias that trains."""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def check_first_derivative(op: str) -> None:

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.define import check_first_derivative, is_transformed
+from fastpeft.ops.define import asks_for_gradients, check_first_derivative, is_transformed
 from fastpeft.ops.dtypes import autocast_dtype, compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import Packs, is_token, num_rows, packed_linear, version_of
@@ -46,7 +46,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) 
     packed = packs.of(weight, dtype, rows=num_rows(x)) if x.dtype == dtype else None
     if packed is None and not multiplies_in_float32(x):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if asks_for_gradients(x, bias):
         h: Tensor = _FrozenLinear.apply(x, weight, bias, packs, packed)
         return h
     return _product(x, weight, bias, packed)
@@ -146,7 +146,7 @@ class Packed:
             return self.original.forward(self, x)  # type: ignore[arg-type]
         if stored is not None and self.computation is None and is_token(x, stored):
             return F.linear(x, self._of_matrix(stored), self.bias)
-        trains = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        trains = asks_for_gradients(x, self.bias)
         if stored is not None and stored.is_mkldnn and not trains and x.dtype == compute_dtype(x, x) == stored.dtype:
             return packed_linear(x, stored.data, self.bias)
         del stored

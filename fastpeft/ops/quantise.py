@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError, install
-from fastpeft.ops.define import is_transformed
+from fastpeft.ops.define import asks_for_gradients, is_transformed
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import quantise_rows, samples, version_of
@@ -87,8 +87,8 @@ class QuantisedWeight(nn.Module):
 
     def can_multiply(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether `multiply` is there for x: a product in int8 that asks for no gradient."""
-        trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        return self.kind == "int8" and not trains and not torch.compiler.is_compiling() and can_multiply_int8(x)
+        is_plain = not asks_for_gradients(x, bias) and not torch.compiler.is_compiling()
+        return self.kind == "int8" and is_plain and can_multiply_int8(x)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b` with each row of x in 8 bits, `(*, K)` -> `(*, N)`, in the dtype of x or that of autocast."""

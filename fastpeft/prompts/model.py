@@ -134,6 +134,7 @@ class PromptModel(PreTrainedModel):
         # log-probabilities of the label words for an empty text, or zeros (classes,)
         self.register_buffer("calibration", torch.zeros(len(label_ids), device=self.device), persistent=False)
         self.register_state_dict_post_hook(_add_calibration)
+        self.register_load_state_dict_pre_hook(_take_calibration)
         self.register_load_state_dict_pre_hook(_take_plain_names)
         unsaved = getattr(masked_lm, "_keys_to_ignore_on_save", None) or ()  # a side network's backbone, to the Trainer
         self._keys_to_ignore_on_save = {f"masked_lm.{name}" for name in unsaved} or None
@@ -506,12 +507,16 @@ def _add_calibration(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         state_dict[prefix + _CALIBRATION] = calibration.clone()
 
 
-def _take_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let checkpoints of the plain model, which `save_pretrained` writes, load into a PromptModel."""
+def _take_calibration(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load the calibration that a state dict has, unless it is of another prompt."""
     calibration: Any = module.calibration
     kept = state_dict.pop(prefix + _CALIBRATION, None)
-    if kept is not None and kept.shape == calibration.shape:  # else it is of another prompt
+    if kept is not None and kept.shape == calibration.shape:
         calibration.copy_(kept)
+
+
+def _take_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let checkpoints of the plain model, which `save_pretrained` writes, load into a PromptModel."""
     inner = f"{prefix}masked_lm."
     for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:
         state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)

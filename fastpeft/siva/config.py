@@ -56,6 +56,11 @@ def check_residual(residual: str, d: int | None, residual_dtype: str | None) -> 
         )
 
 
+def is_all_linear(target_modules: Any) -> bool:
+    """Whether targets are PEFT's word for all linear layers."""
+    return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
 @dataclass
 class SivaConfig(PeftConfig):
     r"""Configuration of a SiVA adapter, used as any PEFT configuration is.
@@ -171,7 +176,7 @@ class SivaConfig(PeftConfig):
 
     def _check_layers(self) -> None:
         """Refuse, as LoRA does, a choice of blocks that PEFT would ignore silently."""
-        if isinstance(self.target_modules, str) and self.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        if isinstance(self.target_modules, str) and not is_all_linear(self.target_modules):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise FastpeftError(

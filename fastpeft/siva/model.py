@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, cast_adapter_dtype
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import TrainableTokensWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.siva import grouping
-from fastpeft.siva.config import SivaConfig, check_name
+from fastpeft.siva.config import SivaConfig, check_name, is_all_linear
 from fastpeft.siva.four_bits import is_in_4_bits
 from fastpeft.siva.heads import head_names, let_heads_train, warn_of_statistics
 from fastpeft.siva.layer import SivaLinear
@@ -96,7 +95,7 @@ class SivaModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = query_and_key(model)
         wanted = peft_config.target_modules
-        all_linear = isinstance(wanted, str) and wanted.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        all_linear = is_all_linear(wanted)
         _maybe_include_all_linear_layers(peft_config, model)
         if all_linear and peft_config.layers_to_transform is not None:
             peft_config.target_modules = in_chosen_blocks(peft_config, peft_config.target_modules)
@@ -130,7 +129,7 @@ class SivaModel(BaseTuner):
         check_saved_layers(peft_config, targets)
         if self._pissa is not None:
             self._pissa.check_targets(targets)
-        layers = (layer for name in targets if isinstance(layer := modules[name], SivaLinear))
+        layers = (layer for layer in targets.values() if isinstance(layer, SivaLinear))
         _tell_of_rounding(layer for layer in layers if list(layer.siva_du) == [self._adding])  # it is replaced
         self._number_of_targets, self._number_made, self._told_of_bases = len(targets), 0, False
 

@@ -306,36 +306,37 @@ def test_int8_is_for_what_asks_for_no_gradient() -> None:
     assert (layer(x) - F.linear(x, layer.weight, layer.bias)).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("how", ["int8", "int8 codes", "a pack in the place of the weight"])
-def test_a_bias_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def in_form(layer: nn.Linear, form: str) -> nn.Module:
+    """The layer as its weight is kept, or multiplied."""
+    if form == "weight in int8":
+        return QuantisedLinear(layer, "int8")
+    if form == "pack without weight":
+        pack_layer(layer, keeps_weight=False)
+    else:
+        pack_frozen(layer, computation="int8" if form == "products in int8" else None)
+    return layer
+
+
+@pytest.mark.parametrize("form", ["products in int8", "weight in int8", "pack without weight"])
+def test_a_bias_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Also where x asks for none, as in the first layer of a model whose biases train alone."""
     monkeypatch.setattr(packing, "_is_faster_packed", lambda *_: True)
     layer, x = frozen(), torch.randn(6, 40)
     layer.bias.requires_grad_()
     expected = layer(x)
-    if how == "int8":
-        pack_frozen(layer, computation="int8")
-    elif how == "int8 codes":
-        layer = QuantisedLinear(layer, "int8")
-    else:
-        pack_layer(layer, keeps_weight=False)
+    layer = in_form(layer, form)
     with torch.no_grad():
         assert (layer(x) - expected).norm() < 0.02 * expected.norm()
     layer(x).sum().backward()
     assert torch.equal(layer.bias.grad, torch.full((24,), 6.0))
 
 
-@pytest.mark.parametrize("how", ["packed", "int8", "int8 codes"])
-def test_derivatives_by_torch_func(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+@pytest.mark.parametrize("form", ["pack beside weight", "products in int8", "weight in int8"])
+def test_derivatives_by_torch_func(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Forward ones too: no product of ours has a formula for these, so they would vanish."""
     monkeypatch.setattr(packing, "_is_faster_packed", lambda *_: True)
-    layer, x = frozen(), torch.randn(6, 40)
-    if how == "int8 codes":
-        layer = QuantisedLinear(layer, "int8")
-        weight = layer.weight
-    else:
-        weight = layer.weight.detach().clone()
-        pack_frozen(layer, computation="int8" if how == "int8" else None)
+    layer, x = in_form(frozen(), form), torch.randn(6, 40)
+    weight = layer.weight.detach().clone()
     with torch.no_grad():
         layer(x)
     assert_close(torch.func.jvp(layer, (x,), (x,))[1], x @ weight.t())
