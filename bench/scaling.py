@@ -1,9 +1,10 @@
 """How the time of a training step grows, against what operation counts predict: `python -m bench.scaling`.
 
 One size is changed at a time, from a model of 8 layers of 256 on 8 rows of 32 tokens, SiVA of rank 4 on query and key,
-a side network of window 9 and width 32; `bench/data/scaling.csv`. An exponent is the slope of the logarithm of time
-over that of the size, by least squares over all points of an axis; the predicted one is the same slope of the counted
-operations. So a size whose part is small beside a constant one, as a rank, has a predicted exponent near 0, not 1.
+a side network of window 9 and width 32 with a block for each layer; `bench/data/scaling.csv`. An exponent is the slope
+of the logarithm of time over that of the size, by least squares over all points of an axis; the predicted one is the
+same slope of the counted operations. So a size whose part is small beside a constant one, as a rank, has a predicted
+exponent near 0, not 1.
 
 Counted are the multiplications with an addition in matrix products, two operations each, for B T tokens and L blocks:
 
@@ -104,7 +105,7 @@ def step(method: str, sizes: Sizes, device: torch.device) -> Callable[[], object
     ).to(device)
     ids = torch.randint(5, 1_000, (sizes.batch, sizes.length), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
-    side = LadderConfig(window_size=sizes.window, reduction_factor=REDUCTION)
+    side = LadderConfig(window_size=sizes.window, reduction_factor=REDUCTION, layers_per_block=1)  # as counted
     if method == "pool":
         pool = LadderPool(base)
         optimizers = {str(task): adamw(pool.add(str(task), side)) for task in range(sizes.tasks)}

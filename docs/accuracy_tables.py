@@ -316,9 +316,10 @@ def generalisation() -> str:
     """The loss of a decoder in the last fifth of training, and that of rows with other meanings."""
     body = []
     for variant, title in GENERALISATION.items():
-        (cell,) = cells_of("e2e", variant)
-        losses = [loss for _, loss in cell["curves"]["training loss"]]
-        learned, other = mean(losses[-(len(losses) // 5) :]), cell["metrics"]["loss"]
+        cells = cells_of("e2e", variant)
+        curves = [[loss for _, loss in cell["curves"]["training loss"]] for cell in cells]
+        learned = mean(mean(losses[-(len(losses) // 5) :]) for losses in curves)
+        other = mean(cell["metrics"]["loss"] for cell in cells)
         body.append([title, f"{learned:.2f}", f"{other:.2f}", f"{other - learned:+.2f}"])
     return table(["", "loss, end of training", "of dev rows", "difference"], body)
 
@@ -443,8 +444,9 @@ def frozen_accuracy() -> str:
         runs.setdefault((row["method"], row["dtype"]), []).append(row)
     body = []
     for (method, dtype), found in runs.items():
-        accuracies, differences = ([100 * float(row[name]) for row in found] for name in ("accuracy", "difference"))
-        each = ", ".join(f"{difference + 0.0:+.1f}" for difference in differences)  # 0, not -0
+        accuracies = [100 * float(row["accuracy"]) for row in found]
+        dev_rows = int(found[0]["dev_rows"])  # a difference is of whole rows, which the file has rounded
+        each = ", ".join(f"{100 * round(float(row['difference']) * dev_rows) / dev_rows:+.1f}" for row in found)
         body.append([NAMES[method], dtype, f"{mean(accuracies):.1f}", "-" if dtype == "float32" else each])
     return table(["", "frozen weights", "accuracy, %", "beside float32, by seed"], body)
 

@@ -148,7 +148,8 @@ def _metrics(trainer: RunTrainer, task: Task, before: Beginning, after: _Measure
     estimate = peak = simulated_peak_mb(task, trainer.args, longest)
     if device.type == "cuda":
         peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
-    elif trainer.longest_seen not in (0, longest):
+    elif trainer.longest_seen not in (0, longest) and trainer.clock.steps == trainer.state.global_step:
+        # every batch was seen: those before a run was resumed are not known
         peak = simulated_peak_mb(task, trainer.args, trainer.longest_seen)
     return {
         "method": config.method,

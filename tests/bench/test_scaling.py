@@ -10,6 +10,7 @@ import torch
 
 from bench import harness, plot, scaling
 from bench.scaling import AXES, Sizes, exponent, features, operations
+from fastpeft import LadderModel
 
 TINY = Sizes(window=3, batch=2, length=6, layers=2, width=32)
 
@@ -31,6 +32,13 @@ def test_a_window_has_only_the_features_that_there_are() -> None:
     assert features(Sizes(window=1, layers=4)) == 1
     assert features(Sizes(window=3, layers=4)) == (3 + 3 + 3 + 2) / 4
     assert features(Sizes(window=99, layers=4)) == 5
+
+
+def test_a_side_network_has_as_many_blocks_as_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[LadderModel] = []
+    monkeypatch.setattr(scaling, "LadderModel", lambda *given: made.append(LadderModel(*given)) or made[-1])
+    scaling.step("k-lst", replace(TINY, layers=8), torch.device("cpu"))
+    assert len(made[0].side.blocks) == 8
 
 
 @pytest.mark.parametrize(("method", "axis"), [(method, axis) for method, axes in AXES.items() for axis in axes])

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerState
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.mezo import Journal
 from fastpeft.support import files
+from fastpeft.training import outcome
 from fastpeft.training.callbacks import WholeCheckpoints
 from fastpeft.training.run import TrainResult
 
@@ -135,6 +136,18 @@ def test_resume_after_the_last_step_finishes_the_run(config: TrainConfig, whole_
         torch.equal(tensor, weights_of(resumed.folder)[name]) for name, tensor in weights_of(whole.folder).items()
     )
     assert resumed.metrics["peak_memory_mb"] > 0
+
+
+def test_the_memory_of_a_resumed_run_is_that_of_all_its_steps(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that goes on before its last batch, which is shorter than others."""
+    monkeypatch.setattr(outcome, "simulated_peak_mb", lambda task, arguments, longest: float(longest))
+    config = replace(config, epochs=1, save_steps=10)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(11)])
+    resumed = train(config, resume=True).metrics
+    assert resumed["peak_memory_mb"] == resumed["estimated_memory_mb"]
 
 
 def test_resume_begins_where_there_is_nothing_and_leaves_a_finished_run(config: TrainConfig) -> None:
