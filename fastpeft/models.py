@@ -53,6 +53,7 @@ class Classifier:
         positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
         if positions is None or positions < 1:  # XLNet says -1: it reads texts of any length
             return known
+        positions -= context
         for name, module in self.model.named_modules():  # RoBERTa and its kin count on from the place of padding
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 positions -= module.padding_idx + 1

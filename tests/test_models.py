@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tokenizers
 import transformers
+from backbones import ladder, tiny
 
 from fastpeft.models import Classifier, _read_words_after_a_space
 
@@ -31,6 +32,12 @@ def test_places_of_padding_are_not_for_tokens(kind: str, told: int, read: int) -
 @pytest.mark.parametrize("kind", ["Bert", "Llama"])
 def test_no_more_than_there_are_positions(kind: str, told: int, read: int) -> None:
     assert most(kind, told) == read
+
+
+@pytest.mark.parametrize("told", [40, int(1e30)])
+def test_a_context_takes_positions(told: int) -> None:
+    model = ladder(tiny(kind="Llama", head="ForCausalLM", max_position_embeddings=40), context=[7, 9, 11])
+    assert Classifier(model, SimpleNamespace(model_max_length=told), ()).max_length == 37
 
 
 T5 = transformers.T5Config(d_model=8, num_layers=1, num_heads=1, d_ff=8, d_kv=8, vocab_size=20)

@@ -35,6 +35,11 @@ class ContextLayer(GrowingLayer):
         super().__init__()
         self.lazy_initialization(keys, values)
         self.keys, self.values, self._keeps = keys, values, keeps
+        self._length = keys.shape[-2]
+
+    def reset(self) -> None:
+        """Forget all tokens but those of the context."""
+        self.keys, self.values = (each[:1, :, : self._length] for each in (self.keys, self.values))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The keys and values of all tokens, `(B, heads, T, head width)`; see `DynamicLayer.update`."""

@@ -29,6 +29,8 @@ from fastpeft.ladder.probes import predicts_next_tokens
 CACHE = CACHES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
 _SPARE = 8  # where a tensor of T tokens is full, room is made for T / 8 more, and at least 64
 _LEAST_SPARE = 64
+# what `generate` tells itself, which some decoders hand on to their forward
+OF_GENERATE = ("is_first_iteration", "next_sequence_length", "tokenizer", "assistant_tokenizer")
 
 
 class GrowingLayer(DynamicLayer):

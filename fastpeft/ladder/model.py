@@ -41,6 +41,7 @@ from fastpeft.ladder.feature_sources import FeatureSource, LadderPass, choose_so
 from fastpeft.ladder.fingerprints import check_fingerprints
 from fastpeft.ladder.generation import (
     CACHE,
+    OF_GENERATE,
     LadderCache,
     cache_of_pass,
     check_generates,
@@ -64,8 +65,6 @@ from fastpeft.support.processes import agreed
 
 logger = logging.getLogger(__name__)
 
-# what `generate` tells itself, which a few decoders hand on to their forward, as OpenAI's first GPT
-_OF_GENERATE = ("is_first_iteration", "next_sequence_length")
 _DIVISOR = "num_items_in_batch"  # the Trainer's: what a decoder learns in all micro-batches of a step
 
 
@@ -476,7 +475,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         """The arguments of a pass, as the base prepares them for its own; transformers looks for `inputs_embeds`."""
         core = self.backbone.core
         prepared = core.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        return {name: value for name, value in prepared.items() if name not in (*OTHER_CACHES, *_OF_GENERATE)}
+        return {name: value for name, value in prepared.items() if name not in (*OTHER_CACHES, *OF_GENERATE)}
 
     # what else `generate` asks of a model: one that sees images has places of its own for them, and encodes them once
 

@@ -38,14 +38,23 @@ Neutral = Annotated[float, Field(ge=0, le=0, description="Not supported: must be
 Stop = Annotated[str, Field(min_length=1, max_length=1_000), AfterValidator(check_encodable)]
 
 
-class Part(Sent):
+class OpenAISent(Sent):
+    """What clients of OpenAI's send: null where they say nothing, which some write for all that they know."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_nulls_out(cls, values: Any) -> Any:
+        return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
+
+
+class Part(OpenAISent):
     """A part of what is said."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(Sent):
+class Message(OpenAISent):
     """A turn of a conversation."""
 
     role: str = Field(description="system or developer, which comes first or not at all, user, assistant or tool.")
@@ -58,19 +67,19 @@ class Message(Sent):
         return {"role": SYSTEM if self.role == "developer" else self.role, "content": content}
 
 
-class ResponseFormat(Sent):
+class ResponseFormat(OpenAISent):
     """The form of what is said."""
 
     type: Literal["text"]
 
 
-class StreamOptions(Sent):
+class StreamOptions(OpenAISent):
     """What a stream has beside its text."""
 
     include_usage: bool = Field(False, description="Whether a last event has the token counts.")
 
 
-class OpenAIRequest(Sent):
+class OpenAIRequest(OpenAISent):
     """What chats and completions are asked for."""
 
     model: str = Field(description="The task's name.")

@@ -79,6 +79,17 @@ def test_it_is_read_once_and_costs_no_step_of_the_side_network() -> None:
     assert lengths[4:] == [8, len(CONTEXT), 8]
 
 
+@torch.no_grad()
+def test_it_is_left_where_a_cache_begins_anew() -> None:
+    model = moved(causal_model("llama"), context=CONTEXT).eval()
+    first = model(**inputs(model), use_cache=True)
+    cache = first.get(CACHE)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    some = {name: value[:2] for name, value in inputs(model).items()}
+    torch.testing.assert_close(model(**some, past_key_values=cache).logits, first.logits[:2], rtol=1e-4, atol=1e-5)
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     base = causal_model("llama")
     model = moved(copy.deepcopy(base), context=CONTEXT).eval()

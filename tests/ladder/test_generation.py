@@ -12,6 +12,7 @@ import torch
 import transformers
 from backbones import ladder, moved, sees_images, tiny, trainable
 from causal_models import PADDED, WORDS, causal_model
+from tokenizers_for_prompts import make_tokenizer
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
@@ -208,6 +209,14 @@ def test_words_are_streamed_as_they_come() -> None:
     model, streamer = moved(causal_model("llama")), Streamer()
     text = model.generate(WORDS[:1, :6], max_new_tokens=5, eos_token_id=None, do_sample=False, streamer=streamer)
     assert streamer.words == [*text[0].tolist(), -1]
+
+
+def test_it_ends_at_a_text() -> None:
+    model, tokenizer = moved(causal_model("llama")), make_tokenizer("byte-level")
+    options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    whole = model.generate(WORDS[:1, :6], **options)
+    stop = {"stop_strings": tokenizer.decode(whole[0, 6]), "tokenizer": tokenizer}
+    assert model.generate(WORDS[:1, :6], **options, **stop).equal(whole[:, :7])
 
 
 @pytest.mark.parametrize("network", [{}, LST], ids=["3-LST", "LST"])

@@ -347,11 +347,17 @@ def test_what_a_client_of_openais_sends(server: Server) -> None:
         "seed": None,
         "logprobs": False,
         "response_format": {"type": "text"},
+        "tools": None,
     }
     status, answer, _ = server.ask("POST", "/v1/chat/completions", body)
     assert status == 200, answer
     assert answer["usage"]["completion_tokens"] <= 3
     prompt = answer["usage"]["prompt_tokens"]
+    said = {"role": "assistant", "content": "film", "refusal": None, "tool_calls": None}  # by the client's model_dump
+    longer = {**body, "messages": [*body["messages"], said, *turns("film")]}
+    assert server.ask("POST", "/v1/chat/completions", longer)[0] == 200
+    completion = {"model": "e2e", "prompt": "film", "max_tokens": 2, "logprobs": None}
+    assert server.ask("POST", "/v1/completions", completion)[0] == 200
     system = [{**body["messages"][0], "role": "system"}, body["messages"][1]]
     assert (
         server.ask("POST", "/v1/chat/completions", {**body, "messages": system})[1]["usage"]["prompt_tokens"] == prompt

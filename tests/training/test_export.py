@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from samples import PROMPT, Interrupt, pairs, sampled, scores, tagged, write_jsonl
+from samples import PROMPT, Interrupt, chats, pairs, sampled, save_tiny_decoder, scores, tagged, write_jsonl
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -84,6 +85,20 @@ def test_a_whole_model_keeps_its_bits(config: TrainConfig, tmp_path: Path) -> No
     run = train(replace(config, method="mezo", **PROMPT)).folder
     folder = export(run, tmp_path / "model")
     assert (folder / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["full", "siva"])
+def test_an_exported_chat_ends_where_its_turns_do(config: TrainConfig, tmp_path: Path, method: str) -> None:
+    """Its base ends texts by another token, as those do that never chatted."""
+    model = str(save_tiny_decoder(tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<mask>")
+    tokenizer.save_pretrained(model)
+    data = str(write_jsonl(tmp_path / "chats.jsonl", chats(20)))
+    train(replace(config, method=method, objective="causal", model=model, data=data))
+    folder = export(config.output, tmp_path / "plain")
+    ends = [tokenizer.eos_token_id, tokenizer.mask_token_id]
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == ends
 
 
 def test_merged_through_a_chain(config: TrainConfig, tmp_path: Path) -> None:
