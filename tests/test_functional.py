@@ -296,7 +296,25 @@ def test_a_derivative_that_is_taken_forward_does_not_vanish(op: str, records: bo
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
-def test_a_forward_derivative_of_dropout_is_refused() -> None:
+def test_torch_func_differentiates_a_window_by_row() -> None:
+    q, c, p = torch.randn(3, 1, 2, 6), torch.randn(3, 2, 2, 6), torch.randn(3, 6)
+
+    def loss(q: Tensor, c: Tensor, p: Tensor) -> Tensor:
+        return functional.window_attention(q[None], c[None], p, slots=[0, 2]).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)), (0, 0, None))(q, c, p)
+    for row, own in enumerate(zip(q, c)):
+        operands = [each.clone().requires_grad_() for each in (*own, p)]
+        expected = torch.autograd.grad(loss(*operands), operands)
+        torch.testing.assert_close([each[row] for each in found], list(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "vjp"])
+def test_a_derivative_of_dropout_by_torch_func_is_refused(transform: str) -> None:
     q, p = torch.randn(1, 1, 2, 6), torch.randn(1, 6)
-    with pytest.raises(FastpeftError, match=r"dropout is 0.1 .* torch.func.jvp; allowed is 0"):
-        torch.func.jvp(lambda q: functional.window_attention(q, q, p, dropout=0.1), (q,), (q,))
+
+    def function(q: Tensor) -> Tensor:
+        return functional.window_attention(q, q, p, dropout=0.1)
+
+    with pytest.raises(FastpeftError, match=r"dropout is 0.1 .* torch.func; allowed is 0"):
+        torch.func.vjp(function, q) if transform == "vjp" else torch.func.jvp(function, (q,), (q,))

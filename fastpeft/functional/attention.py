@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional.checks import check_kinds
-from fastpeft.ops.define import is_forward
+from fastpeft.ops.define import is_differentiated
 from fastpeft.ops.dtypes import compute_dtype, no_autocast
 from fastpeft.ops.window import Window
 from fastpeft.ops.window_attention import window_attention_reference
@@ -60,7 +60,7 @@ def window_attention(
         Accumulates in float32 (float64 for float64). Differentiable in q, c and p. Saved for backward: the operands,
         the output and a log-sum-exp for each query; neither the T x k T scores nor what is dropped, which backward
         makes again. The dropped elements are a function of (seed, block, slot, position) alone. Where derivatives are
-        taken forward, as by `torch.func.jvp`, plain PyTorch computes, without dropout.
+        taken forward or by `torch.func`, plain PyTorch computes, without dropout.
 
     Example:
         >>> q, c, p = torch.randn(2, 1, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(3, 8)
@@ -98,15 +98,15 @@ def window_attention(
     noise = None
     if dropout > 0:
         noise = seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=q.device)
-    forward = is_forward()  # for which the op has no formula
-    if forward and dropout > 0:
+    by_torch_func = is_differentiated()  # for which the op has no formula
+    if by_torch_func and dropout > 0:
         raise FastpeftError(
-            f"window_attention: dropout is {dropout} where derivatives are taken forward, as by torch.func.jvp; "
+            f"window_attention: dropout is {dropout} where derivatives are taken forward or by torch.func; "
             "allowed is 0. Set the network to eval()."
         )
     q, c, p = (operand.to(dtype) for operand in (q, c, p))
     with no_autocast(q.device):  # which would undo the accumulation in float32
-        if forward:
+        if by_torch_func:
             return window_attention_reference(q, c, p, Window(mask, slots, causal, dropout, noise, block))[0]
         out, _ = torch.ops.fastpeft.window_attention(q, c, p, mask, list(slots), causal, dropout, noise, block)
     return out

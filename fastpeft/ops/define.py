@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from fastpeft.errors import FastpeftError
@@ -80,6 +81,15 @@ def is_forward() -> bool:
 def is_transformed() -> bool:
     """Whether they are, or a transform of `torch.func` is at work: plain PyTorch differentiates in all of them."""
     return torch._C._are_functorch_transforms_active() or is_forward()
+
+
+def is_differentiated() -> bool:
+    """Whether derivatives are taken forward, or by a transform of `torch.func`; `vmap` alone takes none.
+
+    `torch.compile` cannot look at the transforms.
+    """
+    levels = () if torch.compiler.is_compiling() else get_interpreter_stack() or ()
+    return is_forward() or any(level.key() == TransformType.Grad for level in levels)
 
 
 def asks_for_gradients(x: Tensor, bias: Tensor | None) -> bool:

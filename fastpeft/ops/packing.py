@@ -81,6 +81,7 @@ def dense(weight: Tensor) -> Tensor:
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for a packed W, all of one dtype, outside of autograd; no view, as `fastpeft.ops.products` says."""
+    bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its strides
     h: Tensor = (
         torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         if packed.is_mkldnn

@@ -83,7 +83,8 @@ class QuantisedWeight(nn.Module):
     @property
     def nested(self) -> Nested | None:
         """What scales in 8 bits stand for, see `fastpeft.ops.quantised_linear.unnested`."""
-        return tuple(self._parameters[name] for name in _NESTED) if "mean" in self._parameters else None  # type: ignore[return-value]
+        # a replica of nn.DataParallel has them as plain attributes
+        return (self.coarse, self.table, self.mean) if self.kind == "nf4-double" else None  # type: ignore[return-value]
 
     def can_multiply(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether `multiply` is there for x: a product in int8 that asks for no gradient."""

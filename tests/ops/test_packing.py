@@ -75,6 +75,14 @@ def test_a_packed_product_is_no_view_without_the_compiled_module() -> None:
 
 
 @packing
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+def test_a_packed_product_takes_a_bias_of_any_strides(dtype: torch.dtype) -> None:
+    packed, x = pack(weight_of(24, 16).to(dtype)), torch.randn(5, 16, dtype=dtype)
+    for bias in (torch.randn(24, 3, dtype=dtype)[:, 1], torch.randn(1, dtype=dtype).expand(24)):
+        assert torch.equal(packed_linear(x, packed, bias), packed_linear(x, packed, bias.contiguous()))
+
+
+@packing
 def test_a_pack_is_made_once() -> None:
     weight, packs = weight_of(6, 5), Packs()
     for dtype in PACKED_DTYPES:

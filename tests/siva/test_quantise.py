@@ -93,6 +93,15 @@ def test_bits_of_a_weight(kind: Any) -> None:
     assert (parts["scales"] + parts.get("coarse", 0)) / (512 * 256) == scales
 
 
+@KINDS
+def test_a_replica_of_data_parallel_stands_for_the_same_weight(kind: Any) -> None:
+    held = QuantisedWeight(matrix(), kind)
+    replica = held._replicate_for_data_parallel()
+    for name, each in held.named_parameters():
+        setattr(replica, name, each.data)  # as torch.nn.parallel.replicate does
+    assert torch.equal(replica.dequantise(torch.float32), held.dequantise(torch.float32))
+
+
 def test_int8_is_the_nearest_of_255_steps_of_a_row() -> None:
     weight = matrix()
     step = weight.abs().amax(1, keepdim=True) / 127
