@@ -54,7 +54,7 @@ def _faults(own: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, li
         "belongs to no part of it": sorted(kinds.keys() - own.keys()),
         "is not of floating numbers": [
             key
-            for key, tensor in own.items()  # but the codes of a quantised weight, which are whole numbers
+            for key, tensor in own.items()  # but those that count batches, as a norm has them
             if tensor.is_floating_point() and not kinds.get(key, "F").startswith(("F", "BF"))
         ],
         "is not finite": [key for key, tensor in own.items() if not tensor.isfinite().all()],

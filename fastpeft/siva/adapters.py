@@ -111,7 +111,7 @@ class AdaptedLinear(BaseWeightLayer):
                 f"{self.name}: adapter {adapter_name!r} cannot be added while {self.merged_adapters} are merged. Call "
                 "unmerge_adapter() first."
             )
-        if list(self.siva_du) == [adapter_name]:
+        if self.is_last(adapter_name):
             self.check_restorable()
         d = config.d if is_lossy((self.out_features, self.in_features), config.d) else None
         found = None
@@ -134,12 +134,17 @@ class AdaptedLinear(BaseWeightLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; with the last one, restore the pretrained weight."""
-        if adapter_name in self.siva_du and len(self.siva_du) == 1:
+        if self.is_last(adapter_name):
             self.restore()
         elif adapter_name in self.merged_adapters:
             self.unmerge()  # while its factors are there
         self._waiting.discard(adapter_name)
         super().delete_adapter(adapter_name)
+
+    def is_last(self, adapter_name: str) -> bool:
+        """Whether W_r goes with this adapter: others that are there, if any, wait and make it of W0 themselves."""
+        filled = self.siva_du.keys() - self._waiting
+        return list(self.siva_du) == [adapter_name] or (filled == {adapter_name} and not [*self.siva_residual])
 
     # -- factors ---------------------------------------------------------------------------------------------------
 

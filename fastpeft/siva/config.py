@@ -29,7 +29,8 @@ InitWeights = bool | Literal["saved"]
 
 def check_name(adapter_name: str) -> None:
     """Raise `FastpeftError` unless the tensors of an adapter can have its name."""
-    taken = adapter_name in (BASE, "weight", "bias")  # PEFT cuts the name out of the keys of a head's tensors
+    # PEFT cuts the name out of the keys of a head's tensors, and leaves out keys of others that end in it
+    taken = adapter_name in (BASE, "weight", "bias", "scale")
     taken |= any(hasattr(kind(), adapter_name) for kind in (nn.ParameterDict, BufferDict))
     if not adapter_name or "." in adapter_name or taken:
         raise FastpeftError(

@@ -272,12 +272,15 @@ def _save_in_float32(layer: LoadableLinear, state_dict: dict[str, Tensor], prefi
 
 
 def current_keys(keys: Mapping[str, T]) -> dict[str, T]:
-    """What an adapter's file holds, with the names of an earlier version replaced by those of this one."""
+    """What an adapter's file holds, with the names of earlier versions replaced by those of this one.
+
+    Quantised residuals, which earlier versions saved too, are left out.
+    """
     current: dict[str, T] = {}
     for key, value in keys.items():
         layer, whole, part = key.rpartition(".siva_")
         if whole and part in ("u", "v"):
             current |= {f"{layer}.siva_d{part}.{each}": value for each in ("weight", "scale")}
-        else:
+        elif ".quantised." not in key:
             current[key] = value
     return current

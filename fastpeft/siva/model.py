@@ -130,7 +130,7 @@ class SivaModel(BaseTuner):
         if self._pissa is not None:
             self._pissa.check_targets(targets)
         layers = (layer for layer in targets.values() if isinstance(layer, SivaLinear))
-        _tell_of_rounding(layer for layer in layers if list(layer.siva_du) == [self._adding])  # it is replaced
+        _tell_of_rounding(layer for layer in layers if layer.is_last(self._adding))  # it is replaced
         self._number_of_targets, self._number_made, self._told_of_bases = len(targets), 0, False
 
     def _is_head(self, key: str) -> bool:
@@ -197,6 +197,12 @@ class SivaModel(BaseTuner):
         return (module for module in self.model.modules() if isinstance(module, SivaLinear))
 
     @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Keep factors and biases: newer PEFT takes all that a layer has beside its base layer, so a quantised W_r."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(*args, **kwargs)
+        return {key: tensor for key, tensor in found.items() if ".siva_" in key or key.endswith("bias")}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SivaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -212,6 +218,11 @@ class SivaModel(BaseTuner):
             for layer in self._siva_layers():
                 layer.check_restorable()  # before the first layer is touched
             _tell_of_rounding(self._siva_layers())
+            if any(layer.merged for layer in self._siva_layers()):  # LoRA's unload leaves them in
+                logger.warning(
+                    "unload() takes the merged adapters out of the weights again. To keep them in, use "
+                    "merge_and_unload()"
+                )
         grouping.part(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         return model
@@ -243,7 +254,7 @@ class SivaModel(BaseTuner):
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first. Call "
                 "unmerge_adapter(), or merge_and_unload() to keep the adapter in the weights."
             )
-        left = [layer for layer in self._siva_layers() if list(layer.siva_du) == [adapter_name]]
+        left = [layer for layer in self._siva_layers() if layer.is_last(adapter_name)]
         for layer in left:
             layer.check_restorable()
         _tell_of_rounding(left)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from samples import add_adapter
-from siva_adapters import tiny
+from siva_adapters import move, tiny
 from torch import Tensor
 from trainers import quiet
 
@@ -62,3 +63,15 @@ def test_an_adapter_can_be_deleted_and_another_takes_its_place() -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
     model.add_adapter(SivaConfig(r=3), "one")
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+@add_adapter
+def test_an_adapter_is_deleted_while_another_has_not_run_yet(tmp_path: Path) -> None:
+    trained = move(get_peft_model(tiny(), SivaConfig(r=2, target_modules="all-linear")))
+    trained.save_pretrained(tmp_path)
+    model = tiny()
+    model.load_adapter(str(tmp_path), "one")
+    expected = logits(model)
+    model.load_adapter(str(tmp_path), "two")
+    model.delete_adapter("one")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)

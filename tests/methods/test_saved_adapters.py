@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from samples import save_tiny_model
 from torch import Tensor
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from fastpeft import FastpeftError, SivaConfig
+from fastpeft.methods.saved_adapters import check_weights, load_adapter
 from fastpeft.training.export import export
 
 AUTO = {
@@ -148,6 +150,17 @@ def test_vllm_loads_the_lora_of_a_decoder(
             base.get_submodule(path).weight += layer.scaling * layer.lora_b @ layer.lora_a
         torch.testing.assert_close(base(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(before, model(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_file_with_codes_as_earlier_versions_saved_them_is_taken(base: Path, tmp_path: Path) -> None:
+    expected = saved(base, tmp_path, SivaConfig(r=2, task_type="SEQ_CLS", residual_dtype="int8"))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    layers = {key.removesuffix(".siva_s") for key in tensors if key.endswith(".siva_s")}
+    tensors |= {f"{layer}.quantised.codes": torch.zeros(4, dtype=torch.int8) for layer in layers}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model, _ = load_adapter(tmp_path)
+    check_weights(model, tmp_path)
+    assert torch.equal(logits(model), expected)
 
 
 def test_a_prompt_of_peft_is_refused(tmp_path: Path) -> None:

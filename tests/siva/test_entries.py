@@ -36,7 +36,7 @@ def adapted(**given: Any) -> Any:
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", "v1.2", "__base__", "keys", "train", "weight"])
+@pytest.mark.parametrize("name", ["", "v1.2", "__base__", "keys", "train", "weight", "scale"])
 @pytest.mark.parametrize("second", [False, True])
 def test_a_name_that_cannot_be_is_refused_and_nothing_changes(name: str, second: bool) -> None:
     model = adapted() if second else tiny()

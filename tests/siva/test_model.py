@@ -271,6 +271,14 @@ def test_lossy_models_refuse_to_unload_before_touching_anything() -> None:
     torch.testing.assert_close(answers(model.merge_and_unload()), expected, **CLOSE)
 
 
+def test_unloading_what_is_merged_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = move(peft.get_peft_model(tiny(), SivaConfig(r=2)))
+    model.merge_adapter()
+    restored = model.unload()
+    assert "use merge_and_unload()" in caplog.text
+    torch.testing.assert_close(answers(restored), answers(tiny()), **CLOSE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @RESIDUALS
 def test_weights_that_come_back_rounded_are_told(

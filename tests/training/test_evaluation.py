@@ -44,7 +44,7 @@ def test_a_model_that_gives_more_than_logits_is_measured(
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_run_on_a_quantised_rest_is_loaded_again(config: TrainConfig, kind: str) -> None:
-    """Its file holds codes, which are whole numbers."""
+    """Its file holds factors alone, from which the codes are made again."""
     if kind == "nf4":
         pytest.importorskip("bitsandbytes")
     result = train(replace(config, method="siva", max_steps=2, settings={"residual_dtype": kind}))
