@@ -85,10 +85,7 @@ class DirectRun(SideRun):
         """Cross-attention of the side state over the concatenated window."""
         theta = self._theta
         c = torch.cat(
-            [
-                F.dropout(part, fusion.dropout, fusion.training) + position
-                for part, position in zip(window, fusion.positions)
-            ],
+            [fusion.dropout(part) + position for part, position in zip(window, fusion.positions)],
             dim=1,
         )  # (B, k T, D)
         q, k, v = (

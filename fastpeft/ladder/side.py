@@ -47,7 +47,7 @@ class WindowFusion(nn.Module):
         super().__init__()
         self.config = config  # a model that takes over another's weights also takes over its `residual`
         self.num_heads = config.num_heads
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)  # a module, which trainers of preferences turn off
         self.block, self.slots, self.causal = block, list(slots), causal
         self.middle = config.window_size // 2
         self.query = nn.Linear(width, width, bias=False)
@@ -81,7 +81,7 @@ class WindowFusion(nn.Module):
                 mask,
                 slots=self.slots,
                 causal=self.causal,
-                dropout=self.dropout if self.training else 0.0,
+                dropout=self.dropout.p if self.training else 0.0,
                 seed=seed,
                 block=self.block,
             )
@@ -130,13 +130,13 @@ class GatedFusion(nn.Module):
 
     def __init__(self, config: LadderConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, theta: Tensor, window: Tensor, *_: Any) -> Tensor:
         """theta `(B, T, D)`, window `(B, 1, T, D)` -> `(B, T, D)`; a token reads no other."""
         gate = self.gate()
-        return gate * theta + (1 - gate) * F.dropout(window[:, 0], self.dropout, self.training)
+        return gate * theta + (1 - gate) * self.dropout(window[:, 0])
 
     def gate(self) -> Tensor:
         """g, of one element."""

@@ -328,6 +328,8 @@ class MeZOTrainer(Trainer):
         """Bring weights, optimizer and schedule to the step after which the run is resumed."""
         super()._load_optimizer_and_scheduler(checkpoint)
         start, file = self._start, self.journal_file
+        if checkpoint is not None and not self.mezo.steps_done:  # not in what save_only_model leaves
+            self.mezo.steps_done = self.state.global_step  # or noise that was used would be drawn again
         if checkpoint is None or start is None:
             return
         if not start.at_checkpoint and start.steps >= self.state.max_steps:

@@ -180,6 +180,26 @@ def test_a_head_of_several_layers_has_its_loss_and_gradients() -> None:
     torch.testing.assert_close({name: model.get_parameter(name).grad for name in expected}, expected)
 
 
+@pytest.mark.parametrize("shape", [{"window_size": 9}, {"window_size": 1, "fusion": "gated", "feature_dropout": 0.2}])
+def test_preferences_turn_the_dropout_of_features_off(tmp_path: Path, shape: dict[str, Any]) -> None:
+    """As TRL does with every dropout, since the reference has none: so the first reward beside a copy is 0."""
+    torch.manual_seed(0)
+    model = LadderModel(base(), LadderConfig(reduction_factor=2, **shape))
+    with torch.no_grad():
+        model.side.up.weight.normal_()  # or the side network adds nothing yet
+    trainer = trl.DPOTrainer(
+        model,
+        ref_model=copy.deepcopy(model),
+        args=trl.DPOConfig(str(tmp_path), max_length=32, **SHARED),
+        train_dataset=preferences(paired=True),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    first, second = (step["rewards/chosen"] for step in trainer.state.log_history[:2])
+    assert first == 0.0
+    assert second != 0.0
+
+
 @pytest.mark.parametrize("changes", [{"packing": True}, {"padding_free": True, "max_length": None}])
 def test_joined_texts_are_refused_beside_a_side_network(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(FastpeftError, match="a side network cannot tell"):

@@ -54,6 +54,19 @@ def tail(trainer: MeZOTrainer, name: str, steps: int) -> list[float]:
     return logged(trainer, name)[-steps:]
 
 
+@pytest.mark.parametrize("journal", [False, True])
+def test_checkpoints_of_the_model_alone_go_on_with_new_noise(tmp_path: Path, journal: bool) -> None:
+    """`save_only_model` leaves out the optimizer's state, which is a number of steps that the log has too."""
+    changes: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True, "journal": False}
+    changes |= {"lr_scheduler_type": "constant", "gradient_accumulation_steps": 1}
+    whole = trained(tmp_path, **changes)
+    resumed = trained(tmp_path, str(tmp_path / "checkpoint-3"), **changes | {"journal": journal})
+    assert equal(weights(resumed.model), weights(whole.model))
+    assert tail(resumed, "projected_grad", 4) == tail(whole, "projected_grad", 4)
+    if journal:
+        assert Journal.open(resumed.journal_file).header["first_step"] == 3
+
+
 @pytest.mark.long(but="5")
 @pytest.mark.parametrize("interrupted_at", [3, 5])
 def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Path, interrupted_at: int) -> None:
