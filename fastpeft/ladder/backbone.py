@@ -23,7 +23,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
@@ -403,10 +402,11 @@ def _body_of(core: PreTrainedModel) -> PreTrainedModel:
 
 def _has_one_stack(core: PreTrainedModel) -> bool:
     """Whether the output of the layers is what the model is for: it is one of `AutoModel` with a single stack."""
-    name = type(core).__name__
+    kind: Any = type(core)
+    name = kind.__name__
     names = (*MODEL_MAPPING_NAMES.values(), *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.values())
-    pairs = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()  # of texts and images, as CLIP
-    one_stack = not getattr(core.config, "is_encoder_decoder", False) and name not in pairs
+    compares = "return_loss" in parameters_of(kind)  # texts with images or sound, as CLIP and CLAP
+    one_stack = not getattr(core.config, "is_encoder_decoder", False) and not compares
     return one_stack and any(name in ((each,) if isinstance(each, str) else each) for each in names)
 
 
@@ -422,6 +422,8 @@ def _model_with_a_head(config: Any) -> str:
         )
     if hasattr(config, "text_config") and hasattr(config, "vision_config"):
         return "It has a stack for texts and one for images: load the model of one of them."
+    if hasattr(config, "text_config") and hasattr(config, "audio_config"):
+        return "It has a stack for texts and one for sound: load the model of one of them."
     return "Load the model with a class that has a head."
 
 

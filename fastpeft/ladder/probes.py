@@ -270,8 +270,9 @@ def _answers_differ(backbone: Backbone, given: Mapping[str, Tensor], rows: list[
         nonlocal reads
         if backbone.plain and len(feature) != 2:
             raise ValueError("the rows of a feature are not those of the inputs")
-        reads = len(given) == 1 or not feature[0].equal(feature[1])
-        return feature[[0, 0]]
+        of_first, of_second = feature.chunk(2)  # each perhaps several rows, as of the patches of MobileViT
+        reads = len(given) == 1 or not of_first.equal(of_second)
+        return torch.cat((of_first, of_first))
 
     with _leaving_no_trace(backbone), listen(backbone, lambda *_: None, replaced):
         if backbone.plain:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING
+from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
 from fastpeft.siva.config import SivaConfig
@@ -26,9 +26,13 @@ _POOLER = "pooler"
 
 
 def head_names(model: Any) -> set[str]:
-    """Modules of a transformers model outside its pretrained backbone: children beside it, and the output layer."""
+    """Modules of a transformers model outside its pretrained backbone: children beside it, and the output layer.
+
+    A child that is a model of its own, as BLIP's decoder of captions, is none.
+    """
     children = {name for name, _ in model.named_children()}
-    heads = children - _backbone_parts(model, children)
+    models = {name for name, child in model.named_children() if isinstance(child, PreTrainedModel)}
+    heads = children - _backbone_parts(model, children) - models
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return heads | {name for name, module in model.named_modules() if output is not None and module is output}
 

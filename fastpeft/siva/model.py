@@ -22,6 +22,7 @@ from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.rows import BASE, AdapterRows, acting
 from fastpeft.siva.targets import (
+    check_not_held_aside,
     check_saved_layers,
     check_target,
     in_chosen_blocks,
@@ -127,6 +128,7 @@ class SivaModel(BaseTuner):
         for name, module in targets.items():
             check_target(peft_config, self._adding, name, module, tied)
         check_saved_layers(peft_config, targets)
+        check_not_held_aside(model, targets)
         if self._pissa is not None:
             self._pissa.check_targets(targets)
         layers = (layer for layer in targets.values() if isinstance(layer, SivaLinear))

@@ -32,16 +32,15 @@ FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
 
 
 def query_and_key(model: nn.Module) -> set[str]:
-    """The names of the query and key projections of `model`.
+    """The names of the query and key projections of `model`, whose parts may name them in several ways.
 
     Raises:
         FastpeftError: they are fused with others, or their names are not known here.
     """
     linear = nn.Linear, Conv1D, SivaLinear
     names = endings(name for name, module in model.named_modules() if isinstance(module, linear))
-    for query, key, *_ in grouping.ATTENTION:
-        if {query, key} <= {*names}:
-            return {query, key}
+    if found := {name for pair in (each[:2] for each in grouping.ATTENTION) if {*pair} <= {*names} for name in pair}:
+        return found
     fused = [name for name in FUSED if name in names]
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if fused:
@@ -218,6 +217,23 @@ def tied_parameters(model: nn.Module) -> set[int]:
     shared = {identity for identity, count in seen.items() if count > 1}
     own = (module.parameters(recurse=False) for module in model.modules() if id(module) in shared)
     return shared | {id(parameter) for parameters in own for parameter in parameters}
+
+
+def check_not_held_aside(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Raise `FastpeftError` where a plain list or tuple holds a target too, as in the heads of masks of Mask2Former.
+
+    Their forward calls what is in the list: the layer itself, whose weight is W_r then, and never its adapter.
+    """
+    names = {id(target): name for name, target in targets.items()}
+    for module in model.modules():
+        for attribute, held in vars(module).items():
+            for each in held if isinstance(held, (list, tuple)) else ():
+                if id(each) in names:
+                    raise FastpeftError(
+                        f"{names[id(each)]}: a {type(module).__name__} holds it in a plain list too ({attribute}), by "
+                        "which it would run without its adapter. Leave the layer out with exclude_modules, or make "
+                        "the list an nn.ModuleList."
+                    )
 
 
 def check_saved_layers(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:

@@ -105,6 +105,22 @@ def test_heads_of_images_that_read_the_last_layer_are_kept() -> None:
     moved(transformers.SegformerForImageClassification(config), feature_modules=layers)
 
 
+def test_a_head_that_reads_beside_layers_of_several_rows_an_image_is_refused() -> None:
+    """MobileViT's layers have a row for each place in a patch, and a convolution joins what they made with what was."""
+    sizes = {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": 7 * [8], "num_attention_heads": 2, "num_labels": 3}
+    torch.manual_seed(0)
+    base = transformers.MobileViTForImageClassification(transformers.MobileViTConfig(image_size=64, **sizes))
+    for module in base.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    base.train()(torch.randn(4, 3, 64, 64))  # statistics, without which no image differs from another
+    joins = base.mobilevit.encoder.layer[4].fusion.convolution
+    nn.init.normal_(joins.weight[:, :8])  # of what was
+    named = {"feature_modules": "mobilevit.encoder.layer.4.transformer.layer"}
+    with pytest.raises(FastpeftError, match=r"comes not from the output of mobilevit\.encoder\.layer\.4\.\S+ alone"):
+        moved(base.eval(), **named)
+
+
 class Sums(nn.Module):
     """A head that reads the sum of these layers, as that of wav2vec2 with use_weighted_layer_sum does."""
 

@@ -154,3 +154,8 @@ def test_what_is_refused() -> None:
     clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=tower, vision_config=tower))
     with pytest.raises(FastpeftError, match=r"CLIPModel has no head.* load the model of one of them"):
         ladder(clip)
+    sound = {"spec_size": 16, "num_mel_bins": 4, "patch_embeds_hidden_size": 8, "depths": [1], "hidden_size": 8}
+    sound |= {"num_attention_heads": [1], "window_size": 2, "patch_stride": 2, "patch_size": 2, "projection_dim": 16}
+    clap = transformers.ClapModel(transformers.ClapConfig(text_config=tower, audio_config=sound, projection_dim=16))
+    with pytest.raises(FastpeftError, match=r"ClapModel has no head.* one for sound: load the model of one of them"):
+        ladder(clap)

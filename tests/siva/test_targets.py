@@ -49,6 +49,20 @@ def test_query_and_key_by_default(kind: str, head: str, names: set[str]) -> None
     torch.testing.assert_close(answers(model), expected, **CLOSE)
 
 
+def test_parts_that_name_query_and_key_in_their_own_way() -> None:
+    """The encoder of BigBird-Pegasus has BERT's names, its decoder BART's."""
+    shape = {"vocab_size": 50, "d_model": 16, "attention_type": "original_full", "max_position_embeddings": 40}
+    encoder = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    config = transformers.BigBirdPegasusConfig(**shape, **encoder, **decoder)
+    model = peft.get_peft_model(transformers.BigBirdPegasusForConditionalGeneration(config), SivaConfig(r=2))
+    found = {name.removeprefix("base_model.model.model.") for name in layer_names(model)}
+    of_decoder = {
+        f"decoder.layers.0.{part}.{name}" for part in ("self_attn", "encoder_attn") for name in ("q_proj", "k_proj")
+    }
+    assert found == {f"encoder.layers.0.self_attn.self.{name}" for name in ("query", "key")} | of_decoder
+
+
 @pytest.mark.parametrize(("kind", "fused"), [("ModernBert", "Wqkv"), ("GPT2", "c_attn")])
 def test_fused_projections_are_named(kind: str, fused: str) -> None:
     head = "ForSequenceClassification" if kind == "ModernBert" else "LMHeadModel"
@@ -320,6 +334,41 @@ def test_a_model_without_linear_layers_is_told() -> None:
 def test_an_encoder_with_the_name_of_a_backbone_is_no_head(caplog: pytest.LogCaptureFixture) -> None:
     peft.get_peft_model(dinov3(), SivaConfig(r=2, target_modules="all-linear"))
     assert not caplog.records
+
+
+def test_a_model_beside_another_is_no_head() -> None:
+    """BLIP's decoder of captions is beside its backbone, and has all queries and keys that are not fused."""
+    text = {**SHAPE, "projection_dim": 16, "encoder_hidden_size": 16, "is_decoder": True}
+    config = transformers.BlipConfig(text_config=text, vision_config=VIT_SIZES)
+    model = peft.get_peft_model(transformers.BlipForConditionalGeneration(config), SivaConfig(r=2))
+    found = layer_names(model)
+    assert len(found) == 8  # of two layers with two attentions
+    assert all(name.startswith("base_model.model.text_decoder.bert.") for name in found)
+
+
+class HoldsAside(nn.Module):
+    """Calls its layers from a plain list, as the heads of masks of Mask2Former do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.layers = [self.first, nn.ReLU()]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.second(x)
+
+
+def test_a_layer_that_is_called_from_a_plain_list_is_refused() -> None:
+    """Its weight would be W_r there, without an adapter."""
+    base, x = nn.Sequential(HoldsAside()), torch.randn(2, 4)
+    before = base(x)
+    with pytest.raises(FastpeftError, match=r"0\.first: a HoldsAside holds it in a plain list too \(layers\)"):
+        peft.get_peft_model(base, SivaConfig(r=2, target_modules=["first", "second"]))
+    assert base(x).equal(before)
+    model = peft.get_peft_model(base, SivaConfig(r=2, target_modules=["first", "second"], exclude_modules=["0.first"]))
+    torch.testing.assert_close(model(x), before, **CLOSE)
 
 
 def test_all_linear_names_no_head(tmp_path: Path) -> None:
