@@ -60,7 +60,11 @@ SETTINGS = panel_option(
 )
 QUIET = panel_option(False, "--quiet", "-q", panel=OUTPUT, help="Show nothing but errors.")
 BUDGET = panel_option(
-    None, panel=OUTPUT, metavar="MB", help="With --dry-run: show what fits into this many MB of memory."
+    None,
+    panel=OUTPUT,
+    metavar="MB",
+    help="With --dry-run: show whether the estimated peak of a step fits into this many MB; on a CPU the process takes "
+    "more.",
 )
 
 

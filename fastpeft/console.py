@@ -152,8 +152,7 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
 def run_plan(config: TrainConfig, budget_mb: float | None) -> TrainPlan:
     """What a run would do and take, its time by a few steps that really run."""
     report("running a few steps")
-    with at_least("fastpeft", logging.WARNING):
-        return plan(config, timed=True, budget_mb=budget_mb)
+    return plan(config, timed=True, budget_mb=budget_mb)
 
 
 def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None) -> None:

@@ -361,6 +361,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     shown = result.stdout
     assert "trial steps 7/7" in result.stderr
     assert "training" not in result.stderr, "what a dry run says that it does not do"
+    assert "texts from column" in result.stderr
     assert re.search(r"steps of the run +│ 4 ", shown)
     assert "trainable parameters" in shown
     assert re.search(r"estimated peak memory of a step │ \d+ MB \(simulated: tensors only\)", shown)

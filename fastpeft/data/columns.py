@@ -171,7 +171,7 @@ def own_columns(given: str | None, named: str | None, found: str | None, table: 
     if {*named_labels(named, table.columns)} & {*table.columns}:
         return named
     logger.warning(
-        "%s has no column %r, which the run was trained with; one with a usual name is taken. Name another with %s.",
+        "%s has no column %r, which the run was trained with; one with a usual name is looked for. Name one with %s.",
         table.name,
         named,
         option,

@@ -239,7 +239,8 @@ class TrainConfig:
     save_steps: int | None = option(OUTPUT, "Save a checkpoint every N steps", least=1, unset="none")
     metric: str | None = option(
         OUTPUT,
-        "Keep the checkpoint with the best value of this metric on the dev rows, such as accuracy, f1, pearson or loss",
+        "Keep the checkpoint with the best value of this metric on the dev rows, such as accuracy, f1 (of the "
+        "second of two classes, else the mean over classes), pearson or loss",
         unset="the weights after the last step",
     )
     patience: int | None = option(

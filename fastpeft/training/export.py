@@ -221,6 +221,7 @@ def _card_of_run(
     onto_chain = adapter and config.init_from is not None
     base = _start_in_words(config.init_from)
     shown = {name: getattr(config, name) for name in ("prompt", "init_from", "batch_size", "seed")}
+    shown["max_length"] = run.max_length
     settings = {"learning_rate": metrics["learning_rate"], "steps": metrics["steps"], **shown, **config.settings}
     if step is not None:
         settings["steps"] = f"{step} of {metrics['steps']}"
@@ -244,7 +245,7 @@ def _card_of_run(
             tokenizer=run.problem is NEXT_WORDS,
         ),
         library={"lora": "peft", "merged": "transformers"}.get(to, to),
-        data=config.data,
+        data=Path(config.data).name if Path(config.data).is_absolute() else config.data,
         labels=run.labels,
         labels_are=run.problem.labels,
         answers=answers_in_words(metrics if step is None else {**metrics, "threshold": None}),

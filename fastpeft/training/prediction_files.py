@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ from fastpeft.support.interrupts import uninterrupted
 from fastpeft.training.generation import TextGenerator, generates_text
 from fastpeft.training.loading import EncodedText, load_run
 from fastpeft.training.prediction import Predictor, shortest
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 256  # rows that are answered together: sorted by length they are batches that pad little
 _TEXT, _PAIR = ("text",), ("text_a", "text_b")  # columns of texts that have no names
@@ -107,6 +110,9 @@ class Predictions:
             self._predictor = Predictor(folder)
         self.labels = self._predictor.run.labels
         self._given = [(number, self._encode_given(number, text)) for number, text in enumerate(texts, start=1)]
+        for text in texts:
+            if isinstance(text, str) and os.path.isfile(text):
+                logger.warning("%r is the name of a file, and is read as a text; for the texts in it give --file", text)
         self._name, self._rows = name, rows
         self._generates = isinstance(self._predictor, TextGenerator)
         self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._generates else _TEXT

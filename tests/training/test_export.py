@@ -75,6 +75,9 @@ def test_merged(config: TrainConfig, tmp_path: Path, method: str, head: str | No
     assert f"# {METHODS[method].title} of {config.model}" in card
     assert "| accuracy | " in card
     assert "| steps | 3 |" in card
+    assert "| max_length | " in card
+    assert f"- Data: {Path(config.data).name}\n" in card, "the rest of the path is this machine's"
+    assert "| accuracy of always answering " in card
     assert [path.name for path in folder.parent.iterdir()] == ["model"], "nothing else is left there"
     if head == "label_words":  # and the plain masked model that is in it
         plain = AutoModelForMaskedLM.from_pretrained(folder).state_dict()

@@ -140,6 +140,14 @@ def test_a_file_without_the_column_of_the_run_is_read_with_a_word_on_it(place: P
     assert "usual.csv has no column 'review', which the run was trained with" in " ".join(usual.stderr.split())
 
 
+def test_the_name_of_a_file_among_the_texts_is_told(place: Path) -> None:
+    write_csv(place / "rows.csv", [(TEXTS[0],)], ("review",))
+    shown = run("classes", "rows.csv", "rows")
+    assert len(shown.stdout.splitlines()) == 2
+    told = " ".join(shown.stderr.split())
+    assert told == "'rows.csv' is the name of a file, and is read as a text; for the texts in it give --file"
+
+
 @pytest.mark.parametrize(
     ("given", "kind"),
     [
