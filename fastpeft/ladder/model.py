@@ -57,7 +57,7 @@ from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
-from fastpeft.ops.fused_head import can_fuse_head, fuse_head
+from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.ops.quantise import count_parameters
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.four_bits import keep_form
@@ -175,8 +175,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         base.requires_grad_(False)
         if config.pack_weights:
             pack(backbone)
-        if can_fuse_head(base):
-            fuse_head(base)
+        fuse_any_head(base)
         self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
         self.gradients_from = backbone.layer_of(adapters.values())  # see `LadderPass`
         for parameter in (*head.values(), *adapters.values()):
@@ -241,8 +240,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         for module in (resized, self.backbone.decoder):
             if module is not None:
                 module.requires_grad_(False)
-        if can_fuse_head(self.base):
-            fuse_head(self.base)
+        fuse_any_head(self.base)
         describe_base(self.config, self.backbone)
         return resized
 

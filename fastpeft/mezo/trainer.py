@@ -24,7 +24,7 @@ from fastpeft.mezo.closure import warn_of_rounding
 from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
 from fastpeft.mezo.sharding import is_sharded
-from fastpeft.ops.fused_head import can_fuse_head, fuse_head
+from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.support import files
 from fastpeft.support.nonfinite import where_it_began
 from fastpeft.support.processes import Ranks
@@ -156,14 +156,14 @@ class MeZOTrainer(Trainer):
         self._warned = False  # of losses in half precision
         self._start: Start | None = None  # of a resumed run with a journal
         self._settle_for_callbacks()
-        _fuse(self.model)
+        fuse_any_head(self.model)  # its loss asks for no gradient here, even where the decoder trains
         for warning in self.warnings_of_head():
             logger.warning("%s", warning)
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As `Trainer.call_model_init`: each `train` begins with another model."""
         model: nn.Module = super().call_model_init(*args, **kwargs)
-        _fuse(model)
+        fuse_any_head(model)
         return model
 
     def warnings_of_head(self) -> list[str]:
@@ -455,12 +455,6 @@ class MeZOTrainer(Trainer):
             logs.pop("grad_norm", None)
             logs["projected_grad"] = self.mezo.projected_grad
         super().log(logs, *args, **kwargs)
-
-
-def _fuse(model: nn.Module) -> None:
-    """Fuse the head of a language model, whose loss asks for no gradient, even where the decoder trains."""
-    if can_fuse_head(model):
-        fuse_head(model)
 
 
 def _warn_of_unused(args: MeZOConfig, optimizer: MeZO) -> None:

@@ -278,9 +278,10 @@ def _decoders(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
             yield module, decoder
 
 
-def can_fuse_head(model: nn.Module) -> bool:
-    """Whether `fuse_head` takes this model."""
-    return any(type(decoder) in (nn.Linear, PackedLinear, FusedLinear) for _, decoder in _decoders(model))
+def fuse_any_head(model: nn.Module) -> None:
+    """`fuse_head` of a model that it takes; any other stays as it is."""
+    if any(type(decoder) in (nn.Linear, PackedLinear, FusedLinear) for _, decoder in _decoders(model)):
+        fuse_head(model)
 
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -19,7 +19,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
 from fastpeft.models import Classifier
 from fastpeft.ops.frozen_linear import set_packing
-from fastpeft.ops.fused_head import can_fuse_head, fuse_head
+from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
@@ -104,8 +104,8 @@ class Task:
         if config.packing:
             packed_rows.prepare_for_joined_rows(model, train_rows, str(config.model))
             train_rows = packed_rows.pack(train_rows, max_length)
-        if data.problem.of_texts_alone and can_fuse_head(model):
-            fuse_head(model)
+        if data.problem.of_texts_alone:
+            fuse_any_head(model)
         if best_device() == "cpu" or not config.pack_weights:
             set_packing(model, config.pack_weights)
         threshold_rows = kept[0] if kept else []
