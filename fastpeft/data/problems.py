@@ -243,9 +243,9 @@ def describe(
     return {**found, "confusion_matrix": matrix}
 
 
-def _from_scores(name: str) -> Callable[..., Any]:
+def _from_scores(name: str, *first: str) -> Callable[..., Any]:
     """A function of `fastpeft.data.scores`, which imports NumPy, so it is looked up when it is called."""
-    return partial(_call, name)
+    return partial(_call, name, *first)
 
 
 def _call(name: str, *arguments: Any) -> Any:
@@ -304,7 +304,7 @@ MASKED_WORDS = Problem(
     task_type=None,
     labels="masked tokens",
     metrics=("masked_accuracy", "perplexity"),
-    score=_from_scores("score_words"),
+    score=_from_scores("score_words", "masked_accuracy"),
     of_texts_alone=True,
     per_token=True,
     tested="masked_accuracy",
@@ -317,7 +317,7 @@ NEXT_WORDS = Problem(
     task_type="CAUSAL_LM",
     labels="next tokens",
     metrics=("next_accuracy", "perplexity"),
-    score=_from_scores("score_next_words"),
+    score=_from_scores("score_words", "next_accuracy"),
     of_texts_alone=True,
     per_token=True,
     tested="next_accuracy",

@@ -190,20 +190,8 @@ def digest_next_words(logits: Tensor, labels: Tensor) -> Tensor:
     return pad(digest_words(logits[:, :-1], labels[:, 1:]), (0, 0, 1, 0))
 
 
-def score_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Accuracy of hidden words, the mean of their losses, and its exponential."""
-    return {"masked_accuracy": _hits(outputs, labels), **_perplexity(outputs, labels)}
-
-
-def score_next_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Accuracy of the words to be said, the mean of their losses, and its exponential."""
-    return {"next_accuracy": _hits(outputs, labels), **_perplexity(outputs, labels)}
-
-
-def _hits(outputs: np.ndarray, labels: np.ndarray) -> float:
-    return float(outputs[labels != UNLABELLED][:, 1].mean(dtype=np.float64))
-
-
-def _perplexity(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    loss = float(outputs[labels != UNLABELLED][:, 0].mean(dtype=np.float64))
-    return {"perplexity": float(np.exp(loss)), LOSS: loss}
+def score_words(accuracy: str, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """The accuracy of words, under this name, the mean of their losses, and its exponential."""
+    words = outputs[labels != UNLABELLED]
+    loss, right = (float(words[:, place].mean(dtype=np.float64)) for place in (0, 1))
+    return {accuracy: right, "perplexity": float(np.exp(loss)), LOSS: loss}
