@@ -31,6 +31,9 @@ from fastpeft.support.processes import Ranks
 
 logger = logging.getLogger(__name__)
 
+# fields of a `MeZOConfig` that go to the optimizer, which keeps the first of them under the same names
+_KEPT = ("seed", "noise", "rounding", "max_projected_grad", "on_nonfinite", "restore")
+_SETTINGS = (*_KEPT, "eps", "weight_decay", "estimator", "num_estimates")
 _MEASURING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # callbacks that do not look at the weights, or that save them by the Trainer, which settles; trackers may look
 _NOT_LOOKING = {
@@ -364,23 +367,8 @@ class MeZOTrainer(Trainer):
                     {"params": [(name, param) for name, param in named if name not in decayed], "weight_decay": 0.0},
                 ]
                 groups = [group for group in groups if group["params"]]  # factors all decay, biases none
-            args = self.args
-            self.optimizer = self.optimizer_type(
-                groups,
-                args.learning_rate,
-                args.eps,
-                args.weight_decay,
-                args.seed,
-                estimator=args.estimator,
-                num_estimates=args.num_estimates,
-                noise=args.noise,
-                max_projected_grad=args.max_projected_grad,
-                on_nonfinite=args.on_nonfinite,
-                defer=True,
-                restore=args.restore,
-                rounding=args.rounding,
-                model=model,
-            )
+            settings = {name: getattr(self.args, name) for name in _SETTINGS}
+            self.optimizer = self.optimizer_type(groups, self.args.learning_rate, defer=True, model=model, **settings)
         return self.optimizer
 
     def training_step(
@@ -459,8 +447,7 @@ class MeZOTrainer(Trainer):
 
 def _warn_of_unused(args: MeZOConfig, optimizer: MeZO) -> None:
     """Name the settings in `args` that differ from those of the user's own optimizer."""
-    own = ("seed", "noise", "rounding", "max_projected_grad", "on_nonfinite", "restore")
-    mine = {name: getattr(optimizer, name) for name in own}
+    mine = {name: getattr(optimizer, name) for name in _KEPT}
     mine |= {"estimator": optimizer.estimator.kind, "num_estimates": optimizer.estimator.num_estimates}
     mine |= {name: optimizer.defaults[name] for name in ("eps", "weight_decay")}
     mine["learning_rate"] = optimizer.defaults["lr"]
