@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -422,35 +422,26 @@ def writing(path: Path, columns: Mapping[str, type]) -> Iterator[Write]:
         staged.unlink(missing_ok=True)
 
 
-def _open_lines(file: Path, start: Callable[[Any], Callable[[OutputRow], object]]) -> tuple[Write, Callable[[], None]]:
+def _open_csv(file: Path, columns: Mapping[str, type], dialect: str = "excel") -> tuple[Write, Callable[[], None]]:
     stream = file.open("x", encoding="utf-8", newline="")
-    put = start(stream)
+    table = csv.DictWriter(stream, list(columns), dialect=dialect)
+    table.writeheader()
 
     def write(rows: list[OutputRow]) -> None:
-        for row in rows:
-            put(row)
+        table.writerows({name: _as_cell(value) for name, value in row.items()} for row in rows)
         stream.flush()
 
     return write, stream.close
 
 
-def _open_csv(file: Path, columns: Mapping[str, type], dialect: str = "excel") -> tuple[Write, Callable[[], None]]:
-    def start(stream: Any) -> Callable[[OutputRow], object]:
-        table = csv.DictWriter(stream, list(columns), dialect=dialect)
-        table.writeheader()
-        return lambda row: table.writerow({name: _as_cell(value) for name, value in row.items()})
-
-    return _open_lines(file, start)
-
-
-def _open_tsv(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
-    return _open_csv(file, columns, "excel-tab")
-
-
 def _open_jsonl(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
-    return _open_lines(
-        file, lambda stream: lambda row: stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    )
+    stream = file.open("x", encoding="utf-8", newline="")
+
+    def write(rows: list[OutputRow]) -> None:
+        stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        stream.flush()
+
+    return write, stream.close
 
 
 def _open_parquet(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
@@ -468,4 +459,9 @@ def _open_parquet(file: Path, columns: Mapping[str, type]) -> tuple[Write, Calla
     return write, table.close
 
 
-_OPEN = {"csv": _open_csv, "tsv": _open_tsv, "jsonl": _open_jsonl, "parquet": _open_parquet}
+_OPEN: dict[str, Callable[[Path, Mapping[str, type]], tuple[Write, Callable[[], None]]]] = {
+    "csv": _open_csv,
+    "tsv": partial(_open_csv, dialect="excel-tab"),
+    "jsonl": _open_jsonl,
+    "parquet": _open_parquet,
+}
