@@ -271,7 +271,7 @@ class SivaModel(BaseTuner):
             return
         self._check_adapter_names(names)
         device = next(self._siva_layers()).base_layer.weight.device
-        with acting(self.model, SivaLinear, AdapterRows(names, device, _copies(kwargs, self.model))):
+        with acting(self.model, AdapterRows(names, device, _copies(kwargs, self.model))):
             yield
 
     def _check_adapter_names(self, names: Any) -> None:

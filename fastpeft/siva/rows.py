@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastpeft.errors import FastpeftError
+from fastpeft.siva.frozen import BaseWeightLayer
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 _STARTING = threading.Lock()
@@ -70,8 +71,8 @@ class AdapterRows:
 
 
 @contextmanager
-def acting(model: nn.Module, kind: type[nn.Module], rows: AdapterRows) -> Iterator[None]:
-    """Inside it the layers of `kind` in `model`, and modules that adapters saved whole, use each row's adapter.
+def acting(model: nn.Module, rows: AdapterRows) -> Iterator[None]:
+    """Inside it the layers of SiVA in `model`, and modules that adapters saved whole, use each row's adapter.
 
     Blocks that transformers checkpoints meanwhile use the same rows when backward runs them again.
 
@@ -80,13 +81,12 @@ def acting(model: nn.Module, kind: type[nn.Module], rows: AdapterRows) -> Iterat
     """
     changes: list[tuple[nn.Module, str, Any]] = []
     for name, module in model.named_modules():
-        if isinstance(module, kind):
+        if isinstance(module, BaseWeightLayer):
             changes.append((module, "rows", rows))
         elif isinstance(module, AuxiliaryTrainingWrapper):
             changes.append((module, "forward", partial(_run_saved, module, name, rows)))
         if _CHECKPOINT in module.__dict__:
-            function = partial(_checkpoint, module.__dict__[_CHECKPOINT], module, kind, rows)
-            changes.append((module, _CHECKPOINT, function))
+            changes.append((module, _CHECKPOINT, partial(_checkpoint, module.__dict__[_CHECKPOINT], module, rows)))
     compiling = torch.compiler.is_compiling()
     with nullcontext() if compiling else _STARTING:
         before = [module.__dict__.get(name) for module, name, _ in changes]
@@ -109,13 +109,11 @@ def acting(model: nn.Module, kind: type[nn.Module], rows: AdapterRows) -> Iterat
                 setattr(module, name, value)
 
 
-def _checkpoint(
-    function: Callable[..., Any], module: nn.Module, kind: type[nn.Module], rows: AdapterRows, run: Any, *args: Any
-) -> Any:
+def _checkpoint(function: Callable[..., Any], module: nn.Module, rows: AdapterRows, run: Any, *args: Any) -> Any:
     """`function(run, *args)`, where `run` knows the rows in backward too, when the model no longer holds them."""
 
     def run_by_rows(*args: Any, **kwargs: Any) -> Any:
-        with acting(module, kind, rows):
+        with acting(module, rows):
             return run(*args, **kwargs)
 
     return function(run_by_rows, *args)
