@@ -20,10 +20,10 @@ from fastpeft.errors import FastpeftError, install
 from fastpeft.ladder.backbone import POOLER
 from fastpeft.methods.preparation import Preparation, Targets
 from fastpeft.ops.quantised_linear import BLOCK
-from fastpeft.prompts.model import PromptModel
+from fastpeft.prompts.model import inside_prompt
 from fastpeft.siva import SivaConfig
 from fastpeft.siva.grouping import ATTENTION
-from fastpeft.siva.targets import FUSED
+from fastpeft.siva.targets import FUSED, endings
 from fastpeft.support.adapter_files import PREFIX
 from fastpeft.support.four_bits import keep_form
 
@@ -76,11 +76,11 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
     except FastpeftError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:  # PEFT raises any
-        names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        names = endings(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         reason = str(error).strip().rstrip(".")
         raise FastpeftError(
             f"the model cannot be adapted with targets {preparation.targets!r} and settings "
-            f"{dict(preparation.settings)}: {reason}. Its linear layers are named {', '.join(sorted(names))}; name "
+            f"{dict(preparation.settings)}: {reason}. Its linear layers are named {', '.join(names)}; name "
             "some, or use all-linear."
         ) from error
     for name, module in wrapped.named_modules():
@@ -102,8 +102,7 @@ def _own_names(model: Any, targets: Targets) -> Targets:
     if not isinstance(targets, list):
         return targets
     layers = _layers(model)
-    names = {name.rpartition(".")[2] for name in layers}
-    found = _projections(layers)
+    names, found = endings(layers), _projections(layers)
     if len({*found}) == 1 and not {*_ROLES} <= {*targets}:
         return targets
     own = {role: name for role, name in zip(_ROLES, found) if name and role not in names}
@@ -116,8 +115,7 @@ def _layers(model: nn.Module) -> list[str]:
 
 def _projections(layers: Sequence[str]) -> tuple[str, str, str]:
     """What the projections of query, key and value are called, or the one that makes them; "" where that is unknown."""
-    names = {name.rpartition(".")[2] for name in layers}
-    triples = (*ATTENTION, *((name, name, name) for name in FUSED))
+    triples, names = (*ATTENTION, *((name, name, name) for name in FUSED)), {*endings(layers)}
     return next((each for each in triples if names.issuperset(each)), ("", "", ""))
 
 
@@ -178,8 +176,7 @@ def in_4_bits(model: Any) -> Any:
     check_4_bits()
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    masked_lm = model.core if isinstance(model, PromptModel) else model
-    backbone = masked_lm.base_model
+    backbone = inside_prompt(model).base_model
     layers = {
         name: layer
         for name, layer in backbone.named_modules()
