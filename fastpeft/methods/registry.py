@@ -22,8 +22,6 @@ from fastpeft.methods.whole_model import WholeModelMethod, biases, everything, h
 # the paper's: 48,000 steps, 11.4 epochs of SST-2
 _MEZO = Recipe(1e-6, warmup=0.0, schedule="constant", epochs=12, for_causal_lm={})
 _LORA = Recipe(4e-4, epochs=10)  # Hu et al. 2022, RoBERTa-large on SST-2; PiSSA is LoRA from another start
-
-
 # the paper's; of words the best of the rates measured here, see `bench/data/words_rates.csv`
 _SIDE_NETWORK = Recipe(
     2e-4,
@@ -32,8 +30,12 @@ _SIDE_NETWORK = Recipe(
     last_rate=2e-6,
     for_causal_lm={"learning_rate": 3e-3, "last_rate": 3e-5, "epochs": 3},
 )
-_lora = partial(AdapterMethod, recipe=_LORA, config="LoraConfig", rank=8)
 
+# what the methods of a family have in common
+_mezo = partial(WholeModelMethod, recipe=_MEZO, trains=everything)
+_lora = partial(AdapterMethod, recipe=_LORA, config="LoraConfig", rank=8)
+_k_lst = partial(SideNetworkMethod, recipe=_SIDE_NETWORK)
+_lst = partial(_k_lst, fields=GATED, options=("reduction", *OF_SIVA))
 
 # of adapters: as PEFT has them, LoRA with its usual scaling of 2, what starts from the weight itself unscaled
 METHODS: dict[str, Method] = {
@@ -48,19 +50,15 @@ METHODS: dict[str, Method] = {
             rank=4,
             by_mezo={"scaling": "plain"},  # the other form evens out the steps of Adam, which are as long as the rate
         ),
-        SideNetworkMethod(
+        _k_lst(
             name="k-lst",
             title="k-LST",
             description="a side network reads a window of backbone features",
-            recipe=_SIDE_NETWORK,
         ),
-        SideNetworkMethod(
+        _lst(
             name="lst",
             title="LST",
             description="a side network reads one feature a block, through a gate",
-            recipe=_SIDE_NETWORK,
-            fields=GATED,
-            options=("reduction", *OF_SIVA),
         ),
         WholeModelMethod(
             name="full",
@@ -69,12 +67,10 @@ METHODS: dict[str, Method] = {
             recipe=Recipe(2e-5, weight_decay=0.1, epochs=10),  # Liu et al. 2019, RoBERTa on GLUE: their middle rate
             trains=everything,
         ),
-        WholeModelMethod(
+        _mezo(
             name="mezo",
             title="MeZO",
             description="every weight, or what another method trains (--set over=METHOD), by forward passes alone",
-            recipe=_MEZO,
-            trains=everything,
             optimization=Optimization.MEZO,
         ),
         _lora(
@@ -155,28 +151,22 @@ METHODS: dict[str, Method] = {
             recipe=Recipe(1e-3, weight_decay=0.01),
             trains=head,
         ),
-        WholeModelMethod(
+        _mezo(
             name="mezo-loop",
             title="MeZO by its usual loop",
             description="MeZO with noise drawn anew for each of four passes over the weights, to compare with",
-            recipe=_MEZO,
-            trains=everything,
             optimization=Optimization.MEZO_LOOP,
         ),
-        SideNetworkMethod(
+        _lst(
             name="lst-direct",
             title="direct LST",
             description="LST written directly from its equations, to compare with",
-            recipe=_SIDE_NETWORK,
-            fields=GATED,
-            options=("reduction", *OF_SIVA),
             direct=True,
         ),
-        SideNetworkMethod(
+        _k_lst(
             name="k-lst-direct",
             title="direct k-LST",
             description="k-LST written directly from its equations, to compare with",
-            recipe=_SIDE_NETWORK,
             direct=True,
         ),
     )
