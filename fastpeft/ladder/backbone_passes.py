@@ -86,8 +86,7 @@ def listen(
         def forward(*args: Any, **kwargs: Any) -> Any:
             if index == 1:
                 take(0, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
-            output = computed(*args, **kwargs)
-            output = _as_tuple(output)
+            output = _as_tuple(computed(*args, **kwargs))
             feature = output[0] if isinstance(output, tuple) else output
             found = take(index, feature)
             if index < len(backbone.layers):

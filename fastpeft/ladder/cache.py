@@ -256,7 +256,7 @@ class _CacheRows:
         visible = table[..., 3] != 0
         tokens = visible.shape[1]
         starts, ends = visible.argmax(1), tokens - visible[:, ::-1].argmax(1)
-        self.spans = [(start, end) for start, end in zip(starts.tolist(), ends.tolist())]
+        self.spans = list(zip(starts.tolist(), ends.tolist()))
         context = f"{autocast_dtype(device)} {positions is not None}".encode()
         self.keys = [
             hashlib.blake2b(context + row[start:end].tobytes(), digest_size=KEY_BYTES).digest()

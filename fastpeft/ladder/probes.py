@@ -169,16 +169,13 @@ def tell_of_other_ways(backbone: Backbone, inputs: Any) -> bool:
 
 def predicts_next_tokens(backbone: Backbone) -> bool:
     """Whether a decoder alone generates text, by its class: it has `generate` and is not for masked words."""
-    if not _has_generate(backbone) or backbone.encodes_and_decodes:
-        return False
-    return type(backbone.core).__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    masked = type(backbone.core).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return _has_generate(backbone) and not backbone.encodes_and_decodes and not masked
 
 
 def _reads_decoder_of_words(backbone: Backbone) -> bool:
     """Whether the layers are those of a decoder that generates text from what an encoder has read."""
-    if not _has_generate(backbone) or not backbone.encodes_and_decodes:
-        return False
-    return backbone.encoder is None
+    return _has_generate(backbone) and backbone.encodes_and_decodes and backbone.encoder is None
 
 
 def _has_generate(backbone: Backbone) -> bool:
