@@ -157,19 +157,16 @@ class SivaConfig(PeftConfig):
             raise FastpeftError(f"rank_pattern={self.rank_pattern!r}; give a dictionary of layer names and ranks.")
         ranks |= {f"rank_pattern[{name!r}]": rank for name, rank in self.rank_pattern.items()}
         for name, rank in ranks.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            if type(rank) is not int or rank < 1:
                 raise FastpeftError(f"{name}={rank!r}; a rank is a whole number from 1.")
         layers = self.layers_to_transform
-        if layers is not None and not all(
-            isinstance(i, int) for i in ([layers] if isinstance(layers, int) else layers)
-        ):
+        if not (layers is None or isinstance(layers, int) or all(isinstance(each, int) for each in layers)):
             raise FastpeftError(f"layers_to_transform={layers!r}; give the number of a block, or a list of numbers.")
         self._check_layers()
         self._check_further()
         check_residual(self.residual, self.d, self.residual_dtype)
-        count = self.quant_iterations
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise FastpeftError(f"quant_iterations={count!r}; give a whole number from 0.")
+        if type(self.quant_iterations) is not int or self.quant_iterations < 0:
+            raise FastpeftError(f"quant_iterations={self.quant_iterations!r}; give a whole number from 0.")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):

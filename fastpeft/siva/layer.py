@@ -152,9 +152,9 @@ class SivaLinear(LoadableLinear):
         if torch.compiler.is_compiling():  # the compiler leaves out what nothing uses
             return self._compute_weight()
         shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
-        like = (
-            self.base_layer.weight if self.in_4_bits is None else self.base_layer.weight.new_empty(0, dtype=self._dtype)
-        )
+        like = self.base_layer.weight
+        if self.in_4_bits is not None:
+            like = like.new_empty(0, dtype=self._dtype)
         return LazyWeight(self._compute_weight, like, shape)
 
     def _compute_weight(self) -> Tensor:

@@ -34,10 +34,8 @@ class LazyWeight(Tensor):
 
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...]) -> LazyWeight:
-        blank = (
-            like.detach().new_full((1,) * len(shape), float("nan")).expand(shape)
-        )  # a use that skips __torch_function__ shows
-        weight = blank.as_subclass(cls)
+        blank = like.detach().new_full((1,) * len(shape), float("nan"))  # a use that skips __torch_function__ shows
+        weight = blank.expand(shape).as_subclass(cls)
         weight._compute = compute
         return weight
 
