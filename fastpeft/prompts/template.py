@@ -28,7 +28,7 @@ MASK = "<mask>"
 HEADS = ("label_words", "classifier")
 PROMPT_FILE = "prompt.json"
 
-_SLOTS = (["{text}"], ["{a}", "{b}"])
+_SLOTS = (["{text}"], ["{a}", "{b}"])  # of one text, of a pair
 _EXAMPLE = "'{text} It was <mask>.' or '{a}? <mask>, {b}'"
 
 Text = str | tuple[str, str]  # one text, or a pair for {a} and {b}
@@ -285,7 +285,7 @@ class Prompt:
     def _fill(self, tokenizer: Any, text: Text) -> tuple[str, dict[str, tuple[int, int]]]:
         """The template with its texts in place, and where in it every part stands."""
         given = tuple(text) if isinstance(text, (tuple, list)) else (text,)
-        names = _SLOTS[1] if self.is_pair else _SLOTS[0]
+        names = _SLOTS[self.is_pair]
         if len(given) != len(names) or not all(isinstance(item, str) for item in given):
             raise FastpeftError(
                 f"the template {self.template!r} takes {'a pair of texts' if self.is_pair else 'one text'} a row; got "
@@ -324,7 +324,7 @@ class Prompt:
         if excess <= 0:
             return list(range(len(offsets)))
         texts = []
-        for start, end in (spans[name] for name in (_SLOTS[1] if self.is_pair else _SLOTS[0])):
+        for start, end in map(spans.__getitem__, _SLOTS[self.is_pair]):
             inside = [i for i, (left, right) in enumerate(offsets) if start <= left < right <= end]
             # to the last one: some tokenizers say of a space between words that it has no width
             texts.append(list(range(inside[0], inside[-1] + 1)) if inside else [])

@@ -231,9 +231,9 @@ def zero_shot_prompt(
     Raises:
         FastpeftError: the prompt cannot be used; or one cannot be found, see `find_prompt`.
     """
+    parsed = parse_prompt(prompt, label_words)  # refuses words beside auto
     if not is_auto(prompt):
-        return parse_prompt(prompt, label_words), None
-    parse_prompt(prompt, label_words)  # refuses words beside it
+        return parsed, None
     found = find_prompt(model, texts, calibrate=calibrate, max_length=DEFAULT_MAX_LENGTH)
     return found.prompt, found.values()
 

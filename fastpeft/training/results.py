@@ -68,15 +68,14 @@ def class_scores(metrics: Mapping[str, Any]) -> dict[str, str]:
         f"precision {found['precision']:.3f}, recall {found['recall']:.3f}"
         for name in shown
     }
-    return rows | (
-        {"all classes": f"{len(known):,}, of which these have the lowest F1"} if len(shown) < len(known) else {}
-    )
+    if len(shown) < len(known):
+        rows["all classes"] = f"{len(known):,}, of which these have the lowest F1"
+    return rows
 
 
 def chosen_by(metrics: Mapping[str, Any]) -> str | None:
     """The metric by which the checkpoint of a `metrics.json` was chosen, in words; None where it is the last."""
-    name = metrics["metric"]
-    return None if metrics["best_step"] is None else title_of(name)
+    return None if metrics["best_step"] is None else title_of(metrics["metric"])
 
 
 def found_settings(found: Mapping[str, Any]) -> dict[str, str]:
