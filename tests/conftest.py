@@ -161,11 +161,16 @@ def fresh_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
-    """For what divides its threads. Other tests have one: workers run side by side, and what they train is tiny."""
-    torch.set_num_threads(2)
+def one_thread_after() -> Iterator[None]:
+    """For what sets how many there are. Tests have one: workers run side by side, and what they train is tiny."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads(one_thread_after: None) -> None:
+    """For what divides its threads."""
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="module")

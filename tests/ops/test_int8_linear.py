@@ -47,6 +47,7 @@ def test_all_forms_give_the_same_bits(rows: tuple[int, ...], k: int, n: int, dty
         assert torch.equal(int8_linear(*given), expected)
 
 
+@pytest.mark.usefixtures("one_thread_after")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("simd", supported())
 @pytest.mark.parametrize("threads", [1, 2])
@@ -55,13 +56,8 @@ def test_instructions_and_threads_change_no_bit(
 ) -> None:
     given = operands((333,), 130, 77, dtype)  # several blocks of rows, the last one ragged
     monkeypatch.setenv("FASTPEFT_SIMD", simd)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        found = int8_linear(*given)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found, reference.int8_linear(*given))
+    assert torch.equal(int8_linear(*given), reference.int8_linear(*given))
 
 
 @pytest.mark.parametrize("k", [64, 768, 3072])

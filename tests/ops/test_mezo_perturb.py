@@ -99,6 +99,7 @@ def test_compiled_variants_have_the_bits_of_the_reference(
 
 
 @compiled
+@pytest.mark.usefixtures("one_thread_after")
 @pytest.mark.parametrize("kind", noise.NOISE)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_work_is_split_without_a_trace(perturb: Perturb, threads: int, kind: str) -> None:
@@ -107,12 +108,8 @@ def test_work_is_split_without_a_trace(perturb: Perturb, threads: int, kind: str
     offsets = [2**32 - 50_001, 5, 4096, 123_457, 2**40]
     dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float16)
     ours, theirs = ([values(n, d, seed=n) for n, d in zip(sizes, dtypes)] for _ in range(2))
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        perturb(ours, offsets, [1, 2], [1e-3, -2e-3], 0.01, kind, "stochastic")
-    finally:
-        torch.set_num_threads(before)
+    perturb(ours, offsets, [1, 2], [1e-3, -2e-3], 0.01, kind, "stochastic")
     reference.mezo_perturb_(theirs, offsets, [1, 2], [1e-3, -2e-3], 0.01, kind, "stochastic")
     for one, other in zip(ours, theirs):
         assert_same_bits(one, other)

@@ -474,19 +474,16 @@ def test_the_compiled_module_takes_any_strides() -> None:
 
 
 @compiled
+@pytest.mark.usefixtures("one_thread_after")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeats_and_threads_of_the_compiled_module_are_bit_equal(dtype: torch.dtype, packed: bool) -> None:
     tensors = lowered(operands((4200,), 65, 33, 5, torch.float32), dtype)  # more than one tile of rows in a chunk
     dh = torch.randn(4200, 33).to(dtype)
-    before = torch.get_num_threads()
-    try:
-        runs = []
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            runs.append(single_and_gradients(torch.ops.fastpeft, tensors, dh, packed))
-    finally:
-        torch.set_num_threads(before)
+    runs = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        runs.append(single_and_gradients(torch.ops.fastpeft, tensors, dh, packed))
     for run in runs[1:]:
         assert all(torch.equal(run[i], runs[0][i]) for i in (1, 3, 4))  # p, dU, dV; h and dx hold a product by BLAS
     assert all(map(torch.equal, runs[1], runs[3]))

@@ -134,20 +134,17 @@ def test_strides() -> None:
 
 
 @DTYPES
+@pytest.mark.usefixtures("one_thread_after")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", [(4200, 65), (150, 40, 65)])
 def test_repeats_and_threads_are_bit_equal(shape: tuple[int, ...], packed: bool, dtype: torch.dtype) -> None:
     """With several tiles in a chunk and several chunks of an adapter."""
     number = shape[0]
     args = mixed(shape, 33, (5, 4, 2), (number // 2, 3, number - number // 2 - 3), dtype)
-    dh, before = gradient(args), torch.get_num_threads()
-    try:
-        runs = []
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            runs.append(both(torch.ops.fastpeft, args, dh, packed=packed))
-    finally:
-        torch.set_num_threads(before)
+    dh, runs = gradient(args), []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        runs.append(both(torch.ops.fastpeft, args, dh, packed=packed))
     for run in runs[1:]:  # each p, dU and dV; h and dx hold a product by BLAS
         assert all(map(torch.equal, [*run[1:4], *run[5:11]], [*runs[0][1:4], *runs[0][5:11]]))
     assert all(map(torch.equal, runs[1], runs[3]))

@@ -179,6 +179,7 @@ def test_fused_calls_equal_the_reference_beyond_a_tile(tokens: int, slots: list[
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.usefixtures("one_thread_after")
 @pytest.mark.parametrize("slots", [[1, 2, 4], [0, 1, 2, 3, 4]])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_fused_calls_have_the_same_bits_on_any_number_of_threads(
@@ -187,16 +188,12 @@ def test_fused_calls_have_the_same_bits_on_any_number_of_threads(
     """Of which as many sentences or more are done at a time. And no number is one that was in memory before."""
     operators = [t.float() for t in operands(5, 2, 20, 6, 5, len(slots))]
     mask = torch.arange(20) < torch.tensor([20, 3, 0, 20, 7])[:, None]
-    before = torch.get_num_threads()
     found = []
-    try:
-        for threads, at_once in ((1, op._AT_ONCE), (1, 1), (2, 1), (3, 1), (1, 2 * 6 * 103)):
-            torch.set_num_threads(threads)
-            monkeypatch.setattr(op, "_AT_ONCE", at_once)
-            with poisoned_memory():
-                found.append(forward_and_backward(aten, *operators, mask, slots, True, dropout, torch.tensor(7), 2))
-    finally:
-        torch.set_num_threads(before)
+    for threads, at_once in ((1, op._AT_ONCE), (1, 1), (2, 1), (3, 1), (1, 2 * 6 * 103)):
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(op, "_AT_ONCE", at_once)
+        with poisoned_memory():
+            found.append(forward_and_backward(aten, *operators, mask, slots, True, dropout, torch.tensor(7), 2))
     assert found[0][2].isfinite().all()
     assert all(one.equal(first) for others in found[1:] for one, first in zip(others, found[0], strict=True))
 
@@ -486,23 +483,18 @@ def test_compiled_lets_no_nan_vanish(dtype: torch.dtype, instructions: str) -> N
     assert dp.isnan().all()
 
 
+@pytest.mark.usefixtures("one_thread_after")
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_compiled_has_the_same_bits_on_any_number_of_threads(threads: int, dtype: torch.dtype) -> None:
     operators = [x.to(dtype) for x in operands(5, 2, 20, 6, 5, 5)]
     mask = torch.arange(20) < torch.tensor([20, 3, 0, 20, 7])[:, None]
-    before = torch.get_num_threads()
     found = []
-    try:
-        for number in (1, threads):
-            torch.set_num_threads(number)
-            found.append(
-                forward_and_backward(
-                    torch.ops.fastpeft, *operators, mask, list(range(5)), False, 0.3, torch.tensor(7), 2
-                )
-            )
-    finally:
-        torch.set_num_threads(before)
+    for number in (1, threads):
+        torch.set_num_threads(number)
+        found.append(
+            forward_and_backward(torch.ops.fastpeft, *operators, mask, list(range(5)), False, 0.3, torch.tensor(7), 2)
+        )
     assert all(one.equal(other) for one, other in zip(*found, strict=True))
 
 
