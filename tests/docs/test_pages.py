@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import doctest
-import importlib.util
 import io
 import os
 import re
@@ -15,10 +14,10 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from script_files import load_script
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -64,15 +63,6 @@ def blocks(page: Path) -> Iterator[Block]:
         line = text.count("\n", 0, found.start("code")) + 1
         runs = found["language"] in RUN and found["reason"] is None
         yield Block(found["language"], found["code"], f"{name(page)}:{line}", runs)
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -145,7 +135,7 @@ def test_no_two_pages_write_into_one_folder() -> None:
 def test_tables_are_the_measurements(page: Path) -> None:
     """Where this fails a CSV has changed: `python docs/tables.py` writes the tables anew; then read the page again."""
     text = page.read_text(encoding="utf-8")
-    assert load(DOCS / "tables.py").fill(text) == text
+    assert load_script(DOCS / "tables.py").fill(text) == text
 
 
 class Links(HTMLParser):
@@ -218,7 +208,7 @@ def _within_two_clicks(site: Path) -> set[str]:
 
 
 def test_the_notebook_is_the_tutorial() -> None:
-    text = load(DOCS / "tutorial_notebook.py").text()
+    text = load_script(DOCS / "tutorial_notebook.py").text()
     assert NOTEBOOK.read_text(encoding="utf-8") == text, "python docs/tutorial_notebook.py writes it anew"
 
 

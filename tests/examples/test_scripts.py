@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from script_files import EXAMPLES, load_script
 
 pytestmark = pytest.mark.docs
 
 
 def run(script: str, *arguments: str) -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location(script, EXAMPLES / f"{script}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: dict[str, Any] = module.main([*arguments, "--tiny"])
+    found: dict[str, Any] = load_script(EXAMPLES / f"{script}.py").main([*arguments, "--tiny"])
     return found
 
 

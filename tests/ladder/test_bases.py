@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 import transformers
 from backbones import IDS, ladder, tiny, trainable, vit
 from safetensors.torch import load_file
+from script_files import EXAMPLES, load_script
 from torch import Tensor, nn
 from trainers import quiet
 
@@ -22,7 +21,6 @@ from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.backbone_passes import skip_layers
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 LABELS = torch.tensor([0, 1, 2])
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -427,12 +425,6 @@ def test_inputs_under_another_name_are_refused() -> None:
 
 @pytest.mark.long
 def test_the_vit_example_learns(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("vit_digits", EXAMPLES / "vit_digits.py")
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    sys.modules["vit_digits"] = example
-    spec.loader.exec_module(example)
-    accuracy = example.main(["--tiny", "--output", str(tmp_path)])
+    accuracy = load_script(EXAMPLES / "vit_digits.py").main(["--tiny", "--output", str(tmp_path)])
     assert accuracy["after"] > accuracy["before"] + 0.3
     assert (tmp_path / "model.safetensors").is_file()
