@@ -1,11 +1,20 @@
-"""What Triton's interpreter needs beside `device`."""
+"""What Triton's interpreter needs beside `device`, and the tiles of SiVA's kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+
+from fastpeft.kernels import tiles
+
+TILES = {
+    f"{'x'.join(map(str, tile[:3]))}{'-tma' if tile.tma else ''}": tile
+    for tile in dict.fromkeys(itertools.chain(*tiles.SIVA_LINEAR.values()))
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,3 +36,22 @@ def bfloat16_products(device: str) -> Iterator[None]:
     builder.create_dot = create_dot
     yield
     del builder.create_dot
+
+
+@pytest.fixture(params=TILES.values(), ids=TILES)
+def tile(request: pytest.FixtureRequest, device: str) -> tiles.Tile:
+    """Each tile that is shipped; on a GPU those that are shipped to it."""
+    given: tiles.Tile = request.param
+    if device == "cuda" and given not in tiles.siva_linear_tiles(tiles.gpu(torch.device(device, 0)).architecture):
+        pytest.skip("not shipped to this GPU")
+    return given
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes every launch use this tile, compute p inside or not, and cut K into ranges."""
+
+    def launched(tile: tiles.Tile, project: bool, ranges: int = 1) -> None:
+        monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: tiles.Choice(tile, project, ranges))
+
+    return launched

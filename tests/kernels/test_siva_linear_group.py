@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,16 +55,6 @@ def check_backward(*args: Any, needs: list[Any] | None = None) -> None:
     assert_gradients(actual, again, needs, expected)
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[tiles.Tile, bool], None]:
-    """Makes every launch use this tile, and compute p inside or not."""
-
-    def launched(tile: tiles.Tile, project: bool) -> None:
-        monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: tiles.Choice(tile, project))
-
-    return launched
-
-
 @pytest.mark.long(but="35-31-ns2-ranks2-torch.float16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -95,18 +83,9 @@ def test_every_rank(r, device):
     check(*layers(19, 35, (37, 41), (r, 65 - r), torch.float32, device))
 
 
-TILES = {
-    f"{'x'.join(map(str, tile[:3]))}{'-tma' if tile.tma else ''}": tile
-    for tile in dict.fromkeys(itertools.chain(*tiles.SIVA_LINEAR.values()))
-}
-
-
 @pytest.mark.interp_full
-@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
 def test_every_tile_with_p_inside_or_before(tile, project, device, launched):
-    if device == "cuda" and tile not in tiles.siva_linear_tiles(tiles.gpu(torch.device(device, 0)).architecture):
-        pytest.skip("not shipped to this GPU")
     launched(tile, project)
     rank = min(tile.max_rank if tile.tma else tile.shared_rank, 33) if project else 33
     step = 8 if tile.tma else 1  # elements of 16 bits in 16 bytes

@@ -72,8 +72,8 @@ def test_every_rank(r, device):
 
 @pytest.mark.interp_full
 @pytest.mark.parametrize("tile", tiles.SIVA_LINEAR[tiles.ANY], ids=str)
-def test_every_tile(tile, device, monkeypatch):
-    monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: tiles.Choice(tile, True))
+def test_every_tile(tile, device, launched):
+    launched(tile, True)
     ranks = min(tile.shared_rank, 33), 3
     args = batch((7, tile.block_m // 2 + 1, tile.block_k + 1), tile.block_n + 1, ranks, (4, 3), torch.bfloat16, device)
     check(*each(in_nan, args))
