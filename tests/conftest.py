@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +159,14 @@ def fresh_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes where no test before has set anything: it keeps that by addresses, which later parameters reuse."""
     optim = pytest.importorskip("bitsandbytes.optim")
     monkeypatch.setattr(optim.GlobalOptimManager, "_instance", None)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a person's Ctrl-C has it: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

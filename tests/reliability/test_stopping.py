@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "mezo": {"method": "mezo", "learning_rate": 1e-3},
     "mezo-best": {"method": "mezo", "learning_rate": 1e-3, "save_steps": 3, "metric": "loss"},
 }
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT as a person's Ctrl-C has it: what a shell starts in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def run_config(place: Path, output: Path, kind: str) -> TrainConfig:
