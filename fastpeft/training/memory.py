@@ -61,17 +61,10 @@ class MemoryTracker(TorchDispatchMode):
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of `tensors` from now on."""
         for tensor in tensors:
-            if tensor.is_mkldnn:  # a pack, which has no storage
-                storage: Any = tensor
-                nbytes = tensor.numel() * tensor.element_size()
-            else:
-                storage = tensor.untyped_storage()
-                nbytes = storage.nbytes()
+            storage: Any = tensor if tensor.is_mkldnn else tensor.untyped_storage()  # a pack has none
+            nbytes = tensor.nbytes if tensor.is_mkldnn else storage.nbytes()
             key = id(storage)
-            if key in self._live:
-                reference, before = self._live[key]
-            else:
-                reference, before = weakref.ref(storage, partial(self._free, key)), 0
+            reference, before = self._live.get(key) or (weakref.ref(storage, partial(self._free, key)), 0)
             self._live[key] = (reference, nbytes)  # its size can change in place
             self.current += nbytes - before
         self.peak = max(self.peak, self.current)

@@ -95,9 +95,7 @@ class RunTrainer(Trainer):
         self.problem, self.labels = task.data.problem, task.data.labels
         self.chosen_by = task.config.metric
         self.starts_from_a_run = task.config.init_from is not None
-        self.custom_loss = None
-        if task.config.custom_loss:
-            self.custom_loss = training_loss(task.config, task.data)
+        self.custom_loss = training_loss(task.config, task.data) if task.config.custom_loss else None
         curve_rows = task.dev_rows
         if self.chosen_by is None:
             curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), CURVE_ROWS))
@@ -319,9 +317,8 @@ class RunTrainer(Trainer):
     def check_same(self) -> None:
         """Raise a `FastpeftError` if processes that train together have come to other weights."""
         if self.ranks.size > 1:
-            self.ranks.check_same(
-                {"the trained weights": digest([p for p in self.model.parameters() if p.requires_grad])}
-            )
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.ranks.check_same({"the trained weights": digest(trained)})
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of `name`, with their steps."""
