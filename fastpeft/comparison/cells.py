@@ -97,37 +97,37 @@ class Cell:
 
     def predictions(self) -> dict[str, list[int]] | None:
         """The class of each dev row, in `labels` and as predicted; None where they were not kept."""
-        file = self.folder.path / PREDICTIONS
-        return files.read_json(file) if self.folder.finished and file.is_file() else None
+        return self._kept(PREDICTIONS)
 
     def row_scores(self) -> tuple[str, np.ndarray] | None:
         """The metric that paired tests compare, and what each dev row stands for in it; None where it was not kept."""
         if found := self.predictions():
             return ACCURACY, np.equal(found["labels"], found["predictions"])
-        file = self.folder.path / ROW_SCORES
-        if not (self.folder.finished and file.is_file()):
-            return None
-        kept = files.read_json(file)
-        return kept["metric"], significance.row_scores(kept["above"], kept["below"])
+        kept = self._kept(ROW_SCORES)
+        return None if kept is None else (kept["metric"], significance.row_scores(kept["above"], kept["below"]))
 
     def words(self) -> tuple[int, ...] | None:
         """How many words its metric is of: of texts alone those of each dev row, of tags those of all rows.
 
         Cells with another `max_length` or tokenizer have others. None where rows are answered, or it was not kept.
         """
-        metrics, file = self.metrics() or {}, self.folder.path / ROW_SCORES
+        metrics = self.metrics() or {}
         problem = get_problem(metrics.get("problem_type", CLASSIFICATION.name))
         if problem.of_texts_alone:
-            return tuple(files.read_json(file)["below"]) if file.is_file() else None
+            kept = self._kept(ROW_SCORES)
+            return None if kept is None else tuple(kept["below"])
         known = metrics.get("per_class", {}) if problem.per_token else {}
         return (sum(tag["support"] for tag in known.values()),) if known else None
 
     def curves(self) -> dict[str, list[tuple[int, float]]] | None:
         """Its logged values as (step, value), by name; None where they were not kept."""
-        file = self.folder.path / CURVES
-        if not (self.folder.finished and file.is_file()):
-            return None
-        return {name: [(step, value) for step, value in points] for name, points in files.read_json(file).items()}
+        kept = self._kept(CURVES)
+        return None if kept is None else {name: [*map(tuple, points)] for name, points in kept.items()}
+
+    def _kept(self, name: str) -> dict[str, Any] | None:
+        """What its file of that name holds; None where it is not finished or has none."""
+        file = self.folder.path / name
+        return files.read_json(file) if self.folder.finished and file.is_file() else None
 
     def error(self) -> str | None:
         """The error of its latest try; None where it did not fail."""

@@ -381,11 +381,10 @@ def _in_one_precision(cell: Cell, earlier: Sequence[Cell]) -> Cell:
     """
     if cell.method == ZERO_SHOT or cell.values["bf16"] is not None:
         return cell
-    bf16 = resolve(cell.config).config.bf16
     same = [other for other in earlier if other.name == cell.name]
     alike = [other for other in earlier if other.method in METHODS and _trains_alike(other, cell)]
-    for other in (*same, *alike)[:1]:
-        bf16 = other.values["bf16"]
+    known = [*same, *alike]
+    bf16 = known[0].values["bf16"] if known else resolve(cell.config).config.bf16
     return dataclasses.replace(cell, values={**cell.values, "bf16": bf16})
 
 
