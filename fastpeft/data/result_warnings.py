@@ -11,8 +11,8 @@ from itertools import pairwise
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from fastpeft.data.names import UNLABELLED
-from fastpeft.data.problems import MULTI_LABEL, REGRESSION, Problem
+from fastpeft.data.names import OUTSIDE, UNLABELLED
+from fastpeft.data.problems import MULTI_LABEL, REGRESSION, TAGGING, Problem
 from fastpeft.data.splitting import digest
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def of_dev_rows(
     words = sum(map(len, texts)) if problem.per_token and not problem.of_texts_alone else 0
     if left := words and words - int((labels != UNLABELLED).sum()):
         found.append(
-            f"{left} of {words} words have no token within the maximum length, so the metrics leave them out. Do not "
-            "compare these metrics with those of runs with a larger maximum length."
+            f"{left} of {words} words have no token within the maximum length, or none at all, so the metrics leave "
+            "them out. Do not compare these metrics with those of runs that leave out other words."
         )
     return found
 
@@ -95,7 +95,7 @@ def of_train_rows(problem: Problem, counts: Sequence[tuple[int, int]], names: Se
 
 
 def of_names(problem: Problem, names: Sequence[str]) -> list[str]:
-    """Which classes or labels look like one, or like none."""
+    """Which classes or labels look like one, or like none; and whether tags of entities lack that of other words."""
     known = Counter(map(_look, names))
     alike = sorted((name for name in names if known[_look(name)] > 1), key=_look)
     found = []
@@ -112,6 +112,12 @@ def of_names(problem: Problem, names: Sequence[str]) -> list[str]:
         found.append(
             f"These {problem.labels} are what programs write where a value is missing: {_some(absent)}. They are "
             "trained as others; if they mean no label, remove their rows."
+        )
+    of_entities = all(map(str.isdecimal, names)) or any(name.startswith(("B-", "I-")) for name in names)
+    if problem is TAGGING and of_entities and OUTSIDE not in names:
+        found.append(
+            f"No tag is {OUTSIDE!r}, so word F1 and entity F1 count words outside all entities as entities too. If "
+            f"there are such words, write their tag as {OUTSIDE}; for numbers, write the names."
         )
     return found
 
@@ -133,7 +139,7 @@ def of_cut_texts(cut: int, texts: int, lost: int, max_length: int, model_reads: 
     """
     if not cut:
         return []
-    left_out = f", and {lost:,} of them dropped, because no token to train on was left" if lost else ""
+    left_out = f", and {lost:,} dropped, because no token to train on was left" if lost else ""
     remedy = ""
     if model_reads is not None and model_reads > max_length:
         remedy = f" The model can read {model_reads:,} tokens: raise --max-length."

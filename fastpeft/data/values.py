@@ -47,11 +47,14 @@ def refuse_empty(*texts: str) -> None:
 
 def as_words(value: Any, column: str, at: RowRef) -> list[str]:
     """A list of words, none of them empty."""
-    if not isinstance(value, list) or not value or not all(isinstance(word, str) and word.strip() for word in value):
-        raise FastpeftError(
-            f"{at} has {value!r} in column {column!r}, which must be a list of words, none of them empty, as jsonl "
-            "and parquet files can hold. Correct it or name another column with --text-column."
-        )
+    words = value if isinstance(value, list) and value else [None]
+    for number, word in enumerate(words, 1):
+        if not isinstance(word, str) or not word.strip():
+            what = f"{word!r} as word {number}" if words is value else reprlib.repr(value)
+            raise FastpeftError(
+                f"{at} has {what} in column {column!r}, which must be a list of words, none of them empty, as jsonl "
+                "and parquet files can hold. Correct it or name another column with --text-column."
+            )
     return value
 
 
@@ -80,6 +83,11 @@ def as_labels(value: Any, column: str, names: Mapping[int, str] | None, at: RowR
         raise FastpeftError(
             f"{at} has no value for its labels in column {column!r}. Write an empty list, or in csv and tsv files an "
             "empty text, where no label applies; or leave the row out."
+        )
+    if isinstance(value, list) and any(isinstance(label, (list, dict)) for label in value):
+        raise FastpeftError(
+            f"{at} has {reprlib.repr(value)} in column {column!r}, but a label is one word or whole number. Write "
+            "those; or, where these are spans of the text, a list of its words and a list of one tag for each."
         )
     labels = [as_class(label, column, names, at) for label in (value if isinstance(value, list) else [value])]
     for label in labels:

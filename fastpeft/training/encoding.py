@@ -29,10 +29,11 @@ def encode_counted(
 ) -> tuple[list[TokenRow], int]:
     """Examples as rows that are learned or measured, as `encode` makes them, and how many texts were cut.
 
-    Of masked words, rows without a word are left out. Next words are encoded by `next_words.encode_counted`.
+    Of masked words and tags, rows without a word that has a token are left out: their loss would be the mean of
+    nothing. Next words are encoded by `next_words.encode_counted`.
 
     Raises:
-        FastpeftError: no row has a word that could be hidden, or a token to learn.
+        FastpeftError: no row has a word that could be hidden or has a tag, or a token to learn.
     """
     if prompt is None and problem is NEXT_WORDS:
         return next_words.encode_counted(tokenizer, examples.texts, max_length)
@@ -88,10 +89,11 @@ def encode(
 
 
 def _worth_learning(rows: list[TokenRow], max_length: int, problem: Problem) -> list[TokenRow]:
-    """Of masked words the rows that have a word to hide; else all."""
-    if problem is not MASKED_WORDS:
-        return rows
-    rows = [row for row in rows if 0 in row["special_tokens_mask"]]
+    """Of masked words the rows that have a word to hide, of tags those with a word that has a token; else all."""
+    if problem is MASKED_WORDS:
+        rows = [row for row in rows if 0 in row["special_tokens_mask"]]
+    elif problem.per_token:
+        rows = [row for row in rows if {*row["labels"]} != {UNLABELLED}]
     if not rows:
         raise FastpeftError(
             f"no text has a word among its first {max_length} tokens. Give longer texts or a larger `max_length`."
@@ -112,7 +114,7 @@ def warn_of_texts(examples: Examples, rows: Sequence[TokenRow], max_length: int,
     if read < words:
         logger.warning(
             "%d of %d words have no token within the maximum length of %d and are left out; a larger `max_length` (up "
-            "to the model's) or shorter rows keep them",
+            "to the model's) or shorter rows keep them, but for those of signs that the tokenizer drops",
             words - read,
             words,
             max_length,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastpeft.data.problems import MULTI_LABEL, TITLES, get_problem, title_of
+from fastpeft.data.problems import MULTI_LABEL, TAGGING, TITLES, get_problem, title_of
 
 _MOST_ROWS, _WORST = 10, 5  # classes that are all shown, and how many are of more
 SIMULATED = "simulated"  # as `metrics.json` calls where a peak comes from
@@ -48,8 +48,10 @@ def threshold_in_words(metrics: Mapping[str, Any]) -> str | None:
 
 def answers_in_words(metrics: Mapping[str, Any]) -> str | None:
     """How answers follow from the model's outputs, for a card; None where the most likely class is the answer."""
-    threshold = threshold_in_words(metrics)
-    if get_problem(metrics["problem_type"]) is MULTI_LABEL:
+    threshold, problem = threshold_in_words(metrics), get_problem(metrics["problem_type"])
+    if problem is TAGGING:
+        return 'a word has the tag of its first token, as a pipeline says it with aggregation_strategy="first"'
+    if problem is MULTI_LABEL:
         return f"every label whose probability, the sigmoid of its logit, is above {threshold or '0.5'}"
     if threshold is None:
         return None

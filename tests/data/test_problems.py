@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from samples import (
     write_jsonl,
 )
 from scipy.stats import pearsonr, spearmanr
-from transformers import TrainerCallback
+from tokenizers import normalizers
+from transformers import AutoTokenizer, TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.comparison.report.output import headline
@@ -177,6 +179,28 @@ def test_words_that_are_cut_off_are_told_of(
     assert "words have no token" not in caplog.text
 
 
+def test_a_row_of_words_without_a_token_is_left_out(
+    config: TrainConfig, checkpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alone in a batch its loss would be the mean of nothing."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("@", "")
+    tokenizer.save_pretrained(model)
+    empty = {"tokens": ["@", "@"], "ner_tags": ["O", "O"]}
+    (tmp_path / "rows").mkdir()
+    for name, rows in (("train", [*tagged(5), empty]), ("dev", [*tagged(9)[5:], empty])):
+        write_jsonl(tmp_path / "rows" / f"{name}.jsonl", rows)
+    config = replace(config, model=str(model), data=str(tmp_path / "rows"), batch_size=1, max_steps=6)
+    result = train(replace(config, method="full"))
+    assert (result.metrics["train_rows"], result.metrics["dev_rows"]) == (5, 4)
+    assert any("2 of " in each and "or none at all" in each for each in result.metrics["warnings"])
+    assert "but for those of signs that the tokenizer drops" in caplog.text
+    assert "tag of its first token" in (result.folder / "README.md").read_text()
+    with pytest.raises(FastpeftError, match="no text has a word"):
+        evaluate(result.folder, write_jsonl(tmp_path / "empty.jsonl", [empty]))
+
+
 @pytest.mark.parametrize("prompt", [None, "{text} it is <mask>"])
 def test_texts_that_are_cut_or_empty_are_told_of(
     config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, prompt: str | None
@@ -242,6 +266,8 @@ def test_metrics_of_tags_leave_out_what_is_outside() -> None:
         ("B-a I-a L-a U-a", {(0, 2, "a"), (3, 3, "a")}),
         ("B-a M-a E-a W-a", {(0, 2, "a"), (3, 3, "a")}),
         ("a-b a-b O c", {(0, 1, "a-b"), (3, 3, "c")}),
+        ("B I I O B B I", {(0, 2, ""), (4, 4, ""), (5, 6, "")}),
+        ("S B E I BE BE", {(0, 0, ""), (1, 2, ""), (3, 3, ""), (4, 5, "BE")}),
         ("O O", set()),
     ],
 )

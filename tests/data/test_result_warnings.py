@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.data.problems import CLASSIFICATION, REGRESSION, TAGGING
-from fastpeft.data.result_warnings import of_dev_rows, of_training_loss, seen_rows
+from fastpeft.data.result_warnings import of_dev_rows, of_names, of_training_loss, seen_rows
 from fastpeft.data.splitting import digest
 from fastpeft.training.evaluation import evaluate
 
@@ -276,6 +276,14 @@ def test_a_tag_that_only_dev_rows_have_is_told_and_missed(config: TrainConfig, t
         text == "No training row has these tags, so the model cannot learn them: 'B-new'."
         for text in metrics["warnings"]
     )
+
+
+def test_tags_of_entities_without_one_for_other_words_are_told() -> None:
+    for names in (["0", "1", "2"], ["B-a", "I-a", "o"]):
+        (told,) = of_names(TAGGING, names)
+        assert told.startswith("No tag is 'O', so word F1 and entity F1 count words outside all entities")
+    for problem, names in ((TAGGING, ["B-a", "O"]), (TAGGING, ["NN", "VB"]), (CLASSIFICATION, ["0", "1"])):
+        assert of_names(problem, names) == []
 
 
 def test_tags_have_a_most_frequent_one_and_numbers_have_none(config: TrainConfig, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good = {"tokens": ["a", "b"], "ner_tags": ["O", "X"]}
     write_jsonl(place / "short-tags.jsonl", [good, {"tokens": ["a", "b"], "ner_tags": ["O"]}])
     write_jsonl(place / "no-word.jsonl", [{"tokens": ["a", " "], "ner_tags": ["O", "X"]}])
+    write_jsonl(place / "spans.jsonl", [{"text": "a b", "label": [[0, 1, "X"]]}])
     write_jsonl(place / "no-tag.jsonl", [{"tokens": ["a", "b"], "ner_tags": ["O", None]}])
     (place / "broken-set").mkdir()
     (place / "broken-set" / "dataset_dict.json").write_text("{")
@@ -232,7 +233,8 @@ CASES = [
     (["--problem-type", "regression"], ["row 1 of good.csv has 'negative'", "must be a number"]),
     (["--problem-type", "token_classification"], ["row 1 of good.csv", "must be a list of words", "jsonl and parquet"]),
     (["--data", "short-tags.jsonl"], ["row 2 of short-tags.jsonl has a list of 1", "each of the 2 words"]),
-    (["--data", "no-word.jsonl"], ["row 1 of no-word.jsonl", "none of them empty"]),
+    (["--data", "no-word.jsonl"], ["row 1 of no-word.jsonl has ' ' as word 2", "none of them empty"]),
+    (["--data", "spans.jsonl"], ["row 1 of spans.jsonl has [[0, 1, 'X']] in column 'label'", "a list of its words"]),
     (["--data", "no-tag.jsonl"], ["row 1 of no-tag.jsonl has None as the tag of word 2 in column 'ner_tags'"]),
     # the best checkpoint
     (["--patience", "2"], ["--patience is 2", "no metric", "leave --patience out"]),
