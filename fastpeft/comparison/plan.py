@@ -83,13 +83,19 @@ class CompareConfig:
     common: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "common", copy.deepcopy(self.common))  # the caller may change it
+        if isinstance(self.output, Path):
+            object.__setattr__(self, "output", str(self.output))
         if not isinstance(self.output, str) or not self.output:
             raise FastpeftError(f"`output` is {self.output!r}; it must be the name of a folder.")
         for name in ("methods", "prompts"):
             given = getattr(self, name)
-            if isinstance(given, str) or not all(isinstance(item, str) and item for item in given):
+            listed = isinstance(given, Sequence) and not isinstance(given, str)
+            if not (listed and all(isinstance(item, str) and item for item in given)):
                 raise FastpeftError(f"{name} are {given!r}; they must be a list of texts that are not empty.")
+        if not isinstance(self.common, Mapping):
+            raise FastpeftError(f"common is {self.common!r}; it must be a dictionary of options and values.")
+        for name in ("methods", "prompts", "common"):
+            object.__setattr__(self, name, copy.deepcopy(getattr(self, name)))  # the caller may change it
         if self.protocol not in (None, *PROTOCOLS):
             close = did_you_mean(str(self.protocol), PROTOCOLS)
             raise FastpeftError(f"`protocol` is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}.{close}")

@@ -90,6 +90,10 @@ class Comparison:
         self, config: CompareConfig, command: str | None = None, jobs: int | None = None, executor: str = "local"
     ) -> None:
         refuse_several("a comparison")
+        if not isinstance(config, CompareConfig):
+            raise FastpeftError(
+                f"`config` is a {type(config).__name__}; it must be a CompareConfig. Make one by CompareConfig(...)."
+            )
         self.plan = Plan.make(config, command or f"fastpeft.compare({config})")
         self.executor = executors.make(executor, jobs, len(self.plan.wanted))
         data = _check(self.plan, "--prompts " if config.suite or config.prompts else "prompt=")

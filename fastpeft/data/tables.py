@@ -193,7 +193,7 @@ def _read_rows(file: Path, readers: Mapping[str, Reader]) -> list[Record]:
     return rows
 
 
-def read_apart(file: str, kind: str | None = None) -> tuple[str, str, list[Numbered]]:
+def read_apart(file: str | Path, kind: str | None = None) -> tuple[str, str, list[Numbered]]:
     """The rows of a file, each by itself: of one that cannot be read there is the error, and the others are read.
 
     Args:

@@ -60,7 +60,7 @@ def window_attention(
         Accumulates in float32 (float64 for float64). Differentiable in q, c and p. Saved for backward: the operands,
         the output and a log-sum-exp for each query; neither the T x k T scores nor what is dropped, which backward
         makes again. The dropped elements are a function of (seed, block, slot, position) alone. Where derivatives are
-        taken forward or by `torch.func`, plain PyTorch computes, without dropout.
+        taken forward or by `torch.func`, plain PyTorch computes, and a dropout above 0 is refused.
 
     Example:
         >>> q, c, p = torch.randn(2, 1, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(3, 8)
@@ -85,7 +85,9 @@ def window_attention(
             f"window_attention: slots {list(slots)} of {p.shape[0]}; allowed are different slots of at most "
             f"{MAX_WINDOW}, from 0 and in ascending order."
         )
-    is_seed = _is_seed_on(seed, q.device) if isinstance(seed, Tensor) else 0 <= seed < 2**63
+    is_seed = (
+        _is_seed_on(seed, q.device) if isinstance(seed, Tensor) else not isinstance(seed, float) and 0 <= seed < 2**63
+    )
     if not 0 <= dropout < 1 or not is_seed or not 0 <= block < 2**28:
         raise FastpeftError(
             f"window_attention: dropout is {dropout}, seed {seed} and block {block}; allowed are 0 <= dropout < 1, "

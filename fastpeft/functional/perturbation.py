@@ -84,8 +84,8 @@ def mezo_perturb(
 ) -> Tensor:
     """A perturbed copy of one parameter, which itself stays as it is.
 
-    Args and Raises are those of `mezo_perturb_`. The copy has the parameter's shape, dtype and, where they are dense,
-    strides; no gradient flows through it.
+    Args and Raises are those of `mezo_perturb_`; seeds and scales are numbers, not tensors. The copy has the
+    parameter's shape, dtype and, where they are dense, strides. No gradient flows through it.
 
     Example:
         >>> weight = torch.zeros(2, 3)
@@ -118,8 +118,10 @@ def _check_perturbation(
                 "bfloat16, float32 and float64. Leave quantised and integer tensors out of the trained parameters."
             )
     for integer in (*offsets, *seeds):
-        if not 0 <= integer < 2**63:
-            raise FastpeftError(f"mezo_perturb: an offset or seed is {integer}; allowed are 0 to 2^63 - 1.")
+        if isinstance(integer, (float, Tensor)) or not 0 <= integer < 2**63:
+            raise FastpeftError(
+                f"mezo_perturb: an offset or seed is {integer!r}; allowed are whole numbers of Python, 0 to 2^63 - 1."
+            )
     for number in (*scales, decay):
         if not abs(number) <= torch.finfo(torch.float32).max:  # NaN fails this too
             raise FastpeftError(

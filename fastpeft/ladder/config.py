@@ -155,10 +155,10 @@ class LadderConfig(PretrainedConfig):
         self.layer_drop = layer_drop
         self.share_projections = share_projections
         self.output_mix = output_mix
-        self.feature_modules = [feature_modules] if isinstance(feature_modules, str) else feature_modules
-        self.feature_sizes = list(feature_sizes) if isinstance(feature_sizes, Sequence) else feature_sizes
+        self.feature_modules = [feature_modules] if isinstance(feature_modules, str) else copied(feature_modules)
+        self.feature_sizes = copied(feature_sizes)
         self.causal = causal
-        self.context = list(context) if isinstance(context, Sequence) else context
+        self.context = copied(context)
         self.train_adapters = train_adapters
         self.backbone_dtype = backbone_dtype
         self.pack_weights = pack_weights
@@ -192,8 +192,12 @@ class LadderConfig(PretrainedConfig):
                 "features. Give an odd number from 1, such as 9."
             )
         for name, value in (("feature_dropout", self.dropout), ("layer_drop", self.layer_drop)):
-            if not 0 <= value < 1:
+            if not (isinstance(value, (int, float)) and 0 <= value < 1):
                 raise FastpeftError(f"{name}={value!r}; give a probability from 0 to below 1.")
+        for name in ("share_projections", "train_adapters", "pack_weights", "normalise_features", "causal"):
+            value, decided = getattr(self, name), name in ("normalise_features", "causal")
+            if not (isinstance(value, bool) or (value is None and decided)):
+                raise FastpeftError(f"{name}={value!r}; allowed are True and False{', or None' if decided else ''}.")
         for name, values in (("fusion", get_args(Fusion)), ("init", get_args(Init))):
             if getattr(self, name) not in values:
                 raise FastpeftError(f"{name}={getattr(self, name)!r}; allowed are {' and '.join(map(repr, values))}.")
@@ -219,8 +223,18 @@ class LadderConfig(PretrainedConfig):
         tokens = self.context
         if tokens is not None and not (isinstance(tokens, list) and tokens and all(type(n) is int for n in tokens)):
             raise FastpeftError(f"context={tokens!r}; give a list of token ids, at least one, or None.")
-        if self.feature_modules is not None and not self.feature_modules:
-            raise FastpeftError("feature_modules is empty; name the backbone's layers, or give None to find them.")
+        names = self.feature_modules
+        if names is not None and not (
+            isinstance(names, list) and names and all(isinstance(each, str) for each in names)
+        ):
+            raise FastpeftError(
+                f"feature_modules={names!r}; give a list with the names of the backbone's layers, or None to find them."
+            )
+
+
+def copied(given: Any) -> Any:
+    """A sequence as a list of its own, as files hold it; anything else as it is."""
+    return list(given) if isinstance(given, Sequence) else given
 
 
 def _refuse_misspelt(names: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -495,6 +495,14 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             >>> model.compile_backbone(mode="max-autotune-no-cudagraphs")  # doctest: +SKIP
         """
         compile_layers(self.backbone, options)
+
+    @overload
+    def cache_features(self, folder: None, dtype: str = ..., max_bytes: int | None = ...) -> None: ...
+
+    @overload
+    def cache_features(
+        self, folder: str | os.PathLike[str], dtype: str = ..., max_bytes: int | None = ...
+    ) -> FeatureCache: ...
 
     def cache_features(
         self, folder: str | os.PathLike[str] | None, dtype: str = FEATURE_DTYPES[0], max_bytes: int | None = None

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -391,6 +391,14 @@ class LadderPool:
                     trainer.model.eval()
         return {name: trainer.losses for name, trainer in trainers.items()}
 
+    @overload
+    def cache_features(self, folder: None, dtype: str = ..., max_bytes: int | None = ...) -> None: ...
+
+    @overload
+    def cache_features(
+        self, folder: str | os.PathLike[str], dtype: str = ..., max_bytes: int | None = ...
+    ) -> FeatureCache: ...
+
     def cache_features(
         self, folder: str | os.PathLike[str] | None, dtype: str = FEATURE_DTYPES[0], max_bytes: int | None = None
     ) -> FeatureCache | None:
@@ -426,7 +434,7 @@ class LadderPool:
     def _check_rows(self, batch: Batch, tasks: Sequence[str]) -> dict[str, Tensor]:
         """The batch of a call on the backbone's device."""
         batch = self._check_batch(batch)
-        if not tasks:
+        if len(tasks) == 0:  # of an array `not` tells nothing
             raise FastpeftError("no tasks are given. Give a batch of one row or more, and the task of each.")
         if len(tasks) != len(source_of(batch)):
             raise FastpeftError(

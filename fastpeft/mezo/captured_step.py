@@ -34,7 +34,7 @@ class CapturedStep:
         projected_grad: g of the last step, likewise; see `MeZO`.
 
     Raises:
-        FastpeftError: the optimizer is another.
+        FastpeftError: the optimizer is another, or its settings are.
 
     Notes:
         Weights and `projected_grad` have the bits that `optimizer.step` gives them. The seeds of the noise and the
@@ -173,6 +173,10 @@ class CapturedStep:
 
 def _check(optimizer: MeZO) -> None:
     """Raise `FastpeftError` where a step of `optimizer` asks for numbers while it runs, as one with a journal does."""
+    if not isinstance(optimizer, MeZO):
+        raise FastpeftError(
+            f"CapturedStep takes a MeZO, and the optimizer is a {type(optimizer).__name__}. Give a MeZO."
+        )
     params = optimizer.weights.params()
     if (
         (optimizer.estimator.kind, optimizer.restore, optimizer.on_nonfinite) != ("spsa", "in_place", "skip")

@@ -52,12 +52,13 @@ class Journal:
         self._flushed = -math.inf  # when, by the monotonic clock
 
     @classmethod
-    def create(cls, path: Path, header: dict[str, Any]) -> Journal:
+    def create(cls, path: str | Path, header: dict[str, Any]) -> Journal:
         """Begin a journal.
 
         Raises:
             FastpeftError: there is a file at `path`, or it cannot be written.
         """
+        path = Path(path)
         if path.exists():
             raise FastpeftError(f"{path} exists. Resume that run, or move its journal away.")
         content = pack_header(header)
@@ -68,13 +69,14 @@ class Journal:
         return cls(path, header, len(content))
 
     @classmethod
-    def open(cls, path: Path) -> Journal:
+    def open(cls, path: str | Path) -> Journal:
         """Read a journal. Bytes at its end that are no whole record are left out: `torn` counts them.
 
         Raises:
             FastpeftError: there is no journal, or its noise was drawn otherwise than by this version, or a damaged
                 record is followed by a whole one.
         """
+        path = Path(path)
         try:
             content = path.read_bytes()
         except OSError as error:

@@ -100,10 +100,11 @@ class MeZO(torch.optim.Optimizer):
             sharded in their first dimension.
 
     Notes:
-        The noise of a step is `fastpeft.ops.noise` at `step_seed(seed, steps_done)`: flat indices follow the parameter
-        groups, each tensor in C order, so a run repeats to the bit on any device. In half precision each pass rounds
-        the weights to storage. `state_dict` and the weights are all that a resumed run needs to continue to the bit. A
-        journal (`record`, `resume`) and the weights before it are all that is needed to make the later weights again.
+        The noise of direction i of a step is `fastpeft.ops.noise` at `step_seed(seed, steps_done * num_estimates + i)`:
+        flat indices follow the parameter groups, each tensor in C order, so a run repeats to the bit on any device. In
+        half precision each pass rounds the weights to storage. `state_dict` and the weights are all that a resumed run
+        needs to continue to the bit. A journal (`record`, `resume`) and the weights before it are all that is needed to
+        make the later weights again.
         A signal whose handler raises, such as Ctrl-C, waits for the end of a pass over the weights. After `settle()`
         they are those before the step or after it, as `steps_done` and the journal say.
         Several processes exchange one float64 a loss and nothing else; the seed is that of the first process. They see
@@ -139,7 +140,7 @@ class MeZO(torch.optim.Optimizer):
         model: nn.Module | None = None,
         process_group: Any = None,
     ) -> None:
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        if type(seed) is not int or not 0 <= seed < 2**63:
             raise FastpeftError(f"MeZO: seed is {seed!r}; allowed are whole numbers from 0 to 2^63 - 1.")
         given = {"noise": noise, "on_nonfinite": on_nonfinite, "restore": restore, "rounding": rounding}
         for name, value in given.items():
@@ -166,7 +167,7 @@ class MeZO(torch.optim.Optimizer):
         # beside what the class's text names, `CapturedStep` reads ranks, weights and draw_seeds()
         self.ranks = Ranks(process_group)
         self.seed = self.ranks.gather(seed)[0]
-        self.max_projected_grad = max_projected_grad
+        self.max_projected_grad = None if max_projected_grad is None else float(max_projected_grad)
         self.on_nonfinite = on_nonfinite
         self.defer = defer
         self.steps_done = 0

@@ -20,7 +20,8 @@ from fastpeft.ops import (  # noqa: F401  (each declares its ops)
     siva_linear_mixed,
     window_attention,
 )
-from fastpeft.ops.define import OPS, decompositions  # noqa: F401
+from fastpeft.ops.define import OPS
+from fastpeft.ops.define import decompositions as decompositions
 
 reference = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
 aten = SimpleNamespace(**{name: op.aten for name, op in OPS.items() if op.aten is not None})

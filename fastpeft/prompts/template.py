@@ -246,7 +246,7 @@ class Prompt:
         self._check_rows(texts, labels)
         if labels is not None and self.head == "label_words":
             labels = list(map(int, labels))  # whatever kind of number
-        limit = max_length or tokenizer.model_max_length
+        limit = tokenizer.model_max_length if max_length is None else max_length
         filled = [self._fill(tokenizer, text) for text in texts]
         if not filled:
             return []
@@ -341,7 +341,8 @@ class Prompt:
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the prompt to `prompt.json` in `folder`."""
+        """Write the prompt to `prompt.json` in `folder`, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         files.write_json(Path(folder) / PROMPT_FILE, self.values())
 
     @classmethod

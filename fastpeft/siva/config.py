@@ -114,8 +114,8 @@ class SivaConfig(PeftConfig):
 
     Raises:
         FastpeftError: r below 1, an unknown residual, residual_dtype or bias, d or residual_dtype with
-            `residual="implicit"`, d with residual_dtype, nf4 without bitsandbytes, layers_to_transform without names
-            or layers_pattern without layers_to_transform.
+            `residual="implicit"`, d with residual_dtype, nf4 without bitsandbytes, layers_to_transform with a
+            regular expression or layers_pattern without layers_to_transform.
 
     Example:
         >>> import fastpeft, peft
@@ -160,8 +160,12 @@ class SivaConfig(PeftConfig):
             if type(rank) is not int or rank < 1:
                 raise FastpeftError(f"{name}={rank!r}; a rank is a whole number from 1.")
         layers = self.layers_to_transform
-        if not (layers is None or isinstance(layers, int) or all(isinstance(each, int) for each in layers)):
-            raise FastpeftError(f"layers_to_transform={layers!r}; give the number of a block, or a list of numbers.")
+        if layers is not None and type(layers) is not int:
+            if not (isinstance(layers, Collection) and all(type(i) is int for i in layers)):
+                raise FastpeftError(
+                    f"layers_to_transform={layers!r}; give the number of a block, or a list of numbers."
+                )
+            self.layers_to_transform = [*layers]  # a file holds a list, and no range
         self._check_layers()
         self._check_further()
         check_residual(self.residual, self.d, self.residual_dtype)
@@ -169,8 +173,11 @@ class SivaConfig(PeftConfig):
             raise FastpeftError(f"quant_iterations={self.quant_iterations!r}; give a whole number from 0.")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))  # as PEFT's own configurations keep them
+            if value is None or isinstance(value, str):
+                continue
+            if not (isinstance(value, Collection) and all(isinstance(each, str) for each in value)):
+                raise FastpeftError(f"{name}={value!r}; give a list of names, or one regular expression.")
+            setattr(self, name, set(value))  # as PEFT's own configurations keep them
 
     def _check_layers(self) -> None:
         """Refuse, as LoRA does, a choice of blocks that PEFT would ignore silently."""

@@ -39,9 +39,9 @@ class SivaLinear(LoadableLinear):
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D`. It is taken over: its weight changes in place.
         adapter_name: Name of the first adapter.
-        r: Number of singular triplets that train.
-        config: What else of `SivaConfig` concerns one layer: d, residual, residual_dtype, quant_iterations,
-            init_weights (`"saved"` leaves the factors to `load_state_dict`) and pack_weights.
+        r: Number of singular triplets that train. None: that of `config`.
+        config: What of `SivaConfig` concerns one layer: r, d, residual, residual_dtype, quant_iterations, init_weights
+            (`"saved"` leaves the factors to `load_state_dict`) and pack_weights. None: the defaults of `SivaConfig`.
         step: How far each triplet's part of the weight moves, in the spectral norm and as a share of the weight's, when
             an optimizer moves every trained entry by 1, see `fastpeft.siva.change.scales`. None: in proportion to the
             triplet's singular value.
@@ -49,7 +49,7 @@ class SivaLinear(LoadableLinear):
         settings: Fields of `SivaConfig`, in place of `config`.
 
     Raises:
-        FastpeftError: The weight cannot be decomposed so.
+        FastpeftError: The weight cannot be decomposed so, or `config` and `settings` are both given.
 
     Notes:
         Several active adapters add their changes: `W0 + sum_i (U_i diag(s_i) V_i - U0_i diag(s_i) V0_i)`.
@@ -67,23 +67,30 @@ class SivaLinear(LoadableLinear):
         self,
         base_layer: nn.Module,
         adapter_name: str = "default",
-        r: int = 4,
+        r: int | None = None,
         config: SivaConfig | None = None,
         *,
         step: float | None = None,
         name: str = "the layer",
         **settings: Any,
     ) -> None:
+        if config is not None and settings:
+            raise FastpeftError(
+                f"{name} got a config and {', '.join(settings)} beside it. Write these into the config."
+            )
         config = SivaConfig(**settings) if config is None else config
         super().__init__(base_layer, name, config.pack_weights)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, config, step)
+        self.update_layer(adapter_name, config.r if r is None else r, config, step)
 
     @classmethod
     def from_linear(
         cls, linear: nn.Module, r: int = 4, d: int | None = None, residual: Residual = "frozen", **arguments: Any
     ) -> SivaLinear:
-        """Take over `linear` (which is changed in place) and make its top-r singular triplets trainable."""
+        """Take over `linear` (which is changed in place) and make its top-r singular triplets trainable.
+
+        The arguments are those of the class, but for `config`, whose fields are given by their names.
+        """
         return cls(linear, r=r, d=d, residual=residual, **arguments)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

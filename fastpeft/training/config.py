@@ -42,6 +42,7 @@ _AS_FILE = {
     "data": " Write the rows to a csv, jsonl or parquet file and give its path.",
     "model": " Save it and its tokenizer by save_pretrained and give the folder.",
 }
+_JOINED = ("targets", "text_column", "label_column", "label_words")  # whose values may be several, joined by commas
 _SHORT = 40  # characters of what is shown as it is, as a number of numpy
 
 
@@ -51,6 +52,15 @@ def _in_short(value: Any) -> str:
         return reprlib.repr(value)
     shown = repr(value)
     return shown if isinstance(value, str) or len(shown) <= _SHORT else f"a {type(value).__name__}"
+
+
+def _advice(known: Option, value: Any) -> str:
+    """What to do with a value of another type than a text, after a space; nothing where that is not known."""
+    if known.kind in (int, float, bool) and hasattr(value, "item"):  # of numpy or PyTorch
+        return " Give its item(), a value of Python."
+    if known.name in _JOINED and isinstance(value, (list, tuple)) and all(map(is_text, value)):
+        return f" Join them by commas: {','.join(value)!r}."
+    return _AS_FILE.get(known.name, "")
 
 
 class Option(NamedTuple):
@@ -351,7 +361,7 @@ class TrainConfig:
             value = getattr(self, known.name)
             value = str(value) if isinstance(value, Path) else value
             if not known.takes(value):
-                advice = did_you_mean(value, known.choices) if isinstance(value, str) else _AS_FILE.get(known.name, "")
+                advice = did_you_mean(value, known.choices) if isinstance(value, str) else _advice(known, value)
                 raise FastpeftError(f"`{known.name}` is {_in_short(value)}; it must be {known.allowed}.{advice}")
             value = copy.deepcopy(value)  # of dictionaries, which the caller may change
             object.__setattr__(self, known.name, known.stored.get(value, value) if known.stored else value)
@@ -457,6 +467,15 @@ class TrainConfig:
         folders = [known.name for known in options() if known.folder and given[known.name] is not None]
         paths = {name: str(path_of(given[name]).resolve()) for name in folders}
         return {**given, **paths, "model": _anchored(self.model), "data": _anchored(self.data)}
+
+
+def check_config(config: Any) -> None:
+    """Raise `FastpeftError` unless it is a `TrainConfig`."""
+    if not isinstance(config, TrainConfig):
+        raise FastpeftError(
+            f"`config` is a {type(config).__name__}; it must be a TrainConfig. Make one by TrainConfig(...), of a "
+            "dictionary by TrainConfig.from_values, or of a file by TrainConfig.from_file."
+        )
 
 
 @cache

@@ -31,7 +31,7 @@ from fastpeft.training.arguments import (
     training_arguments,
 )
 from fastpeft.training.callbacks import CURVE_POINTS, Clock
-from fastpeft.training.config import TrainConfig
+from fastpeft.training.config import TrainConfig, check_config
 from fastpeft.training.memory import (
     MEBIBYTE,
     BlockwiseAdamW,
@@ -131,6 +131,7 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
     Example:
         >>> plan(TrainConfig(output="runs/siva", method="siva")).steps  # doctest: +SKIP
     """
+    check_config(config)
     begin = time.perf_counter()
     task = Task.load(config)
     arguments = training_arguments(task, config.output)

@@ -87,7 +87,7 @@ class Predictions:
         self,
         folder: str | Path,
         texts: Sequence[Any] = (),
-        file: str | None = None,
+        file: str | Path | None = None,
         *,
         kind: str | None = None,
         text_column: str | None = None,

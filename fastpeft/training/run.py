@@ -32,7 +32,7 @@ from fastpeft.support.nonfinite import is_finite
 from fastpeft.support.processes import Ranks, noticing_lost_processes
 from fastpeft.support.processor import has_bfloat16
 from fastpeft.training.arguments import recipe_used, refusing, training_arguments
-from fastpeft.training.config import TrainConfig
+from fastpeft.training.config import TrainConfig, check_config
 from fastpeft.training.lineage import check_output, earlier_run
 from fastpeft.training.outcome import Beginning, finish, of_classes, save_model
 from fastpeft.training.run_folder import TIMINGS, RunFolder, check_whole, model_fingerprint
@@ -90,11 +90,7 @@ def train(
         >>> result = train(TrainConfig(output="runs/lora", method="lora"))  # doctest: +SKIP
         >>> result.metrics["accuracy"]  # doctest: +SKIP
     """
-    if not isinstance(config, TrainConfig):
-        raise FastpeftError(
-            f"`config` is a {type(config).__name__}; it must be a TrainConfig. Make one by TrainConfig(...), of a "
-            "dictionary by TrainConfig.from_values, or of a file by TrainConfig.from_file."
-        )
+    check_config(config)
     if isinstance(callbacks, TrainerCallback | type):
         raise FastpeftError("callbacks is one callback. Give a list of them.")
     folder = RunFolder(config.output)

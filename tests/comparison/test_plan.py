@@ -230,6 +230,9 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
             "also from those on which learning rates for lst are compared. Give lst a learning_rate, or "
             "'mezo:learning_rate=1e-6' none.",
         ),
+        ({"methods": iter(["siva"])}, "they must be a list of texts that are not empty"),
+        ({"prompts": None}, "prompts are None; they must be a list"),
+        ({"common": None}, "common is None; it must be a dictionary"),
         ({"protocol": "fast"}, "protocol is 'fast'; it must be one of quick, full"),
         ({"suite": "table9"}, "unknown suite 'table9'; allowed are table1, table2, figure5"),
         ({"suite": "table1", "prompts": ["none", "sst2"]}, "table1 has rows with a prompt and rows without"),
@@ -240,6 +243,13 @@ def test_what_cannot_be_compared(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(FastpeftError) as raised:
         CompareConfig(**{"output": "out", "methods": ["siva"], **changes})
     assert message in str(raised.value)
+
+
+def test_a_folder_may_be_a_path_and_lists_are_its_own() -> None:
+    methods = ["siva"]
+    config = CompareConfig(output=Path("out"), methods=methods)  # type: ignore[arg-type]
+    methods.append("nothing")
+    assert config == CompareConfig(output="out", methods=["siva"])
 
 
 @pytest.mark.parametrize(("letter", "count"), [("x", 141), ("я", 70), ("字", 47)])

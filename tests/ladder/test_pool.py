@@ -7,6 +7,7 @@ import pickle
 import threading
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -241,7 +242,7 @@ def test_what_a_pool_refuses(tmp_path: Path) -> None:
     assert pool.tasks == ("a", "first")
     for message, (batch, tasks) in {
         "no task 'b'; its tasks are 'a', 'first'": (BATCH, ["a", "b", "a"]),
-        "3 rows, but 2 tasks": (BATCH, ["a", "a"]),
+        "3 rows, but 2 tasks": (BATCH, np.array(["a", "a"])),
         "takes no labels": ({**BATCH, "labels": MASK[:, 0]}, ["a"] * 3),
         "a pool takes input_ids": ({**BATCH, "texts": MASK}, ["a"] * 3),
         "has no entries": ({}, []),

@@ -387,7 +387,12 @@ def test_features_out_of_order_are_refused(kind: type[SideRun]) -> None:
         ({"fusion": "sum"}, "fusion='sum'; allowed are 'cross_attention' and 'gated'"),
         ({"fusion": "gated"}, "fusion='gated' with window_size=9"),
         ({"fusion": "gated", "window_size": 1, "residual": True}, "a gate mixes one feature"),
-        ({"feature_modules": []}, "feature_modules is empty"),
+        ({"feature_dropout": "0.1"}, "feature_dropout='0.1'; give a probability"),
+        ({"layer_drop": None}, "layer_drop=None; give a probability"),
+        ({"share_projections": "no"}, r"share_projections='no'; allowed are True and False\."),
+        ({"causal": "yes"}, "causal='yes'; allowed are True and False, or None"),
+        ({"feature_modules": []}, r"feature_modules=\[\]; give a list with the names"),
+        ({"feature_modules": 3}, "feature_modules=3; give a list with the names"),
         ({"feature_sizes": 16}, "feature_sizes=16; give a list of whole numbers"),
         ({"feature_sizes": [16, 0]}, r"feature_sizes=\[16, 0\]; give a list of whole numbers"),
     ],
@@ -395,6 +400,13 @@ def test_features_out_of_order_are_refused(kind: type[SideRun]) -> None:
 def test_bad_configurations_are_refused(config: dict[str, object], message: str) -> None:
     with pytest.raises(FastpeftError, match=message):
         LadderConfig(**config)
+
+
+def test_a_configuration_keeps_lists_of_its_own() -> None:
+    names = ["0", "2"]
+    config = LadderConfig(feature_modules=names)
+    names.append("4")
+    assert config.feature_modules == ["0", "2"] == LadderConfig(feature_modules=("0", "2")).feature_modules
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,11 @@ def test_what_asks_for_numbers_is_refused(settings: dict[str, Any]) -> None:
         CapturedStep(optimizer, lambda: torch.zeros(()))
 
 
+def test_another_optimizer_is_refused() -> None:
+    with pytest.raises(FastpeftError, match="takes a MeZO, and the optimizer is a SGD"):
+        CapturedStep(torch.optim.SGD(network().parameters()), lambda: torch.zeros(()))  # type: ignore[arg-type]
+
+
 def test_a_journal_that_begins_later_is_refused(tmp_path: Path) -> None:
     """The step writes no records, so a replay of the journal would give other weights."""
     model = network()

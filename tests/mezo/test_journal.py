@@ -375,8 +375,9 @@ def test_what_is_no_journal(tmp_path: Path, content: bytes | None) -> None:
         trained(file)
         content = file.read_bytes().replace(b'"seed": 0', b'"seed": 1')
     file.write_bytes(content)
-    with pytest.raises(FastpeftError, match="is not a journal"):
-        Journal.open(file)
+    for path in (file, str(file)):
+        with pytest.raises(FastpeftError, match="is not a journal"):
+            Journal.open(path)
 
 
 @pytest.mark.parametrize("kind", NAMES)

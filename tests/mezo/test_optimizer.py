@@ -222,11 +222,12 @@ def test_a_resumed_run_continues_to_the_bit() -> None:
 def test_numbers_of_numpy_are_recorded_and_saved(tmp_path: Path) -> None:
     """As a sweep over np.logspace gives them."""
     ours, theirs = network(), network()
-    optimizer = MeZO(ours, np.float32(1e-2), np.float64(1e-3), np.float32(0.5))
+    optimizer = MeZO(ours, np.float32(1e-2), np.float64(1e-3), np.float32(0.5), max_projected_grad=np.float32(1e-3))
     optimizer.record(tmp_path / "run")
-    plain = MeZO(theirs, float(np.float32(1e-2)), 1e-3, 0.5)
+    plain = MeZO(theirs, float(np.float32(1e-2)), 1e-3, 0.5, max_projected_grad=float(np.float32(1e-3)))
     for step in range(2):
         assert optimizer.step(fit(ours, step)) == plain.step(fit(theirs, step))
+        assert type(optimizer.projected_grad) is float
     torch.save(optimizer.state_dict(), tmp_path / "state")
     assert torch.load(tmp_path / "state", weights_only=True) == plain.state_dict()
     again = network()

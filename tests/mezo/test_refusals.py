@@ -38,6 +38,7 @@ from fastpeft.mezo import step_seed
         ({"lr": 0.1, "max_projected_grad": 0.0}, r"max_projected_grad is 0\.0; .* above 0"),
         ({"lr": 0.1, "max_projected_grad": "1"}, "max_projected_grad is '1'; .* above 0"),
         ({"lr": 0.1, "seed": 1.5}, r"seed is 1\.5; allowed are whole numbers"),
+        ({"lr": 0.1, "seed": True}, "seed is True; allowed are whole numbers"),
         ({"lr": None}, "lr is None"),
         ({"lr": 0.1, "eps": "1e-3"}, "eps is '1e-3'"),
         ({"lr": 0.1, "model": 3}, "model is a int"),

@@ -310,8 +310,10 @@ def test_bad_terms_in_tensors_are_refused(seeds: object, scales: object, message
     [
         ({"offsets": [0]}, "one offset per parameter"),
         ({"scales": [0.1, 0.2]}, "one scale per seed"),
-        ({"offsets": [0, -1]}, "is -1; allowed are 0 to"),
-        ({"seeds": [2**63]}, "allowed are 0 to"),
+        ({"offsets": [0, -1]}, "is -1; allowed are whole numbers"),
+        ({"seeds": [2**63]}, "allowed are .* 0 to"),
+        ({"seeds": [1.5]}, r"is 1\.5; allowed are whole numbers"),
+        ({"offsets": torch.tensor([0, 3])}, r"is tensor\(0\); allowed are whole numbers"),
         ({"scales": [math.nan]}, "finite"),
         ({"scales": [1e39]}, "finite float32"),
         ({"decay": math.inf}, "finite"),

@@ -410,6 +410,7 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, Tensor]) -> None:
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"dropout": math.nan}, "dropout is nan"),
         ({"seed": -1}, "seed -1"),
+        ({"seed": 1.5}, r"seed 1\.5"),
         ({"block": 2**28}, "block"),
     ],
 )

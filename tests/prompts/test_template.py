@@ -366,8 +366,9 @@ def test_bad_texts(word_piece: Any) -> None:
     for prompt, text in ((SINGLE, ("a", "b")), (PAIR, "a"), (PAIR, ("a", None)), (SINGLE, None)):
         with pytest.raises(FastpeftError, match=r"takes (one text|a pair of texts) a row"):
             prompt.encode(word_piece, [text])
-    with pytest.raises(FastpeftError, match="which alone takes 6 tokens"):
-        SINGLE.encode(word_piece, ["good"], max_length=5)
+    for limit in (5, 0):
+        with pytest.raises(FastpeftError, match="which alone takes 6 tokens"):
+            SINGLE.encode(word_piece, ["good"], max_length=limit)
     with pytest.raises(FastpeftError, match=r"no room for the template 'very very .{1,9}\.\.\..{1,12}<mask>\.', which"):
         Prompt(f"{'very ' * 99}{{text}} it was <mask>.", SINGLE.label_words).encode(word_piece, ["good"], max_length=9)
 
@@ -388,8 +389,8 @@ def test_tokenizers_that_cannot_fill_a_template() -> None:
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
     for prompt in (SINGLE, PAIR, Prompt("{text}", head="classifier")):
-        prompt.save(tmp_path)
-        assert Prompt.load(tmp_path) == prompt
+        prompt.save(tmp_path / "new" / "folder")
+        assert Prompt.load(tmp_path / "new" / "folder") == prompt
     (tmp_path / "prompt.json").write_text('{"template": "{text}"}')
     with pytest.raises(FastpeftError, match="is no prompt"):
         Prompt.load(tmp_path)

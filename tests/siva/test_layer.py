@@ -381,6 +381,14 @@ def test_an_empty_adapter_beside_another_says_so(residual: str) -> None:
     assert layer(inputs()).equal(expected)
 
 
+def test_the_rank_of_a_configuration_is_taken() -> None:
+    config = SivaConfig(r=3, residual="implicit")
+    assert SivaLinear(nn.Linear(12, 8), config=config).siva_s["default"].shape == (3,)
+    assert SivaLinear(nn.Linear(12, 8), r=2, config=config).siva_s["default"].shape == (2,)
+    with pytest.raises(FastpeftError, match=r"got a config and residual beside it\. Write"):
+        SivaLinear(nn.Linear(12, 8), config=config, residual="frozen")
+
+
 @pytest.mark.parametrize("bad", [nn.Embedding(4, 3), nn.Conv2d(3, 4, 1)])
 def test_other_layers_are_refused(bad: nn.Module) -> None:
     with pytest.raises(FastpeftError, match=r"nn\.Linear and transformers' Conv1D"):

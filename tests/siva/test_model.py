@@ -73,6 +73,9 @@ def test_a_weight_that_was_rounded_in_between_is_not_taken_for_a_merged_one() ->
         ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\]=0"),
         ({"rank_pattern": 3}, "rank_pattern=3; give a dictionary"),
         ({"layers_to_transform": "x"}, "layers_to_transform='x'"),
+        ({"layers_to_transform": 1.5}, r"layers_to_transform=1\.5; give the number of a block"),
+        ({"layers_to_transform": True}, "layers_to_transform=True"),
+        ({"target_modules": 3}, "target_modules=3; give a list of names"),
         ({"residual": "thawed"}, "residual='thawed'; allowed are 'frozen' and 'implicit'"),
         ({"residual": "implicit", "d": 8}, "d=8 with residual='implicit'"),
         ({"target_modules": ["nothing"]}, r"\['nothing'\] matches no linear layer.*end in dense, key, query, value"),
@@ -86,6 +89,18 @@ def test_bad_configurations(config: dict[str, Any], message: str) -> None:
 
 
 # -- saving and loading ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [frozenset, dict.fromkeys], ids=["frozenset", "dict"])
+def test_any_collection_is_saved(tmp_path: Path, names: Any) -> None:
+    model = adapted(target_modules=names(["query"]), layers_to_transform=range(1, 2), exclude_modules=names(["key"]))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["target_modules"], saved["layers_to_transform"], saved["exclude_modules"]) == (
+        ["query"],
+        [1],
+        ["key"],
+    )
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

@@ -14,8 +14,9 @@ from transformers import AutoModelForMaskedLM, TrainerCallback, TrainingArgument
 from typer.testing import CliRunner
 from unprivileged import bound_by_modes
 
-from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft import FastpeftError, TrainConfig, compare, train
 from fastpeft.cli import app
+from fastpeft.training.estimates import plan
 
 
 @pytest.fixture(scope="module")
@@ -517,6 +518,10 @@ def test_a_dictionary_is_no_config(tmp_path: Path) -> None:
         FastpeftError, match=r"config is a dict; it must be a TrainConfig\. .* TrainConfig\.from_values"
     ):
         train({"output": str(tmp_path / "run")})  # type: ignore[arg-type]
+    with pytest.raises(FastpeftError, match="config is a dict; it must be a TrainConfig"):
+        plan({"output": str(tmp_path / "run")})  # type: ignore[arg-type]
+    with pytest.raises(FastpeftError, match="config is a TrainConfig; it must be a CompareConfig"):
+        compare(TrainConfig(output=str(tmp_path / "run")))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

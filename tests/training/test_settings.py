@@ -189,7 +189,8 @@ def test_a_configuration_keeps_what_it_was_given() -> None:
         ("data", Dataset.from_dict({"text": ["A joy."], "label": [1]}), "a Dataset", "file and give its path"),
         ("model", torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(99))), "a Sequential", "give the folder"),
         ("label_column", ["comedy", "drama"], "['comedy', 'drama']", "a text"),
-        ("seed", np.int64(3), "np.int64(3)", "a whole number"),
+        ("targets", ["query", "value"], "['query', 'value']", "Join them by commas: 'query,value'"),
+        ("seed", np.int64(3), "np.int64(3)", "a whole number .* Give its item"),
     ],
 )
 def test_what_is_in_memory_is_refused_in_short(name: str, value: Any, shown: str, advice: str) -> None:
