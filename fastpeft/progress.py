@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
@@ -17,9 +19,22 @@ from fastpeft.data.problems import title_of
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.support.stages import listening, report
 
+
+def _let_go(stream: TextIO) -> None:
+    """Let what is written go nowhere, for its reader has ended, as in `2>&1 | less`: the run is worth more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Errors(Console):
+    """Standard error, whose reader may end before the run: Rich itself would end the run then."""
+
+    def on_broken_pipe(self) -> None:
+        _let_go(sys.stderr)
+
+
 # what are shown are a person's own words and paths, in which brackets and colons mean nothing
 console = Console(highlight=False, markup=False, emoji=False)
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+errors = _Errors(stderr=True, highlight=False, markup=False, emoji=False)
 
 KINDS = ("auto", "json", "none")  # of `--progress`
 TRAINING = "training"  # the stage whose bar stays
@@ -150,7 +165,10 @@ def _write_line(known: Mapping[str, Any], measured: Mapping[str, float]) -> None
 
 def write_json(known: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> None:
     """A report for a program: an object a line, on standard output."""
-    print(json.dumps({**known, **(measured or {})}), flush=True)
+    try:
+        print(json.dumps({**known, **(measured or {})}), flush=True)
+    except BrokenPipeError:
+        _let_go(sys.stdout)
 
 
 def clock(seconds: float) -> str:

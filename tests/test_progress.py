@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -98,6 +101,26 @@ def test_for_a_program(errors: Callable[..., io.StringIO], capsys: pytest.Captur
     assert told[2]["seconds_left"] is None
     assert told[-1]["seconds_left"] == 0.0
     assert screen.getvalue() == ""
+
+
+@pytest.mark.parametrize("kind", ["auto", "json"])
+def test_a_reader_that_ends_does_not_end_the_run(kind: str) -> None:
+    """As in `fastpeft train 2>&1 | less`, left by q."""
+    script = f"""
+import sys
+from fastpeft import progress
+from fastpeft.support.stages import report
+with progress.shown({kind!r}):
+    for stage in ("encoding texts", "training", "saving"):
+        report(stage)
+(sys.stderr if {kind!r} == "json" else sys.stdout).write("to the end")
+"""
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": write, "stderr": subprocess.PIPE} if kind == "json" else {"stderr": write, "stdout": -1}
+    ended = subprocess.run([sys.executable, "-c", script], text=True, **streams)  # type: ignore[call-overload]
+    os.close(write)
+    assert (ended.stdout or ended.stderr, ended.returncode) == ("to the end", 0)
 
 
 def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

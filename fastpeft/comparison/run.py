@@ -32,6 +32,7 @@ from fastpeft.support.interrupts import interrupted_once, uninterrupted
 from fastpeft.support.processes import refuse_several
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, estimate, process_seconds
+from fastpeft.training.run_folder import ROWS_KEY
 from fastpeft.training.setup import Setup, check_reporter, resolve
 from fastpeft.training.task import data_for
 
@@ -67,8 +68,8 @@ def compare(
     Raises:
         FastpeftError: something given cannot be used, the folder holds a cell of the same name with other values, or
             another comparison runs there; then nothing was written. A cell that fails raises nothing.
-        KeyboardInterrupt: on Ctrl-C and SIGTERM, after the running cells have saved checkpoints and ended, and the
-            report is written. A second Ctrl-C, half a second later or more, does not wait for the checkpoints.
+        KeyboardInterrupt: on Ctrl-C, SIGTERM and SIGHUP, after the running cells have saved checkpoints and ended, and
+            the report is written. A second Ctrl-C, half a second later or more, does not wait for the checkpoints.
 
     Example:
         >>> result = compare(CompareConfig(output="runs/all", methods=["siva", "lora"]))  # doctest: +SKIP
@@ -267,6 +268,7 @@ class Comparison:
                 files.write_text(cell.clock, f"{ended.seconds:.1f}\n")
             told = "%s: %s (its process took %.0f s, loading and measuring included)"
             logger.info(told, cell.name, output.headline(metrics), ended.seconds)
+            _check_rows(self.plan, {})  # which may have changed since the cells before
 
 
 @contextmanager
@@ -309,18 +311,25 @@ def _check(plan: Plan, option: str) -> TextData | None:
             raise FastpeftError(
                 f"the variant {cell.variant!r} cannot be used: {variant_message(cell.variant, error)}{how}"
             ) from None
-    fingerprints = {rows: data.fingerprint for rows, data in loaded.items()}
-    for cell in plan.cells:
-        fingerprint = None if cell.search or cell.state != "finished" else fingerprints.get(_rows(cell))
-        if fingerprint is not None and not cell.folder.has_rows(fingerprint):
-            raise FastpeftError(
-                f"{cell.values['data']!r} holds other rows now, or in another order, than when {cell.name} was trained "
-                f"in {str(plan.folder)!r}, so the two could not be compared. Restore them, or give another output "
-                "folder."
-            )
+    _check_rows(plan, {rows: data.fingerprint for rows, data in loaded.items()})
     labelled = [data for (objective, *_), data in loaded.items() if objective is None]
     found = labelled or list(loaded.values())
     return found[0] if len(found) == 1 or labelled else None
+
+
+def _check_rows(plan: Plan, fingerprints: dict[tuple[Any, ...], str]) -> None:
+    """Raise `FastpeftError` where a finished cell had other rows than there are now, or than the first that finished.
+
+    `fingerprints` are those of rows that are known, by `_rows`.
+    """
+    for cell in plan.results:
+        noted = cell.folder.notes().get(ROWS_KEY) if cell.folder.finished and cell.folder.started else None
+        if noted is not None and noted != fingerprints.setdefault(_rows(cell), noted):
+            raise FastpeftError(
+                f"{cell.values['data']!r} holds other rows now, or in another order, than when {cell.name} was trained "
+                f"in {str(plan.folder)!r}, so it could not be compared with others. Restore them, or delete that "
+                "cell's folder to train it anew, or give another output folder."
+            )
 
 
 def _rows(cell: Cell) -> tuple[Any, ...]:

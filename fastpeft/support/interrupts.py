@@ -21,10 +21,10 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+# a terminal sends the last when it is closed, which Windows has not
+_STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # those that schedulers, launchers and time limits send, and to which handlers that raise are set
-_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-)
+_SIGNALS = (*_STOPS, *(getattr(signal, name) for name in ("SIGALRM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)))
 _ONE_REQUEST = 0.5  # seconds: within them a person asks once, and a launcher passes on what all were sent
 
 
@@ -79,7 +79,7 @@ class StopRequest:
 
 @contextmanager
 def noting_stops(request: StopRequest, notice: str) -> Iterator[None]:
-    """Inside it the first Ctrl-C or SIGTERM is noted in `request`, and each of the two raises when it comes again.
+    """Inside it the first Ctrl-C, SIGTERM or SIGHUP is noted in `request`, and each raises when it comes again.
 
     That a terminal sends a Ctrl-C to all processes, of which one may then send SIGTERM to another, is one request. So
     is a signal that comes again at once: schedulers send it to all processes, and a launcher passes its own on. A
@@ -104,20 +104,20 @@ def noting_stops(request: StopRequest, notice: str) -> Iterator[None]:
         came.setdefault(number, now)
         request.asked = True
 
-    with _handling(note, signal.SIGINT, signal.SIGTERM):
+    with _handling(note, *_STOPS):
         yield
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM raise `KeyboardInterrupt` inside it, unless somebody has set a handler."""
-    with _handling(signal.default_int_handler, signal.SIGTERM):
+    """Let SIGTERM and SIGHUP raise `KeyboardInterrupt` inside it, unless somebody has set a handler."""
+    with _handling(signal.default_int_handler, *_STOPS[1:]):
         yield
 
 
 @contextmanager
 def interrupted_once() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise `KeyboardInterrupt` inside it, unless somebody has set a handler.
+    """Let SIGINT, SIGTERM and SIGHUP raise `KeyboardInterrupt` inside it, unless somebody has set a handler.
 
     What comes within half a second of one that raised is the same request, as in `noting_stops`.
     """
@@ -129,18 +129,19 @@ def interrupted_once() -> Iterator[None]:
             raised = now
             raise KeyboardInterrupt
 
-    with _handling(interrupt, signal.SIGINT, signal.SIGTERM):
+    with _handling(interrupt, *_STOPS):
         yield
 
 
 def heed_parent_alone(_: int) -> None:
-    """Begin a process that loads rows, which ignores SIGINT and the SIGTERM of any but the process that made it.
+    """Begin a process that loads rows, which ignores SIGINT, SIGHUP, and the SIGTERM of any but the one that made it.
 
     A launcher or scheduler sends signals to all processes, but the one that trains has yet to make its step of rows.
     SIGTERM is as ever where nobody tells who sent it, as on macOS, and where other threads would take it, as those of
     libraries in a process that was not forked.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in set(_STOPS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     parent, threads = multiprocessing.parent_process(), "/proc/self/task"
     if parent is None or not hasattr(signal, "sigwaitinfo") or not os.path.isdir(threads) or os.listdir(threads)[1:]:
         return

@@ -381,7 +381,7 @@ def writing(path: Path, columns: Mapping[str, type]) -> Iterator[Write]:
 
     Raises:
         FastpeftError: the file cannot be written.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP came.
     """
     staged = unfinished(path)
     kept = path.with_name(f"{path.stem}.unfinished{path.suffix}")

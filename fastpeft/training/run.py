@@ -76,9 +76,9 @@ def train(
         FastpeftError: something given cannot be used; then nothing was written. Or the loss or a gradient was not
             finite; then the weights before that step are kept in the folder. Or the disk is full, or one of several
             processes was lost; then the error says what is kept.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came. The step under way was made and a checkpoint saved, from which
-            `resume` leads to the bits of an uninterrupted run; a second one does not wait. The message says how to go
-            on. Where somebody has set a handler of such a signal, that one runs.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP came. The step under way was made and a checkpoint saved, from
+            which `resume` leads to the bits of an uninterrupted run; a second one does not wait. The message says how
+            to go on. Where somebody has set a handler of such a signal, that one runs.
 
     Notes:
         Under a launcher (`torchrun`) all processes call this, on one file system. They share each batch in equal parts,

@@ -46,12 +46,12 @@ TRAINED_ON = "trained_on.txt"
 _VERSION_KEY = "fastpeft_version"
 _RECIPE_KEY = "recipe"
 START_KEY = "init_from_weights"
-_ROWS_KEY = "rows"
+ROWS_KEY = "rows"
 MODEL_KEY = "model_weights"
 _FOUND = ("found_prompt", "bf16")  # what a run finds out where nobody says it; one that goes on keeps it
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of a model; the first kind that is there
 _SAMPLES, _SAMPLE = 64, 1 << 20  # of each file, and the bytes of one
-_NOTES = (_VERSION_KEY, _RECIPE_KEY, START_KEY, _ROWS_KEY, MODEL_KEY)  # what run.json says beside the configuration
+_NOTES = (_VERSION_KEY, _RECIPE_KEY, START_KEY, ROWS_KEY, MODEL_KEY)  # what run.json says beside the configuration
 _KEPT_CHECKPOINTS = 2
 _STATE = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # of a checkpoint, beside weights and the Trainer's own
 
@@ -275,7 +275,7 @@ class RunFolder:
 
     def has_rows(self, fingerprint: str) -> bool:
         """Whether the run that was started here has rows of this `TextData.fingerprint`, or noted none."""
-        return bool(self.notes().get(_ROWS_KEY, fingerprint) == fingerprint)
+        return bool(self.notes().get(ROWS_KEY, fingerprint) == fingerprint)
 
     def check_rows(self, fingerprint: str) -> None:
         """Raise `FastpeftError` where the run that was started here has other rows than those of this fingerprint."""
@@ -345,7 +345,7 @@ class RunFolder:
             overwrite: whether to delete the run that is there.
             recipe: rates, schedule and length as used, given or not, for people to read; None where nothing trains.
         """
-        notes: dict[str, Any] = {_VERSION_KEY: __version__, _ROWS_KEY: rows}
+        notes: dict[str, Any] = {_VERSION_KEY: __version__, ROWS_KEY: rows}
         if (weights := model_fingerprint(config["model"])) is not None:
             notes[MODEL_KEY] = weights
         if recipe is not None:

@@ -438,6 +438,16 @@ def test_real_cells_are_not_repeated(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_rows_that_change_while_it_runs_are_told(tmp_path: Path) -> None:
+    noted = '"rows": "as they were" if values["method"] == "head" else "changed", "fastpeft_version"'
+    (tmp_path / "cell.py").write_text(STAND_IN.replace('"fastpeft_version"', noted))
+    for _ in range(2):  # also where all are finished, and no rows are loaded
+        with pytest.raises(FastpeftError, match=r"holds other rows now, .* than when lora-seed0 was trained"):
+            compare(config("head", "lora"))
+    assert started() == ["head-seed0", "lora-seed0"]
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_a_finished_comparison_needs_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(config("head"))
 

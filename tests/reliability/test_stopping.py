@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step under way is made and saved, the way to go on is told, and it leads to the same bits."""
+"""Ctrl-C, SIGTERM, SIGHUP: the step under way is made and saved, the way on is told, and leads to the same bits."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path, monkeypatch: 
     assert RunFolder(config.output).newest_checkpoint() == RunFolder(config.output).checkpoint(4)
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_one_request_may_come_twice(place: Path, tmp_path: Path, first: signal.Signals) -> None:
     """From a terminal to a cell, and from its comparison; from a scheduler to all, and from a launcher."""
     config = run_config(place, tmp_path / "run", "siva")
@@ -174,7 +174,7 @@ def test_the_command_line_tells_how_to_go_on(
 
 
 @pytest.mark.kill
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("kind", ["siva", "mezo", kill.COMPARE])
 def test_a_process_that_gets_a_signal(tmp_path: Path, kind: str, number: signal.Signals) -> None:
     """A comparison hands it on to the cell that runs, which then saves as a run does."""
