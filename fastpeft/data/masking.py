@@ -37,7 +37,7 @@ class Masker:
         self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=SHARE)
 
     def __call__(self, row: TokenRow, *key: int | str) -> TokenRow:
-        """A row of `encode` with words hidden, which its `labels` tell: token ids, and `UNLABELLED` elsewhere."""
+        """A row of an `Encoder` with words hidden, which its `labels` tell: token ids, and `UNLABELLED` elsewhere."""
         row = dict(row)
         special = torch.tensor([row.pop("special_tokens_mask")])
         generator = self._collator.generator = torch.Generator().manual_seed(_seed(key))

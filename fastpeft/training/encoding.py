@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import DataCollatorForTokenClassification
@@ -24,101 +25,103 @@ LONGEST_SAID = 512  # tokens, by default, of what a decoder learns to say: promp
 _CHUNK = 1_000  # texts that are encoded again at one time
 
 
-def encode_counted(
-    tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem
-) -> tuple[list[TokenRow], int]:
-    """Examples as rows that are learned or measured, as `encode` makes them, and how many texts were cut.
+@dataclass(frozen=True)
+class Encoder:
+    """Makes texts rows of tokens.
 
-    Of masked words and tags, rows without a word that has a token are left out: their loss would be the mean of
-    nothing. Next words are encoded by `next_words.encode_counted`.
-
-    Raises:
-        FastpeftError: no row has a word that could be hidden or has a tag, or a token to learn.
+    Attributes:
+        tokenizer: the model's.
+        max_length: where texts are cut, in tokens.
+        prompt: what texts are put into; None for the texts alone.
+        problem: what is to be said of them.
     """
-    if prompt is None and problem is NEXT_WORDS:
-        return next_words.encode_counted(tokenizer, examples.texts, max_length)
-    rows = encode(tokenizer, examples, max_length, prompt, problem)
-    cut = count_cut(examples, rows, tokenizer, max_length, prompt, problem)
-    return _worth_learning(rows, max_length, problem), cut
 
+    tokenizer: Any
+    max_length: int
+    prompt: Prompt | None
+    problem: Problem
 
-def count_cut(
-    examples: Examples,
-    rows: Sequence[TokenRow],
-    tokenizer: Any,
-    max_length: int,
-    prompt: Prompt | None,
-    problem: Problem,
-) -> int:
-    """How many texts were cut at `max_length` tokens, given a row of each; of next words see `encode_counted`."""
-    full = [index for index, row in enumerate(rows) if len(row["input_ids"]) == max_length]
-    cut = 0
-    for start in range(0, len(full), _CHUNK):
-        given = examples.take(full[start : start + _CHUNK])
-        longer = encode(tokenizer, given, max_length + 1, prompt, problem)
-        cut += sum(len(row["input_ids"]) > max_length for row in longer)
-    return cut
+    def encode_counted(self, examples: Examples) -> tuple[list[TokenRow], int]:
+        """Examples as rows that are learned or measured, as `encode` makes them, and how many texts were cut.
 
+        Of masked words and tags, rows without a word that has a token are left out: their loss would be the mean of
+        nothing. Next words are encoded by `next_words.encode_counted`.
 
-def encode(
-    tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem
-) -> list[TokenRow]:
-    """Each example as a row of token ids and what is to be said of it, cut at `max_length` tokens and not padded.
+        Raises:
+            FastpeftError: no row has a word that could be hidden or has a tag, or a token to learn.
+        """
+        if self.prompt is None and self.problem is NEXT_WORDS:
+            return next_words.encode_counted(self.tokenizer, examples.texts, self.max_length)
+        rows = self.encode(examples)
+        return self._worth_learning(rows), self.count_cut(examples, rows)
 
-    Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled. Where masked
-    words are learned, rows have no labels yet but `special_tokens_mask`.
-    """
-    if prompt is not None:
-        return prompt.encode(tokenizer, examples.texts, examples.labels, max_length)
-    texts = zip(*examples.texts) if examples.is_pair else [examples.texts]
-    unlabelled = problem is MASKED_WORDS
-    encoded = tokenizer(
-        *map(list, texts),
-        truncation=True,
-        max_length=max_length,
-        is_split_into_words=problem.per_token and not unlabelled,
-        return_special_tokens_mask=unlabelled,
-    )
-    rows = [{name: column[i] for name, column in encoded.items()} for i in range(len(examples))]
-    if unlabelled:
+    def encode(self, examples: Examples) -> list[TokenRow]:
+        """Each example as a row of token ids and what is to be said of it, cut at `max_length` tokens and not padded.
+
+        Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled. Where
+        masked words are learned, rows have no labels yet but `special_tokens_mask`.
+        """
+        if self.prompt is not None:
+            return self.prompt.encode(self.tokenizer, examples.texts, examples.labels, self.max_length)
+        texts = zip(*examples.texts) if examples.is_pair else [examples.texts]
+        unlabelled = self.problem is MASKED_WORDS
+        encoded = self.tokenizer(
+            *map(list, texts),
+            truncation=True,
+            max_length=self.max_length,
+            is_split_into_words=self.problem.per_token and not unlabelled,
+            return_special_tokens_mask=unlabelled,
+        )
+        rows = [{name: column[i] for name, column in encoded.items()} for i in range(len(examples))]
+        if unlabelled:
+            return rows
+        labels = examples.labels
+        if self.problem.per_token:
+            labels = [_first_tokens(encoded.word_ids(i), tags) for i, tags in enumerate(labels)]
+        return [{**row, "labels": label} for row, label in zip(rows, labels)]
+
+    def count_cut(self, examples: Examples, rows: Sequence[TokenRow]) -> int:
+        """How many texts were cut, given the row of each; of next words see `encode_counted`."""
+        one_longer = replace(self, max_length=self.max_length + 1)
+        full = [index for index, row in enumerate(rows) if len(row["input_ids"]) == self.max_length]
+        cut = 0
+        for start in range(0, len(full), _CHUNK):
+            longer = one_longer.encode(examples.take(full[start : start + _CHUNK]))
+            cut += sum(len(row["input_ids"]) > self.max_length for row in longer)
+        return cut
+
+    def warn_of_texts(self, examples: Examples, rows: Sequence[TokenRow]) -> None:
+        """Warn of empty texts, and of words without a token in their rows, which are not learned or measured."""
+        if self.problem.of_texts_alone:  # of which the empty ones are left out
+            return
+        texts = examples.texts
+        if empty := sum(not any(map(str.strip, [text] if isinstance(text, str) else text)) for text in texts):
+            logger.warning("%d of %d texts are empty; they are learned and measured as the others", empty, len(texts))
+        if not self.problem.per_token:
+            return
+        words = sum(map(len, texts))
+        read = sum(label != UNLABELLED for row in rows for label in row["labels"])
+        if read < words:
+            logger.warning(
+                "%d of %d words have no token within the maximum length of %d and are left out; a larger `max_length` "
+                "(up to the model's) or shorter rows keep them, but for those of signs that the tokenizer drops",
+                words - read,
+                words,
+                self.max_length,
+            )
+
+    def _worth_learning(self, rows: list[TokenRow]) -> list[TokenRow]:
+        """Of masked words the rows that have a word to hide, of tags those with a word that has a token; else all."""
+        if self.problem is MASKED_WORDS:
+            rows = [row for row in rows if 0 in row["special_tokens_mask"]]
+        elif self.problem.per_token:
+            rows = [row for row in rows if {*row["labels"]} != {UNLABELLED}]
+        if not rows:
+            raise FastpeftError(
+                f"no text has a word among its first {self.max_length} tokens. Give longer texts or a larger "
+                "`max_length`."
+            )
         return rows
-    labels = examples.labels
-    if problem.per_token:
-        labels = [_first_tokens(encoded.word_ids(i), tags) for i, tags in enumerate(labels)]
-    return [{**row, "labels": label} for row, label in zip(rows, labels)]
-
-
-def _worth_learning(rows: list[TokenRow], max_length: int, problem: Problem) -> list[TokenRow]:
-    """Of masked words the rows that have a word to hide, of tags those with a word that has a token; else all."""
-    if problem is MASKED_WORDS:
-        rows = [row for row in rows if 0 in row["special_tokens_mask"]]
-    elif problem.per_token:
-        rows = [row for row in rows if {*row["labels"]} != {UNLABELLED}]
-    if not rows:
-        raise FastpeftError(
-            f"no text has a word among its first {max_length} tokens. Give longer texts or a larger `max_length`."
-        )
-    return rows
-
-
-def warn_of_texts(examples: Examples, rows: Sequence[TokenRow], max_length: int, problem: Problem) -> None:
-    """Warn of texts that are empty, and of words without a token in these rows, which are not learned or measured."""
-    if problem.of_texts_alone:  # of which the empty ones are left out
-        return
-    if empty := sum(not any(map(str.strip, [text] if isinstance(text, str) else text)) for text in examples.texts):
-        logger.warning("%d of %d texts are empty; they are learned and measured as the others", empty, len(examples))
-    if not problem.per_token:
-        return
-    words = sum(map(len, examples.texts))
-    read = sum(label != UNLABELLED for row in rows for label in row["labels"])
-    if read < words:
-        logger.warning(
-            "%d of %d words have no token within the maximum length of %d and are left out; a larger `max_length` (up "
-            "to the model's) or shorter rows keep them, but for those of signs that the tokenizer drops",
-            words - read,
-            words,
-            max_length,
-        )
 
 
 def _first_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
@@ -128,7 +131,7 @@ def _first_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]
 
 
 def collator(tokenizer: Any, problem: Problem, pad_to_multiple_of: int | None = None) -> Any:
-    """What makes a batch of rows of `encode`."""
+    """What makes a batch of rows of an `Encoder`."""
     if problem is NEXT_WORDS:
         return PackedCollator(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
     kind = DataCollatorForTokenClassification if problem.per_token else PromptCollator

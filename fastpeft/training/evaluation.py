@@ -25,7 +25,7 @@ from fastpeft.prompts.template import Prompt
 from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, encode_counted, warn_of_texts
+from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, Encoder
 from fastpeft.training.generation import TextGenerator, measure_generations
 from fastpeft.training.loading import FinishedRun, load_run
 from fastpeft.training.prediction import outputs_of
@@ -163,8 +163,8 @@ def _evaluate(
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `evaluate` gives, but for the threshold; its warnings begin with these."""
-    rows, cut = encode_counted(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
-    warn_of_texts(dev, rows, run.max_length, run.problem)
+    rows, cut = run.encoder.encode_counted(dev)
+    run.encoder.warn_of_texts(dev, rows)
     cut_texts = result_warnings.of_cut_texts(cut, len(dev), len(dev) - len(rows), run.max_length)
     if run.problem is MASKED_WORDS:
         rows = Masker(run.classifier.tokenizer).fixed(rows)
@@ -250,7 +250,7 @@ def answer_zero_shot(
     if calibrate:
         prompted.calibrate()
     limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
-    rows, cut = encode_counted(classifier.tokenizer, dev, limit, prompt, problem)
+    rows, cut = Encoder(classifier.tokenizer, limit, prompt, problem).encode_counted(dev)
     outputs = prompted.logits_of(rows).cpu().numpy()
     labels, frequent = np.array(dev.labels), most_frequent(texts.train.labels, problem)
     measured, of_figures = _measure(problem, dev, set(), outputs, labels, texts.labels, frequent)

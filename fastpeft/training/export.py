@@ -28,7 +28,6 @@ from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.model_card import ONNX_FILE, loading_snippet, model_card, onnx_snippet
 from fastpeft.support.stages import report
-from fastpeft.training.encoding import encode
 from fastpeft.training.generation import eos_token_ids
 from fastpeft.training.lineage import check_places, check_start
 from fastpeft.training.loading import FinishedRun, assemble
@@ -161,7 +160,7 @@ def _batches(run: FinishedRun) -> list[Any]:
     if run.is_pair:
         texts = list(zip(texts, reversed(texts)))
     labels: list[Any] = [[0] * len(text) if run.problem.per_token else 0 for text in texts]
-    rows = encode(run.classifier.tokenizer, Examples(texts, labels), run.max_length, None, run.problem)
+    rows = run.encoder.encode(Examples(texts, labels))
     for row in rows:
         del row["labels"]
     pad = DataCollatorWithPadding(run.classifier.tokenizer)

@@ -21,6 +21,7 @@ from fastpeft.support.environment import best_device
 from fastpeft.support.files import read_json
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
+from fastpeft.training.encoding import Encoder
 from fastpeft.training.lineage import check_places, check_start, earlier_run
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import Head, RunSetup, setup_of_run
@@ -72,6 +73,11 @@ class FinishedRun:
             max_length=metrics["max_length"],
             threshold=metrics.get("threshold"),
         )
+
+    @property
+    def encoder(self) -> Encoder:
+        """What makes texts the rows that its model reads."""
+        return Encoder(self.classifier.tokenizer, self.max_length, self.prompt, self.problem)
 
     def check_conversations(self) -> None:
         """Raise `FastpeftError` where the run learned from texts, to which a chat template was never put."""

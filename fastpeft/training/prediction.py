@@ -19,7 +19,7 @@ from fastpeft.data.values import refuse_empty
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
-from fastpeft.training.encoding import collator, count_cut, encode
+from fastpeft.training.encoding import collator
 from fastpeft.training.generation import generate, generates_text
 from fastpeft.training.loading import EncodedText, FinishedRun, load_run
 
@@ -74,19 +74,17 @@ class Predictor:
         given = _as_input(text, run)
         # what the text would be labelled with; where words have tags, the labels show which tokens to read
         none: list[Any] = [list(range(len(given))) if run.problem.per_token else 0]
-        (row,) = encode(run.classifier.tokenizer, Examples([given], none), run.max_length, run.prompt, run.problem)
+        (row,) = run.encoder.encode(Examples([given], none))
         if run.problem.per_token:
             _word_tokens(row, given, run.max_length)
         return EncodedText(given, row)
 
     def count_cut(self, encoded: Sequence[EncodedText]) -> int:
         """How many of these texts go on after what the run reads of them; of words with tags `encode` refuses such."""
-        run = self.run
-        if run.problem.per_token:
+        if self.run.problem.per_token:
             return 0
         texts = Examples([text for text, _ in encoded], [0] * len(encoded))
-        rows = [row for _, row in encoded]
-        return count_cut(texts, rows, run.classifier.tokenizer, run.max_length, run.prompt, run.problem)
+        return self.run.encoder.count_cut(texts, [row for _, row in encoded])
 
     def scores(self, encoded: Sequence[EncodedText]) -> list[np.ndarray]:
         """Of each text the probability of every class or label, `(classes,)`; its number, `(1,)`; or of every word

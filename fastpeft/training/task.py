@@ -23,7 +23,7 @@ from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, encode_counted, warn_of_texts
+from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, Encoder
 from fastpeft.training.loading import continue_earlier, earlier_context, load_start
 from fastpeft.training.prompt_search import search_prompt
 from fastpeft.training.setup import RunSetup, check_reporter, resolve
@@ -77,7 +77,6 @@ class Task:
         if config.awaits_prompt:
             found = search_prompt(plan.config, data, config.max_length or DEFAULT_MAX_LENGTH)
             setup = dataclasses.replace(plan, config=found).for_data(data)
-        prompt = setup.prompt
         report("loading the model")
         classifier = draw_start(setup)
         usual = LONGEST_SAID if data.problem is NEXT_WORDS else DEFAULT_MAX_LENGTH
@@ -85,10 +84,11 @@ class Task:
         max_length = _max_length(config, usual, classifier.max_length, own_tokens)
         report("encoding texts")
         parts = [part for part in (data.train, data.dev, data.threshold_data) if part is not None]
-        encoded = [encode_counted(classifier.tokenizer, part, max_length, prompt, data.problem) for part in parts]
+        encoder = Encoder(classifier.tokenizer, max_length, setup.prompt, data.problem)
+        encoded = [encoder.encode_counted(part) for part in parts]
         train_rows, dev_rows, *kept = [rows for rows, _ in encoded]
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
-            warn_of_texts(part, rows, max_length, data.problem)
+            encoder.warn_of_texts(part, rows)
         warnings = _warnings(parts, encoded, max_length, classifier.max_length - own_tokens)
         for warning in warnings:  # while there is time to stop
             logger.warning("%s", warning)
@@ -129,7 +129,7 @@ class Task:
 def _warnings(
     parts: Sequence[Examples], encoded: Sequence[tuple[list[TokenRow], int]], max_length: int, model_reads: int
 ) -> list[str]:
-    """What is to be said of the texts in all parts, given what `encode_counted` made of each."""
+    """What is to be said of the texts in all parts, given what `Encoder.encode_counted` made of each."""
     texts, cut = sum(map(len, parts)), sum(count for _, count in encoded)
     lost = texts - sum(len(rows) for rows, _ in encoded)
     read = dict.fromkeys(warning for part in parts for warning in part.warnings)  # of all parts once

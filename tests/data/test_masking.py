@@ -21,7 +21,7 @@ from fastpeft.data.masking import SHARE, MaskedRows, Masker
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import MASKED_WORDS
 from fastpeft.ops.fused_head import FusedLinear
-from fastpeft.training.encoding import encode_counted
+from fastpeft.training.encoding import Encoder
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
@@ -132,10 +132,10 @@ def test_texts_are_found_in_any_data_and_labels_are_not_read(tmp_path: Path, pla
 
 
 def test_rows_without_a_word_are_left_out(tokenizer: Any) -> None:
-    rows, _ = encode_counted(tokenizer, Examples(["the film", " "], []), 8, None, MASKED_WORDS)
+    rows, _ = Encoder(tokenizer, 8, None, MASKED_WORDS).encode_counted(Examples(["the film", " "], []))
     assert [row["input_ids"] for row in rows] == [tokenizer("the film")["input_ids"]]
     with pytest.raises(FastpeftError, match="no text has a word among its first 2 tokens"):
-        encode_counted(tokenizer, Examples(["the film"], []), 2, None, MASKED_WORDS)
+        Encoder(tokenizer, 2, None, MASKED_WORDS).encode_counted(Examples(["the film"], []))
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ from fastpeft.data.problems import (
 )
 from fastpeft.data.scores import entities
 from fastpeft.models import load_classifier
-from fastpeft.training.encoding import encode, encode_counted
+from fastpeft.training.encoding import Encoder
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
 from fastpeft.training.prediction import predict
@@ -153,7 +153,7 @@ def test_bf16_and_a_prompted_head_with_numbers(config: TrainConfig, tmp_path: Pa
 def test_only_the_first_token_of_a_word_is_labelled() -> None:
     tokenizer = load_classifier("demo", LABELS, TAGGING).tokenizer  # byte-level: a word can be several tokens
     words = ["unbelievablyish", "lovely", "film"]
-    (row,) = encode(tokenizer, Examples([words], [[1, 2, 0]]), 64, None, TAGGING)
+    (row,) = Encoder(tokenizer, 64, None, TAGGING).encode(Examples([words], [[1, 2, 0]]))
     starts = [index for index, label in enumerate(row["labels"]) if label != UNLABELLED]
     assert [row["labels"][index] for index in starts] == [1, 2, 0]
     pieces = tokenizer.convert_ids_to_tokens(row["input_ids"])
@@ -220,7 +220,7 @@ def test_texts_that_are_cut_or_empty_are_told_of(
 def test_of_a_pair_the_longer_text_is_cut(checkpoint: str) -> None:
     tokenizer = load_classifier(checkpoint, LABELS, CLASSIFICATION).tokenizer
     examples = Examples([("a film", "the plot is very very very very long story")], [0])
-    (row,) = encode(tokenizer, examples, 10, None, CLASSIFICATION)
+    (row,) = Encoder(tokenizer, 10, None, CLASSIFICATION).encode(examples)
     assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == [
         *("<s>", "a", "film", "</s>", "</s>", "the", "plot", "is", "very", "</s>")
     ]
@@ -482,6 +482,6 @@ def test_a_run_keeps_what_each_dev_row_scored_in_their_order(config: TrainConfig
     if kind == "next_words":
         run = load_run(tmp_path / "run")
         dev = load_data(str(tmp_path / "rows.jsonl"), problem_type="next_words").dev
-        rows, _ = encode_counted(run.classifier.tokenizer, dev, 512, None, NEXT_WORDS)
+        rows, _ = Encoder(run.classifier.tokenizer, 512, None, NEXT_WORDS).encode_counted(dev)
         assert kept["below"] == [sum(label != UNLABELLED for label in row["labels"]) for row in rows]
         assert len({*kept["below"]}) > 1
