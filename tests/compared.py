@@ -31,6 +31,7 @@ folder.mkdir()
 (folder / "run.json").write_text(json.dumps({"fastpeft_version": "0", **values}))
 (folder / "written").write_text(json.dumps({
     "method": values["method"], "model": values["model"], "data": values["data"], "labels": ["a", "b"],
+    "problem_type": "single_label_classification",
     "accuracy": 0.5 + values["seed"] / 10, "f1": 0.25, "samples_per_second": 8.0, "peak_memory_mb": 1234.5,
     "train_rows": 5000, "dev_rows": 50, "trainable_parameters": 1234, "learning_rate": 1e-5, "seed": values["seed"],
     "device": "a chip", "versions": {"python": "3.11", "torch": "2.10"}, "command": "fastpeft train",
@@ -61,6 +62,7 @@ def finish(cell: Cell, right: int | Sequence[int], memory: float, speed: float, 
     metrics = {
         "model": "demo",
         "data": "reviews.csv",
+        "problem_type": "single_label_classification",
         "accuracy": share,
         "f1": 0.5,
         "samples_per_second": speed,

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastpeft.comparison import significance
 from fastpeft.comparison.variants import ZERO_SHOT
-from fastpeft.data.problems import ACCURACY, CLASSIFICATION, best_of, get_problem
+from fastpeft.data.problems import ACCURACY, best_of, get_problem
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 from fastpeft.training.config import TrainConfig
@@ -111,8 +111,10 @@ class Cell:
 
         Cells with another `max_length` or tokenizer have others. None where rows are answered, or it was not kept.
         """
-        metrics = self.metrics() or {}
-        problem = get_problem(metrics.get("problem_type", CLASSIFICATION.name))
+        metrics = self.metrics()
+        if metrics is None:
+            return None
+        problem = get_problem(metrics["problem_type"])
         if problem.of_texts_alone:
             kept = self._kept(ROW_SCORES)
             return None if kept is None else tuple(kept["below"])
@@ -202,7 +204,7 @@ def _best(cells: Sequence[Cell], purpose: str) -> Cell | None:
         raise FastpeftError(f"{' and '.join(failed)}, {purpose}, {'has' if len(failed) == 1 else 'have'} failed.")
     if not finished or len(finished) + len(failed) < len(cells):
         return None
-    metric = get_problem(finished[0][1].get("problem_type", CLASSIFICATION.name)).chosen_by
+    metric = get_problem(finished[0][1]["problem_type"]).chosen_by
     return best_of([(cell, metrics[metric]) for cell, metrics in finished], metric)
 
 

@@ -28,6 +28,7 @@ def main(file: Path) -> None:
         folder.open(values, texts.fingerprint, overwrite=False)
         measured, answers = answer_zero_shot(model, prompt, texts, calibrate=calibrate)
         described = {name: values[name] for name in ("method", "model", "data", "prompt", "found_prompt", "calibrate")}
+        described["problem_type"] = texts.problem.name
         result = folder.staging / "result"
         result.mkdir()
         files.write_json(result / PREDICTIONS, {"labels": texts.dev.labels, "predictions": answers})

@@ -14,6 +14,7 @@ from fastpeft import CompareConfig, FastpeftError
 from fastpeft.comparison import suites
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.variants import parse_variant, split_items
+from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.lineage import check_output, check_start
 from fastpeft.training.run_folder import RunFolder
@@ -381,7 +382,7 @@ def finish(cell: Any, **metrics: Any) -> None:
     """Let a cell's folder hold a finished run."""
     cell.folder.path.mkdir(parents=True)
     (cell.folder.path / "run.json").write_text(json.dumps({"fastpeft_version": "0", **cell.values}))
-    (cell.folder.path / "metrics.json").write_text(json.dumps(metrics))
+    (cell.folder.path / "metrics.json").write_text(json.dumps({"problem_type": CLASSIFICATION.name, **metrics}))
 
 
 @pytest.mark.parametrize(("more", "rate"), [(4, 1e-3), (20, 3e-3)])

@@ -84,7 +84,7 @@ def test_the_report_tells_what_does_not_compare() -> None:
 def test_the_metric_to_look_at_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     tags = Problem("tags", "tags", "", "tags", ("f1", "accuracy"), lambda outputs, labels, names: {})
     monkeypatch.setitem(PROBLEMS, "tags", tags)
-    Path("cell.py").write_text(STAND_IN.replace('"train_rows"', '"problem_type": "tags", "train_rows"'))
+    Path("cell.py").write_text(STAND_IN.replace(CLASSIFICATION.name, "tags"))
     compare(config("head"))
     assert "| method | F1 | accuracy | samples/s | peak memory" in Path("out/report.md").read_text()
 
@@ -409,6 +409,7 @@ def test_real_cells_are_not_repeated(place: Path) -> None:
     assert (trained["steps"], asked["steps"]) == ("2", "")
     assert (trained["threads"], asked["threads"]) == ("1", "")
     assert asked["trainable_parameters"] == "0"
+    assert trained["problem_type"] == asked["problem_type"] == CLASSIFICATION.name
     (other,) = (place / "out" / "method_comparison").iterdir()  # zero-shot is no run
     found = json.loads(other.read_text())
     assert set(found) == {"run_info", "train_info", "meta_info"}  # of PEFT's suite

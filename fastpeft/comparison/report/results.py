@@ -13,7 +13,7 @@ import numpy as np
 from fastpeft.comparison import significance, suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report.document import Table
-from fastpeft.data.problems import CLASSIFICATION, METRICS, get_problem
+from fastpeft.data.problems import METRICS, get_problem
 
 MARK = "†"  # after the name of a variant with a warning
 
@@ -225,7 +225,7 @@ def columns(compared: Iterable[Variant]) -> list[Column]:
     """The columns that have a value: metrics first, in the order of their problem."""
     compared = list(compared)
     runs = [metrics for variant in compared for metrics in variant.runs]
-    problems = [get_problem(metrics.get("problem_type", CLASSIFICATION.name)) for metrics in runs]  # zero-shot: none
+    problems = [get_problem(metrics["problem_type"]) for metrics in runs]
     # what is tested comes first, so that the chart and the first sentence are of one metric
     tested = [variant.tested for variant in compared if variant.tested]
     metrics_first = list(dict.fromkeys([*tested, *(name for problem in problems for name in problem.metrics)]))

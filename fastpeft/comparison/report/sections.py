@@ -15,7 +15,7 @@ from fastpeft.comparison.report import classes, document, figures, mistakes, pai
 from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, PageOnly, Strong, Table, Text
 from fastpeft.comparison.report.results import MARK, Variant, columns, main_metric, show, table, variants, warnings
 from fastpeft.comparison.variants import ZERO_SHOT
-from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem, title_of
+from fastpeft.data.problems import TITLES, get_problem, title_of
 from fastpeft.methods.registry import get_method
 
 _NAMED = 4  # the most methods in a title
@@ -179,9 +179,11 @@ def _rates(plan: Plan) -> Iterator[Block]:
         edges = {min(tried): "taken, the lowest tried", max(tried): "taken, the highest tried"}
         for cell in variant.cells:
             metrics, rate = cell.metrics(), cell.values["learning_rate"]
-            problem = get_problem((metrics or {}).get("problem_type", CLASSIFICATION.name))
-            is_tested = is_tested and problem.tested is not None
-            shown = cell.state if metrics is None else f"{metrics[problem.chosen_by]:.3f}"
+            shown = cell.state
+            if metrics is not None:
+                problem = get_problem(metrics["problem_type"])
+                is_tested = is_tested and problem.tested is not None
+                shown = f"{metrics[problem.chosen_by]:.3f}"
             rows.append([cell.variant, f"{rate:g}", shown, edges.get(rate, "taken") if rate in taken else ""])
         if taken & edges.keys():
             at_the_edge.append(cell.variant)
