@@ -117,10 +117,7 @@ class Task:
         if self.shared is not None:
             requests = sorted(requests, key=lambda request: request.task.member)  # rows of a task follow each other
             generate = partial(self.shared.pool.generate, tasks=[request.task.member for request in requests])
-        with (
-            torch.inference_mode(),
-            torch.autocast(model.device.type, torch.bfloat16, enabled=bool(self.run.config.bf16)),
-        ):
+        with torch.inference_mode(), self.run.autocast():
             generate_batch(generate, tokenizer, model.device, requests)
 
 

@@ -104,7 +104,7 @@ class TextGenerator:
             report("answering", len(said), len(rows))
             given = [rows[index] for index in chosen]
             batch = tokenizer.pad(given, padding_side="left", return_tensors="pt").to(model.device)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(self.run.config.bf16)):
+            with self.run.autocast():
                 tokens = model.generate(
                     **batch,
                     max_new_tokens=self.max_new_tokens,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from fastpeft.data.examples import TokenRow
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, Problem
 from fastpeft.errors import FastpeftError
@@ -78,6 +80,10 @@ class FinishedRun:
     def encoder(self) -> Encoder:
         """What makes texts the rows that its model reads."""
         return Encoder(self.classifier.tokenizer, self.max_length, self.prompt, self.problem)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which its model computes, in bfloat16 where the run did."""
+        return torch.autocast(self.classifier.model.device.type, torch.bfloat16, enabled=bool(self.config.bf16))
 
     def check_conversations(self) -> None:
         """Raise `FastpeftError` where the run learned from texts, to which a chat template was never put."""

@@ -198,7 +198,7 @@ def outputs_of(run: FinishedRun, rows: Sequence[TokenRow]) -> list[np.ndarray]:
         report("answering", len(found), len(rows))
         batch = collate([rows[i] for i in chosen]).to(model.device)
         labels = batch.pop("labels")
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(run.config.bf16)):
+        with run.autocast():
             logits = model(**batch).logits
         if run.problem.digest is not None:
             logits = run.problem.digest(logits, labels)
