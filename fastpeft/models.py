@@ -47,17 +47,22 @@ class Classifier:
 
     @cached_property
     def max_length(self) -> int:
-        """The longest input in tokens, with special tokens, after the context of a side network that has one."""
-        context = len(getattr(self.model.config, "context", None) or ())
-        known: int = self.tokenizer.model_max_length - context
-        positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
-        if positions is None or positions < 1:  # XLNet says -1: it reads texts of any length
-            return known
-        positions -= context
-        for name, module in self.model.named_modules():  # RoBERTa and its kin count on from the place of padding
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                positions -= module.padding_idx + 1
-        return min(known, positions)
+        """The longest input in tokens, see `longest_input`."""
+        return longest_input(self.model, self.tokenizer)
+
+
+def longest_input(model: Any, tokenizer: Any) -> int:
+    """What a model reads in tokens, with special tokens, after the context of a side network that has one."""
+    context = len(getattr(model.config, "context", None) or ())
+    known: int = tokenizer.model_max_length - context
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or positions < 1:  # XLNet says -1: it reads texts of any length
+        return known
+    positions -= context
+    for name, module in model.named_modules():  # RoBERTa and its kin count on from the place of padding
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1
+    return min(known, positions)
 
 
 def resolve_model(model: str) -> str:

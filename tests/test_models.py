@@ -10,7 +10,7 @@ import tokenizers
 import transformers
 from backbones import ladder, tiny
 
-from fastpeft.models import Classifier, _read_words_after_a_space
+from fastpeft.models import _read_words_after_a_space, longest_input
 
 SIZE = {
     "hidden_size": 8,
@@ -37,7 +37,7 @@ def test_no_more_than_there_are_positions(kind: str, told: int, read: int) -> No
 @pytest.mark.parametrize("told", [40, int(1e30)])
 def test_a_context_takes_positions(told: int) -> None:
     model = ladder(tiny(kind="Llama", head="ForCausalLM", max_position_embeddings=40), context=[7, 9, 11])
-    assert Classifier(model, SimpleNamespace(model_max_length=told), ()).max_length == 37
+    assert longest_input(model, SimpleNamespace(model_max_length=told)) == 37
 
 
 T5 = transformers.T5Config(d_model=8, num_layers=1, num_heads=1, d_ff=8, d_kv=8, vocab_size=20)
@@ -48,14 +48,14 @@ XLNET = transformers.XLNetConfig(d_model=8, n_layer=1, n_head=1, d_inner=8, voca
 @pytest.mark.parametrize("config", [T5, XLNET], ids=["T5", "XLNet"])
 def test_a_model_of_relative_positions_reads_what_its_tokenizer_says(config: Any, told: int) -> None:
     model = transformers.AutoModelForSequenceClassification.from_config(config)
-    assert Classifier(model, SimpleNamespace(model_max_length=told), ()).max_length == told
+    assert longest_input(model, SimpleNamespace(model_max_length=told)) == told
 
 
 def most(kind: str, told: int) -> int:
     """The longest input of a model whose tokenizer tells a limit."""
     config = getattr(transformers, f"{kind}Config")(**SIZE)
     model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
-    return Classifier(model, SimpleNamespace(model_max_length=told), ()).max_length
+    return longest_input(model, SimpleNamespace(model_max_length=told))
 
 
 def test_words_of_a_list_are_read_as_after_a_space() -> None:

@@ -22,7 +22,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from fastpeft.data.batches import by_length
 from fastpeft.data.examples import TokenRow
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.models import Classifier, is_causal_lm, load_language_model, masked_lm_head_layers
+from fastpeft.models import Classifier, is_causal_lm, load_language_model, longest_input, masked_lm_head_layers
 from fastpeft.ops.dtypes import keeping_dtypes
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
@@ -265,7 +265,7 @@ class PromptModel(PreTrainedModel):
         With no training before it, this is zero-shot classification.
         """
         own = getattr(getattr(self.masked_lm, "active_peft_config", None), "num_virtual_tokens", None) or 0
-        most = Classifier(self.core, self.tokenizer, ()).max_length - own
+        most = longest_input(self.core, self.tokenizer) - own
         limit = most if max_length is None else min(max_length, most)
         return self.logits_of(self.prompt.encode(self.tokenizer, texts, max_length=limit), batch_size)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastpeft.data.examples import Examples, TextData
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.errors import FastpeftError
-from fastpeft.models import Classifier, load_language_model
+from fastpeft.models import load_language_model, longest_input
 from fastpeft.prompts.model import PromptModel
 from fastpeft.prompts.named import AUTO
 from fastpeft.prompts.template import MASK, Prompt, is_of_decoder
@@ -139,7 +139,7 @@ def find_prompt(
     check_searchable(data)
     chosen, ranked = draw_rows(data, seed)
     masked_lm, tokenizer = load_language_model(model)
-    limit = Classifier(masked_lm, tokenizer, ()).max_length
+    limit = longest_input(masked_lm, tokenizer)
     search = _Search(
         masked_lm.eval().to(best_device()), tokenizer, data.labels, calibrate, min(max_length or limit, limit)
     )
