@@ -76,7 +76,7 @@ _INSTEAD = {
 
 
 def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide settings between the method's configuration and TrainingArguments.
+    """Check settings, and give them as `divide_settings` does.
 
     Raises:
         FastpeftError: a name is none of theirs that may be set, or a value is not of its type.
@@ -103,6 +103,12 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
         choices = None if name in of_method else fields[name].metadata.get("choices")
         if choices and value not in (*choices, fields[name].default):
             raise FastpeftError(f"the setting {name} is {value!r}; it must be one of {', '.join(choices)}.")
+    return divide_settings(method, settings)
+
+
+def divide_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings that were checked, as those of the method's configuration and those of TrainingArguments."""
+    of_method = method.settings()
     own = {name: value for name, value in settings.items() if name in of_method}
     return own, {name: value for name, value in settings.items() if name not in of_method}
 

@@ -21,7 +21,7 @@ from fastpeft.support.processor import prefers_bfloat16
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.prompt_search import check_searchable
 from fastpeft.training.run_folder import RunFolder
-from fastpeft.training.settings import sort_settings
+from fastpeft.training.settings import divide_settings, sort_settings
 
 
 @dataclass(frozen=True)
@@ -213,10 +213,7 @@ def setup_of_run(folder: RunFolder) -> RunSetup:
     metrics = folder.metrics()
     config = TrainConfig.from_values(folder.config())
     method = get_method(config.method, config.settings)
-    own = method.settings()
-    settings, arguments = (
-        {name: value for name, value in config.settings.items() if (name in own) is wanted} for wanted in (True, False)
-    )
+    settings, arguments = divide_settings(method, config.settings)
     head = Head.of(config, metrics["labels"], get_problem(metrics["problem_type"]))
     return _setup(config, method, settings, arguments).with_head(head)
 
