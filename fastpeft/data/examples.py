@@ -106,10 +106,14 @@ class TextData:
     columns: Columns | None = None
 
     @property
+    def parts(self) -> list[Examples]:
+        """Those to train on, the dev rows, and last those to choose a threshold by, where there are some."""
+        return [part for part in (self.train, self.dev, self.threshold_data) if part is not None]
+
+    @property
     def fingerprint(self) -> str:
         """Tells these rows and their parts from others: 16 hex digits of the SHA-256 of all texts and labels."""
-        parts = [part for part in (self.train, self.dev, self.threshold_data) if part is not None]
-        rows = [(list(map(text_key, part.texts)), part.labels) for part in parts]
+        rows = [(list(map(text_key, part.texts)), part.labels) for part in self.parts]
         return hashlib.sha256(json.dumps([self.labels, rows]).encode()).hexdigest()[:16]
 
 

@@ -83,13 +83,12 @@ class Task:
         own_tokens = setup.method.own_tokens(setup.preparation)
         max_length = _max_length(config, usual, classifier.max_length, own_tokens)
         report("encoding texts")
-        parts = [part for part in (data.train, data.dev, data.threshold_data) if part is not None]
         encoder = Encoder(classifier.tokenizer, max_length, setup.prompt, data.problem)
-        encoded = [encoder.encode_counted(part) for part in parts]
+        encoded = [encoder.encode_counted(part) for part in data.parts]
         train_rows, dev_rows, *kept = [rows for rows, _ in encoded]
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
             encoder.warn_of_texts(part, rows)
-        warnings = _warnings(parts, encoded, max_length, classifier.max_length - own_tokens)
+        warnings = _warnings(data.parts, encoded, max_length, classifier.max_length - own_tokens)
         for warning in warnings:  # while there is time to stop
             logger.warning("%s", warning)
         context, train_rows = _context(config, train_rows, setup.method.examples(setup.preparation))
