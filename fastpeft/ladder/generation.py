@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import CACHES, Backbone
 from fastpeft.ladder.probes import predicts_next_tokens
+from fastpeft.support.generation import option
 
 CACHE = CACHES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
 _SPARE = 8  # where a tensor of T tokens is full, room is made for T / 8 more, and at least 64
@@ -246,12 +247,7 @@ def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defa
     Raises:
         FastpeftError: a cache of another kind is asked for.
     """
-
-    def asked(name: str) -> Any:
-        values = (arguments.get(name), *(getattr(each, name, None) for each in defaults))
-        return next((value for value in values if value is not None), None)
-
-    kind = asked("cache_implementation")
+    kind = option("cache_implementation", arguments, *defaults)
     if kind not in (None, "dynamic"):
         raise FastpeftError(
             f"cache_implementation={kind!r}: the cache of a backbone and its side network grows with the text. Leave "
@@ -261,11 +257,11 @@ def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defa
     rest = {name: value for name, value in arguments.items() if name not in CACHES}
     if cache is not None:
         return {**rest, CACHE: cache}
-    if asked("use_cache") is False:
+    if option("use_cache", arguments, *defaults) is False:
         return rest
     rest.pop("cache_implementation", None)
     made = make()
     # an assistant's text may be taken back; older releases of transformers need not be told
-    if asked("is_assistant") and hasattr(made, "activate_past_recording"):
+    if option("is_assistant", arguments, *defaults) and hasattr(made, "activate_past_recording"):
         made.activate_past_recording()
     return {**rest, CACHE: made}

@@ -26,6 +26,7 @@ from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
 from fastpeft.support.dropout import dropout_off
+from fastpeft.support.generation import option
 
 TaskRows: TypeAlias = slice | Tensor  # of a batch, those of one task: a slice where they follow each other
 
@@ -213,8 +214,7 @@ _MODES = (
 def check_mode(options: Mapping[str, Any], *configs: Any) -> None:
     """Raise `FastpeftError` unless a call of `generate` is greedy, samples or has beams."""
     for name in _MODES:
-        values = (options.get(name), *(getattr(config, name, None) for config in configs))
-        if (value := next((value for value in values if value is not None), False)) is not False:
+        if (value := option(name, options, *configs)) is not None and value is not False:
             raise FastpeftError(
                 f"{name}={value!r}: a pool generates greedily, by sampling and with beams. Leave it out, or call "
                 "generate of one task's model."

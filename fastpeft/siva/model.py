@@ -37,6 +37,7 @@ from fastpeft.siva.targets import (
 )
 from fastpeft.support.fingerprints import fingerprints_agree
 from fastpeft.support.four_bits import keep_form
+from fastpeft.support.generation import option
 from fastpeft.support.stages import report
 
 logger = logging.getLogger(__name__)
@@ -321,12 +322,8 @@ def _give_pretrained(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 def _copies(arguments: dict[str, Any], model: nn.Module) -> int:
     """How often `generate` of the model, called with these arguments, repeats each row of its input."""
-    settings = arguments.get("generation_config"), getattr(model, "generation_config", None)
-    copies = [1]
-    for name in ("num_beams", "num_return_sequences"):
-        given = (arguments.get(name), *(getattr(each, name, None) for each in settings))
-        copies += [number for number in given if isinstance(number, int)][:1]
-    return max(copies)
+    configs = arguments.get("generation_config"), getattr(model, "generation_config", None)
+    return max(option(name, arguments, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
 
 
 def _make_implicit(peft_config: SivaConfig) -> None:
