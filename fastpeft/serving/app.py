@@ -76,22 +76,17 @@ def create_app(
         limits: None: the default ones.
     """
     limits = limits or Limits()
-    metrics = Metrics(lambda: sum(each.waiting for each in batchers))
+    metrics = Metrics(lambda: batcher.waiting + generation.waiting)
     alike: dict[str, Any] = {"max_rows": tasks.max_rows, "max_wait": max_wait, "observe": metrics.batches.observe}
     batcher = Batcher(tasks.answer, max_queue=limits.queue, seconds=limits.seconds, **alike)
     # a queue and a thread of their own: generated text takes seconds, for which no other should wait
     generation = Batcher(tasks.generate, max_queue=limits.chats, seconds=limits.generation, **alike)
-    batchers = batcher, generation
-    running = False
     loading = ThreadPoolExecutor(4, "fastpeft-load")  # its own: loads must not take the threads that read requests
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        nonlocal running
         async with batcher.running(), generation.running():
-            running = True
             yield  # at its end the server has answered all requests
-            running = False
         loading.shutdown(cancel_futures=True)
 
     app = FastAPI(
@@ -105,27 +100,7 @@ def create_app(
     )
     app.add_middleware(Guard, metrics=metrics, max_bytes=limits.body, seconds=limits.seconds)
     _refuse_in_words(app)
-
-    def check_worker() -> None:
-        if any(each.failed for each in batchers):
-            raise RefusedError("the server failed; its log says why. Start it again.", 503)
-
-    @app.head("/health", include_in_schema=False)
-    @app.get("/health", responses=_refusals(503))
-    async def health() -> dict[str, str]:
-        """Whether requests are taken: 503 where the queues of all tasks are full, or nothing is answered any more."""
-        check_worker()
-        used = {generation if task.predictor is None else batcher for task in tasks}
-        if not running or (used and all(each.waiting >= each.max_queue for each in used)):
-            raise RefusedError("the queue is full. Try again later.", 503)
-        return {"status": "ready"}
-
-    @app.head("/health/live", include_in_schema=False)
-    @app.get("/health/live", responses=_refusals(503))
-    async def alive() -> dict[str, str]:
-        """Whether the server works: 503 where it must be started again."""
-        check_worker()
-        return {"status": "alive"}
+    _tell_health(app, tasks, batcher, generation)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def measured() -> PlainTextResponse:
@@ -160,6 +135,32 @@ def create_app(
     if runs is not None:
         _let_change(app, tasks, runs.resolve(), loading)
     return app
+
+
+def _tell_health(app: FastAPI, tasks: Tasks, batcher: Batcher, generation: Batcher) -> None:
+    """Let whoever starts servers ask how this one is."""
+
+    def check_worker() -> None:
+        if batcher.failed or generation.failed:
+            raise RefusedError("the server failed; its log says why. Start it again.", 503)
+
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health", responses=_refusals(503))
+    async def health() -> dict[str, str]:
+        """Whether requests are taken: 503 where the queues of all tasks are full, or nothing is answered any more."""
+        check_worker()
+        used = {generation if task.predictor is None else batcher for task in tasks}
+        is_open = batcher.is_open and generation.is_open
+        if not is_open or (used and all(each.full for each in used)):
+            raise RefusedError("the queue is full. Try again later.", 503)
+        return {"status": "ready"}
+
+    @app.head("/health/live", include_in_schema=False)
+    @app.get("/health/live", responses=_refusals(503))
+    async def alive() -> dict[str, str]:
+        """Whether the server works: 503 where it must be started again."""
+        check_worker()
+        return {"status": "alive"}
 
 
 def _let_change(app: FastAPI, tasks: Tasks, runs: Path, loading: ThreadPoolExecutor) -> None:

@@ -45,6 +45,7 @@ class Batcher:
     ) -> None:
         self.max_rows, self.max_wait, self.max_queue, self.seconds = max_rows, max_wait, max_queue, seconds
         self.waiting = 0  # texts in the queue
+        self.is_open = False  # while it answers
         self._answer, self._observe = answer, observe
         self._queue: asyncio.Queue[QueuedRequest] = asyncio.Queue()
         self._left_over: QueuedRequest | None = None
@@ -54,6 +55,10 @@ class Batcher:
     def failed(self) -> bool:
         """Whether nothing answers any more."""
         return self._worker is not None and self._worker.done()
+
+    @property
+    def full(self) -> bool:
+        return self.waiting >= self.max_queue
 
     async def answer(self, task: str, texts: Sequence[Any]) -> Any:
         """The answer to one request.
@@ -78,9 +83,11 @@ class Batcher:
         # one thread, always the same: each that computes has threads of its own for PyTorch's work
         with ThreadPoolExecutor(1, "fastpeft-serve") as thread:
             self._worker = asyncio.create_task(self._run(thread))
+            self.is_open = True
             try:
                 yield
             finally:
+                self.is_open = False
                 self._worker.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await self._worker
