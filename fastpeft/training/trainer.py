@@ -123,11 +123,15 @@ class RunTrainer(Trainer):
             ],
         )
         self.remove_callback(PrinterCallback)
+        self._weigh_tokens(task.method.optimization.zeroth_order)
+
+    def _weigh_tokens(self, zeroth_order: bool) -> None:
+        """Let all tokens of a step have the same weight where the model does that, and warn where it does not."""
         # the Trainer takes the losses of models that accept it for divided by the items of all processes and
         # micro-batches, and leaves out that division; many models ignore it, as RoBERTa's, but decoders do not
-        divides = self.problem is NEXT_WORDS and not task.method.optimization.zeroth_order
+        divides = self.problem is NEXT_WORDS and not zeroth_order
         self.model_accepts_loss_kwargs = divides and vars(self)["model_accepts_loss_kwargs"]
-        parts = arguments.gradient_accumulation_steps * self.ranks.size
+        parts = self.args.gradient_accumulation_steps * self.ranks.size
         if self.problem.of_texts_alone and parts > 1 and not self.model_accepts_loss_kwargs:
             logger.warning(
                 "each of the %d micro-batches of a step has the same weight, however many tokens count in its loss; "
