@@ -104,14 +104,8 @@ def train(
         task = Task.load(config)
         if resume and folder.started:
             folder.check_rows(task.data.fingerprint)
-        _tell_precision(config, task.config)
-        if task.data.problem.has_classes:
-            logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)
-        if is_first():  # while there is time to stop
-            _tell_beginnings(task.config)
-            for warning in (*result_warnings.seen_rows(task.data.dev.texts, trained_on), *of_classes(task)):
-                logger.warning("%s", warning)
+        _tell_of_task(task, config, trained_on)
         if (prepared := _prepare(task, folder, callbacks, resume)) is None:
             return _finished(folder)
         trainer, measured, lowered = prepared
@@ -160,6 +154,17 @@ def _as_begun(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     if folder.newest_checkpoint() is None and not folder.journal.exists():
         logger.info("the run in %s has no checkpoint yet; it starts from the beginning", folder.path)
     return config
+
+
+def _tell_of_task(task: Task, given: TrainConfig, trained_on: set[str]) -> None:
+    """Tell while there is time to stop what the run learns, and what will make its figures doubtful."""
+    _tell_precision(given, task.config)
+    if task.data.problem.has_classes:
+        logger.info("%s", labels_in_words(task.data))
+    if is_first():
+        _tell_beginnings(task.config)
+        for warning in (*result_warnings.seen_rows(task.data.dev.texts, trained_on), *of_classes(task)):
+            logger.warning("%s", warning)
 
 
 def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
