@@ -176,13 +176,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         if config.pack_weights:
             pack(backbone)
         fuse_any_head(base)
-        self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
-        self.gradients_from = backbone.layer_of(adapters.values())  # see `LadderPass`
-        for parameter in (*head.values(), *adapters.values()):
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-            parameter.requires_grad_(True)
-        self._trained = {f"base.{name}" for name in (*head, *adapters, *backbone.head_buffers())}
-        self._trained |= {f"side.{name}" for name in side.state_dict()}
+        self._let_train(head, adapters)
         agree_on_problem(self.config, backbone)
         describe_base(self.config, backbone)
         self.post_init()
@@ -190,6 +184,16 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         self.all_tied_weights_keys: dict[str, str] = {}
         self._keys_to_ignore_on_save = self.state_dict().keys() - self._trained
         self.train(base.training)
+
+    def _let_train(self, head: dict[str, nn.Parameter], adapters: dict[str, nn.Parameter]) -> None:
+        """Let parameters of the base train beside the side network, and note the names of all that is saved."""
+        self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
+        self.gradients_from = self.backbone.layer_of(adapters.values())  # see `LadderPass`
+        for parameter in (*head.values(), *adapters.values()):
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.requires_grad_(True)
+        self._trained = {f"base.{name}" for name in (*head, *adapters, *self.backbone.head_buffers())}
+        self._trained |= {f"side.{name}" for name in self.side.state_dict()}
 
     def _get_name(self) -> str:
         """Beside a decoder the name of its class: by that `transformers.Trainer` smooths the labels of next words."""
