@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from fastpeft.cli_options import HELP, typed
 from fastpeft.errors import FastpeftError
-from fastpeft.support.interrupts import sigterm_interrupts
+from fastpeft.support.interrupts import signals_interrupt
 
 _UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it
 
@@ -25,7 +25,7 @@ class Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with sigterm_interrupts():
+            with signals_interrupt():
                 if "FASTPEFT_BACKEND" in os.environ:
                     from fastpeft.ops import backends
 

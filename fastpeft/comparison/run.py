@@ -326,9 +326,9 @@ def _check_rows(plan: Plan, fingerprints: dict[tuple[Any, ...], str]) -> None:
         noted = cell.folder.notes().get(ROWS_KEY) if cell.folder.finished and cell.folder.started else None
         if noted is not None and noted != fingerprints.setdefault(_rows(cell), noted):
             raise FastpeftError(
-                f"{cell.values['data']!r} holds other rows now, or in another order, than when {cell.name} was trained "
-                f"in {str(plan.folder)!r}, so it could not be compared with others. Restore them, or delete that "
-                "cell's folder to train it anew, or give another output folder."
+                f"{cell.values['data']!r} has changed: {cell.name} in {str(plan.folder)!r} has other rows, or in "
+                "another order, than there are now or than another cell has, so the two could not be compared. Restore "
+                "them, or delete that cell's folder to train it anew, or give another output folder."
             )
 
 

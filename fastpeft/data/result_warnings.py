@@ -113,7 +113,8 @@ def of_names(problem: Problem, names: Sequence[str]) -> list[str]:
             f"These {problem.labels} are what programs write where a value is missing: {_some(absent)}. They are "
             "trained as others; if they mean no label, remove their rows."
         )
-    of_entities = all(map(str.isdecimal, names)) or any(name.startswith(("B-", "I-")) for name in names)
+    begins = {"B", "I"} <= {*names} or any(name.startswith(("B-", "I-")) for name in names)
+    of_entities = begins or all(map(str.isdecimal, names))
     if problem is TAGGING and of_entities and OUTSIDE not in names:
         found.append(
             f"No tag is {OUTSIDE!r}, so word F1 and entity F1 count words outside all entities as entities too. If "

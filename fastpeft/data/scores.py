@@ -153,16 +153,16 @@ def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
 
     Tags are O and B-KIND, I-KIND, E-KIND and S-KIND; other schemes have M for I, L for E and U or W for S. An entity
     begins at B and S, where the kind changes, and after O, E and S; so an I begins one too where nothing comes before
-    it, as in the CoNLL evaluation. B, I, E and S alone are of the one kind that has no name. A tag of another form is a
-    kind that goes on as long as it is repeated.
+    it, as in the CoNLL evaluation. These letters alone, as in the BMES of words, are of the one kind that has no name.
+    A tag of another form is a kind that goes on as long as it is repeated.
     """
     found = set()
     begun, before, kind_before = 0, "O", ""
     for place, tag in enumerate([*tags, OUTSIDE]):
-        place_in, dash, kind = tag.partition("-")
+        place_in, _, kind = tag.partition("-")
         if tag == OUTSIDE:
             place_in, kind = "O", ""
-        elif tag in {*"BIES"} or (dash and place_in in _PLACES):
+        elif place_in in _PLACES:
             place_in = _PLACES[place_in]
         else:
             place_in, kind = "I", tag

@@ -58,6 +58,7 @@ class Batcher:
 
     @property
     def full(self) -> bool:
+        """Whether it takes no further text."""
         return self.waiting >= self.max_queue
 
     async def answer(self, task: str, texts: Sequence[Any]) -> Any:

@@ -109,7 +109,7 @@ def noting_stops(request: StopRequest, notice: str) -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
+def signals_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise `KeyboardInterrupt` inside it, unless somebody has set a handler."""
     with _handling(signal.default_int_handler, *_STOPS[1:]):
         yield

@@ -268,6 +268,7 @@ def test_metrics_of_tags_leave_out_what_is_outside() -> None:
         ("a-b a-b O c", {(0, 1, "a-b"), (3, 3, "c")}),
         ("B I I O B B I", {(0, 2, ""), (4, 4, ""), (5, 6, "")}),
         ("S B E I BE BE", {(0, 0, ""), (1, 2, ""), (3, 3, ""), (4, 5, "BE")}),
+        ("B M E S B L U", {(0, 2, ""), (3, 3, ""), (4, 5, ""), (6, 6, "")}),
         ("O O", set()),
     ],
 )

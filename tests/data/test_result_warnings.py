@@ -279,7 +279,7 @@ def test_a_tag_that_only_dev_rows_have_is_told_and_missed(config: TrainConfig, t
 
 
 def test_tags_of_entities_without_one_for_other_words_are_told() -> None:
-    for names in (["0", "1", "2"], ["B-a", "I-a", "o"]):
+    for names in (["0", "1", "2"], ["B-a", "I-a", "o"], ["B", "I", "o"]):
         (told,) = of_names(TAGGING, names)
         assert told.startswith("No tag is 'O', so word F1 and entity F1 count words outside all entities")
     for problem, names in ((TAGGING, ["B-a", "O"]), (TAGGING, ["NN", "VB"]), (CLASSIFICATION, ["0", "1"])):
