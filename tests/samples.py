@@ -43,6 +43,11 @@ add_adapter = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason=f"transformers adds adapters with PEFT {MIN_PEFT_VERSION} and later",
 )
+_mapping = getattr(transformers.integrations.peft, "_build_peft_weight_mapping", None)
+# what calls its `load_adapter`: 5.0 reads no file, LoRA's neither, into a model whose own names it does not convert
+load_adapter = pytest.mark.skipif(
+    _mapping is not None and not _mapping([], "default"), reason="this transformers does not load what it saved"
+)
 
 
 class Interrupt(TrainerCallback):

@@ -9,6 +9,8 @@
 #include <memory>
 #include <vector>
 
+#include "checked.h"
+
 namespace fastpeft {
 
 template <typename T>

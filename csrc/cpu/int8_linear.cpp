@@ -15,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "checked.h"
 #include "choose.h"
 
 namespace fastpeft {

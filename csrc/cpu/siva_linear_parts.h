@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "checked.h"
 #include "choose.h"
 #include "siva_linear_products.h"
 

@@ -248,7 +248,7 @@ def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defa
         FastpeftError: a cache of another kind is asked for.
     """
     kind = option("cache_implementation", arguments, *defaults)
-    if kind not in (None, "dynamic"):
+    if kind not in (None, "dynamic", "dynamic_full"):
         raise FastpeftError(
             f"cache_implementation={kind!r}: the cache of a backbone and its side network grows with the text. Leave "
             "it out, or give 'dynamic'."
@@ -259,9 +259,12 @@ def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defa
         return {**rest, CACHE: cache}
     if option("use_cache", arguments, *defaults) is False:
         return rest
-    rest.pop("cache_implementation", None)
+    if kind is not None:
+        rest["cache_implementation"] = None  # of a configuration too
     made = make()
-    # an assistant's text may be taken back; older releases of transformers need not be told
+    # an assistant's text may be taken back: transformers 5.0 wants layers without windows
+    if kind == "dynamic_full":
+        made.layers[:] = [DynamicLayer() if each.is_sliding else each for each in made.layers]
     if option("is_assistant", arguments, *defaults) and hasattr(made, "activate_past_recording"):
         made.activate_past_recording()
     return {**rest, CACHE: made}

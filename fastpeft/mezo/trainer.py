@@ -158,6 +158,7 @@ class MeZOTrainer(Trainer):
         self._last_loss = 0.0
         self._warned = False  # of losses in half precision
         self._start: Start | None = None  # of a resumed run with a journal
+        self._resumes = False  # from a checkpoint, given or made
         self._settle_for_callbacks()
         fuse_any_head(self.model)  # its loss asks for no gradient here, even where the decoder trains
         for warning in self.warnings_of_head():
@@ -235,11 +236,13 @@ class MeZOTrainer(Trainer):
             self.mezo.settle()
 
     def _settle_for_callbacks(self) -> None:
-        """Settle before events at which a callback may look at the weights."""
+        """Settle before events at which a callback may look at the weights; go on with a run before the first one."""
         handler = self.callback_handler
         call_event = handler.call_event
 
         def settled(event: str, *args: Any, **kwargs: Any) -> Any:
+            if event == "on_train_begin" and self._resumes:
+                self._go_on()
             looked_at = event == "on_train_end" or any(_may_look(each, event) for each in handler.callbacks)
             if looked_at and event != "on_pre_optimizer_step":
                 self._settle()
@@ -272,7 +275,7 @@ class MeZOTrainer(Trainer):
     @contextmanager
     def _started(self, resume: str | bool | None) -> Iterator[str | bool | None]:
         """Give the checkpoint for the Trainer; one made for the journal's last step exists inside the block only."""
-        self._start = None
+        self._start, self._resumes = None, False
         if not self.args.journal:
             yield resume
             return
@@ -328,12 +331,18 @@ class MeZOTrainer(Trainer):
             super()._load_from_checkpoint(str(self._start.weights.path), model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Bring weights, optimizer and schedule to the step after which the run is resumed."""
         super()._load_optimizer_and_scheduler(checkpoint)
+        self._resumes = checkpoint is not None
+
+    def _go_on(self) -> None:
+        """Bring weights, optimizer and schedule to the step after which the run is resumed.
+
+        Not before the Trainer has its state, which up to transformers 5.2 it reads after the optimizer's.
+        """
         start, file = self._start, self.journal_file
-        if checkpoint is not None and not self.mezo.steps_done:  # not in what save_only_model leaves
+        if not self.mezo.steps_done:  # not in what save_only_model leaves
             self.mezo.steps_done = self.state.global_step  # or noise that was used would be drawn again
-        if checkpoint is None or start is None:
+        if start is None:
             return
         if not start.at_checkpoint and start.steps >= self.state.max_steps:
             raise FastpeftError(

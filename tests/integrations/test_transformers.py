@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import get_peft_model
-from samples import add_adapter
+from samples import add_adapter, load_adapter
 from siva_adapters import move, tiny
 from torch import Tensor
 from trainers import quiet
@@ -26,6 +26,7 @@ def logits(model: Any) -> Tensor:
 
 
 @add_adapter
+@load_adapter
 @pytest.mark.long(but="frozen")
 @pytest.mark.parametrize("residual", ["frozen", "implicit"])
 def test_an_added_adapter_trains_is_saved_and_loads(residual: Any, tmp_path: Path) -> None:
@@ -66,6 +67,7 @@ def test_an_adapter_can_be_deleted_and_another_takes_its_place() -> None:
 
 
 @add_adapter
+@load_adapter
 def test_an_adapter_is_deleted_while_another_has_not_run_yet(tmp_path: Path) -> None:
     trained = move(get_peft_model(tiny(), SivaConfig(r=2, target_modules="all-linear")))
     trained.save_pretrained(tmp_path)

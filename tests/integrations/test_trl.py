@@ -18,13 +18,15 @@ from fastpeft import FastpeftError, LadderConfig, LadderModel, SivaConfig
 
 trl = pytest.importorskip("trl", reason="the extra `integrations` is not installed")
 
+NAMES = ("gradient_checkpointing", "activation_checkpointing")  # the older one first
+CHECKPOINTING = NAMES[hasattr(transformers.TrainingArguments, NAMES[1])]
 PROMPTS, GOOD, BAD = ["this film is", "the plot was", "it is", "a story"], [" great", " lovely"], [" bad", " dull"]
 SHARED = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1, "logging_steps": 1, "seed": 0}
 SHARED |= {
     "report_to": "none",
     "use_cpu": True,
     "bf16": False,
-    "activation_checkpointing": False,
+    CHECKPOINTING: False,
     "save_strategy": "no",
 }
 SHARED |= {"disable_tqdm": True, "lr_scheduler_type": "constant"}
@@ -137,7 +139,7 @@ def beside(model: Any) -> LadderModel:
     return LadderModel(model, LadderConfig(window_size=3, reduction_factor=2))
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("changes", [{}, {CHECKPOINTING: True}], ids=["plain", "checkpointed"])
 def test_sft_trains_a_side_network_as_the_trainer_does(tmp_path: Path, changes: dict[str, Any]) -> None:
     """TRL computes the loss from hidden states: it and the gradients are those of the model's own loss."""
     trainer = sft(beside(base()), tmp_path, **changes)

@@ -123,7 +123,8 @@ def test_a_share_of_the_steps_is_one_after_a_journal_too(tmp_path: Path) -> None
     shares = {"logging_steps": 0.4, "eval_strategy": "steps", "eval_steps": 0.4}
     killed(tmp_path, 2, **shares)
     resumed = trained(tmp_path, resume=True, **shares)
-    assert [each["step"] for each in resumed.state.log_history if "eval_loss" in each] == [3, 6, 7]
+    evaluated = [each["step"] for each in resumed.state.log_history if "eval_loss" in each]
+    assert evaluated in ([3, 6], [3, 6, 7])  # transformers 5.0 does not evaluate at the end
     assert resumed.state.logging_steps == 3
 
 

@@ -11,6 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+def test_what_torch_2_10_lacks_is_in_our_header() -> None:
+    """The oldest torch that setup.py builds for is not the one that is installed here."""
+    name, header = "STABLE_TORCH_ERROR_CODE_CHECK", "checked.h"
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "csrc").rglob("*.[ch]*")}
+    using = [file for file, text in texts.items() if name in text and file != header]
+    assert using
+    assert not [file for file in using if f'#include "{header}"' not in texts[file]]
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not (shutil.which("make") and shutil.which("c++")), reason="needs make and a C++ compiler")
 def test_host_code(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import load_adapter
 from siva_adapters import CLOSE, RESIDUALS, move, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -337,6 +338,7 @@ def test_a_whole_state_dict_of_whole_factors_loads() -> None:
     torch.testing.assert_close(other(x), layer(x), rtol=0, atol=1e-6)
 
 
+@load_adapter
 def test_whole_factors_are_refused_where_they_cannot_be_converted(tmp_path: Path) -> None:
     """Transformers sets the tensors of a file one by one and leaves out what it does not know."""
     adapted().save_pretrained(str(tmp_path))
