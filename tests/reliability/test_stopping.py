@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,10 @@ def test_the_command_line_tells_how_to_go_on(
 
 
 @pytest.mark.kill
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("kind", ["siva", "mezo", kill.COMPARE])
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [*product(["siva", "mezo", kill.COMPARE], [signal.SIGINT, signal.SIGTERM]), ("siva", signal.SIGHUP)],
+)
 def test_a_process_that_gets_a_signal(tmp_path: Path, kind: str, number: signal.Signals) -> None:
     """A comparison hands it on to the cell that runs, which then saves as a run does."""
     kill.prepare(tmp_path)
