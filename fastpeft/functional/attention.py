@@ -85,10 +85,7 @@ def window_attention(
             f"window_attention: slots {list(slots)} of {p.shape[0]}; allowed are different slots of at most "
             f"{MAX_WINDOW}, from 0 and in ascending order."
         )
-    is_seed = (
-        _is_seed_on(seed, q.device) if isinstance(seed, Tensor) else not isinstance(seed, float) and 0 <= seed < 2**63
-    )
-    if not 0 <= dropout < 1 or not is_seed or not 0 <= block < 2**28:
+    if not 0 <= dropout < 1 or not _is_seed(seed, q.device) or not 0 <= block < 2**28:
         raise FastpeftError(
             f"window_attention: dropout is {dropout}, seed {seed} and block {block}; allowed are 0 <= dropout < 1, "
             "0 <= seed < 2^63 or an int64 tensor of one element on the device of q, and 0 <= block < 2^28."
@@ -114,5 +111,7 @@ def window_attention(
     return out
 
 
-def _is_seed_on(seed: Tensor, device: torch.device) -> bool:
-    return seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == device
+def _is_seed(seed: int | Tensor, device: torch.device) -> bool:
+    if isinstance(seed, Tensor):
+        return seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == device
+    return not isinstance(seed, float) and 0 <= seed < 2**63

@@ -155,10 +155,10 @@ class LadderConfig(PretrainedConfig):
         self.layer_drop = layer_drop
         self.share_projections = share_projections
         self.output_mix = output_mix
-        self.feature_modules = [feature_modules] if isinstance(feature_modules, str) else copied(feature_modules)
-        self.feature_sizes = copied(feature_sizes)
+        self.feature_modules = [feature_modules] if isinstance(feature_modules, str) else _copied(feature_modules)
+        self.feature_sizes = _copied(feature_sizes)
         self.causal = causal
-        self.context = copied(context)
+        self.context = _copied(context)
         self.train_adapters = train_adapters
         self.backbone_dtype = backbone_dtype
         self.pack_weights = pack_weights
@@ -232,7 +232,7 @@ class LadderConfig(PretrainedConfig):
             )
 
 
-def copied(given: Any) -> Any:
+def _copied(given: Any) -> Any:
     """A sequence as a list of its own, as files hold it; anything else as it is."""
     return list(given) if isinstance(given, Sequence) else given
 

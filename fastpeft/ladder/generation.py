@@ -31,7 +31,7 @@ CACHE = CACHES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_g
 _SPARE = 8  # where a tensor of T tokens is full, room is made for T / 8 more, and at least 64
 _LEAST_SPARE = 64
 # what `generate` tells itself, which some decoders hand on to their forward
-OF_GENERATE = ("is_first_iteration", "next_sequence_length", "tokenizer", "assistant_tokenizer")
+_OF_GENERATE = ("is_first_iteration", "next_sequence_length", "tokenizer", "assistant_tokenizer")
 
 
 class GrowingLayer(DynamicLayer):
@@ -234,6 +234,12 @@ def cache_of_pass(backbone: Backbone, given: Any, use_cache: bool | None, traini
             "model.backbone)."
         )
     return given
+
+
+def prepare_pass(core: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a pass, as a decoder prepares them for its own, without what `generate` tells itself."""
+    prepared = core.prepare_inputs_for_generation(*args, **kwargs)
+    return {name: value for name, value in prepared.items() if name not in _OF_GENERATE}
 
 
 def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defaults: Any) -> dict[str, Any]:

@@ -41,11 +41,11 @@ from fastpeft.ladder.feature_sources import FeatureSource, LadderPass, choose_so
 from fastpeft.ladder.fingerprints import check_fingerprints
 from fastpeft.ladder.generation import (
     CACHE,
-    OF_GENERATE,
     LadderCache,
     cache_of_pass,
     check_generates,
     given_cache,
+    prepare_pass,
     with_cache,
     with_own_cache,
 )
@@ -475,9 +475,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """The arguments of a pass, as the base prepares them for its own; transformers looks for `inputs_embeds`."""
-        core = self.backbone.core
-        prepared = core.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        return {name: value for name, value in prepared.items() if name not in (*OTHER_CACHES, *OF_GENERATE)}
+        prepared = prepare_pass(self.backbone.core, input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        return {name: value for name, value in prepared.items() if name not in OTHER_CACHES}
 
     # what else `generate` asks of a model: one that sees images has places of its own for them, and encodes them once
 

@@ -21,7 +21,7 @@ from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.checks import check_attentions, check_mask
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.feature_sources import LadderPass, RunningBackbone
-from fastpeft.ladder.generation import CACHE, OF_GENERATE, LadderCache, given_cache, with_own_cache
+from fastpeft.ladder.generation import CACHE, LadderCache, given_cache, prepare_pass, with_own_cache
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
@@ -172,9 +172,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """As that of `LadderModel`."""
-        core = self.backbone.core
-        prepared = core.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        return {name: value for name, value in prepared.items() if name not in OF_GENERATE}
+        return prepare_pass(self.backbone.core, input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
 
 def check_cache(cache: Any, tasks: Sequence[str]) -> None:

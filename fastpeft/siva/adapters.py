@@ -144,7 +144,7 @@ class AdaptedLinear(BaseWeightLayer):
     def is_last(self, adapter_name: str) -> bool:
         """Whether W_r goes with this adapter: others that are there, if any, wait and make it of W0 themselves."""
         filled = self.siva_du.keys() - self._waiting
-        return list(self.siva_du) == [adapter_name] or (filled == {adapter_name} and not [*self.siva_residual])
+        return list(self.siva_du) == [adapter_name] or (filled == {adapter_name} and not self.siva_residual)
 
     # -- factors ---------------------------------------------------------------------------------------------------
 
