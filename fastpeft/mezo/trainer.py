@@ -69,8 +69,8 @@ class MeZOConfig(TrainingArguments):
             the method's recipe: 1e-6, constant, 16.
 
     Raises:
-        FastpeftError: `fp16` or `neftune_noise_alpha` is set; or `save_weights` is False without `journal`, or with
-            `load_best_model_at_end`.
+        FastpeftError: `fp16` or `neftune_noise_alpha` is set; `save_weights` is False without `journal`, or with
+            `load_best_model_at_end`; or `journal` and `auto_find_batch_size` are set.
     """
 
     eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
@@ -102,6 +102,11 @@ class MeZOConfig(TrainingArguments):
             raise FastpeftError(
                 "MeZOConfig: save_weights=False needs journal=True, from which the weights are made again, and "
                 "load_best_model_at_end=False, which reads weights. Correct these, or let checkpoints hold weights."
+            )
+        if self.journal and self.auto_find_batch_size:
+            raise FastpeftError(
+                "MeZOConfig: auto_find_batch_size=True counts its steps anew with each batch size that it tries, and "
+                "the journal goes on counting. Set per_device_train_batch_size, or leave out one of the two."
             )
         super().__post_init__()
 

@@ -344,6 +344,8 @@ def test_a_run_that_is_to_end_before_its_journal_is_refused(tmp_path: Path, step
 def test_what_a_journal_refuses(tmp_path: Path) -> None:
     with pytest.raises(FastpeftError, match="save_weights=False needs journal=True"):
         config(tmp_path, save_weights=False)
+    with pytest.raises(FastpeftError, match="auto_find_batch_size=True counts its steps anew"):
+        config(tmp_path, journal=True, auto_find_batch_size=True)
     killed(tmp_path, 4)
     with pytest.raises(FastpeftError, match="is the journal of another run"):
         journaled(tmp_path).train()
