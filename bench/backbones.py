@@ -24,3 +24,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "1b": lambda: LlamaForSequenceClassification(LLAMA),
 }
 HEADS = {"1b": "score"}  # the module that trains, where it is not "classifier"
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let each layer, or each block of a side network, keep its input alone and compute the rest again in backward."""
+    # the older transformers have the second name alone
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -60,6 +60,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from bench.backbones import checkpoint_activations
 from bench.harness import DATA, Row, option_parser, put_row, read_rows
 from fastpeft import LadderConfig, LadderModel, SivaConfig, fuse_head
 from fastpeft.methods.side_network import GATED
@@ -186,9 +187,7 @@ def prepared(case: Case, model: Any) -> Any:
             in_4_bits(model)
         model = _adapted(model, LoraConfig, lora_alpha=2 * RANK)
     if case.checkpointing == "yes":
-        # the older transformers have the second name alone
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     _give_memory(model)
     return fuse_head(model) if case.head == "fused" else model
 

@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from bench.backbones import LARGE
+from bench.backbones import LARGE, checkpoint_activations
 from bench.harness import DATA, option_parser, put_row
 from fastpeft import LadderConfig, LadderModel, SivaConfig
 from fastpeft.methods.side_network import GATED
@@ -47,7 +47,8 @@ class Case:
     """A method, what it adapts, dtypes of what it trains beside the model and of the frozen rest, and the optimizer.
 
     The rest is SiVA's residual or a side network's backbone; none is given where it is in bfloat16 as the model. A side
-    network has six blocks where no `layers_per_block` is given, as it is by default; the paper's form is 1.
+    network has six blocks where no `layers_per_block` is given, as it is by default; the paper's form is 1. With
+    `checkpointing` "yes" the activations of layers, or of a side network's blocks, are computed again in backward.
     """
 
     method: str
@@ -56,6 +57,7 @@ class Case:
     residual_dtype: str = ""
     optimizer: str = ""
     layers_per_block: str = ""
+    checkpointing: str = ""
 
 
 CASES = [
@@ -72,6 +74,9 @@ CASES = [
         Case("k-lst", adapter_dtype="float32", optimizer=o)
         for o in ("AdamW in backward", "8-bit AdamW", "8-bit AdamW in backward")
     ),
+    Case("full", checkpointing="yes"),
+    *(Case(m, t, "float32", checkpointing="yes") for t in ("query+key", "all linear") for m in ("lora", "siva")),
+    *(Case(m, adapter_dtype="float32", checkpointing="yes") for m in ("k-lst", "lst")),
 ]
 
 
@@ -126,6 +131,8 @@ def rows(cases: list[Case], config: RobertaConfig, lengths: tuple[int, ...]) -> 
     """One row for each case and length."""
     for case in cases:
         model = prepared(case, config)
+        if case.checkpointing:
+            checkpoint_activations(model)
         for tokens in lengths:
             found = estimate(case, model, tokens)
             parts = ("weights", "gradients", "optimizer", "activations", "peak")
@@ -137,9 +144,9 @@ def rows(cases: list[Case], config: RobertaConfig, lengths: tuple[int, ...]) -> 
 
 def main() -> None:
     parser = option_parser(__doc__)
-    parser.add_argument("--only", metavar="TEXT", help="cases of this method, residual or optimizer only")
+    parser.add_argument("--only", metavar="TEXT", help="cases with this method, targets, dtype or optimizer only")
     only = parser.parse_args().only
-    cases = [case for case in CASES if only in (None, case.method, case.residual_dtype, case.optimizer)]
+    cases = [case for case in CASES if only in (None, *asdict(case).values())]
     for row in rows(cases, LARGE, LENGTHS):
         put_row(FILE, row, key=(*Case.__dataclass_fields__, "tokens"))
         print(", ".join(row.values()), flush=True)

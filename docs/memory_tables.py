@@ -26,20 +26,29 @@ CASE = ("method", "targets", "adapter_dtype", "residual_dtype", "optimizer", "la
 LENGTHS = ("64", "128", "512")
 
 
-def peaks() -> dict[str, dict[str, float]]:
-    """Peak memory of a RoBERTa-large, MB, by method and length."""
+def peaks(checkpointing: str = "") -> dict[str, dict[str, float]]:
+    """Peak memory of a RoBERTa-large, MB, by method and length, with `checkpointing` "yes" of steps that checkpoint."""
     found: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
     for row in rows("memory.csv"):
         case = tuple(row[name] for name in CASE)
-        if case in LARGE:
+        if case in LARGE and row["checkpointing"] == checkpointing:
             found[LARGE[case]][row["tokens"]] = float(row["peak_mb"])
     return found
 
 
 def memory() -> str:
     """Peaks of a RoBERTa-large, by method and length."""
-    body = ([name, *(f"{found[length]:,.0f}" for length in LENGTHS)] for name, found in peaks().items())
-    return table(["peak memory, MB", *(f"{length} tokens" for length in LENGTHS)], body)
+    again = peaks(checkpointing="yes")
+    body = (
+        [
+            name,
+            *(f"{found[n]:,.0f}" for n in LENGTHS),
+            *(f"{again[name][n]:,.0f}" if again[name] else "-" for n in LENGTHS),
+        ]
+        for name, found in peaks().items()
+    )
+    heads = [f"{length} tokens" for length in LENGTHS]
+    return table(["peak memory, MB", *heads, *(f"{head}, checkpointed" for head in heads)], body)
 
 
 # rows of bench/data/llama_memory.csv by method, format of the frozen weights, form of the loss, reduction, and layers

@@ -353,7 +353,7 @@ def distributed_beyond() -> str:
     body = []
     for row in rows("memory.csv"):
         case = tuple(row[name] for name in CASE)
-        if case not in LARGE or row["tokens"] != "128" or row["residual_dtype"]:
+        if case not in LARGE or row["tokens"] != "128" or row["residual_dtype"] or row["checkpointing"]:
             continue
         weights, gradients, state, rest, peak = (
             float(row[f"{part}_mb"]) for part in ("weights", "gradients", "optimizer", "activations", "peak")
