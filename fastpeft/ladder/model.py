@@ -57,6 +57,7 @@ from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
+from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.ops.quantise import count_parameters
 from fastpeft.support.dropout import dropout_off
@@ -130,6 +131,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
                 f"LadderModel takes a model and a LadderConfig; the configuration is a {type(config).__name__}. Write "
                 "LadderModel(base, LadderConfig(...))."
             )
+        warn_if_not_compiled()
         config = copy.deepcopy(config)
         backbone = Backbone(base, config.feature_modules, config.feature_sizes)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from torch import Tensor
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.define import NAMESPACE, OPS
 from fastpeft.ops.dispatch import choosing
+from fastpeft.support.environment import best_device
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "FASTPEFT_BACKEND"
 
@@ -224,9 +228,13 @@ def _raise(fault: FastpeftError, *_: Any) -> None:
 _library, _choices, _fault = _activate()  # the Library object must live: its registrations end with it
 
 
-def why_not_compiled() -> str:
-    """Why the compiled operations for CPUs are not there, or ''."""
-    return _why_not("cpp")
+@functools.cache
+def warn_if_not_compiled() -> None:
+    """Warn, once in a process, where a CPU computes and its compiled operations are not there: pip hides why."""
+    if best_device() == "cpu" and (reason := _why_not("cpp")):
+        logger.warning(
+            "%s, so training is slower; install fastpeft as its README says, where there is a C++ compiler", reason
+        )
 
 
 def choices() -> list[Choice]:

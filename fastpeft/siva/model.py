@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.siva import grouping
 from fastpeft.siva.config import SivaConfig, check_name, is_all_linear
 from fastpeft.siva.four_bits import is_in_4_bits
@@ -68,6 +69,7 @@ class SivaModel(BaseTuner):
             model.register_state_dict_post_hook(_give_pretrained)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        warn_if_not_compiled()
         config = self.peft_config[adapter_name]
         check_name(adapter_name)
         if config.init_weights != "saved" and (kwargs.get("low_cpu_mem_usage") or _makes_empty_factors(model)):

@@ -66,7 +66,7 @@ class _Hook(MetaPathFinder):
             name = self.loaded.pop(0)
             try:
                 self.actions.pop(name)()
-            except ImportError as error:  # as of a later version that lacks a name: the import of others goes on
+            except Exception as error:  # as of a later version that lacks a name: the import of others goes on
                 warnings.warn(f"{_OWN} does not fit the {name} that is installed: {error}", stacklevel=2)
         if not self.actions and self in sys.meta_path:
             sys.meta_path.remove(self)

@@ -22,7 +22,7 @@ from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.mezo.journal import Journal
 from fastpeft.ops.autotune import timings
-from fastpeft.ops.backends import why_not_compiled
+from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
 from fastpeft.support.environment import best_device
@@ -183,10 +183,7 @@ def _tell_beginnings(config: TrainConfig) -> None:
     """Tell of a model that nobody may have meant, and of an installation without the compiled operations."""
     if config.model == DEMO and config.data != DEMO:
         logger.info("the model is %r, the bundled one, which is small and for trying out; --model names another", DEMO)
-    if best_device() == "cpu" and (reason := why_not_compiled()):
-        logger.warning(
-            "%s, so runs are slower; install fastpeft as its README says, where there is a C++ compiler", reason
-        )
+    warn_if_not_compiled()
 
 
 def _prepare(

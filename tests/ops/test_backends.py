@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from backbones import ladder, tiny
+from peft import get_peft_model
 
+from fastpeft import SivaConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.ops import backends
 from fastpeft.ops.define import OPS
@@ -98,3 +101,20 @@ def test_a_missing_backend_lets_the_import_pass_and_stops_every_op() -> None:
     )
     done = python(code, "mezo_perturb_=aten")
     assert "mezo_perturb_ runs on cpp, cuda, reference, triton only" in done.stdout, done.stderr
+
+
+def test_an_installation_without_the_compiled_part_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make() -> None:
+        get_peft_model(tiny(), SivaConfig(r=2, target_modules=["query"]))
+        ladder(window_size=1)
+
+    monkeypatch.setattr(backends, "best_device", lambda: "cpu")
+    backends.warn_if_not_compiled.cache_clear()
+    make()
+    assert "not built" not in caplog.text
+    monkeypatch.setattr(backends, "_why_not", lambda backend: f"{backend} was not built")
+    backends.warn_if_not_compiled.cache_clear()
+    make()
+    assert caplog.text.count("cpp was not built, so training is slower; install fastpeft as its README says") == 1
