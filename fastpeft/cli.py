@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shlex
 import sys
 from pathlib import Path
@@ -518,4 +519,6 @@ def info(
 
 def main() -> None:
     """Entry point of the `fastpeft` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot encode is escaped, as on standard error
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="fastpeft")

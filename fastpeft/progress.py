@@ -21,7 +21,9 @@ from fastpeft.support.stages import listening, report
 
 
 def _let_go(stream: TextIO) -> None:
-    """Let what is written go nowhere, for its reader has ended, as in `2>&1 | less`: the run is worth more."""
+    """Let what is written go nowhere: its reader has ended, as in `2>&1 | less`, or its disk is full, and the run is
+    worth more.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -160,14 +162,17 @@ def _write_line(known: Mapping[str, Any], measured: Mapping[str, float]) -> None
     stage, total, left = known["stage"], known["total"], known["seconds_left"]
     words = [stage if total is None else f"{stage} {known['done']}/{total}", in_words(measured)]
     words += [f"{clock(left)} left"] if left else []
-    errors.print("  ".join(filter(None, words)), soft_wrap=True)
+    try:
+        errors.print("  ".join(filter(None, words)), soft_wrap=True)
+    except OSError:
+        _let_go(sys.stderr)
 
 
 def write_json(known: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> None:
     """A report for a program: an object a line, on standard output."""
     try:
         print(json.dumps({**known, **(measured or {})}), flush=True)
-    except BrokenPipeError:
+    except OSError:
         _let_go(sys.stdout)
 
 

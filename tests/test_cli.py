@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -448,6 +449,14 @@ def test_as_a_module_in_its_own_process(place: Path) -> None:
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("Error: the output folder 'out' is not empty.")
     assert refused.stdout == ""
+
+
+def test_what_standard_output_cannot_encode_is_escaped() -> None:
+    """As a text that `predict` answers, where the locale has an older encoding: the texts after it are answered too."""
+    script = 'from fastpeft import cli; cli.app = lambda **_: print("a \u2603, caf\u00e9"); cli.main()'
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    shown = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, check=True)
+    assert shown.stdout.rstrip() == b"a \\u2603, caf\xe9"
 
 
 @pytest.mark.long

@@ -103,9 +103,10 @@ def test_for_a_program(errors: Callable[..., io.StringIO], capsys: pytest.Captur
     assert screen.getvalue() == ""
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("kind", ["auto", "json"])
-def test_a_reader_that_ends_does_not_end_the_run(kind: str) -> None:
-    """As in `fastpeft train 2>&1 | less`, left by q."""
+def test_a_reader_that_ends_does_not_end_the_run(kind: str, full: bool) -> None:
+    """As in `fastpeft train 2>&1 | less`, left by q; nor does a log whose disk is full."""
     script = f"""
 import sys
 from fastpeft import progress
@@ -115,8 +116,12 @@ with progress.shown({kind!r}):
         report(stage)
 (sys.stderr if {kind!r} == "json" else sys.stdout).write("to the end")
 """
+    if full and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
     read, write = os.pipe()
     os.close(read)
+    if full:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), write)
     streams = {"stdout": write, "stderr": subprocess.PIPE} if kind == "json" else {"stderr": write, "stdout": -1}
     ended = subprocess.run([sys.executable, "-c", script], text=True, **streams)  # type: ignore[call-overload]
     os.close(write)

@@ -9,6 +9,7 @@ so a LoRA of rank 2r with `lora_alpha = 2r` (a scaling of 1) on the pretrained w
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
@@ -54,8 +55,9 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         adapter_name: the adapter.
 
     Raises:
-        FastpeftError: the adapter is not SiVA's, or its decomposition left out a part of the weight (`d` below the full
-            rank), so that it does not belong to the base model's weights. Nothing is written then.
+        FastpeftError: the adapter is not SiVA's, its decomposition left out a part of the weight (`d` below the full
+            rank), so that it does not belong to the base model's weights, or PEFT would load it onto other layers.
+            Nothing is written then.
 
     Example:
         >>> save_as_lora(model, "lora")  # doctest: +SKIP
@@ -97,9 +99,33 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
+    _check_targets(lora, model.get_base_model())
     Path(folder).mkdir(parents=True, exist_ok=True)
     lora.save_pretrained(str(folder))
     save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+
+
+def _check_targets(lora: LoraConfig, base: nn.Module) -> None:
+    """Raise `FastpeftError` unless PEFT, when it loads the LoRA onto such a base, keeps all its targets.
+
+    In some mixtures it takes every gate_proj, up_proj and down_proj for the experts, which are stacked parameters in
+    transformers 5, also those of shared experts and of dense layers. The tensors of the layers meant would be lost.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+    except ImportError:  # earlier ones take names as they are
+        return
+    probe = copy.deepcopy(lora)
+    try:
+        kept = (convert(probe, base, None) or probe).target_modules  # some return it, some change it
+    except ValueError:  # it has one of two that go together there
+        kept = ()
+    if lost := sorted({*lora.target_modules} - {*kept}):
+        raise FastpeftError(
+            f"{lost[0]}: PEFT takes this name in a LoRA for the stacked experts of the mixture, so what trained here "
+            f"would be lost ({len(lost)} of {len(lora.target_modules)} layers). Merge the adapter into its base model "
+            "instead, or train with such layers in exclude_modules."
+        )
 
 
 def _convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:

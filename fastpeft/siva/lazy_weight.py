@@ -16,6 +16,7 @@ _KNOWN = (
     *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
 )
+_DATA: Any = Tensor.data
 
 
 class LazyWeight(Tensor):
@@ -46,8 +47,11 @@ class LazyWeight(Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _KNOWN:
             return super().__torch_function__(function, types, args, kwargs)
+        if function == _DATA.__get__:  # what changes it in place means the weight
+            whole = args[0]
+            return LazyWeight(lambda: whole._compute().data, whole, whole.shape)
         name = getattr(function, "__name__", "")
-        if isinstance(next(iter(args), None), LazyWeight) and _IN_PLACE.fullmatch(name):
+        if isinstance(next(iter(args), None), LazyWeight) and (_IN_PLACE.fullmatch(name) or function == _DATA.__set__):
             raise FastpeftError(
                 f"{name} would change the weight of a SiVA layer in place, but that is computed at each "
                 "use from what is trained and what is frozen. Leave the layer out of target_modules, or merge the "

@@ -50,6 +50,9 @@ class LoadableLinear(AdaptedLinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Refuse factors that do not fit the layer's weight, before they are loaded."""
+        stored, codes = f"{prefix}base_layer.weight", state_dict.get(f"{prefix}quantised.codes")
+        if codes is not None and stored not in state_dict:  # accelerate saves one of all tensors without memory
+            state_dict[stored] = codes.new_empty(0, dtype=self._dtype)
         loaded = {}
         for name in self.siva_du:
             keys = [f"{prefix}siva_{part}.{name}" for part in ("u0", "s", "v0")]
@@ -72,11 +75,11 @@ class LoadableLinear(AdaptedLinear):
         self._convert_whole_factors(state_dict, prefix)
         for name in loaded:
             self._check_scaling(name, state_dict, prefix)
-        key, self._whole = f"{prefix}base_layer.weight", None
-        if key in state_dict:
+        self._whole = None
+        if stored in state_dict:
             self._waiting -= loaded.keys()  # the stored weight comes along, already W_r where it has to be
             self._expect_quantised(f"{prefix}quantised.codes" in state_dict)
-            self._whole = self._arrives_whole(state_dict[key], loaded)
+            self._whole = self._arrives_whole(state_dict[stored], loaded)
         else:
             for name, initial in loaded.items():
                 if not self._starts_from(name, initial):

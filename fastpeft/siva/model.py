@@ -26,6 +26,7 @@ from fastpeft.siva.targets import (
     check_not_held_aside,
     check_saved_layers,
     check_target,
+    endings,
     in_chosen_blocks,
     leave_heads_out,
     limit_ranks,
@@ -120,10 +121,10 @@ class SivaModel(BaseTuner):
         if peft_config.init_weights != "saved" and self._pissa is None:  # what a file says was given to another model
             names = () if isinstance(wanted, str) else wanted
             warn_of_strangers(peft_config, names, linear, targets, model, self._is_head)
+            warn_of_stacks(model, self._is_head, None if all_linear else endings(targets))
         if all_linear:
             leave_heads_out(peft_config, targets)
             limit_ranks(peft_config, targets)
-            warn_of_stacks(model, self._is_head)
         _check_tokens(peft_config, model)
         if any(is_in_4_bits(getattr(module, "base_layer", module)) for module in targets.values()):
             _make_implicit(peft_config)

@@ -186,19 +186,29 @@ def limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
         peft_config.rank_pattern = {**peft_config.rank_pattern, **patterns}
 
 
-def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool]) -> None:
-    """Warn of matrices that "all-linear" leaves out since several are in one parameter, as the experts of a mixture."""
+def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool], names: Iterable[str] | None = None) -> None:
+    """Warn of matrices that are left out since several are in one parameter, as the experts of a mixture.
+
+    Args:
+        model: the model.
+        is_head: whether a name is of a part of the head, which is no target.
+        names: how the names of the targets end. The stacks whose names end so too are told, as `gate_up_proj` beside
+            the `up_proj` of a shared expert; None: all.
+    """
+    ends = ("",) if names is None else tuple(f"_{name}" for name in names)
     stacks: Counter[str] = Counter()
     for name, module in model.named_modules():
         # kernels of convolutions have three dimensions too, also where they are computed from others
         if isinstance(module, (_ConvNd, ParametrizationList)) or is_head(name):
             continue
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and min(parameter.shape) > 1 and "embed" not in own:  # of positions and segments
+            if not f"_{own}".endswith(ends) or "embed" in own:  # of positions and segments
+                continue
+            if parameter.dim() == 3 and min(parameter.shape) > 1:
                 stacks[re.sub(r"\.\d+(?=\.)", ".*", f"{name}.{own}")] += parameter.numel()
     if stacks:
         logger.warning(
-            "all-linear adapts linear layers. %s weights of the model are in stacked matrices, which stay frozen: %s. "
+            "SiVA adapts linear layers. %s weights of the model are in stacked matrices, which stay frozen: %s. "
             "LoRA adapts those by its target_parameters",
             f"{stacks.total():,}",
             ", ".join(stacks),
@@ -206,7 +216,7 @@ def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool]) -> None:
 
 
 def tied_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters that several modules share, or that one module has which several hold.
+    """Identities of the parameters and modules that several modules hold, and of the parameters of such modules.
 
     A block that runs several times, as a Universal Transformer's, shares nothing: its layers are the same each time.
     """
@@ -269,6 +279,11 @@ def check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: A
     if isinstance(target, SivaLinear):
         target.check_addable(adapter_name, r, peft_config)
     else:
+        if id(target) in tied:
+            raise FastpeftError(
+                f"{key}: two places of the model hold this layer, and only this one would get the adapter. Give each a "
+                "layer of its own, or leave the layer out with exclude_modules."
+            )
         check_decomposable(matrix(target, key), r, peft_config.d, key)
         if peft_config.residual == "frozen" and id(target.weight) in tied:
             raise FastpeftError(

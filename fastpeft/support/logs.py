@@ -14,7 +14,8 @@ def show_own_messages(handler: logging.Handler, quiet: bool) -> None:
     """Give this library's own messages to `handler`, of which `quiet` leaves errors alone, and silence all others."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for other in ("huggingface_hub", "matplotlib"):  # the second tells of a home that cannot be written
+        logging.getLogger(other).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     logger = logging.getLogger("fastpeft")
     logger.handlers = [handler]

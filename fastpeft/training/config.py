@@ -465,7 +465,7 @@ class TrainConfig:
         """Names and values, as `run.json` holds them: with absolute paths of local files, to be found from anywhere."""
         given = dataclasses.asdict(self)
         folders = [known.name for known in options() if known.folder and given[known.name] is not None]
-        paths = {name: str(path_of(given[name]).resolve()) for name in folders}
+        paths = {name: _resolved(path_of(given[name])) for name in folders}
         return {**given, **paths, "model": _anchored(self.model), "data": _anchored(self.data)}
 
 
@@ -505,7 +505,17 @@ def parse_value(text: str) -> Any:
 def _anchored(name: str) -> str:
     """The absolute path of a local file or folder; any other name as it is."""
     path = path_of(name)
-    return str(path.resolve()) if name != DEMO and path.exists() else name
+    return _resolved(path) if name != DEMO and path.exists() else name
+
+
+def _resolved(path: Path) -> str:
+    """A path as an absolute one, which `run.json` can hold."""
+    whole = str(path.resolve())
+    try:
+        whole.encode()
+    except UnicodeEncodeError:
+        raise FastpeftError(f"the path {whole!r} is not in UTF-8. Rename its folders, or work in others.") from None
+    return whole
 
 
 def _is_json_object(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -109,7 +110,8 @@ def train(
         if (prepared := _prepare(task, folder, callbacks, resume)) is None:
             return _finished(folder)
         trainer, measured, lowered = prepared
-        before = Beginning(measured, lowered, trained_on, command or f"fastpeft train --config {folder.config_file}")
+        again = shlex.join(["fastpeft", "train", "--config", str(folder.config_file)])
+        before = Beginning(measured, lowered, trained_on, command or again)
 
         def open_folder() -> None:
             values = task.config.values()

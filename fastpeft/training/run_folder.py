@@ -129,6 +129,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.journal = self.path / JOURNAL
         self.staging = self.path / ".staging"
+        self._opened: tuple[os.stat_result, bytes] | None = None  # which folder, and what its run.json held
 
     @property
     def finished(self) -> bool:
@@ -187,7 +188,7 @@ class RunFolder:
         if not self.finished:
             raise FastpeftError(
                 f"the run in {str(self.path)!r} is not finished. Finish it with `fastpeft train --output "
-                f"{self.path} --resume`."
+                f"{shlex.quote(str(self.path))} --resume`."
             )
         return _Metrics(self.metrics_file)
 
@@ -361,6 +362,21 @@ class RunFolder:
             files.write_json(self.config_file, {**notes, **config})
             _delete(self.staging)
             self.staging.mkdir()
+            self._opened = self.path.stat(), self.config_file.read_bytes()
+
+    def _keep_place(self) -> None:
+        """Mark the folder as this run's again where it was moved or deleted, unless another run has its name now."""
+        if self._opened is None:
+            return
+        folder, config = self._opened
+        if not self.config_file.is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(self.config_file, config)
+        elif not os.path.samestat(folder, self.path.stat()) and self.config_file.read_bytes() != config:
+            raise FastpeftError(
+                f"the output folder {str(self.path)!r} was moved or deleted while the run was under way, and holds "
+                "another run now, so nothing is written there. Resume the run where its folder is, or start it again."
+            )
 
     @contextmanager
     def saving(self, what: str) -> Iterator[None]:
@@ -371,6 +387,7 @@ class RunFolder:
             return f"Free disk space, or make the folder writable. {self.going_on()}"
 
         with files.saving(f"{what} to the output folder {str(self.path)!r}", clear):
+            self._keep_place()
             yield
 
     def going_on(self) -> str:

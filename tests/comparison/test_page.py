@@ -22,6 +22,8 @@ from fastpeft.comparison.report import document, figures, mistakes
 from fastpeft.comparison.report import output as report
 from fastpeft.comparison.report.document import Code, Figure, Heading, Items, Matrix, Strong, Table, Text
 from fastpeft.comparison.report.results import variants
+from fastpeft.support import files
+from fastpeft.training.task import data_for
 
 BAD = '</script><img src=x onerror="document.title=1">&'
 VARIANT = f"head:prompt={{text}} {BAD} <mask>:label_words=bad+good"
@@ -273,12 +275,16 @@ def test_rows_on_which_variants_differ(tmp_path: Path, caplog: pytest.LogCapture
         assert shown == f"dev {row} {BAD}"
         assert label == ("bad", BAD)[row % 2]
         assert marks == [("✗", "1/2", "✓")[share] for share in shares[row]]
-    (tmp_path / "data" / "dev.csv").write_text("text,label\nother,bad\n")
-    *_, text, table = mistakes.disagreements(variants(plan.results))
-    assert isinstance(text, Text)
-    assert isinstance(table, Table)
-    assert "The texts could not be loaded again, or have changed, so only row numbers are shown." in text.text
-    assert table.rows[0] == ["row", "label", "siva", "lora", "head"]
+    dev, folder = tmp_path / "data" / "dev.csv", plan.results[0].folder
+    values = {**files.read_json(folder.config_file), "rows": data_for(plan.results[0].config).fingerprint}
+    files.write_json(folder.config_file, values)
+    for changed in (dev.read_text().replace("dev ", "another "), "text,label\nother,bad\n"):
+        dev.write_text(changed)
+        *_, text, table = mistakes.disagreements(variants(plan.results))
+        assert isinstance(text, Text)
+        assert isinstance(table, Table)
+        assert "The texts could not be loaded again, or have changed, so only row numbers are shown." in text.text
+        assert table.rows[0] == ["row", "label", "siva", "lora", "head"]
 
 
 def test_without_answers_no_rows_differ(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,42 @@ def test_a_run_that_ended_meanwhile_is_not_replaced(config: TrainConfig) -> None
     with pytest.raises(FastpeftError, match=r"is not empty\. Give another one, or --resume"):
         train(replace(config, seed=1), callbacks=[meanwhile])
     assert kill.results(Path(config.output)) == meanwhile.result
+
+
+class Move(TrainerCallback):
+    """Within the second step moves the folder of the run away, and lets `then` put another in its place."""
+
+    def __init__(self, folder: Path, then: Callable[[], object]) -> None:
+        self.folder = folder
+        self.then = then
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.folder.rename(self.folder.with_name("moved"))
+            self.then()
+
+
+def test_a_run_whose_folder_was_moved_ends_in_one_that_can_be_read(config: TrainConfig) -> None:
+    folder = Path(config.output)
+    train(config, callbacks=[Move(folder, lambda: None)])
+    assert evaluate(folder)["dev_rows"] > 0
+    assert not RunFolder(folder.with_name("moved")).finished
+
+
+def test_a_run_that_took_the_place_of_one_that_was_moved_is_left_alone(config: TrainConfig) -> None:
+    folder, other = Path(config.output), replace(config, seed=1)
+    moves = Move(folder, lambda: train(other))
+    with pytest.raises(FastpeftError, match="holds another run now, so nothing is written there"):
+        train(config, callbacks=[moves])
+    assert RunFolder(folder).metrics()["seed"] == RunFolder(folder).config()["seed"] == 1
+
+
+def test_the_command_that_finishes_a_run_can_be_pasted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "my run")
+    folder.path.mkdir()
+    folder.open({"model": "demo"}, "", overwrite=False)
+    with pytest.raises(FastpeftError, match=r"--output '.*my run' --resume`"):
+        folder.metrics()
 
 
 def test_the_lock_of_a_killed_run_blocks_nobody(config: TrainConfig) -> None:

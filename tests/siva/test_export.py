@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,18 @@ def test_what_no_lora_can_stand_for(tmp_path: Path, config: peft.PeftConfig, mes
     with pytest.raises(FastpeftError, match=message):
         save_as_lora(peft.get_peft_model(tiny(), config), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "gate_proj"]], ids=["all", "a part"])
+def test_layers_that_peft_would_take_for_experts_are_refused(tmp_path: Path, targets: Any) -> None:
+    """Of a mixture PEFT takes these names for stacked experts, so that a LoRA of a shared expert would be lost."""
+    sizes = {"num_key_value_heads": 2, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    glm = partial(tiny, "Glm4Moe", "ForCausalLM", **sizes, head_dim=8)
+    model = move(peft.get_peft_model(glm(), SivaConfig(r=2, target_modules=targets)))
+    with pytest.raises(FastpeftError, match=r"gate_proj: PEFT takes .* stacked experts|down_proj: PEFT takes .*"):
+        save_as_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    model = move(peft.get_peft_model(glm(), SivaConfig(r=2, target_modules=["q_proj", "o_proj"]))).eval()
+    save_as_lora(model, tmp_path / "lora")
+    lora = peft.PeftModel.from_pretrained(glm(), str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(answers(lora), answers(model), **CLOSE)

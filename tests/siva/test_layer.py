@@ -344,11 +344,17 @@ def test_modules_that_read_the_weight_get_the_right_one(residual: str) -> None:
 def test_a_weight_that_is_computed_is_not_changed_in_place(residual: str) -> None:
     """As RWKV does on its way to eval mode: the change would be lost, and the outputs wrong."""
     layer = SivaLinear.from_linear(linear(), 4, residual=residual)
+    changes: list[Callable[[Any], Any]] = [
+        *(lambda w: w.div_(2), lambda w: w.__imul__(2), lambda w: w.__setitem__(0, 1.0)),
+        *(lambda w: w.data.div_(2), lambda w: nn.init.zeros_(w.data), lambda w: setattr(w, "data", w.div(2))),
+    ]
     with torch.no_grad():
-        for change in (lambda w: w.div_(2), lambda w: w.__imul__(2), lambda w: w.__setitem__(0, 1.0)):
+        for change in changes:
             with pytest.raises(FastpeftError, match="in place"):
                 change(layer.weight)
     assert layer.weight.div(2).shape == layer.weight.shape
+    assert layer.weight.data.equal(layer.weight)
+    assert not layer.weight.data.div(2).requires_grad
 
 
 def test_a_cast_leaves_the_initial_factors_whole() -> None:

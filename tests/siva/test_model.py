@@ -473,11 +473,12 @@ def test_a_block_that_runs_several_times(tmp_path: Path, residual: str) -> None:
     torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
 
 
-def test_a_layer_that_two_places_hold_is_shared() -> None:
+@RESIDUALS
+def test_a_layer_that_two_places_hold_is_refused(residual: str) -> None:
     block = nn.ModuleDict({"query": nn.Linear(4, 4)})
     block["again"] = block["query"]
-    with pytest.raises(FastpeftError, match="shared with another module"):
-        peft.get_peft_model(block, SivaConfig(r=2, target_modules=["query"]))
+    with pytest.raises(FastpeftError, match=r"^query: two places of the model hold this layer"):
+        peft.get_peft_model(block, SivaConfig(r=2, target_modules=["query"], residual=residual))
 
 
 def test_registration_is_idempotent() -> None:

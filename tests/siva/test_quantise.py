@@ -11,7 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from accelerate.utils import save
+from safetensors.torch import load_file, load_model
 from siva_adapters import CLOSE, answers, move, tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -232,6 +233,15 @@ def test_a_whole_state_dict_fills_a_waiting_layer(kind: Any) -> None:
     blank.load_state_dict(layer.state_dict())
     assert blank(inputs()).equal(layer(inputs()))
     assert blank(inputs()).equal(copy.deepcopy(blank)(inputs()))
+
+
+@KINDS
+def test_a_model_that_accelerate_saved_loads(kind: Any, tmp_path: Path) -> None:
+    """Its `save_state` takes all tensors without memory for one, and saves that of the first layer alone."""
+    model, blank = move(adapted(kind), size=0.1), adapted(kind)
+    save(model.state_dict(), tmp_path / "model.safetensors", safe_serialization=True)
+    load_model(blank, tmp_path / "model.safetensors")
+    assert answers(blank).equal(answers(model))
 
 
 @KINDS

@@ -158,6 +158,29 @@ def test_all_linear_tells_of_matrices_that_it_leaves_out(
     assert re.search(message, "".join(found))
 
 
+SHARED_EXPERTS = EXPERTS | {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_proj", "up_proj", "down_proj"], r"6,144 weights .*: .*experts\.gate_up_proj, .*experts\.down_proj\. LoRA"),
+        (r".*\.(down_proj|q_proj)", r"2,048 weights .*: model\.layers\.\*\.mlp\.experts\.down_proj\. LoRA"),
+        (["q_proj", "v_proj"], ""),
+    ],
+    ids=["names", "pattern", "attention"],
+)
+def test_experts_beside_layers_of_their_names_are_told(
+    caplog: pytest.LogCaptureFixture, targets: Any, message: str
+) -> None:
+    """Beside those of the routed experts, GLM-4 has layers of these names in shared experts and in dense blocks."""
+    base = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**SHARED_EXPERTS))
+    peft.get_peft_model(base, SivaConfig(r=2, target_modules=targets))
+    found = [record.getMessage() for record in caplog.records if "stacked" in record.getMessage()]
+    assert len(found) == bool(message)
+    assert re.search(message, "".join(found))
+
+
 # -- heads -------------------------------------------------------------------------------------------------------
 
 BART_SIZES = {

@@ -182,6 +182,19 @@ def test_a_configuration_keeps_what_it_was_given() -> None:
     assert run.settings == comparison.common == {"weight_decay": 0.0}
 
 
+def test_a_path_that_run_json_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder whose name is in an older encoding."""
+    folder = tmp_path / "Fran\udce7ois"
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this disk has no names but those in UTF-8")
+    monkeypatch.chdir(folder)
+    write_csv(Path("reviews.csv"), reviews(8))
+    with pytest.raises(FastpeftError, match=r"the path '.*ois/reviews\.csv' is not in UTF-8\. Rename its folders"):
+        TrainConfig(output="run", data="reviews.csv").values()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "shown", "advice"),
     [

@@ -86,11 +86,13 @@ def _mark(right: Sequence[bool]) -> str:
 
 
 def _texts(variant: Variant, labels: np.ndarray) -> list[str]:
-    """The dev texts of a comparison, shortened; none where they cannot be loaded, or have other labels by now."""
+    """The dev texts of a comparison, shortened; none where they cannot be loaded, or are others by now."""
     # the runs have told what they load
     with suppress(FastpeftError, OSError), at_least("fastpeft.data", logging.ERROR):
-        dev = data_for(variant.cells[0].config).dev
-        if np.array_equal(dev.labels, labels):
+        cell = variant.cells[0]
+        data = data_for(cell.config)
+        dev = data.dev
+        if np.array_equal(dev.labels, labels) and cell.folder.has_rows(data.fingerprint):
             texts = [text if isinstance(text, str) else " / ".join(text) for text in dev.texts]
             return [text if len(text) <= _LETTERS else f"{text[:_LETTERS]}…" for text in texts]
     return []
