@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 SIDE_NETWORK = "fastpeft_ladder"  # the model type of one beside its base
 
+_OF_SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -258,8 +260,21 @@ def load_for_next_words(model: str) -> Classifier:
             f"the model {model!r} has no LM head: its checkpoint lacks {new[0]}. Give a decoder's checkpoint."
         )
     _settle_padding(loaded, tokenizer)
+    _leave_out_unread(loaded.generation_config)
     tokenizer.padding_side = "right"  # to train on; to go on from prompts they are padded on the left
     return Classifier(loaded, tokenizer, (), head_is_new=False)
+
+
+def _leave_out_unread(config: Any) -> None:
+    """Of a generation configuration that does not sample leave out what sampling alone reads, as Vicuna's has it.
+
+    Once training has changed its padding token, transformers refuses to save it, and the trained model with it.
+    """
+    unread = [name for name in _OF_SAMPLING if getattr(config, name, None) is not None and not config.do_sample]
+    for name in unread:
+        setattr(config, name, None)
+    if unread:
+        logger.info("the model decodes greedily; its generation_config.json has %s, left out", ", ".join(unread))
 
 
 def _config_of(model: str) -> Any:

@@ -76,7 +76,10 @@ def end_tokens(tokenizer: Any, *, chats: bool) -> set[int]:
     found = {tokenizer.eos_token_id} - {None}
     if chats:
         turn, _ = _turns(tokenizer, Conversation(((USER, "?"), (ASSISTANT, "!"))))[-1]
-        found |= {*[token for token in turn if token in tokenizer.all_special_ids][-1:]}
+        # not all have a name, as that of the end or of padding: Llama 3's <|eot_id|> has none beside its base
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {*tokenizer.all_special_ids, *(token for token, known in added.items() if known.special)}
+        found |= {*[token for token in turn if token in special][-1:]}
     return found
 
 

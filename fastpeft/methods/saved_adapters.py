@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,15 @@ def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
         )
     check_file(folder)
     try:
-        model = (
-            _LOADERS[task]
-            .from_pretrained(
-                str(folder), use_safetensors=True, **source_options(str(base)), **_number_of_labels(folder)
+        with warnings.catch_warnings():
+            # of the base's head alone: PEFT warns of weights of the adapter that it leaves out
+            warnings.filterwarnings("error", r"[\s\S]*ignore_mismatched_sizes")
+            model = (
+                _LOADERS[task]
+                .from_pretrained(str(folder), use_safetensors=True, **source_options(str(base)), **_new_head(folder))
+                .eval()
             )
-            .eval()
-        )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UserWarning) as error:
         raise FastpeftError(
             f"cannot put the adapter in {str(folder)!r} onto its base model {base!r} ({error}). Give "
             f"{CONFIG} a base_model_name_or_path that can be loaded."
@@ -121,10 +123,11 @@ def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
         return model, None
 
 
-def _number_of_labels(folder: Path) -> dict[str, int]:
-    """What the base model's class needs to make the head that was saved with the adapter."""
+def _new_head(folder: Path) -> dict[str, int]:
+    """What the base model's class needs to make the head that was saved with the adapter, whatever head it had."""
     if not (folder / WEIGHTS).is_file():
         return {}
     with safe_open(folder / WEIGHTS, "pt") as file:
         heads = [key for key in sorted(file.keys()) if _LAST_LAYER.search(key)]
-        return {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
+        labels = {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
+    return {**labels, "ignore_mismatched_sizes": True} if labels else {}

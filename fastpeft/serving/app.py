@@ -216,6 +216,8 @@ def _refuse_in_words(app: FastAPI) -> None:
     async def no_such(request: fastapi.Request, error: HTTPException) -> JSONResponse:
         wrong = {404: "there is no such address", 405: "this address does not take this method"}.get(error.status_code)
         said = f"{wrong}. GET /docs shows the addresses of this server." if wrong else str(error.detail)
+        if error.status_code == 400:  # it is no text, or nested too deep
+            said += ". Send JSON in UTF-8, not compressed."
         answer = refusal(request, error.status_code, said)
         answer.headers.update(error.headers or {})
         return answer

@@ -73,7 +73,9 @@ def loading_snippet(
     else:
         adapted = "AutoPeftModel" if masked_words else f"AutoPeftModelFor{head}"  # the file then names the head's class
         name = adapted if adapter else f"AutoModelFor{head}"
-        known = f", id2label={dict(enumerate(labels))!r}" if adapter and labels else ""
+        # the base may have a head for other classes, in whose place the adapter's comes
+        new_head = f", id2label={dict(enumerate(labels))!r}, ignore_mismatched_sizes=True"
+        known = new_head if adapter and labels else ""
         # where it is not told, a pipeline takes classes of which one applies
         if known and problem_type in ("regression", "multi_label_classification"):
             known += f", problem_type={problem_type!r}"

@@ -32,7 +32,7 @@ from fastpeft.cli import app
 from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import load_data, load_rows
 from fastpeft.data.names import UNLABELLED
-from fastpeft.data.next_words import completion, encode_counted, prompt_tokens
+from fastpeft.data.next_words import completion, encode_counted, end_tokens, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.training.evaluation import evaluate, evaluate_causal_lm
 from fastpeft.training.generation import TextGenerator, generate, measure_generations
@@ -92,6 +92,19 @@ def test_what_is_learned_of_each_form(tokenizer: Any) -> None:
     assert completion(chat) == "film"
     asked = tokenizer.apply_chat_template(chat.messages[:3], tokenize=False, add_generation_prompt=True)
     assert prompt_tokens(tokenizer, chat) == tokenizer(asked, add_special_tokens=False)["input_ids"]
+
+
+def test_a_turn_ends_by_a_special_token_without_a_name(tokenizer: Any, tmp_path: Path) -> None:
+    """As by Llama 3's `<|eot_id|>`, which its base's tokenizer holds among the added tokens alone."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([tokenizers.AddedToken("<|turn|>", special=True)], special_tokens=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<|turn|>")
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert turn not in tokenizer.all_special_ids
+    assert end_tokens(tokenizer, chats=True) == {tokenizer.eos_token_id, turn}
+    assert end_tokens(tokenizer, chats=False) == {tokenizer.eos_token_id}
 
 
 def test_rows_are_cut_and_those_with_nothing_to_learn_left_out(tokenizer: Any) -> None:

@@ -85,6 +85,29 @@ def test_the_card_loads_the_model(base: Path, tmp_path: Path, to: str, task: str
     assert ("# SiVA, as a LoRA" if to == "lora" else "# SiVA of") in card
 
 
+@pytest.mark.parametrize("to", ["merged", "lora"])
+def test_a_base_with_a_head_for_other_classes(base: Path, tmp_path: Path, to: str) -> None:
+    other = tmp_path / "other"
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=5).save_pretrained(other)
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    model = AutoModelForSequenceClassification.from_pretrained(other, num_labels=3, ignore_mismatched_sizes=True)
+    adapter = peft.get_peft_model(model, SivaConfig(r=2, task_type="SEQ_CLS"))
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    card = (export(tmp_path / "adapter", tmp_path / "out", to) / "README.md").read_text()
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    torch.testing.assert_close(logits(names["model"]), logits(adapter), rtol=1e-5, atol=1e-5)
+
+
+def test_a_lora_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+    saved(base, tmp_path / "adapter", peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    wider = {name: torch.zeros(2, 7) if "lora_A" in name else tensor for name, tensor in weights.items()}
+    save_file(wider, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FastpeftError, match="cannot put the adapter"):
+        export(tmp_path / "adapter", tmp_path / "out")
+
+
 def test_lora_is_merged_too(base: Path, tmp_path: Path) -> None:
     expected = saved(base, tmp_path / "adapter", peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     model = AutoModelForSequenceClassification.from_pretrained(export(tmp_path / "adapter", tmp_path / "out"))
@@ -154,9 +177,9 @@ def test_vllm_loads_the_lora_of_a_decoder(
 
 def test_a_file_with_codes_as_earlier_versions_saved_them_is_taken(base: Path, tmp_path: Path) -> None:
     expected = saved(base, tmp_path, SivaConfig(r=2, task_type="SEQ_CLS", residual_dtype="int8"))
+    model, _ = load_adapter(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    layers = {key.removesuffix(".siva_s") for key in tensors if key.endswith(".siva_s")}
-    tensors |= {f"{layer}.quantised.codes": torch.zeros(4, dtype=torch.int8) for layer in layers}
+    tensors |= {key: tensor for key, tensor in model.state_dict().items() if ".quantised." in key}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     model, _ = load_adapter(tmp_path)
     check_weights(model, tmp_path)

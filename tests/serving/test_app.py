@@ -181,7 +181,7 @@ HOSTILE: dict[str, tuple[str, str, Any, int, str]] = {
     "a list": ("POST", "/predict", ["a"], 422, "the request cannot be read"),
     "no body": ("POST", "/predict", b"", 422, "Field required"),
     "half of JSON": ("POST", "/predict", b'{"task": "a", "texts": ["a"', 422, "JSON decode error"),
-    "no UTF-8": ("POST", "/predict", b'{"task": "a", "texts": ["\xff"]}', 400, "parsing the body"),
+    "no UTF-8": ("POST", "/predict", b'{"task": "a", "texts": ["\xff"]}', 400, "Send JSON in UTF-8"),
     "a digit too many": ("POST", "/predict", b'{"task": ' + b"9" * 9_000 + b"}", 400, "parsing the body"),
     "deep": ("POST", "/predict", b'{"texts": ' + b"[" * 60_000, 400, "parsing the body"),
     "deep and whole": ("POST", "/predict", b'{"texts": ' + b"[" * 30_000 + b"]" * 30_000 + b"}", 400, "parsing"),

@@ -92,8 +92,10 @@ def test_a_whole_model_keeps_its_bits(config: TrainConfig, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("method", ["full", "siva"])
 def test_an_exported_chat_ends_where_its_turns_do(config: TrainConfig, tmp_path: Path, method: str) -> None:
-    """Its base ends texts by another token, as those do that never chatted."""
+    """Its base ends texts by another token, as those do that never chatted, and has what greedy decoding never reads,
+    with which transformers saves no changed configuration."""
     model = str(save_tiny_decoder(tmp_path / "base"))
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}')
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<mask>")
     tokenizer.save_pretrained(model)
