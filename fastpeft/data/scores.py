@@ -97,30 +97,12 @@ def score_tags(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) ->
     words, guesses = labels[labelled], guessed[labelled]
     tags = [int(tag) for tag in np.union1d(words, guesses) if names[tag] != OUTSIDE]
     f1 = f1_score(words, guesses, labels=tags, average="macro", zero_division=0.0) if tags else 0.0
+    twice_right, all_entities = parts_of_entities(outputs, labels, names).sum(0)
     return {
         "word_f1": float(f1),
-        "entity_f1": _entity_f1(labels, guessed, names),
+        "entity_f1": float(twice_right / all_entities) if twice_right else 0.0,
         "accuracy": float(accuracy_score(words, guesses)),
     }
-
-
-def _entity_f1(labels: np.ndarray, guesses: np.ndarray, names: Sequence[str]) -> float:
-    """F1 over whole entities of all kinds, right where kind, first and last word are; rows are `(B, T)`.
-
-    It is that of the package seqeval, which installs on few machines because it has no wheel.
-    """
-    above, below = _of_entities(labels, guesses, names).sum(0)
-    return float(above / below) if above else 0.0
-
-
-def _of_entities(labels: np.ndarray, guesses: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Of each row twice its right entities, and those that it has and those that were told; `(B, 2)`."""
-    found = []
-    for row, guess in zip(labels, guesses, strict=True):
-        labelled = row != UNLABELLED
-        expected, told = (entities([names[tag] for tag in tags[labelled]]) for tags in (row, guess))
-        found.append((2 * len(expected & told), len(expected) + len(told)))
-    return np.array(found, dtype=np.int64)
 
 
 def parts_of_classes(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
@@ -129,8 +111,17 @@ def parts_of_classes(outputs: np.ndarray, labels: np.ndarray, names: Sequence[st
 
 
 def parts_of_entities(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """For each row two numbers; the ratio of their sums is the F1 of entities."""
-    return _of_entities(labels, outputs.argmax(-1), names)
+    """Of each row twice its right entities, and those that it has and those that were told: F1 of whole entities.
+
+    An entity is right where its kind, first and last word are. That is the F1 of the package seqeval, which installs on
+    few machines because it has no wheel.
+    """
+    found = []
+    for row, guess in zip(labels, outputs.argmax(-1), strict=True):
+        labelled = row != UNLABELLED
+        expected, told = (entities([names[tag] for tag in tags[labelled]]) for tags in (row, guess))
+        found.append((2 * len(expected & told), len(expected) + len(told)))
+    return np.array(found, dtype=np.int64)
 
 
 def parts_of_labels(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
