@@ -9,7 +9,6 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastpeft.data.names import LOSS, UNLABELLED
@@ -245,11 +244,7 @@ def describe(
 
 def _from_scores(name: str, *first: str) -> Callable[..., Any]:
     """A function of `fastpeft.data.scores`, which imports NumPy, so it is looked up when it is called."""
-    return partial(_call, name, *first)
-
-
-def _call(name: str, *arguments: Any) -> Any:
-    return getattr(importlib.import_module("fastpeft.data.scores"), name)(*arguments)
+    return lambda *others: getattr(importlib.import_module("fastpeft.data.scores"), name)(*first, *others)
 
 
 CLASSIFICATION = Problem(
@@ -257,7 +252,7 @@ CLASSIFICATION = Problem(
     short="classification",
     task_type="SEQ_CLS",
     labels="classes",
-    metrics=("accuracy", "f1", "matthews"),
+    metrics=(ACCURACY, "f1", "matthews"),
     score=_from_scores("score_classes"),
     has_classes=True,
     loss=_from_scores("cross_entropy"),
@@ -278,7 +273,7 @@ TAGGING = Problem(
     short="tags",
     task_type="TOKEN_CLS",
     labels="tags",
-    metrics=("word_f1", "entity_f1", "accuracy"),
+    metrics=("word_f1", "entity_f1", ACCURACY),
     score=_from_scores("score_tags"),
     has_classes=True,
     per_token=True,
