@@ -53,17 +53,16 @@ class Table:
         return list(self.rows[0])
 
 
-def find_tables(data: str, readers: Mapping[str, Reader] | None = None) -> list[Table]:
+def find_tables(data: str, readers: Mapping[str, Reader]) -> list[Table]:
     """The rows to train on and, where `data` has them, the rows to measure on.
 
     Args:
         data: a file or folder, or a data set of the hub.
-        readers: kinds of files; None: `READERS`.
+        readers: `READERS` or `TEXT_READERS`, whose kinds of files are looked for.
 
     Raises:
         FastpeftError: nothing is there, or it cannot be read.
     """
-    readers = READERS if readers is None else readers
     path = path_of(data)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
