@@ -29,6 +29,7 @@ HEADS = ("label_words", "classifier")
 PROMPT_FILE = "prompt.json"
 
 _SLOTS = (["{text}"], ["{a}", "{b}"])  # of one text, of a pair
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character of UTF-16
 _EXAMPLE = "'{text} It was <mask>.' or '{a}? <mask>, {b}'"
 
 Text = str | tuple[str, str]  # one text, or a pair for {a} and {b}
@@ -272,9 +273,9 @@ class Prompt:
         refuse_one_text(texts)
         if labels is not None and len(labels) != len(texts):
             raise FastpeftError(f"there are {len(texts)} texts and {len(labels)} labels. Give a label for each text.")
-        classes = len(self.label_words or ())
         if labels is None or self.head != "label_words":
             return
+        classes = len(self.label_words or ())
         odd = [label for label in labels if label not in range(classes)]
         if odd:
             raise FastpeftError(
@@ -415,10 +416,7 @@ def refuse_one_text(texts: Any) -> None:
 def is_text(value: Any) -> bool:
     """Whether it is a string of whole characters: bytes that are no UTF-8 come from a command line as halves of some,
     for which tokenizers have no code."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+    return isinstance(value, str) and not _SURROGATE.search(value)
 
 
 def plain(label: str) -> str:
