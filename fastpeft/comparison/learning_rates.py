@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import Examples, TextData
 from fastpeft.data.problems import MULTI_LABEL, NEXT_WORDS, REGRESSION, Problem
-from fastpeft.data.splitting import side_key
+from fastpeft.data.splitting import permutation, side_key
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 
@@ -53,8 +52,7 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
         FastpeftError: the rows to learn from lack a class or tag, or so many rows have one text (of next words one
             prompt) that none are left on a side. A label that rows to learn from lack, no row of the slice has.
     """
-    order = list(range(len(data.train)))
-    random.Random(seed).shuffle(order)
+    order = permutation(len(data.train), seed)
     learned, left = order[:rows], order[rows:]
     if dev_rows is not None:
         learned, left = _apart(data, order, rows)

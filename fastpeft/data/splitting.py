@@ -115,7 +115,7 @@ def _strata(part: Labelled, problem: Problem, dev_rows: int) -> list[tuple[Any, 
 
 def shuffled(rows: int, dev_rows: int, seed: int) -> tuple[list[int], list[int]]:
     """Indices of training and of `dev_rows` dev rows, in an order that `seed` decides."""
-    order = _order(rows, seed)
+    order = permutation(rows, seed)
     return order[dev_rows:], order[:dev_rows]
 
 
@@ -145,7 +145,7 @@ def stratified(
         >>> sorted("xxxxxxyy"[row] for row in dev)
         ['x', 'x', 'y']
     """
-    order = _order(len(keys), seed)
+    order = permutation(len(keys), seed)
     groups: dict[Hashable, list[int]] = {}  # rows by their key
     for row in order:
         groups.setdefault(keys[row], []).append(row)
@@ -240,7 +240,8 @@ def bins(numbers: Sequence[float], dev_rows: int) -> list[int]:
     return found
 
 
-def _order(rows: int, seed: int) -> list[int]:
+def permutation(rows: int, seed: int) -> list[int]:
+    """The indices of so many rows in random order."""
     order = list(range(rows))
     random.Random(seed).shuffle(order)
     return order
