@@ -114,8 +114,9 @@ def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
     """
     report("loading the model")
     run = assemble(RunFolder(folder))
-    run.classifier.model.to(device or best_device())
-    if (device or best_device()) == "cpu" or not run.config.pack_weights:
+    where = device or best_device()
+    run.classifier.model.to(where)
+    if where == "cpu" or not run.config.pack_weights:
         set_packing(run.classifier.model, run.config.pack_weights)
     return run
 
