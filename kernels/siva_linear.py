@@ -73,7 +73,7 @@ from torch.nn import functional as F
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
-from fastpeft.kernels.siva_linear_plan import Plan, dense, like, plan_of, sizes, strides_of
+from fastpeft.kernels.siva_linear_plan import Plan, dense, lengths, like, plan_of, strides_of
 from fastpeft.kernels.siva_linear_split_k import split_k
 from fastpeft.ops import aten
 from fastpeft.ops.products import as_matrix
@@ -258,7 +258,7 @@ def siva_linear_group(
     Notes:
         Copies and calls of ATen are as in `siva_linear`.
     """
-    ranks, columns = sizes(ss), sizes(weights)
+    ranks, columns = lengths(ss), lengths(weights)
     if not is_for_kernels(x, max(ranks)):
         return aten.siva_linear_group(x, weights, us, ss, vs, biases)
     rows, vs_here = as_matrix(x), like(x, vs)
@@ -282,9 +282,9 @@ def _outputs(
 ) -> list[Tensor]:
     """Each h `(M, N_i)`; p `(M, sum of R_i)`, of any strides, is written where the plan computes it, else read."""
     if plan.tile.tma and len(weights) > 1:
-        layers = zip(weights, us, ss, vs, biases, p.split(sizes(ss), 1), strict=True)
+        layers = zip(weights, us, ss, vs, biases, p.split(lengths(ss), 1), strict=True)
         return [_outputs(rows, [w], [u], [s], [v], [bias], part, plan)[0] for w, u, s, v, bias, part in layers]
-    tile, (m, k), columns = plan.tile, rows.shape, sizes(weights)
+    tile, (m, k), columns = plan.tile, rows.shape, lengths(weights)
     hs = [rows.new_empty(m, n) for n in columns]
     if plan.ranges > 1:
         bias = None if biases[0] is None else biases[0].contiguous()
@@ -303,7 +303,7 @@ def _outputs(
                 m,
                 k,
                 columns,
-                sizes(ss),
+                lengths(ss),
                 tuple(0 if bias is None else len(bias) for bias in biases),
                 *rows.stride(),
                 *strides_of(weights),

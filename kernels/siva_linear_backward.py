@@ -10,7 +10,7 @@ from torch import Tensor
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
-from fastpeft.kernels.siva_linear_plan import dense, like, plan_of, sizes, strides_of
+from fastpeft.kernels.siva_linear_plan import dense, lengths, like, plan_of, strides_of
 from fastpeft.kernels.siva_linear_split_k import split_k
 from fastpeft.kernels.siva_linear_sums import Term, factor_gradients
 from fastpeft.ops import aten
@@ -184,7 +184,7 @@ def siva_linear_group_backward(
         q is computed once, with dx where that is needed. No atomics: repeats are bit-equal. ATen serves what it serves
         in the forward, and db.
     """
-    ranks, columns = sizes(ss), sizes(weights)
+    ranks, columns = lengths(ss), lengths(weights)
     if not is_for_kernels(dhs[0], max(ranks)):
         return aten.siva_linear_group_backward(dhs, x, weights, us, ss, vs, p, need_dx, need_du, need_dv, need_dbias)
     rows = [as_matrix(dh) for dh in dhs]

@@ -37,6 +37,7 @@ from torch import Tensor
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
+from fastpeft.kernels.siva_linear_plan import lengths
 from fastpeft.kernels.siva_linear_sums import add_up, rows_of, sum_over_rows
 from fastpeft.ops import aten
 from fastpeft.ops.autotune import is_captured
@@ -259,7 +260,7 @@ def siva_linear_mixed(
     """
     if not _is_for_kernels(x, ss):
         return aten.siva_linear_mixed(x, weight, us, ss, vs, sizes, order, bias)
-    rows, ranks = _rows(x, sizes), _ranks(ss)
+    rows, ranks = _rows(x, sizes), lengths(ss)
     h, p = _linear(x, weight, torch.cat(us, 1), torch.cat(ss), torch.cat(vs), bias, order, rows, ranks)
     parts = p.split([m * rank for m, rank in zip(rows, ranks, strict=True)])
     return h, [part.view(rank, m) for part, m, rank in zip(parts, rows, ranks, strict=True)]
@@ -302,7 +303,7 @@ def siva_linear_mixed_backward(
         )
     dx, dbias = dh.new_empty(0), dh.new_empty(0)
     dus, dvs = ([t.new_empty(0) for t in each] for each in (us, vs))
-    s, rows, ranks = torch.cat(ss), _rows(dh, sizes), _ranks(ss)
+    s, rows, ranks = torch.cat(ss), _rows(dh, sizes), lengths(ss)
     q = s.new_empty(0)
     if need_dx or any(need_dv):
         u, v = torch.cat(us, 1), torch.cat(vs)
@@ -324,16 +325,12 @@ def siva_linear_mixed_backward(
 
 def _is_for_kernels(x: Tensor, ss: list[Tensor]) -> bool:
     """`is_for_kernels`, outside graphs that are being captured."""
-    return is_for_kernels(x, max(_ranks(ss))) and not is_captured()
+    return is_for_kernels(x, max(lengths(ss))) and not is_captured()
 
 
 def _rows(x: Tensor, sizes: list[int]) -> tuple[int, ...]:
     """Of each adapter, the number of its rows of x `(B, *, K)` as a matrix."""
     return tuple(size * math.prod(x.shape[1:-1]) for size in sizes)
-
-
-def _ranks(ss: list[Tensor]) -> tuple[int, ...]:
-    return tuple(s.shape[0] for s in ss)
 
 
 def _share(gradients: list[Tensor], of_all: Tensor, needs: list[bool], factors: list[Tensor]) -> None:

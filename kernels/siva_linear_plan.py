@@ -70,7 +70,8 @@ def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), [_pitch(matrix), 1], list(block))
 
 
-def sizes(tensors: list[Tensor]) -> tuple[int, ...]:
+def lengths(tensors: list[Tensor]) -> tuple[int, ...]:
+    """N of each weight `(N, K)`, R of each s `(R,)`."""
     return tuple(t.shape[0] for t in tensors)
 
 
