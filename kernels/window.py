@@ -147,11 +147,6 @@ def kind_of(q: Tensor) -> tiles.DotKind | None:
     return kind if kind and 0 < q.shape[3] <= tiles.window_attention_width(kind) else None
 
 
-def absent_slots(slots: list[int], p: Tensor) -> int:
-    """The slots of the window that are not real, as bits."""
-    return sum(1 << slot for slot in range(p.shape[0]) if slot not in slots)
-
-
 def operands(
     q: Tensor,
     c: Tensor,
@@ -183,7 +178,7 @@ def operands(
         "D": width,
         "K": p.shape[0],
         "S": len(slots),
-        "absent": absent_slots(slots, p),
+        "absent": sum(1 << slot for slot in range(p.shape[0]) if slot not in slots),
         "HAS_ABSENT": len(slots) < p.shape[0],
         "slots": sum(slot << (row * _SLOT_BITS.value) for row, slot in enumerate(slots)),
         "seed_ptr": q.new_empty(1, dtype=torch.int64) if seed is None else seed,  # read where there is dropout
