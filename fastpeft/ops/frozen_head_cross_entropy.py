@@ -64,7 +64,7 @@ def frozen_head_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, need_dhidden: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses `(*)` in float32 or wider, 0 where the label is ignored, and dhidden `(*, K)`."""
-    wide = _wide(hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = F.linear(as_matrix(hidden), weight, bias).to(wide)  # (N, V)
     flat = labels.reshape(-1)
     losses = F.cross_entropy(logits, flat, reduction="none", ignore_index=ignore_index)
@@ -95,7 +95,7 @@ def in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """The op, with `softmax` for what is between its two products. Tokens whose label is ignored are left out."""
     rows, flat = as_matrix(hidden), labels.reshape(-1)
-    losses = rows.new_zeros(len(flat), dtype=_wide(rows.dtype))
+    losses = rows.new_zeros(len(flat), dtype=torch.promote_types(rows.dtype, torch.float32))
     dhidden = torch.zeros_like(rows, memory_format=torch.contiguous_format) if need_dhidden else rows.new_empty(0)
     ignored = flat == ignore_index
     kept = None  # all: a captured graph has the same tokens at each replay
@@ -140,7 +140,7 @@ def bytes_of_chunk(hidden: Tensor, weight: Tensor) -> int:
     logits = tokens * len(weight)
     if multiplies_in_float32(hidden, most=0):
         return 4 * (logits + min(weight.numel(), 2 * max(CHUNK, weight.shape[1])))
-    dtypes = {hidden.dtype} if hidden.is_cuda else {hidden.dtype, _wide(hidden.dtype)}
+    dtypes = {hidden.dtype} if hidden.is_cuda else {hidden.dtype, torch.promote_types(hidden.dtype, torch.float32)}
     return logits * sum(dtype.itemsize for dtype in dtypes)
 
 
@@ -164,7 +164,7 @@ def _blocks(weight: Tensor, in_float32: bool) -> Iterator[tuple[slice, Tensor]]:
 
 def softmax_in_place(logits: Tensor, labels: Tensor, bias: Tensor | None, gradient: bool) -> Tensor:
     """`Softmax` by calls of ATen, in float32 or wider."""
-    z = logits.to(_wide(logits.dtype))
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if bias is not None:
         z.add_(bias)
     at = labels[:, None]
@@ -180,14 +180,10 @@ def softmax_in_place(logits: Tensor, labels: Tensor, bias: Tensor | None, gradie
     return (total.log_() - of_label).squeeze(1)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _shapes(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, need_dhidden: bool
 ) -> tuple[Tensor, Tensor]:
-    losses = hidden.new_empty(labels.shape, dtype=_wide(hidden.dtype))
+    losses = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     return losses, hidden.new_empty(hidden.shape if need_dhidden else (0,))
 
 
