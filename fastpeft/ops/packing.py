@@ -142,10 +142,10 @@ def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
     is_timed = weight.numel() <= _MOST_TIMED and not isinstance(weight, FakeTensor)
 
     def candidates() -> Candidates:
-        dense = weight.detach()
+        frozen = weight.detach()
         x = torch.ones(rows, n if transposed else k, dtype=dtype)
-        packed = pack(dense.t() if transposed else dense)
-        plain = partial(torch.mm, x, dense) if transposed else partial(F.linear, x, dense)
+        packed = pack(frozen.t() if transposed else frozen)
+        plain = partial(torch.mm, x, frozen) if transposed else partial(F.linear, x, frozen)
         return {"packed": partial(packed_linear, x, packed, None), "plain": plain}
 
     fixed = "plain" if rows == 1 and dtype is torch.float32 else "packed"
