@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,14 +61,14 @@ def fingerprints_agree(first: str, second: str) -> bool:
     first_bytes, second_bytes = (base64.b64decode(text) for text in (sample_1, sample_2))
     if len(first_bytes) != len(second_bytes) or len(first_bytes) % 4:  # of no sample
         return False
-    a, b = (numpy.frombuffer(content, dtype="<f4") for content in (first_bytes, second_bytes))
+    a, b = (np.frombuffer(content, dtype="<f4") for content in (first_bytes, second_bytes))
     if dtype_1 == dtype_2:
-        return int((abs(a - b) > _SAME * numpy.maximum(abs(a), abs(b))).sum()) <= _TIES
+        return int((abs(a - b) > _SAME * np.maximum(abs(a), abs(b))).sum()) <= _TIES
     if _IN_4_BITS in (dtype_1, dtype_2):
         return bool(((a - b) ** 2).sum() <= _ROUNDED * (a**2 + b**2).sum())
     relative = sum(torch.finfo(getattr(torch, name)).eps / 2 for name in (dtype_1, dtype_2, "float32"))
     absolute = sum(torch.finfo(getattr(torch, name)).smallest_normal * 2**-10 for name in (dtype_1, dtype_2))
-    return bool((abs(a - b) <= relative * numpy.maximum(abs(a), abs(b)) + absolute).all())
+    return bool((abs(a - b) <= relative * np.maximum(abs(a), abs(b)) + absolute).all())
 
 
 def evenly_spaced(size: int, most: int) -> Tensor:
