@@ -297,9 +297,10 @@ def _apart(tops: Sequence[float], first: float, last: float) -> list[float]:
     return placed
 
 
-def _place(
-    names: Sequence[str], spots: Sequence[tuple[float, float, float]], plot: tuple[float, float, float, float]
-) -> list[str]:
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _place(names: Sequence[str], spots: Sequence[tuple[float, float, float]], plot: _Box) -> list[str]:
     """The name of each mark beside it, at the nearest place where it covers nothing; none where there is no place."""
     taken = [(x - r, y - r, x + r, y + r) for x, y, r in spots]
     labels = [""] * len(names)
@@ -319,9 +320,6 @@ def _place(
                 labels[number] = f'{leader}<text x="{left:.1f}" y="{bottom - 3:.1f}">{escape(text)}</text>'
                 break
     return labels
-
-
-_Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def _inside(box: _Box, other: _Box) -> bool:
