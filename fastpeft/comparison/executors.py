@@ -99,13 +99,13 @@ class Local(Executor):
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
         self.threads = max(1, torch.get_num_threads() // jobs)
-        self._cards = _cards() if jobs > 1 else []
+        self._gpus = _gpus() if jobs > 1 else []
         self._slots = list(range(jobs))  # that are free
         self._running: dict[subprocess.Popen[bytes], int] = {}  # and their slots
 
     def _open(self) -> None:
-        if 0 < len(self._cards) < self.jobs:
-            shared = f"{len(self._cards)} GPUs" if len(self._cards) > 1 else "one GPU"
+        if 0 < len(self._gpus) < self.jobs:
+            shared = f"{len(self._gpus)} GPUs" if len(self._gpus) > 1 else "one GPU"
             logger.warning("%d cells run at once and share %s and the memory there", self.jobs, shared)
 
     def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], ProcessExit]:
@@ -132,8 +132,8 @@ class Local(Executor):
         if self.jobs == 1:
             return {}
         own = _threads_environment(self.threads, self.jobs)
-        if len(self._cards) > 1:
-            own["CUDA_VISIBLE_DEVICES"] = self._cards[slot % len(self._cards)]
+        if len(self._gpus) > 1:
+            own["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
         return own
 
     def stop(self) -> None:
@@ -282,7 +282,7 @@ def _threads_environment(threads: int, jobs: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy, JOBS: str(jobs)}
 
 
-def _cards() -> list[str]:
+def _gpus() -> list[str]:
     """The GPUs that processes may use, as `CUDA_VISIBLE_DEVICES` names them."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
