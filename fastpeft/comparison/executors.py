@@ -180,10 +180,10 @@ class Ray(Executor):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         cpus = [int(node["CPU"]) for node in nodes]
         limit = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else max(cpus, default=1)
-        cards = [int(node.get("GPU", 0)) for node in nodes]
-        self.jobs = min(self._most, self._asked or sum(cards) or max(1, len(nodes)))
+        gpus = [int(node.get("GPU", 0)) for node in nodes]
+        self.jobs = min(self._most, self._asked or sum(gpus) or max(1, len(nodes)))
         room = {  # by threads of a process, how many each node takes
-            threads: [min(cpu // threads, card) if any(cards) else cpu // threads for cpu, card in zip(cpus, cards)]
+            threads: [min(cpu // threads, gpu) if any(gpus) else cpu // threads for cpu, gpu in zip(cpus, gpus)]
             for threads in range(1, 1 + min(limit, max(cpus, default=0)))
         }
         enough = [threads for threads, slots in room.items() if sum(slots) >= self.jobs]
@@ -193,7 +193,7 @@ class Ray(Executor):
         if not enough:
             logger.warning("Ray has room for %d cells at once; others wait in its queue", sum(slots))
         self._task = ray.remote(
-            max_retries=_RETRIES, num_cpus=self.threads, num_gpus=int(any(cards)), scheduling_strategy="SPREAD"
+            max_retries=_RETRIES, num_cpus=self.threads, num_gpus=int(any(gpus)), scheduling_strategy="SPREAD"
         )(_remote())
 
     def _connect(self) -> None:

@@ -2,7 +2,7 @@
 
 `simulate_training_step` answers "how much would this step need" for any model without its memory and without its
 computing: the step runs on fake tensors, which have shapes and dtypes but no data, under a tracker of live storages.
-What a card would run fused is counted fused, on every device: attention keeps no T x T probabilities, dropout keeps one
+What a GPU would run fused is counted fused, on every device: attention keeps no T x T probabilities, dropout keeps one
 byte per element, AdamW makes no temporaries.
 """
 
@@ -103,7 +103,7 @@ def _inside(op: str, args: Any) -> int:
 
 
 class _FusedForms(TorchFunctionMode):
-    """Runs attention and dropout as the fused ops of a card, whose saved tensors are the ones to count.
+    """Runs attention and dropout as the fused ops of a GPU, whose saved tensors are the ones to count.
 
     A single random number is the highest, so that what a module leaves out by chance is there.
     """
@@ -245,7 +245,7 @@ def simulate_training_step(
         autocast_dtype: run forward and loss under autocast in this dtype, by the rules of the weights' device.
         optimizer_in_backward: whether the optimizer steps in backward, as `StepsInBackward` lets it.
         estimate_inside: whether to add what the library's own ops and bitsandbytes' products make inside themselves, as
-            on a card: a chunk of the loss, a weight of few bits as numbers. `MemoryTracker` sees none of it in a step
+            on a GPU: a chunk of the loss, a weight of few bits as numbers. `MemoryTracker` sees none of it in a step
             that runs.
 
     Returns:

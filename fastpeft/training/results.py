@@ -14,7 +14,7 @@ SIMULATED = "simulated"  # as `metrics.json` calls where a peak comes from
 def memory(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The peaks of memory in a `metrics.json`: of a step and, where that is simulated, of the process as it was.
 
-    The simulated one has tensors alone, as they would be on a card. On a CPU a process takes its libraries and what
+    The simulated one has tensors alone, as they would be on a GPU. On a CPU a process takes its libraries and what
     its allocator keeps beside them.
     """
     peak, source, resident = metrics["peak_memory_mb"], metrics["peak_memory_source"], metrics.get("peak_rss_mb")
