@@ -77,12 +77,12 @@ def interval(scores: np.ndarray) -> tuple[float, float] | None:
     """
     (scores,) = _with_a_part(_distinct(scores))
     seeds, rows = scores.shape
-    error, freedom = _error(scores)
+    error, df = _standard_error(scores)
     if _are_answers(scores) and (seeds == 1 or error == 0):
         return _wilson(int(scores[0].sum()), rows)
     if error == 0:
         return None
-    centre, half = float(scores.mean()), _half_width(error, freedom)
+    centre, half = float(scores.mean()), _half_width(error, df)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -103,9 +103,9 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     first, second = _with_a_part(first, second)
     differences = _distinct(first.astype(np.float64) - second)
     mean = float(differences.mean())
-    error, freedom = _error(differences)
+    error, df = _standard_error(differences)
     seeds, rows = differences.shape
-    half = _half_width(error, freedom)
+    half = _half_width(error, df)
     answers = _are_answers(first) and _are_answers(second)
     vary = not answers and max(np.ptp(first), np.ptp(second)) > _ROUNDING
     if (answers and seeds == 1) or (error == 0 and (answers or (vary and abs(mean) > _ROUNDING))):
@@ -115,7 +115,7 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
         p = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
         test = "McNemar's exact test" if answers else "a sign test over rows"
     else:
-        p = 2 * float(t.sf(abs(mean) / error if error else 0.0, freedom))
+        p = 2 * float(t.sf(abs(mean) / error if error else 0.0, df))
         test = f"a t test over {'rows' if seeds == 1 else 'seeds and rows'}"
     return Difference(mean, max(-1.0, mean - half), min(1.0, mean + half), p, test)
 
@@ -152,21 +152,21 @@ def _with_a_part(*scores: np.ndarray) -> list[np.ndarray]:
     return [each.mean(1, keepdims=True) + share * values[:, has_part] for each, values in zip(scores, centred)]
 
 
-def _error(values: np.ndarray) -> tuple[float, float]:
-    """The standard error of the mean of `values` `(seeds, rows)`, and its degrees of freedom."""
+def _standard_error(values: np.ndarray) -> tuple[float, float]:
+    """The standard error of the mean of `values` `(seeds, rows)`, and its degrees of freedom (Welch)."""
     means = (values.mean(0), values.mean(1))
     # of equal means rounding would make a variance that is not 0
     parts = [(each.var(ddof=1) / len(each), len(each) - 1) for each in means if np.ptp(each) > _ROUNDING]
     square = sum(part for part, _ in parts)
     if square == 0:
         return 0.0, math.inf
-    return math.sqrt(square), square**2 / sum(part**2 / freedom for part, freedom in parts)
+    return math.sqrt(square), square**2 / sum(part**2 / df for part, df in parts)
 
 
-def _half_width(error: float, freedom: float) -> float:
+def _half_width(error: float, df: float) -> float:
     from scipy.stats import t
 
-    return error * float(t.ppf(1 - LEVEL / 2, freedom)) if error else 0.0
+    return error * float(t.ppf(1 - LEVEL / 2, df)) if error else 0.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
