@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from bench.backbones import MODELS
 from bench.harness import DATA, Candidates, measure, timing_parser
 from fastpeft import LadderConfig, LadderPool
 
@@ -33,12 +33,9 @@ ROUNDS = 5  # of seconds each
 WORKS = ("answer", "train")
 
 
-def base() -> nn.Module:
-    """RoBERTa-base's shape, 12 layers of 768."""
-    return RobertaForSequenceClassification(RobertaConfig(vocab_size=50_265, max_position_embeddings=514))
-
-
-def pool_of(members: int, window: int, device: torch.device, make: Callable[[], nn.Module] = base) -> LadderPool:
+def pool_of(
+    members: int, window: int, device: torch.device, make: Callable[[], nn.Module] = MODELS["base"]
+) -> LadderPool:
     pool = LadderPool(make().to(device))
     for number in range(members):
         pool.add(str(number), LadderConfig(window_size=window))
@@ -118,7 +115,7 @@ def record(
     window: int,
     device: torch.device,
     rounds: int = ROUNDS,
-    make: Callable[[], nn.Module] = base,
+    make: Callable[[], nn.Module] = MODELS["base"],
 ) -> None:
     """Measure one kind of work and put it into `file`."""
     members, rows = (ANSWER_TASKS, ANSWER_ROWS) if work == "answer" else (TRAIN_MEMBERS, TRAIN_ROWS)
