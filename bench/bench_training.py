@@ -19,7 +19,7 @@ which keep the dtype that their library gives them, and `--dtype autocast` keeps
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -64,20 +64,18 @@ CELLS = [
     Cell("pissa", "query, key"),
     *(Cell(method) for method in ("k-lst", "lst", "last-n", "bitfit", "head")),
 ]
-
-
 LIMIT = "limit"  # not a method: the targeted layers are frozen, and the gradient passes through all of them
-ADAPTERS = {
-    "-".join(filter(None, (method, variant))): (method, variant)
-    for method, variant in (
-        ("siva", ""),
-        (LIMIT, ""),
-        ("lora", ""),
-        ("siva", "packed"),
-        ("lora", "packed"),
-        ("lora", "compiled"),
-        ("pissa", ""),
-        ("lora", "dora"),
+ADAPTERS = {  # of any layers
+    cell.name: cell
+    for cell in (
+        Cell("siva"),
+        Cell(LIMIT),
+        Cell("lora"),
+        Cell("siva", variant="packed"),
+        Cell("lora", variant="packed"),
+        Cell("lora", variant="compiled"),
+        Cell("pissa"),
+        Cell("lora", variant="dora"),
     )
 }
 
@@ -99,8 +97,7 @@ def training_step(
         pass_gradients(model, targets)
     if cell.variant == "packed":
         set_packing(model)
-    compiled = cell.variant == "compiled"
-    ready = torch.compile(model) if compiled else model
+    ready = torch.compile(model) if cell.variant == "compiled" else model
     return step_of(ready, method.recipe.weight_decay, device, tokens, autocast=dtype == "autocast")
 
 
@@ -159,8 +156,8 @@ def adapters(
     dtype: str = "float32",
 ) -> Candidates:
     """SiVA, the limit and other adapters on the same layers, in one of `DTYPES`: those of `names`."""
-    cells = {name: Cell(method, targets, variant) for name, (method, variant) in ADAPTERS.items()}
-    return {name: training_step(cells[name], device, model, tokens, dtype) for name in names}
+    cells = {name: replace(ADAPTERS[name], targets=targets) for name in names}
+    return {name: training_step(cell, device, model, tokens, dtype) for name, cell in cells.items()}
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
