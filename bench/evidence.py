@@ -27,7 +27,6 @@ after, is how much was forgotten. Both go into the cell's `test.json`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -42,7 +41,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.harness import DATA
+from bench.harness import DATA, option_parser
 from fastpeft import CompareConfig
 from fastpeft.comparison.cells import CELLS, Cell
 from fastpeft.comparison.executors import ProcessExit
@@ -237,7 +236,7 @@ def restore(kept: Path, folder: Path, places: dict[str, str]) -> None:
     """
     weights = model_fingerprint(places["model"])
     for file in sorted(kept.glob("*.json")):
-        cell = folder / "cells" / file.stem
+        cell = folder / CELLS / file.stem
         parts = read_json(file)
         if (cell / "metrics.json").is_file() or parts["run"].get(MODEL_KEY, weights) != weights:
             continue
@@ -251,7 +250,7 @@ def restore(kept: Path, folder: Path, places: dict[str, str]) -> None:
 
 def keep(folder: Path, kept: Path) -> None:
     """Write a file for each finished cell of a comparison that has none yet, with neither weights nor local paths."""
-    for cell in sorted(folder.glob("cells/*/")):
+    for cell in sorted(folder.glob(f"{CELLS}/*/")):
         file = kept / f"{cell.name}.json"
         if file.is_file() or not (cell / "metrics.json").is_file():
             continue
@@ -327,7 +326,7 @@ class Keeping(Comparison):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("model", help="as for fastpeft train --model")
     parser.add_argument("source", type=Path, help="folder of the task's files, as they are distributed")

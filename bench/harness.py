@@ -61,8 +61,8 @@ def interleave(
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile."""
-    fifths = quantiles(values, n=10, method="inclusive")
-    return fifths[1], fifths[4], fifths[7]
+    deciles = quantiles(values, n=10, method="inclusive")
+    return deciles[1], deciles[4], deciles[7]
 
 
 def percentiles(name: str, values: Iterable[float]) -> Row:
