@@ -102,9 +102,7 @@ def step(model: Any, form: str, batch: dict[str, Tensor], backward: bool) -> Ten
     FORMS[form](model)
     model.zero_grad()
     with torch.set_grad_enabled(backward):
-        loss: Tensor = (
-            model(**batch, use_cache=False).loss if not isinstance(model, LadderModel) else model(**batch).loss
-        )
+        loss: Tensor = model(**batch, use_cache=False).loss
     if backward:
         loss.backward()
     return loss.detach()

@@ -84,18 +84,16 @@ SIZES = (1, 2048), (4, 2048), (1, 512), (4, 512)  # rows of a batch, tokens
 NARROW, DEFAULT = "16", "8"  # reductions: 256 and 512 wide at 8B
 EACH = "1"  # layers for each side block
 _LLAMA: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+_TIED = {"tie_word_embeddings": True}
 MODELS = {
     "8B": LlamaConfig(
-        **{"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
-        **_LLAMA,
+        hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, **_LLAMA
     ),
     "3B": LlamaConfig(
-        **{"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
-        **{"tie_word_embeddings": True, **_LLAMA},
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, **_LLAMA, **_TIED
     ),
     "1B": LlamaConfig(
-        **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-        **{"tie_word_embeddings": True, **_LLAMA},
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, **_LLAMA, **_TIED
     ),
 }
 
@@ -241,11 +239,10 @@ def _give_memory(model: nn.Module) -> None:
                     made[tensor] = own[name]
 
 
-def batch_of(model: Any, rows: int, tokens: int) -> dict[str, Any]:
+def batch_of(rows: int, tokens: int) -> dict[str, Any]:
     """A batch without padding."""
     ids = torch.randint(1000, (rows, tokens), generator=torch.Generator().manual_seed(0))
-    cache = {} if isinstance(model, LadderModel) else {"use_cache": False}
-    return {"input_ids": ids, "labels": ids, **cache}
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
 def simulated(
@@ -253,7 +250,7 @@ def simulated(
 ) -> MemoryEstimate:
     """Of a prepared model; `dtype` is that of autocast."""
     adamw = partial(BlockwiseAdamW, in_float=embeddings_in_float(model))
-    batch = batch_of(model, rows, tokens)
+    batch = batch_of(rows, tokens)
     optimizer = None if case.method == "mezo" else adamw
     return simulate_training_step(model, batch, optimizer, dtype, estimate_inside=estimate_inside)
 
@@ -262,7 +259,7 @@ def measured(case: Case, model: Any, rows: int, tokens: int) -> int:
     """Peak of live tensors, in bytes, of the second of two steps that run."""
     from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
 
-    is_mezo, batch = case.method == "mezo", batch_of(model, rows, tokens)
+    is_mezo, batch = case.method == "mezo", batch_of(rows, tokens)
     model.train(not is_mezo)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for module in model.modules():
