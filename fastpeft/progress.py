@@ -182,15 +182,6 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def check_kind(kind: str) -> None:
-    """Raise `FastpeftError` unless progress can be shown so."""
-    if kind not in KINDS:
-        raise FastpeftError(
-            f"--progress is {kind!r}; it must be one of {', '.join(KINDS)}. Choose one of these."
-            f"{did_you_mean(kind, KINDS)}"
-        )
-
-
 @contextmanager
 def shown(kind: str = "auto", lines: bool = True) -> Iterator[None]:
     """Show how far what runs in the block has come; first, that libraries load.
@@ -212,7 +203,11 @@ def shown(kind: str = "auto", lines: bool = True) -> Iterator[None]:
 
 
 def _stages(kind: str, lines: bool) -> _Stages | None:
-    check_kind(kind)
+    if kind not in KINDS:
+        raise FastpeftError(
+            f"--progress is {kind!r}; it must be one of {', '.join(KINDS)}. Choose one of these."
+            f"{did_you_mean(kind, KINDS)}"
+        )
     if kind == "json":
         return Lines(JSON_EVERY_S, write_json)
     if kind == "auto" and errors.is_terminal:
