@@ -107,9 +107,9 @@ class Cell:
         return None if kept is None else (kept["metric"], significance.row_scores(kept["above"], kept["below"]))
 
     def words(self) -> tuple[int, ...] | None:
-        """How many words its metric is of: of texts alone those of each dev row, of tags those of all rows.
+        """How many words its metric counts: of each dev row where texts alone are learned, of all rows where tags are.
 
-        Cells with another `max_length` or tokenizer have others. None where rows are answered, or it was not kept.
+        Cells with another `max_length` or tokenizer count others. None where rows count, or this was not kept.
         """
         metrics = self.metrics()
         if metrics is None:

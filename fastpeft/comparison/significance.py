@@ -142,7 +142,7 @@ def _with_a_part(*scores: np.ndarray) -> list[np.ndarray]:
     """Scores `(seeds, rows)` without the rows that have no part in any of the metrics; the metrics stay the same.
 
     Such a row adds 0 to both sums of `row_scores`, as a sentence without an entity in its labels and answers, so its
-    score is the metric itself. Counted, many of these would make a few others look like many.
+    score is the metric itself. If such rows counted, N would be too large and the standard error too small.
     """
     centred = [each - each.mean(1, keepdims=True) for each in scores]
     has_part = np.any([abs(each) > _ROUNDING for each in centred], axis=(0, 1))

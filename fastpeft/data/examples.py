@@ -107,7 +107,7 @@ class TextData:
 
     @property
     def parts(self) -> list[Examples]:
-        """Those to train on, the dev rows, and last those to choose a threshold by, where there are some."""
+        """The rows to train on, the dev rows, and last the rows to choose a threshold by, where there are some."""
         return [part for part in (self.train, self.dev, self.threshold_data) if part is not None]
 
     @property

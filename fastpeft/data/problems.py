@@ -117,7 +117,10 @@ class Problem:
         return (outputs > 0).astype("int64") if self is MULTI_LABEL else outputs.argmax(-1)
 
     def decided(self, outputs: np.ndarray, threshold: float | None) -> np.ndarray:
-        """Outputs that come to the answers of a threshold of the second of two classes, or of labels; None: a half."""
+        """Outputs whose `answers` are the second of two classes, or the labels, above a threshold t of probability.
+
+        Logits are moved by `-log(t / (1 - t))`. None is a half, which moves nothing.
+        """
         if threshold is None:
             return outputs
         moved = outputs.astype("float64")

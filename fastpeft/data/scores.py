@@ -18,7 +18,7 @@ def score_classes(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str])
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     guesses = outputs.argmax(-1)
-    # of the classes that a method answers its mean would be over others than another's
+    # with the classes that a method answers too, the means of two methods would be over different classes
     asked = {"average": "binary"} if len(names) == 2 else {"average": "macro", "labels": np.unique(labels)}
     return {
         "accuracy": float(accuracy_score(labels, guesses)),

@@ -116,7 +116,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         self.generation_config.cache_implementation = None  # a `PoolCache` takes its place
 
     def can_generate(self) -> bool:
-        """Whether it generates, which the pool has asked of its backbone before."""
+        """Always: the pool has asked its backbone before it makes this."""
         return True
 
     def forward(
@@ -134,7 +134,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
     ) -> Any:
-        """As that of `LadderModel`, which has the arguments."""
+        """As `LadderModel.forward`, which explains the arguments."""
         check_attentions(output_attentions)
         text: Any = input_ids if input_ids is not None else inputs_embeds
         cache = given_cache(cache, past_key_values)

@@ -79,7 +79,7 @@ def is_forward() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether they are, or a transform of `torch.func` is at work: plain PyTorch differentiates in all of them."""
+    """Whether derivatives are taken forward, or a transform of `torch.func` is at work: PyTorch then differentiates."""
     return torch._C._are_functorch_transforms_active() or is_forward()
 
 

@@ -112,7 +112,7 @@ class LazyLogits(Tensor):
         return self.made
 
     def is_made(self) -> bool:
-        """Whether they are computed, or those that they are made of, which may have been changed in place since."""
+        """Whether these logits are computed, or their source is, which may have been changed in place since."""
         return self.made is not None or (self.source is not None and self.source[0].is_made())
 
     def use(self, name: str) -> None:
@@ -168,7 +168,7 @@ def _changing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calla
 
 
 def _view(func: Any, name: str, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same rows in another shape, some of them, or their logits in another dtype."""
+    """The logits in another shape, of some of the rows, or in another dtype."""
     change = _changing(func, args, kwargs)
     if name in ("contiguous", "float"):
         return logits.like(logits.hidden, change, dtype=torch.float32 if name == "float" else logits.dtype)

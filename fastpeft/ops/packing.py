@@ -279,7 +279,7 @@ def _signature(weight: Tensor) -> tuple[Any, ...]:
 
 
 def _is_dense(weight: Tensor) -> bool:
-    """Whether its `samples` are a view."""
+    """Whether the weight lies in one piece, by rows or by columns, so that its `samples` are a view."""
     return weight.is_contiguous() or weight.t().is_contiguous()
 
 

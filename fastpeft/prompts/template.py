@@ -414,8 +414,8 @@ def refuse_one_text(texts: Any) -> None:
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a string of whole characters: bytes that are no UTF-8 come from a command line as halves of some,
-    for which tokenizers have no code."""
+    """Whether it is a string without surrogates, for which tokenizers have no code: Python reads each byte of a command
+    line that is no UTF-8 as one."""
     return isinstance(value, str) and not _SURROGATE.search(value)
 
 

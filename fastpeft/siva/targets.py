@@ -126,7 +126,7 @@ def warn_of_strangers(
 
 
 def in_chosen_blocks(peft_config: SivaConfig, names: Iterable[str]) -> set[str]:
-    """Those of these layers, its targets by their whole names, that are in a block that it chooses.
+    """The layers among `names`, whole names of targets, that are in a block that the configuration chooses.
 
     PEFT looks at the block of a layer only where a target is the end of its name.
     """

@@ -66,6 +66,6 @@ def _watching(model: nn.Module) -> Iterator[list[str]]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether it has no NaN and no infinity."""
+    """Whether the tensor has no NaN and no infinity."""
     tensor = tensor.to_dense() if tensor.is_mkldnn else tensor  # a frozen weight whose pack has taken its place
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
