@@ -384,7 +384,8 @@ class Tasks:
                 param,
             )
         try:
-            tokens, eos = prompt_tokens(tokenizer, asked), eos_token_ids(task.run, chats=chats)
+            tokens = prompt_tokens(tokenizer, asked)
+            eos = eos_token_ids(task.run.classifier.model, tokenizer, chats=chats)
         except FastpeftError as error:  # of the template
             raise RefusedError(str(error), 400, param) from error
         if not tokens:

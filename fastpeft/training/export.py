@@ -28,7 +28,7 @@ from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.model_card import ONNX_FILE, loading_snippet, model_card, onnx_snippet
 from fastpeft.support.stages import report
-from fastpeft.training.generation import eos_token_ids
+from fastpeft.training.generation import tell_ends
 from fastpeft.training.lineage import check_places, check_start
 from fastpeft.training.loading import FinishedRun, assemble
 from fastpeft.training.onnx_model import check_onnx, write_onnx
@@ -138,7 +138,7 @@ def _load_run(source: RunFolder, output: Path, to: str, step: int | None) -> _Lo
             run.threshold,
         )
     if run.problem is NEXT_WORDS:  # at a turn's end too, which the configuration of a base that never chatted lacks
-        model.generation_config.eos_token_id = sorted(eos_token_ids(run, chats=run.chats)) or None
+        tell_ends(model, run.classifier.tokenizer, chats=run.chats)
     card = _card_of_run(run, setup.method.title, source.metrics(), output, to, step)
     return _Loaded(model, run.classifier.tokenizer, run.prompt, card, _batches(run) if to == "onnx" else ())
 

@@ -34,10 +34,15 @@ def generates_text(folder: str | Path) -> bool:
     return RunFolder(folder).metrics().get("problem_type") == NEXT_WORDS.name
 
 
-def eos_token_ids(run: FinishedRun, *, chats: bool) -> set[int]:
-    """The tokens after which a run generates nothing more, to a conversation or another text."""
-    own = getattr(run.classifier.model.generation_config, "eos_token_id", None)
-    return end_tokens(run.classifier.tokenizer, chats=chats).union([own] if isinstance(own, int) else own or ())
+def eos_token_ids(model: Any, tokenizer: Any, *, chats: bool) -> set[int]:
+    """The tokens after which a decoder generates nothing more, to a conversation or another text."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return end_tokens(tokenizer, chats=chats).union([own] if isinstance(own, int) else own or ())
+
+
+def tell_ends(model: Any, tokenizer: Any, *, chats: bool) -> None:
+    """Name those tokens in the model's generation configuration, so that whoever loads what is saved stops there."""
+    model.generation_config.eos_token_id = sorted(eos_token_ids(model, tokenizer, chats=chats)) or None
 
 
 class TextGenerator:
@@ -97,7 +102,7 @@ class TextGenerator:
     def generate(self, encoded: Sequence[EncodedText]) -> list[str]:
         """What the run generates from each text, greedily."""
         tokenizer, model = self.run.classifier.tokenizer, self.run.classifier.model
-        ends = eos_token_ids(self.run, chats=self.run.chats)
+        ends = eos_token_ids(model, tokenizer, chats=self.run.chats)
         rows = [each.row for each in encoded]
         said: dict[int, str] = {}
         for chosen in by_length(rows, _BATCH_SIZE):

@@ -17,6 +17,7 @@ from fastpeft.data.names import DEMO, LOSS
 from fastpeft.data.problems import (
     CLASSIFICATION,
     MASKED_WORDS,
+    NEXT_WORDS,
     best_of,
     best_threshold,
     describe,
@@ -35,6 +36,7 @@ from fastpeft.support.stages import report
 from fastpeft.training.arguments import compute_dtype, recipe_used
 from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import simulated_peak_mb
+from fastpeft.training.generation import tell_ends
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
 from fastpeft.training.run_folder import CURVES, PREDICTIONS, ROW_SCORES, TRAINED_ON, RunFolder
@@ -249,6 +251,8 @@ def _write(
 
 def save_model(trainer: RunTrainer, task: Task, folder: Path) -> None:
     """Write adapter or model, and the tokenizer, as `from_pretrained` reads them, and the prompt."""
+    if task.data.problem is NEXT_WORDS:
+        tell_ends(trainer.model, trainer.processing_class, chats=task.data.train.are_conversations)
     trainer.model.save_pretrained(folder)
     trainer.processing_class.save_pretrained(folder)
     if task.setup.prompt is not None:
