@@ -148,6 +148,7 @@ def commands() -> dict:
         def run(self) -> None:
             self.run_command("build")  # a module that did not compile has left ext_modules after this
             self.root_is_pure = not self.distribution.has_ext_modules()
+            self.skip_build = True  # setuptools would compile everything once more
             super().run()
 
     return {"build_ext": build_ext, "bdist_wheel": bdist_wheel}

@@ -103,7 +103,8 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.long
 @needs_compiler
 def test_a_wheel_from_the_sdist_with_the_compiled_part(sdist_tree: Path, tmp_path: Path) -> None:
-    wheel, _ = _build(sdist_tree, "wheel", FASTPEFT_BUILD_CPP="1")
+    wheel, said = _build(sdist_tree, "wheel", FASTPEFT_BUILD_CPP="1")
+    assert said.count("running build_ext") == 1
     assert "-cp311-abi3-" in wheel.name
     assert wheel.stat().st_size <= WHEEL_LIMIT
     names = _names(wheel)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from samples import add_adapter
+from samples import add_adapter, load_adapter
 from tokenizers_for_prompts import make_tokenizer
 
 from fastpeft import LadderConfig, LadderModel, SivaConfig
@@ -50,6 +50,7 @@ def train(model: Any, folder: Path, steps: int) -> None:
 
 
 @add_adapter
+@load_adapter
 def test_an_added_adapter_trains_is_saved_and_loads(base: Path, tmp_path: Path) -> None:
     model = sentence_transformers.SentenceTransformer(str(base), device="cpu")
     before = model.encode(TEXTS)
@@ -70,7 +71,7 @@ def test_a_side_network_trains_is_saved_and_loads(base: Path, tmp_path: Path) ->
     before = model.encode(TEXTS)
     config = LadderConfig(window_size=3, reduction_factor=2, output_mix=True)
     model[0].model = LadderModel(model[0].model, config)
-    np.testing.assert_array_equal(model.encode(TEXTS), before)
+    np.testing.assert_allclose(model.encode(TEXTS), before, rtol=1e-5, atol=1e-5)  # packed weights round differently
     frozen = {name: value.clone() for name, value in model[0].model.base.encoder.state_dict().items()}
     train(model, tmp_path, steps=6)
     after = model.encode(TEXTS)

@@ -25,10 +25,12 @@ def test_the_table_has_every_version_that_is_claimed() -> None:
     for oldest, stated in (("torch==2.10.*", "torch>=2.10"), ("peft==0.18.*", "peft>=0.18")):
         assert f'"{stated}"' in claimed
         assert any(oldest in each.requirements for each in ENVIRONMENTS.values())
+    compiled = [each.requirements for each in ENVIRONMENTS.values() if each.compiled]
+    assert compiled
+    assert all("torch==2.10.*" in each for each in compiled)
     assert 'requires-python = ">=3.11"' in claimed
     assert {each.python for each in ENVIRONMENTS.values()} >= {"3.11", "3.12", "3.13"}
-    assert all((ROOT / name).is_file() for name in SELECTION)
-    assert all((ROOT / name).exists() for name in (*versions.OF_SOURCES, *versions.BESIDE_TESTS))
+    assert all((ROOT / name).exists() for name in (*SELECTION, *versions.OF_SOURCES, *versions.BESIDE_TESTS))
 
 
 def test_programs_are_hidden_with_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,20 +91,39 @@ def test_sources_in_the_place_of_the_installed_library_are_a_fault(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("refused", "fault"),
-    [("venv", versions.NO_INTERPRETER), ("install", "cannot be installed: no such version"), ("uninstall", "cannot")],
+    [
+        ("venv", versions.NO_INTERPRETER),
+        ("install", "cannot be installed: no such version"),
+        ("--no-build-isolation", "cannot be installed: no such version, C++: 1"),
+        ("uninstall", "cannot"),
+    ],
 )
 def test_what_cannot_be_installed_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str, fault: str
 ) -> None:
-    program = f'#!/bin/sh\ncase " $1 $2 " in *" {refused} "*) echo no such version >&2; exit 2;; esac\n'
+    said = 'echo "no such version, C++: $FASTPEFT_BUILD_CPP" >&2'
+    program = f'#!/bin/sh\ncase " $* " in *" {refused} "*) {said}; exit 2;; esac\n'
     (tmp_path / "uv").write_text(program)
     (tmp_path / "uv").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    environment = Environment(removed=("triton",))
+    monkeypatch.setattr(versions, "build", lambda kind, folder, log: folder / f"some.{kind}")
+    environment = Environment(removed=("triton",), compiled=True)
     row = versions.examine(environment, tmp_path / "some.whl", SELECTION, tmp_path / "log.txt")
     assert row["fault"].startswith(fault)
     assert versions.is_good(row) == (refused == "venv")
     assert "no such version" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+def test_what_was_compiled_there_has_to_load(tmp_path: Path) -> None:
+    def install(*given: Any) -> None:
+        (given[2] / "bin").mkdir(parents=True)
+        (given[2] / "bin" / "python").write_text('#!/bin/sh\necho \'{"backend": "reference"}\'\n')
+        (given[2] / "bin" / "python").chmod(0o755)
+
+    for compiled, fault in ((True, "what was compiled there does not load"), (False, "the tests did not come to")):
+        row = versions.examine(Environment(compiled=compiled), Path(), SELECTION, tmp_path / "log.txt", install)
+        assert row["fault"].startswith(fault)
+        assert not versions.is_good(row)
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

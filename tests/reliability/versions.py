@@ -1,9 +1,9 @@
 """The one wheel beside every version that it claims to run with: installed, and the tests run there.
 
 `make version-test` builds a wheel. For each of `ENVIRONMENTS` it makes a virtual environment, installs the wheel there
-with the versions that are named, and runs the tests on it, away from the sources; what it finds is a row of
-bench/data/versions.csv, from which docs/results/faults.md has its table. What passed there is not run again unless it
-is named, so a run that was cut off goes on.
+with the versions that are named, and runs the tests on it, away from the sources; two environments compile the sources
+with their own torch instead. What it finds is a row of bench/data/versions.csv, from which docs/results/faults.md has
+its table. What passed there is not run again unless it is named, so a run that was cut off goes on.
 
 uv (`pip install uv`) makes the environments. It finds or fetches the interpreters; a torch for CPUs only comes from
 where uv is told to look for packages (`UV_FIND_LINKS`, `UV_INDEX`), since the usual index has none.
@@ -31,7 +31,7 @@ from bench.harness import DATA, Row, put_row, read_rows
 ROOT = Path(__file__).parents[2]
 FILE = DATA / "versions.csv"
 LOGS = ROOT / "build" / "versions"
-EXTRAS = "demo,nf4,test"
+EXTRAS = "demo,integrations,nf4,test"
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
 
 
@@ -44,25 +44,27 @@ class Environment:
         requirements: in the place of the newest versions.
         removed: packages that are uninstalled again.
         hidden: programs that are in no folder of the PATH.
+        compiled: the sources are compiled there, as by `pip install --no-build-isolation`, in place of the wheel.
     """
 
     python: str = "3.11"
     requirements: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    compiled: bool = False
 
 
 TORCH, TRANSFORMERS, PEFT = "torch==2.10.*", "transformers==5.0.*", "peft==0.18.*"
 ENVIRONMENTS = {
     "newest": Environment(),
-    "oldest": Environment(requirements=(TORCH, TRANSFORMERS, PEFT)),
+    "oldest": Environment(requirements=(TORCH, TRANSFORMERS, PEFT), compiled=True),
     "newest on Python 3.13": Environment("3.13"),
     "oldest on Python 3.13": Environment("3.13", (TORCH, TRANSFORMERS, PEFT)),
     "newest on Python 3.12": Environment("3.12"),
     "torch for CPUs only": Environment(requirements=("torch==2.13.0+cpu",)),
     "without Triton": Environment(removed=("triton",)),
     "without compilers and CUDA toolkit": Environment(hidden=COMPILERS),
-    "torch 2.10": Environment(requirements=(TORCH,)),
+    "torch 2.10": Environment(requirements=(TORCH,), compiled=True),
     "transformers 5.0": Environment(requirements=(TRANSFORMERS,)),
     "PEFT 0.18": Environment(requirements=(PEFT,)),
 }
@@ -73,9 +75,11 @@ SELECTION = (
     "tests/siva/test_targets.py",
     "tests/siva/test_conventions.py",
     "tests/siva/test_entries.py",
+    "tests/ladder/test_generation.py",
     "tests/ladder/test_model.py",
     "tests/ladder/test_saving.py",
     "tests/mezo/test_optimizer.py",
+    "tests/mezo/test_resuming.py",
     "tests/kernels/test_siva_linear.py",
     "tests/kernels/test_mezo_perturb.py",
     "tests/ops/test_backends.py",
@@ -83,6 +87,7 @@ SELECTION = (
     "tests/test_cli_resume.py",
     "tests/training/test_export.py",
     "tests/support/test_files.py",
+    "tests/integrations",
 )
 # tests of the sources, which are not there, and of pages that are made of them
 OF_SOURCES = ("tests/docs", "tests/test_packaging.py", "tests/test_safety.py", "tests/reliability/test_versions.py")
@@ -126,6 +131,9 @@ def install(environment: Environment, wheel: Path, folder: Path, log: Path) -> N
     into = ["--python", folder / "bin" / "python"]
     wanted = [f"fastpeft[{EXTRAS}] @ {wheel.resolve().as_uri()}", *environment.requirements]
     done = run([*pip, "install", *into, *wanted], log)
+    if not done.returncode and environment.compiled:
+        here = ["--no-build-isolation", "--no-deps", "--no-cache", build("sdist", folder, log)]
+        done = run([*pip, "install", *into, *here], log, env=os.environ | {"FASTPEFT_BUILD_CPP": "1"})
     if not done.returncode and environment.removed:
         done = run([*pip, "uninstall", *into, *environment.removed], log)
     if done.returncode:
@@ -176,6 +184,8 @@ def examine(
             if look.returncode:
                 raise UntestedError(f"does not import: {look.stderr.strip().rpartition(chr(10))[2]}")
             found |= json.loads(look.stdout)
+            if environment.compiled and found["backend"] != "cpp":
+                raise UntestedError("what was compiled there does not load")
             began = time.monotonic()
             run([python, "-m", "pytest", "-q", f"--junitxml={report}", *tests], log, **given)
             if not report.exists():
@@ -186,13 +196,13 @@ def examine(
     return {name: str(found.get(name, "")) for name in (*FOUND, "fault")}
 
 
-def build(folder: Path, log: Path) -> Path:
-    """The wheel of these sources, with what this machine can compile."""
-    done = run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT], log)
+def build(kind: str, folder: Path, log: Path) -> Path:
+    """The `sdist` of these sources, or their `wheel` with what this machine can compile."""
+    done = run([sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", folder, ROOT], log)
     if done.returncode:
-        raise SystemExit(f"the wheel cannot be built, see {log}")
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+        raise SystemExit(f"the {kind} cannot be built, see {log}")
+    (built,) = folder.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return built
 
 
 def is_good(row: Row) -> bool:
@@ -214,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     bad = []
     with tempfile.TemporaryDirectory() as folder:
         LOGS.mkdir(parents=True, exist_ok=True)
-        wheel = given.wheel or (build(Path(folder), LOGS / "wheel.txt") if wanted else Path())
+        wheel = given.wheel or (build("wheel", Path(folder), LOGS / "wheel.txt") if wanted else Path())
         for name in wanted:
             log = LOGS / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}.txt"
             log.unlink(missing_ok=True)
