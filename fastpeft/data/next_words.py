@@ -18,6 +18,8 @@ from fastpeft.errors import FastpeftError, first_line
 logger = logging.getLogger(__name__)
 
 Piece = tuple[list[int], bool]  # tokens, and whether they are learned
+_CONTEXT = 100  # characters: more than any special token has
+_ANSWERED = Conversation(((USER, "?"), (ASSISTANT, "!")))  # shows what a template writes around "!"
 
 
 def encode_counted(tokenizer: Any, texts: Sequence[Any], max_length: int) -> tuple[list[dict[str, Any]], int]:
@@ -75,22 +77,34 @@ def end_tokens(tokenizer: Any, *, chats: bool) -> set[int]:
     """The tokens after which nothing more is said: the end of a text, and of conversations that of a turn."""
     found = {tokenizer.eos_token_id} - {None}
     if chats:
-        turn, _ = _turns(tokenizer, Conversation(((USER, "?"), (ASSISTANT, "!"))))[-1]
-        # not all have a name, as that of the end or of padding: Llama 3's <|eot_id|> has none beside its base
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {*tokenizer.all_special_ids, *(token for token, known in added.items() if known.special)}
-        found |= {*[token for token in turn if token in special][-1:]}
+        _turns(tokenizer, _ANSWERED)  # refuses a template that asks for a turn otherwise than it writes one
+        found |= end_of_turn(tokenizer)
     return found
+
+
+def end_of_turn(tokenizer: Any) -> set[int]:
+    """The last special token that the chat template writes after what the assistant says; empty where it has none."""
+    _, _, after = _templated(tokenizer, _ANSWERED, ask=False).rpartition("!")
+    # not all have a name, as that of the end or of padding: Llama 3's <|eot_id|> has none beside its base
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(token for token, known in added.items() if known.special)}
+    return {*[token for token in _tokens(tokenizer, after, special=False) if token in special][-1:]}
+
+
+def opening(tokenizer: Any) -> str:
+    """What the chat template has the assistant say before its words, as Qwen3's an empty thought; mostly nothing."""
+    turn, _ = _turns(tokenizer, _ANSWERED)[-1]
+    said: str = tokenizer.decode(turn, skip_special_tokens=True)
+    return said.partition("!")[0].strip()
 
 
 def _pieces(tokenizer: Any, text: Any) -> list[Piece]:
     """A row in parts, in their order."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if isinstance(text, Conversation):
         return _turns(tokenizer, text)
     if isinstance(text, tuple):
-        return [(_begun(tokenizer, text[0]), False), (_after(tokenizer, *text) + end, True)]
-    return [(_begun(tokenizer, text) + end, True)]
+        return [(_begun(tokenizer, text[0]), False), (_ended(tokenizer, _after(tokenizer, *text)), True)]
+    return [(_ended(tokenizer, _begun(tokenizer, text)), True)]
 
 
 def _turns(tokenizer: Any, conversation: Conversation) -> list[Piece]:
@@ -140,13 +154,27 @@ def _templated(tokenizer: Any, conversation: Conversation, *, ask: bool) -> str:
 def _begun(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text at the beginning, with the special tokens before it and not those after it."""
     tokens = _tokens(tokenizer, text, special=True)
+    if tokens[:2] == [tokenizer.bos_token_id] * 2:  # the text has its own, as one that a chat template wrote
+        tokens = tokens[1:]
     return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
+
+
+def _ended(tokenizer: Any, tokens: list[int]) -> list[int]:
+    """Tokens with the end of a text, which some texts have already."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tokens if tokens[-1:] == end else tokens + end
 
 
 def _after(tokenizer: Any, before: str, text: str) -> list[int]:
     """The tokens of a text that goes on from `before`, as it stands: some tokenizers, as Llama 2's, put a space before
-    any text that is alone."""
-    in_line = _in_line(tokenizer, text) if before and _puts_a_space_first(tokenizer) else None
+    any text that is alone, and some of these, as Mistral's, also before what follows a special token."""
+    if not (before and _puts_a_space_first(tokenizer)):
+        return _tokens(tokenizer, text, special=False)
+    near = before[-_CONTEXT:]
+    begun, both = (_tokens(tokenizer, each, special=False) for each in (near, near + text))
+    if both[: len(begun)] == begun:
+        return both[len(begun) :]
+    in_line = _in_line(tokenizer, text)
     return _tokens(tokenizer, text, special=False) if in_line is None else in_line
 
 

@@ -150,6 +150,14 @@ def of_cut_texts(cut: int, texts: int, lost: int, max_length: int, model_reads: 
     ]
 
 
+def of_endless_turns() -> list[str]:
+    """What is to be said where a chat template ends no turn."""
+    return [
+        "The model's chat template writes no special token after what the assistant says, so where to stop is not "
+        "learned, and answers may go on until --max-new-tokens. Give a tokenizer whose template ends a turn."
+    ]
+
+
 def of_numbers(data: str, problem: Problem, read_as: str) -> list[str]:
     """What is to be said where rows have numbers in place of the names of classes, tags or labels."""
     return [

@@ -13,7 +13,7 @@ import torch
 
 from fastpeft.data.batches import by_length
 from fastpeft.data.conversations import USER, Conversation, as_conversation, is_conversation
-from fastpeft.data.next_words import completion, end_tokens, prompt_tokens
+from fastpeft.data.next_words import completion, end_tokens, opening, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.data.splitting import prompt_key
 from fastpeft.data.values import RowRef, refuse_empty
@@ -68,6 +68,13 @@ class TextGenerator:
                 f"`max_new_tokens` is {max_new_tokens}; it must be from 1 to {limit - 1}, as the model reads {limit} "
                 "tokens, those of the prompt among them."
             )
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """What may stand before the words of an answer, and after those of a completion in the data, and is neither's:
+        what a chat template writes there, and the end of a text."""
+        tokenizer = self.run.classifier.tokenizer
+        return opening(tokenizer) if self.run.chats else "", tokenizer.eos_token or ""
 
     def encode(self, text: Any) -> EncodedText:
         """A text as tokens: a string, or a conversation as a list of turns, of which a string is one of the user.
@@ -142,11 +149,12 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
         `bleu`, `rouge_l` and `prompts`, their number; nothing where rows have no prompts, or a library is missing,
         which is logged.
     """
+    before, after = generator.around
     references: dict[Any, list[str]] = {}
     prompts: dict[Any, Any] = {}
     for text in texts:
         if (expected := completion(text)) is not None:
-            references.setdefault(prompt_key(text), []).append(expected)
+            references.setdefault(prompt_key(text), []).append(expected.removesuffix(after))
             prompts.setdefault(prompt_key(text), text)
     missing = [name for name in ("sacrebleu", "rouge_score") if importlib.util.find_spec(name) is None]
     if missing and prompts:
@@ -163,7 +171,7 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
     if not encoded:
         logger.warning("no prompt leaves room for %d new tokens, so nothing is generated", limit)
         return {}
-    said = generator.generate(list(encoded.values()))
+    said = [words.removeprefix(before).strip() for words in generator.generate(list(encoded.values()))]
     told = {
         "leave no room for new tokens within the model's maximum length, and are skipped": len(prompts) - len(encoded),
         f"have completions that were cut off after {limit} tokens; raise `max_new_tokens`": generator.cut,

@@ -14,6 +14,7 @@ from transformers import set_seed
 from fastpeft.data import packed_rows, result_warnings
 from fastpeft.data.examples import Examples, TextData, TokenRow, load_data
 from fastpeft.data.masking import Masker
+from fastpeft.data.next_words import end_of_turn
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, OBJECTIVES
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
@@ -89,6 +90,8 @@ class Task:
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
             encoder.warn_of_texts(part, rows)
         warnings = _warnings(data.parts, encoded, max_length, classifier.max_length - own_tokens)
+        if data.train.are_conversations and not end_of_turn(classifier.tokenizer):
+            warnings += result_warnings.of_endless_turns()
         for warning in warnings:  # while there is time to stop
             logger.warning("%s", warning)
         context, train_rows = _context(config, train_rows, setup.method.examples(setup.preparation))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from fastpeft.cli import app
 from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import load_data, load_rows
 from fastpeft.data.names import UNLABELLED
-from fastpeft.data.next_words import completion, encode_counted, end_tokens, prompt_tokens
+from fastpeft.data.next_words import completion, encode_counted, end_of_turn, end_tokens, opening, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.training.evaluation import evaluate, evaluate_causal_lm
 from fastpeft.training.generation import TextGenerator, generate, measure_generations
@@ -105,6 +106,30 @@ def test_a_turn_ends_by_a_special_token_without_a_name(tokenizer: Any, tmp_path:
     assert turn not in tokenizer.all_special_ids
     assert end_tokens(tokenizer, chats=True) == {tokenizer.eos_token_id, turn}
     assert end_tokens(tokenizer, chats=False) == {tokenizer.eos_token_id}
+
+
+def test_a_template_that_ends_no_turn_is_told(place: Path, config: TrainConfig, tokenizer: Any, tmp_path: Path) -> None:
+    """Also where special tokens stand before the words."""
+    endless = copy.deepcopy(tokenizer)
+    endless.chat_template = "{% for m in messages %}<s>{{ m.role }} {{ m.content }} {% endfor %}"
+    assert end_of_turn(tokenizer) == {tokenizer.eos_token_id}
+    assert end_of_turn(endless) == set()
+    assert end_tokens(endless, chats=True) == {tokenizer.eos_token_id}
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    endless.save_pretrained(model)
+    chats_of = replace(config, data=str(place / "chats.jsonl"), max_steps=1)
+    warned = "writes no special token after what the assistant says"
+    assert not any(warned in each for each in train(chats_of).metrics["warnings"])
+    of_endless = replace(chats_of, model=str(model), output=str(tmp_path / "endless"))
+    assert any(warned in each for each in train(of_endless).metrics["warnings"])
+
+
+def test_begin_and_end_that_a_text_has_are_not_doubled(tokenizer: Any) -> None:
+    """As of texts that a chat template wrote."""
+    for bare, written in (("film plot", "<s> film plot </s>"), (("film", " plot"), ("<s> film", " plot</s>"))):
+        rows, _ = encode_counted(tokenizer, [bare, written], 38)
+        assert rows[0] == rows[1]
+    assert prompt_tokens(tokenizer, "<s> film") == prompt_tokens(tokenizer, "film")
 
 
 def test_rows_are_cut_and_those_with_nothing_to_learn_left_out(tokenizer: Any) -> None:
@@ -188,8 +213,8 @@ class Told:
 
     cut, max_new_tokens = 1, 4
 
-    def __init__(self, answers: Sequence[str]) -> None:
-        self.answers = answers
+    def __init__(self, answers: Sequence[str], around: tuple[str, str] = ("", "")) -> None:
+        self.answers, self.around = answers, around
 
     def encode(self, text: Any) -> Any:
         if text[0] == "long":
@@ -212,6 +237,29 @@ def test_said_words_are_measured_by_the_completions_of_their_prompt_alone(caplog
     assert measured["prompts"] == 2
     assert "1 of 3 prompts leave no room for new tokens within the model's maximum length" in caplog.text
     assert "1 of 3 prompts have completions that were cut off after 4 tokens" in caplog.text
+
+
+def test_what_stands_around_words_is_not_measured(place: Path, config: TrainConfig) -> None:
+    """A thought that the template writes before each answer, and an end that a completion has written in it."""
+    words = "one two three four five"
+    for told, row in (
+        (Told([f"<think>\n\n</think>\n\n{words}"], ("<think>\n\n</think>", "</s>")), ("a", words)),
+        (Told([words], ("", "</s>")), ("a", f"{words}</s>")),
+    ):
+        measured = measure_generations(told, [row])  # type: ignore[arg-type]
+        assert (measured["bleu"], measured["rouge_l"]) == (pytest.approx(100), 1)
+    train(replace(config, data=str(place / "chats.jsonl"), max_steps=1))
+    assert TextGenerator(load_run(config.output)).around == ("", "</s>")
+
+
+def test_what_a_template_writes_before_an_answer_is_known(tokenizer: Any) -> None:
+    assert opening(tokenizer) == ""
+    thinks = copy.deepcopy(tokenizer)
+    thinks.chat_template = (
+        "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}plot film {% endif %}{{ m.content }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    assert opening(thinks) == "plot film"
 
 
 def test_what_an_answer_depends_on_is_not_lost(tmp_path: Path) -> None:
@@ -327,6 +375,12 @@ def test_methods_learn_next_words(config: TrainConfig, method: str, changes: dic
     metrics = train(replace(config, method=method, learning_rate=rate, max_steps=6, **changes)).metrics
     assert math.isfinite(metrics["loss"])
     assert evaluate(config.output, max_new_tokens=0)["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
+
+
+def test_a_summary_beside_a_text_is_not_lost(tmp_path: Path) -> None:
+    file = str(write_jsonl(tmp_path / "rows.jsonl", [{"document": "film", "summary": "plot", "id": n} for n in "abcd"]))
+    with pytest.raises(FastpeftError, match=r"has column 'summary' beside 'document'. Give --text-column document,su"):
+        load_data(file, problem_type="next_words")
 
 
 def test_an_answer_in_turns_of_its_own_is_told_of(tmp_path: Path) -> None:
@@ -470,3 +524,24 @@ def test_a_completion_goes_on_where_a_tokenizer_puts_a_space_before_any_text(sch
         said = "".join(fast.convert_ids_to_tokens(row["input_ids"]))
         assert said.replace("\u2581", " ") == f" {pair[0]}{pair[1]}"
         assert row["input_ids"][: len(asked := prompt_tokens(fast, pair))] == asked
+
+
+def test_turns_go_on_where_a_tokenizer_puts_a_space_after_every_special_token() -> None:
+    """As Mistral's and Phi-3's: what is learned is how the whole conversation is read, and so is what is asked."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=24, special_tokens=["</s>"], show_progress=False)
+    made.train_from_iterator(["the cat", "cat sat", ":", "\n"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    turn = "{{ m.content }}{% if m.role == 'assistant' %}</s>{% else %}:</s>{% endif %}"
+    fast.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    turns = [("user", "the cat"), ("assistant", "cat sat")] * 12
+    ((row,), _) = encode_counted(fast, [Conversation(tuple(turns))], 1000)
+    whole = "".join("the cat:</s>" if role == "user" else "cat sat</s>" for role, _ in turns)
+    assert row["input_ids"] == fast(whole)["input_ids"]
+    said = [token for token, label in zip(row["input_ids"], row["labels"]) if label != UNLABELLED]
+    assert said == fast("cat sat</s>")["input_ids"] * 12
+    asked = prompt_tokens(fast, Conversation(tuple(turns)))
+    assert row["input_ids"][: len(asked)] == asked
