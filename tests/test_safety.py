@@ -7,6 +7,8 @@ import pickle
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ from typer.testing import CliRunner
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
+from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report.document import Heading, Items, Table, page
+from fastpeft.comparison.run import _arguments
+from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.examples import load_data
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.models import load_classifier
 from fastpeft.support import hub
+from fastpeft.support.launcher import import_path
 from fastpeft.support.model_card import model_card
 
 SOURCES = sorted((Path(__file__).parents[1] / "fastpeft").rglob("*.py"))
@@ -121,6 +127,20 @@ def test_code_beside_a_model_does_not_run(place: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize("imported", [False, True])
+def test_code_in_the_working_folder_runs_only_where_this_process_imports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imported: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beside.py").touch()
+    others = [place for place in sys.path if place not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] * imported + others)
+    done = subprocess.run([sys.executable, *import_path(), "-c", "import beside"], capture_output=True, check=False)
+    assert (done.returncode == 0) == imported
+    cells = [Cell("a", "a", method, 0, {"output": "a"}) for method in ("head", ZERO_SHOT)]
+    assert all(_arguments(cell)[: len(import_path())] == import_path() for cell in cells)
+
+
 def test_no_network_is_used_unasked(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the environment does not forbid it."""
     import huggingface_hub
@@ -196,10 +216,11 @@ def test_texts_are_escaped_in_a_card() -> None:
         method="SiVA",
         snippet="code",
         data=HOSTILE,
-        labels=[HOSTILE, "a|b"],
+        labels=[HOSTILE, "a|b", "![a](https://b.c/d.png)"],
         metrics={"accuracy": HOSTILE},
         settings={HOSTILE: HOSTILE},
     )
     assert "<script>" not in card
     assert "\nlicense:" not in card
     assert "a|b" not in card
+    assert "](" not in card

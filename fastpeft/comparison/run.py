@@ -29,6 +29,7 @@ from fastpeft.models import check_model
 from fastpeft.prompts.named import AUTO
 from fastpeft.support import files
 from fastpeft.support.interrupts import interrupted_once, uninterrupted
+from fastpeft.support.launcher import import_path
 from fastpeft.support.processes import refuse_several
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, estimate, process_seconds
@@ -358,8 +359,8 @@ def _words_option(config: TrainConfig, data: TextData, option: str) -> str:
 def _arguments(cell: Cell) -> list[str]:
     """What Python is given in a cell's process."""
     if cell.method == ZERO_SHOT:
-        return ["-m", "fastpeft.comparison.zero_shot", str(cell.config_file)]
-    return ["-m", "fastpeft", "train", "--config", str(cell.config_file), "--resume"]
+        return [*import_path(), "-m", "fastpeft.comparison.zero_shot", str(cell.config_file)]
+    return [*import_path(), "-m", "fastpeft", "train", "--config", str(cell.config_file), "--resume"]
 
 
 def _lock(folder: Path) -> BinaryIO:

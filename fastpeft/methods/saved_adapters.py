@@ -20,7 +20,7 @@ from fastpeft.errors import FastpeftError, first_line
 from fastpeft.siva.loading import current_keys
 from fastpeft.support import files
 from fastpeft.support.adapter_files import CONFIG, WEIGHTS, check_file
-from fastpeft.support.hub import source_options
+from fastpeft.support.hub import OWN_ATTENTION, source_options
 from fastpeft.support.model_card import HEADS
 
 logger = logging.getLogger(__name__)
@@ -102,14 +102,11 @@ def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
         )
     check_file(folder)
     try:
+        options = {**source_options(str(base)), **OWN_ATTENTION, **_new_head(folder)}
         with warnings.catch_warnings():
             # of the base's head alone: PEFT warns of weights of the adapter that it leaves out
             warnings.filterwarnings("error", r"[\s\S]*ignore_mismatched_sizes")
-            model = (
-                _LOADERS[task]
-                .from_pretrained(str(folder), use_safetensors=True, **source_options(str(base)), **_new_head(folder))
-                .eval()
-            )
+            model = _LOADERS[task].from_pretrained(str(folder), use_safetensors=True, **options).eval()
     except (OSError, ValueError, SafetensorError, UserWarning) as error:
         raise FastpeftError(
             f"cannot put the adapter in {str(folder)!r} onto its base model {base!r} ({error}). Give "

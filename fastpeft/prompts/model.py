@@ -28,7 +28,7 @@ from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
 from fastpeft.support.adapter_files import WEIGHTS, check_file
 from fastpeft.support.dropout import dropout_off
-from fastpeft.support.hub import HUB_ARGUMENTS, source_options
+from fastpeft.support.hub import HUB_ARGUMENTS, OWN_ATTENTION, source_options
 
 _CALIBRATION = "calibration"  # its name in state dicts
 
@@ -534,7 +534,7 @@ def _load_plain(source: str, hub: Mapping[str, Any], **kwargs: Any) -> Any:
     options = _options(source, hub)
     decoder = is_causal_lm(AutoConfig.from_pretrained(source, **options))
     auto_class: Any = AutoModelForCausalLM if decoder else AutoModelForMaskedLM
-    return auto_class.from_pretrained(source, **{**options, "use_safetensors": True, **kwargs})
+    return auto_class.from_pretrained(source, **{**options, **OWN_ATTENTION, "use_safetensors": True, **kwargs})
 
 
 def _load_adapter(folder: Path, **kwargs: Any) -> Any:

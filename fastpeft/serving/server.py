@@ -70,6 +70,7 @@ def serve(
         app = create_app(tasks, runs=runs, max_wait=max_wait, limits=limits)
         config = uvicorn.Config(
             app,
+            http="h11",  # httptools, which uvicorn prefers where it is installed, reads headers without end
             log_level="warning",
             access_log=False,
             server_header=False,

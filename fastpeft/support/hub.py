@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # the arguments of `from_pretrained` that say where files are
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# of the class of a model: transformers chooses. What config.json names may be a kernel of the hub, that is, code
+OWN_ATTENTION = {"attn_implementation": None}
 _PATIENCE = 5.0  # seconds
 
 
@@ -55,4 +57,4 @@ def source_options(source: str) -> dict[str, Any]:
 def model_options(source: str) -> dict[str, Any]:
     """The options of a model's class, which looks for an adapter at `source` too and has its own options for that."""
     options = source_options(source)
-    return {**options, "adapter_kwargs": {"local_files_only": options["local_files_only"]}}
+    return {**options, **OWN_ATTENTION, "adapter_kwargs": {"local_files_only": options["local_files_only"]}}

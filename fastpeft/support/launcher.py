@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 
 JOBS = "FASTPEFT_JOBS"  # a comparison tells its processes by it how many of them a machine may run at once
+
+
+def import_path() -> list[str]:
+    """Options of a Python that is to import what this process imports, and nothing else from the working folder."""
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]  # which `-m` and `-c` alone would put first
 
 
 def launched() -> int:

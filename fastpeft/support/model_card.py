@@ -202,8 +202,8 @@ def model_card(
 
 
 def _in_line(value: object) -> str:
-    """A value as one line of Markdown shows it: not as a cell's end, a line's end or a tag of HTML."""
-    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "&#124;")
+    """A value as a line of Markdown shows it: not as the end of a cell or line, a tag of HTML, a link or a picture."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "&#124;").replace("](", "]&#40;")
 
 
 def write_card(folder: Path, text: str) -> None:

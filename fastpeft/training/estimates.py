@@ -19,7 +19,7 @@ from fastpeft.data.packed_rows import POSITIONS
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.quantise import count_parameters
-from fastpeft.support.launcher import launched
+from fastpeft.support.launcher import import_path, launched
 from fastpeft.support.processes import Ranks
 from fastpeft.training.arguments import (
     ADAMW,
@@ -173,7 +173,8 @@ def process_seconds() -> float:
     """Seconds that a process of `fastpeft train` takes beside its run: it starts, loads its libraries, and ends."""
     begin = time.perf_counter()
     libraries = "import fastpeft.console, fastpeft.training, matplotlib.backends.backend_agg, matplotlib.figure"
-    subprocess.run([sys.executable, "-c", libraries], check=False, stdin=subprocess.DEVNULL, capture_output=True)
+    command = [sys.executable, *import_path(), "-c", libraries]
+    subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True)
     return time.perf_counter() - begin
 
 

@@ -82,6 +82,18 @@ def test_as_many_files_may_be_open_as_the_system_lets() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+@pytest.mark.usefixtures("served")
+def test_headers_have_an_end_whatever_else_is_installed(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn would prefer httptools, which bounds none."""
+    import uvicorn
+
+    started = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: started.append(server.config))
+    result = CliRunner().invoke(app, ["serve", str(runs / "a"), "--port", "0"])
+    assert result.exit_code == 0, result.output
+    assert [config.http for config in started] == ["h11"]
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("served")
 def test_a_served_run_answers_what_came_before_the_signal(runs: Path) -> None:

@@ -160,6 +160,24 @@ def test_the_base_of_a_prompted_adapter_stays_in_its_folder(place: Path, tmp_pat
         PromptModel.from_pretrained(tmp_path / "prompted")
 
 
+def test_no_kernel_of_the_hub_is_loaded_that_a_model_names_for_its_attention(place: Path, tmp_path: Path) -> None:
+    """transformers would fetch its code, or where the package kernels is missing say so."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    masked_lm = AutoModelForMaskedLM.from_pretrained(place / "model")
+    PromptModel(masked_lm, tokenizer, Prompt("{text} <mask>", {0: "and", 1: "a"})).save_pretrained(tmp_path)
+    config = place / "model" / "config.json"
+    before = config.read_text()
+    named = before.replace("{", '{"attn_implementation": "owner/kernel",', 1)
+    (tmp_path / "config.json").write_text(named)
+    config.write_text(named)
+    try:
+        for kind in ("model", "adapter", "side"):
+            LOADERS[kind](place / kind)
+        PromptModel.from_pretrained(tmp_path)
+    finally:
+        config.write_text(before)
+
+
 def test_parts_of_a_data_set_stay_in_their_folders(tmp_path: Path) -> None:
     part = datasets.Dataset.from_list([{"text": text, "label": label} for text, label in reviews(20)])
     datasets.DatasetDict(train=part).save_to_disk(tmp_path / "rows")
