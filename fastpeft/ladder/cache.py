@@ -257,7 +257,7 @@ class _CacheRows:
         tokens = visible.shape[1]
         starts, ends = visible.argmax(1), tokens - visible[:, ::-1].argmax(1)
         self.spans = list(zip(starts.tolist(), ends.tolist()))
-        context = f"{autocast_dtype(device)} {positions is not None}".encode()
+        context = f"{autocast_dtype(device)} {positions is not None}{'' if types is None else ' types'}".encode()
         self.keys = [
             hashlib.blake2b(context + row[start:end].tobytes(), digest_size=KEY_BYTES).digest()
             for row, (start, end) in zip(table, self.spans)

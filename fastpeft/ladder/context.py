@@ -59,8 +59,8 @@ class Context:
         tokens: C token ids.
 
     Raises:
-        FastpeftError: the backbone keeps something else than the keys and values of all tokens, or does not know a
-            token.
+        FastpeftError: the backbone does not generate, keeps something else than the keys and values of all tokens,
+            counts padding, or does not know a token.
     """
 
     def __init__(self, backbone: Backbone, tokens: Sequence[int]) -> None:
@@ -68,8 +68,13 @@ class Context:
         kinds = {type(layer) for layer in DynamicCache(config=core.config).layers}
         if not keeps_keys(backbone) or kinds - {DynamicLayer}:
             raise FastpeftError(
-                f"a context goes before the texts of a decoder that keeps the keys and values of all tokens, which a "
-                f"{type(core).__name__} does not. Leave it out."
+                "a context goes before the texts of a decoder that generates and keeps the keys and values of all "
+                f"tokens, which a {type(core).__name__} does not. Leave it out."
+            )
+        if core.config.model_type == "mpt":  # whose distances between tokens count padding, and so would change
+            raise FastpeftError(
+                f"a context before texts that are padded on the left: a {type(core).__name__} would answer a row "
+                "otherwise than alone, since it takes no positions. Leave the context out."
             )
         words = core.get_input_embeddings().num_embeddings
         if unknown := [token for token in tokens if not 0 <= token < words]:

@@ -180,9 +180,10 @@ def with_own_cache(outputs: Any, cache: LadderCache | None) -> Any:
 
 
 def keeps_keys(backbone: Backbone) -> bool:
-    """Whether a backbone is a transformers model that keeps the keys and values of earlier tokens, as its cache."""
+    """Whether a backbone is a transformers model that generates and keeps keys and values of tokens as its cache."""
     known = not backbone.plain and CACHE in inspect.signature(backbone.core.forward).parameters
-    return known and backbone.core._supports_default_dynamic_cache()
+    generates = known and isinstance(backbone.core, GenerationMixin)
+    return generates and backbone.core._supports_default_dynamic_cache()
 
 
 def check_generates(backbone: Backbone) -> None:

@@ -126,7 +126,7 @@ def test_padding_before_and_inside_a_row(tmp_path: Path, kind: str) -> None:
 def test_all_that_decides_features_is_in_the_key(tmp_path: Path) -> None:
     model = cached(tmp_path, tiny("Bert"))
     features(model)
-    features(model, token_type_ids=torch.zeros_like(IDS))
+    features(model)
     assert counts(model) == (3, 3)
     features(model, token_type_ids=torch.ones_like(IDS))
     features(model, position_ids=torch.arange(9)[None])  # given or counted may differ, as with RoBERTa
@@ -134,6 +134,17 @@ def test_all_that_decides_features_is_in_the_key(tmp_path: Path) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         features(model)
     assert counts(model) == (3, 15)
+
+
+def test_token_types_of_zeros_are_not_none(tmp_path: Path) -> None:
+    """A GPT-2 adds the embedding of word 0 for each."""
+    model = ladder(tiny("GPT2", pad_token_id=0)).eval()
+    given = {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": torch.zeros_like(IDS)}
+    with torch.no_grad():
+        expected = model(**given).logits
+        model.cache_features(tmp_path, "float32")
+        assert not torch.allclose(logits(model), expected, atol=1e-4)
+        torch.testing.assert_close(model(**given).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_of_the_backbone_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,9 @@ def test_a_pool_shares_it() -> None:
 @pytest.mark.parametrize(
     ("base", "context", "told"),
     [
-        (lambda: tiny(), CONTEXT, "decoder that keeps the keys and values of all tokens, which a RobertaFor"),
+        (lambda: tiny(), CONTEXT, "generates and keeps the keys and values of all tokens, which a RobertaFor"),
+        (lambda: tiny("GPT2"), CONTEXT, "which a GPT2ForSequenceClassification does not"),
+        (lambda: causal_model("mpt"), CONTEXT, "a MptForCausalLM would answer a row otherwise than alone"),
         (lambda: causal_model("mistral"), CONTEXT, "which a MistralForCausalLM does not"),  # of a window of them
         (lambda: causal_model("llama"), [5, 99], "has the token 99, but the LlamaForCausalLM knows those from 0 to 63"),
         (lambda: causal_model("llama"), [], r"context=\[\]; give a list of token ids"),
