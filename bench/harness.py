@@ -110,12 +110,22 @@ def _figures(seconds: Mapping[str, list[float]]) -> dict[str, Row]:
     }
 
 
+def is_on_card(file: Path, case: Row, names: Iterable[str], device: torch.device) -> bool:
+    """Whether these candidates' last rows are there, so that they need not be made again to measure the case."""
+    return _on_card(CARDS / file.name, case, "cold", machine(device)["card"]) >= set(names)
+
+
+def _on_card(file: Path, case: Row, how: str, card: str) -> set[str]:
+    """The candidates that have a row of the same sources."""
+    wanted = {**case, "how": how, "card": card, "source": source()}
+    return {row["candidate"] for row in read_rows(file) if wanted.items() <= row.items()}
+
+
 def _measure_on_card(file: Path, case: Row, candidates: Candidates, device: torch.device, rounds: int) -> None:
     where = {**machine(device), "source": source()}
     key = (*case, "candidate", "how", "card", "source")
     for how in ("eager", "graph", "cold"):
-        wanted = {**case, "how": how, "card": where["card"], "source": where["source"]}
-        if {row["candidate"] for row in read_rows(file) if wanted.items() <= row.items()} >= candidates.keys():
+        if _on_card(file, case, how, where["card"]) >= candidates.keys():
             continue
         runs, timer = candidates, elapsed
         if how == "graph":

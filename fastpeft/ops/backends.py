@@ -112,6 +112,11 @@ def _why_not(backend: str) -> str:
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             return f"{module} was not built" if backend in _COMPILED else f"{module} is not installed"
         return f"{module} cannot be loaded ({error})"
+    if backend == "triton":
+        try:  # it builds its driver when first asked for it, else at the first launch
+            _ = importlib.import_module("triton.runtime").driver.active
+        except Exception as error:  # of many kinds: no compiler, a compiler's failure, no libcuda
+            return f"triton cannot start, for which it needs a C compiler and the headers of Python: {error}"
     return ""
 
 

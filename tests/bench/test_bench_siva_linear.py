@@ -37,3 +37,22 @@ def test_training_returns_every_gradient():
     assert gradients.pop("frozen linear") == 1  # that of x
     assert gradients.pop("dora") == 4
     assert set(gradients.values()) == {3}
+
+
+def test_on_a_card_a_case_that_has_its_rows_is_not_prepared_again(monkeypatch, tmp_path):
+    """Preparing all takes longer than a call of bench.gpu may: it would begin with the first for ever."""
+    monkeypatch.setattr(harness, "CARDS", tmp_path)
+    monkeypatch.setattr(harness, "machine", lambda _: {"card": "A"})
+    cases = [*bench.cases({"tiny": 16}, ("float32", "bfloat16", "float16"))]
+    for case in cases[1:]:
+        for name in bench.forms(case):
+            row = {**harness.columns_of(case), "candidate": name, "how": "cold", "card": "A"}
+            harness.put_row(tmp_path / bench.FILE.name, {**row, "source": harness.source()}, row)
+    measured = []
+    monkeypatch.setattr(bench, "LLAMA", {})
+    monkeypatch.setattr(bench, "ROBERTA", {"tiny": 16})
+    monkeypatch.setattr(bench, "candidates", lambda case, _: measured.append(case))
+    monkeypatch.setattr(bench, "measure", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["bench_siva_linear", "--device", "cuda"])
+    bench.main()
+    assert measured == cases[:1]

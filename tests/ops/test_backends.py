@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from backbones import ladder, tiny
 from peft import get_peft_model
 
@@ -49,6 +50,24 @@ def test_the_first_that_is_available_is_taken() -> None:
         "mezo_perturb_", "cuda", None, lambda name: absent(name) if name == "cuda" else ""
     )
     assert without_module.backend == "triton"
+
+
+def test_a_triton_that_cannot_start_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no C compiler, by which it builds its driver; else the first launch would fail."""
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+
+    def build(_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(type(driver), "active", property(build))
+    choice = backends._choose("siva_linear", "cuda", None, backends._why_not.__wrapped__)
+    assert choice.backend == "aten"
+    assert choice.reason == (
+        "triton is unavailable (triton cannot start, for which it needs a C compiler and the headers of Python: "
+        "Failed to find C compiler.)"
+    )
 
 
 def test_what_is_asked_for_is_taken_or_refused() -> None:
