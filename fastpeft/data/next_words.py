@@ -76,19 +76,19 @@ def completion(text: Any) -> str | None:
 def end_tokens(tokenizer: Any, *, chats: bool) -> set[int]:
     """The tokens after which nothing more is said: the end of a text, and of conversations that of a turn."""
     found = {tokenizer.eos_token_id} - {None}
-    if chats:
-        _turns(tokenizer, _ANSWERED)  # refuses a template that asks for a turn otherwise than it writes one
-        found |= end_of_turn(tokenizer)
-    return found
+    return found | end_of_turn(tokenizer) if chats else found
 
 
 def end_of_turn(tokenizer: Any) -> set[int]:
     """The last special token that the chat template writes after what the assistant says; empty where it has none."""
     _, _, after = _templated(tokenizer, _ANSWERED, ask=False).rpartition("!")
-    # not all have a name, as that of the end or of padding: Llama 3's <|eot_id|> has none beside its base
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {*tokenizer.all_special_ids, *(token for token, known in added.items() if known.special)}
-    return {*[token for token in _tokens(tokenizer, after, special=False) if token in special][-1:]}
+    # not all are among `all_special_ids`: Llama 3's <|eot_id|> is not beside its base
+    special = [
+        token
+        for token in _tokens(tokenizer, after, special=False)
+        if tokenizer.decode([token]) != tokenizer.decode([token], skip_special_tokens=True)
+    ]
+    return {*special[-1:]}
 
 
 def opening(tokenizer: Any) -> str:

@@ -149,12 +149,11 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
         `bleu`, `rouge_l` and `prompts`, their number; nothing where rows have no prompts, or a library is missing,
         which is logged.
     """
-    before, after = generator.around
     references: dict[Any, list[str]] = {}
     prompts: dict[Any, Any] = {}
     for text in texts:
         if (expected := completion(text)) is not None:
-            references.setdefault(prompt_key(text), []).append(expected.removesuffix(after))
+            references.setdefault(prompt_key(text), []).append(expected)
             prompts.setdefault(prompt_key(text), text)
     missing = [name for name in ("sacrebleu", "rouge_score") if importlib.util.find_spec(name) is None]
     if missing and prompts:
@@ -164,6 +163,7 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
+    before, after = generator.around
     encoded, limit = {}, generator.max_new_tokens
     for key, prompt in prompts.items():
         with suppress(FastpeftError):  # too long, or nothing was asked
@@ -179,7 +179,7 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
     for what, count in told.items():
         if count:
             logger.warning("%d of %d prompts %s", count, len(prompts), what)
-    expected_of = [references[key] for key in encoded]
+    expected_of = [[words.removesuffix(after) for words in references[key]] for key in encoded]
     most = max(map(len, expected_of))
     # None where a prompt has fewer: an empty text would be a completion of no length
     streams: Any = [[each[place] if place < len(each) else None for each in expected_of] for place in range(most)]

@@ -124,6 +124,19 @@ def test_a_template_that_ends_no_turn_is_told(place: Path, config: TrainConfig, 
     assert any(warned in each for each in train(of_endless).metrics["warnings"])
 
 
+def test_a_template_that_begins_the_answer_where_it_asks_for_one(config: TrainConfig, tmp_path: Path) -> None:
+    """As some do with `<think>`: rows whose answers begin so are learned, saved and answered."""
+    model = str(save_tiny_decoder(tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant {%", "assistant plot {%")
+    tokenizer.save_pretrained(model)
+    rows = chats(90)
+    for row in rows:
+        row["messages"][-1]["content"] = f"plot {row['messages'][-1]['content']}"
+    train(replace(config, model=model, data=str(write_jsonl(tmp_path / "chats.jsonl", rows)), max_steps=150))
+    assert generate(config.output, [f"film {FIRST['negative']} plot"]) == [FIRST["negative"]]
+
+
 def test_begin_and_end_that_a_text_has_are_not_doubled(tokenizer: Any) -> None:
     """As of texts that a chat template wrote."""
     for bare, written in (("film plot", "<s> film plot </s>"), (("film", " plot"), ("<s> film", " plot</s>"))):

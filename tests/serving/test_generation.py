@@ -438,18 +438,6 @@ def test_of_many_faults_a_few_are_counted(messages: list[Any], monkeypatch: pyte
     assert max(counted) < 10
 
 
-def test_a_template_that_does_not_tell_where_a_turn_begins_is_refused(
-    server: Server, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    template = (
-        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}<think>{% endif %}"
-    )
-    monkeypatch.setattr(tasks["own"].run.classifier.tokenizer, "chat_template", template)
-    status, answer, _ = server.ask("POST", "/v1/chat/completions", {**CHAT, "model": "own"})
-    assert (status, answer["error"]["param"]) == (400, "messages"), answer
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_waits_for_no_other_and_fails_with_none(
     server: Server, monkeypatch: pytest.MonkeyPatch, stream: bool
