@@ -213,7 +213,9 @@ _SPEAKING = (
     "mezo",
 )
 TASKS = {
-    "sst2": Evidence(sst2, {"suite": "table1", "methods": ("k-lst:window=9", "lst")}, _SST2),
+    "sst2": Evidence(
+        sst2, {"suite": "table1", "methods": ("k-lst:window=9", "lst", "lora:rank=4:targets=key+value")}, _SST2
+    ),
     "sst2-all": Evidence(
         partial(sst2, rows=None), {"methods": (f"lora:{_ADAPTED}", "siva", "full", "k-lst:window=9")}, {"epochs": 1}
     ),

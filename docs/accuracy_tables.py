@@ -174,6 +174,7 @@ def _metrics(cells: Sequence[dict[str, Any]]) -> list[Row]:
 
 MEZO = "mezo:prompt=sst2:learning_rate=6e-6:epochs=5"  # in the evidence
 OTHERS = {  # that the paper does not have
+    "lora:rank=4:targets=key+value": "LoRA key + value",
     "head": "head only",
     "bitfit": "BitFit",
     "pissa:rank=4:targets=query+key": "PiSSA",

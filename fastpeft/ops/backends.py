@@ -238,7 +238,7 @@ def warn_if_not_compiled() -> None:
     """Warn, once in a process, where a CPU computes and its compiled operations are not there: pip hides why."""
     if best_device() == "cpu" and (reason := _why_not("cpp")):
         logger.warning(
-            "%s, so training is slower; install fastpeft as its README says, where there is a C++ compiler", reason
+            "%s, so runs are slower; install fastpeft as its README says, where there is a C++ compiler", reason
         )
 
 

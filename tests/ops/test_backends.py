@@ -136,4 +136,4 @@ def test_an_installation_without_the_compiled_part_is_told_once(
     monkeypatch.setattr(backends, "_why_not", lambda backend: f"{backend} was not built")
     backends.warn_if_not_compiled.cache_clear()
     make()
-    assert caplog.text.count("cpp was not built, so training is slower; install fastpeft as its README says") == 1
+    assert caplog.text.count("cpp was not built, so runs are slower; install fastpeft as its README says") == 1
