@@ -93,9 +93,12 @@ def end_of_turn(tokenizer: Any) -> set[int]:
 
 def opening(tokenizer: Any) -> str:
     """What the chat template has the assistant say before its words, as Qwen3's an empty thought; mostly nothing."""
-    turn, _ = _turns(tokenizer, _ANSWERED)[-1]
-    said: str = tokenizer.decode(turn, skip_special_tokens=True)
-    return said.partition("!")[0].strip()
+    asked, whole = _templated(tokenizer, _ANSWERED.asked, ask=True), _templated(tokenizer, _ANSWERED, ask=False)
+    if not whole.startswith(asked):  # it opens the answer itself, so the data's answers begin so
+        return ""
+    before, _, _ = whole.removeprefix(asked).partition("!")
+    said: str = tokenizer.decode(_tokens(tokenizer, before, special=False), skip_special_tokens=True)
+    return said.strip()
 
 
 def _pieces(tokenizer: Any, text: Any) -> list[Piece]:

@@ -273,6 +273,11 @@ def test_what_a_template_writes_before_an_answer_is_known(tokenizer: Any) -> Non
         "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
     )
     assert opening(thinks) == "plot film"
+    opens = copy.deepcopy(tokenizer)
+    opens.chat_template = (
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}plot{% endif %}"
+    )
+    assert opening(opens) == ""  # the data's answers begin so
 
 
 def test_what_an_answer_depends_on_is_not_lost(tmp_path: Path) -> None:
