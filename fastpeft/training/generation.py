@@ -42,7 +42,8 @@ def eos_token_ids(model: Any, tokenizer: Any, *, chats: bool) -> set[int]:
 
 def tell_ends(model: Any, tokenizer: Any, *, chats: bool) -> None:
     """Name those tokens in the model's generation configuration, so that whoever loads what is saved stops there."""
-    model.generation_config.eos_token_id = sorted(eos_token_ids(model, tokenizer, chats=chats)) or None
+    ends = sorted(eos_token_ids(model, tokenizer, chats=chats))
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
 
 
 class TextGenerator:
