@@ -116,8 +116,6 @@ with progress.shown({kind!r}):
         report(stage)
 (sys.stderr if {kind!r} == "json" else sys.stdout).write("to the end")
 """
-    if full and not os.path.exists("/dev/full"):
-        pytest.skip("this system has no /dev/full")
     read, write = os.pipe()
     os.close(read)
     if full:

@@ -511,10 +511,8 @@ def _anchored(name: str) -> str:
 def _resolved(path: Path) -> str:
     """A path as an absolute one, which `run.json` can hold."""
     whole = str(path.resolve())
-    try:
-        whole.encode()
-    except UnicodeEncodeError:
-        raise FastpeftError(f"the path {whole!r} is not in UTF-8. Rename its folders, or work in others.") from None
+    if not is_text(whole):
+        raise FastpeftError(f"the path {whole!r} is not in UTF-8. Rename its folders, or work in others.")
     return whole
 
 
