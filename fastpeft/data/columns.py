@@ -202,7 +202,8 @@ def check_answers(table: Table, texts: Sequence[str]) -> None:
     """Raise `FastpeftError` where a column of answers stands beside one text and no prompt: it would not be learned."""
     left = _left(table.columns, texts)
     prompts, answers = zip(*COMPLETION_COLUMNS)
-    answer = _first_of((*answers, "summary"), left)
+    targets = () if texts[0].strip().lower() in TEXT_COLUMNS else ("target",)  # beside those it may be a class
+    answer = _first_of((*answers, "summary", *targets), left)
     if answer and len(texts) == 1 and left.keys().isdisjoint(prompts):
         raise FastpeftError(
             f"{table.name} has column {answer!r} beside {texts[0]!r}. Give --text-column {texts[0]},{answer} to learn "

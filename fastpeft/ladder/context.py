@@ -22,6 +22,8 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.generation import CACHE, GrowingLayer, keeps_keys
 
+_RELATIVE = ("bloom", "roformer")  # of models that take no positions, those whose distances do not count padding
+
 
 class ContextLayer(GrowingLayer):
     """A layer of a cache that begins with the keys and values of a context, the same for all rows.
@@ -71,10 +73,16 @@ class Context:
                 "a context goes before the texts of a decoder that generates and keeps the keys and values of all "
                 f"tokens, which a {type(core).__name__} does not. Leave it out."
             )
-        if core.config.model_type == "mpt":  # whose distances between tokens count padding, and so would change
+        self._takes_positions = "position_ids" in inspect.signature(core.forward).parameters
+        if not self._takes_positions and core.config.model_type not in _RELATIVE:
             raise FastpeftError(
                 f"a context before texts that are padded on the left: a {type(core).__name__} would answer a row "
                 "otherwise than alone, since it takes no positions. Leave the context out."
+            )
+        if any(hasattr(module, "create_position_ids_from_input_ids") for module in core.modules()):  # RoBERTa's kind
+            raise FastpeftError(
+                f"a context before texts: a {type(core).__name__} counts positions from that of its padding, and so "
+                "texts would not follow the context. Leave the context out."
             )
         words = core.get_input_embeddings().num_embeddings
         if unknown := [token for token in tokens if not 0 <= token < words]:
@@ -84,7 +92,6 @@ class Context:
             )
         self.tokens = tuple(tokens)
         self._backbone = backbone
-        self._takes_positions = "position_ids" in inspect.signature(core.forward).parameters
         self._states: list[tuple[Tensor, Tensor]] = []
 
     def layers(self, *, keep: bool) -> list[ContextLayer]:
@@ -121,7 +128,12 @@ class Context:
         # not under inference mode, whose tensors later passes with gradients could not read
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             output = self._backbone.body(input_ids=tokens, use_cache=True, return_dict=True)
-        cache = next(value for value in output.values() if isinstance(value, DynamicCache))
+        cache = next((value for value in output.values() if isinstance(value, DynamicCache)), None)
+        if cache is None:
+            raise FastpeftError(
+                f"a context before texts: a {type(self._backbone.core).__name__} gives back no keys and values of the "
+                "context that texts could read. Leave the context out."
+            )
         states = [(layer.keys, layer.values) for layer in cache.layers]
         if type(states[0][0]) is Tensor:  # a fake one is of its simulation alone
             self._states = states

@@ -395,6 +395,12 @@ def test_methods_learn_next_words(config: TrainConfig, method: str, changes: dic
     assert evaluate(config.output, max_new_tokens=0)["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
 
 
+def test_a_target_beside_a_source_is_not_lost(tmp_path: Path) -> None:
+    file = str(write_jsonl(tmp_path / "rows.jsonl", [{"source": "film", "target": text} for text in "abcd"]))
+    with pytest.raises(FastpeftError, match=r"has column 'target' beside 'source'. Give --text-column source,target"):
+        load_data(file, problem_type="next_words")
+
+
 def test_a_summary_beside_a_text_is_not_lost(tmp_path: Path) -> None:
     file = str(write_jsonl(tmp_path / "rows.jsonl", [{"document": "film", "summary": "plot", "id": n} for n in "abcd"]))
     with pytest.raises(FastpeftError, match=r"has column 'summary' beside 'document'. Give --text-column document,su"):

@@ -140,6 +140,8 @@ def test_a_pool_shares_it() -> None:
         (lambda: tiny(), CONTEXT, "generates and keeps the keys and values of all tokens, which a RobertaFor"),
         (lambda: tiny("GPT2"), CONTEXT, "which a GPT2ForSequenceClassification does not"),
         (lambda: causal_model("mpt"), CONTEXT, "a MptForCausalLM would answer a row otherwise than alone"),
+        (lambda: causal_model("bart"), CONTEXT, "a BartForCausalLM would answer a row otherwise than alone"),
+        (lambda: causal_model("roberta"), CONTEXT, "a RobertaForCausalLM counts positions from that of its padding"),
         (lambda: causal_model("mistral"), CONTEXT, "which a MistralForCausalLM does not"),  # of a window of them
         (lambda: causal_model("llama"), [5, 99], "has the token 99, but the LlamaForCausalLM knows those from 0 to 63"),
         (lambda: causal_model("llama"), [], r"context=\[\]; give a list of token ids"),
@@ -149,6 +151,11 @@ def test_a_pool_shares_it() -> None:
 def test_what_is_refused(base: Any, context: Any, told: str) -> None:
     with pytest.raises(FastpeftError, match=told):
         ladder(base(), context=context)
+
+
+def test_a_base_that_gives_back_no_keys_is_told() -> None:
+    with pytest.raises(FastpeftError, match="a MegatronBertForCausalLM gives back no keys and values of the context"):
+        logits(ladder(causal_model("megatron-bert"), context=CONTEXT))
 
 
 def test_it_is_refused_beside_an_adapter_that_trains() -> None:
