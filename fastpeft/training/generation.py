@@ -184,10 +184,13 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
     most = max(map(len, expected_of))
     # None where a prompt has fewer: an empty text would be a completion of no length
     streams: Any = [[each[place] if place < len(each) else None for each in expected_of] for place in range(most)]
+    bleu = sacrebleu.corpus_bleu(said, streams)
+    if not bleu.totals[-1]:
+        logger.warning("no answer has %d tokens, so BLEU, which counts runs of so many, is 0", len(bleu.totals))
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     nearest = [scorer.score_multi(each, words)["rougeL"].fmeasure for each, words in zip(expected_of, said)]
     return {
-        "bleu": sacrebleu.corpus_bleu(said, streams).score,
+        "bleu": bleu.score,
         "rouge_l": sum(nearest) / len(nearest),
         "prompts": len(encoded),
     }

@@ -252,6 +252,12 @@ def test_said_words_are_measured_by_the_completions_of_their_prompt_alone(caplog
     assert "1 of 3 prompts have completions that were cut off after 4 tokens" in caplog.text
 
 
+def test_that_bleu_knows_no_short_answers_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    measured = measure_generations(Told(["yes", "no"]), [("a", "yes"), ("b", "no")])  # type: ignore[arg-type]
+    assert (measured["bleu"], measured["rouge_l"]) == (0, 1)
+    assert "no answer has 4 tokens, so BLEU, which counts runs of so many, is 0" in caplog.text
+
+
 def test_what_stands_around_words_is_not_measured(place: Path, config: TrainConfig) -> None:
     """A thought that the template writes before each answer, and an end that a completion has written in it."""
     words = "one two three four five"
