@@ -145,9 +145,23 @@ def test_a_rate_at_the_edge_of_the_search_is_told(tmp_path: Path) -> None:
         report.write(known, whole=False)
         text = (plan.folder / "report.md").read_text()
         assert "| siva | 0.003 | 0.900 | taken, the highest tried |" in text
-        assert "**1 of 2 took the lowest or the highest rate that was tried" in text
+        assert "**1 of 2 did best at the lowest or the highest rate that was tried" in text
         assert ": siva.**" in text
         assert text.count("| taken |") == 1
+
+
+def test_a_best_rate_at_the_edge_is_told_where_the_recipe_s_is_taken(tmp_path: Path) -> None:
+    plan = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["siva"], protocol="full", seeds=1), "command")
+    plan.save()
+    highest = max(cell.values["learning_rate"] for cell in plan.searches)
+    for cell in plan.searches:  # one row of 200 more is no significant difference
+        rate = cell.values["learning_rate"]
+        finish(cell, 101 if rate == highest else 100, 1.0, 1.0, learning_rate=rate)
+    for cell in plan.results:
+        finish(plan.fill_in(cell), 190, 1.0, 1.0, learning_rate=0.001)
+    text = written(plan, whole=False)
+    assert "| siva | 0.001 | 0.500 | taken |" in text
+    assert "**1 of 1 did best at the lowest or the highest rate that was tried" in text
 
 
 def test_an_ordering_of_searched_rates_says_which_they_were(tmp_path: Path) -> None:

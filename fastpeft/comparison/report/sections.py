@@ -15,7 +15,7 @@ from fastpeft.comparison.report import classes, document, figures, mistakes, pai
 from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, PageOnly, Strong, Table, Text
 from fastpeft.comparison.report.results import MARK, Variant, columns, main_metric, show, table, variants, warnings
 from fastpeft.comparison.variants import ZERO_SHOT
-from fastpeft.data.problems import TITLES, get_problem, title_of
+from fastpeft.data.problems import TITLES, best_of, get_problem, title_of
 from fastpeft.methods.registry import get_method
 
 _NAMED = 4  # the most methods in a title
@@ -177,6 +177,7 @@ def _rates(plan: Plan) -> Iterator[Block]:
         taken = set(results[variant.cells[0].variant].values("learning_rate"))
         tried = [cell.values["learning_rate"] for cell in variant.cells]
         edges = {min(tried): "taken, the lowest tried", max(tried): "taken, the highest tried"}
+        scores: list[tuple[float, float]] = []
         for cell in variant.cells:
             metrics, rate = cell.metrics(), cell.values["learning_rate"]
             shown = cell.state
@@ -184,8 +185,10 @@ def _rates(plan: Plan) -> Iterator[Block]:
                 problem = get_problem(metrics["problem_type"])
                 is_tested = is_tested and problem.tested is not None
                 shown = f"{metrics[problem.chosen_by]:.3f}"
+                scores.append((rate, metrics[problem.chosen_by]))
             rows.append([cell.variant, f"{rate:g}", shown, edges.get(rate, "taken") if rate in taken else ""])
-        if taken & edges.keys():
+        best = {best_of(scores, problem.chosen_by)} if scores else set()  # taken or not
+        if (taken | best) & edges.keys():
             at_the_edge.append(cell.variant)
     if rows:
         yield Heading("Learning rates")
@@ -200,8 +203,8 @@ def _rates(plan: Plan) -> Iterator[Block]:
         )
         if at_the_edge:
             yield Strong(
-                f"{len(at_the_edge)} of {len(searched)} took the lowest or the highest rate that was tried, so a "
-                "better rate may lie beyond, and the method may reach more than is shown here: "
+                f"{len(at_the_edge)} of {len(searched)} did best at the lowest or the highest rate that was tried, so "
+                "a better rate may lie beyond, and the method may reach more than is shown here: "
                 f"{', '.join(at_the_edge)}."
             )
         yield Table(
