@@ -5,7 +5,8 @@ each step through pytest-benchmark. Text is random: only the shape of the batch 
 
 The forward pass of the backbone alone, without gradients, is the bound: no side network makes a step cheaper. The
 direct formulation is there with the backbone in evaluation mode, as the library keeps it, and with all of the model in
-training mode, as `transformers.Trainer` puts it.
+training mode, as `transformers.Trainer` puts it. So a side network's backbone draws no dropout, as LoRA's model does;
+LoRA is there without it too, and with its frozen weights packed as `fastpeft train` packs them.
 
 `--dtype bfloat16` brings the base to bfloat16: for a side network by `backbone_dtype`, for LoRA all of it, as a
 base that was loaded so: PEFT's factors are float32. With `--dtype int8` the linear layers of side networks' backbones
@@ -31,24 +32,27 @@ from bench.bench_training import BATCH_SIZE, CASE, TOKENS, names_in, step_of
 from bench.harness import DATA, Candidates, measure, timing_parser
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
+from fastpeft.ops.frozen_linear import set_packing
 
 FILE = DATA / "ladder.csv"
 RANK = 4
 DTYPES = ("float32", "bfloat16", "int8")
 FORWARD = "backbone forward"
 DIRECT_AS_TRAINED = "9-lst direct with backbone dropout"
+LORA_WITHOUT_DROPOUT = "lora packed without dropout"
 ENTRIES = {  # of the registry, where a name here is none
     "9-lst": "k-lst",
     "9-lst direct": "k-lst-direct",
     DIRECT_AS_TRAINED: "k-lst-direct",
     "lst direct": "lst-direct",
+    LORA_WITHOUT_DROPOUT: "lora",
 }
 
 
 def prepared(model: str, method: str, dtype: str = "float32") -> nn.Module:
     """`model` in `dtype` with what `method` trains, in training mode."""
     torch.manual_seed(0)
-    base, is_lora = MODELS[model](), method == "lora"
+    base, is_lora = MODELS[model](), method.startswith("lora")
     if dtype == "int8" or (is_lora and dtype != "float32"):
         base = base.bfloat16()
     settings = {} if is_lora or dtype == "float32" else {"backbone_dtype": dtype}
@@ -58,6 +62,11 @@ def prepared(model: str, method: str, dtype: str = "float32") -> nn.Module:
     ready = get_method(ENTRIES.get(method, method)).prepare(base, preparation).train()
     if method == DIRECT_AS_TRAINED:
         nn.Module.train(ready)  # the backbone too, which a LadderModel keeps in evaluation mode
+    elif method == LORA_WITHOUT_DROPOUT:
+        set_packing(ready)
+        for module in ready.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
     return ready
 
 
@@ -82,7 +91,7 @@ def backbone_forward(
     return run
 
 
-METHODS = ("9-lst", "lora", "lst", "lst direct", "9-lst direct", DIRECT_AS_TRAINED)
+METHODS = ("9-lst", "lora", LORA_WITHOUT_DROPOUT, "lst", "lst direct", "9-lst direct", DIRECT_AS_TRAINED)
 
 
 def candidates(
