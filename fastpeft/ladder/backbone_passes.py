@@ -75,8 +75,9 @@ def listen(
         tokens = found.shape[:2] if tokens is None else tokens
         expected = (*tokens, backbone.feature_sizes[layer])
         if found.shape != expected:
+            read = f", read from {tuple(feature.shape)} as (B, C, H, W)" if feature.ndim == 4 else ""
             raise FastpeftError(
-                f"the feature of layer {layer} has the shape {tuple(found.shape)}; it must be (B, T, d), here "
+                f"the feature of layer {layer} has the shape {tuple(found.shape)}{read}; it must be (B, T, d), here "
                 f"{expected}. {_ADVICE_FOR_TEXT if backbone.input_name == 'input_ids' else _ADVICE}"
             )
         feed(layer, found)

@@ -25,14 +25,22 @@ def loss_of(closure: Callable[[], Any], eps: float | None = None) -> float:
         eps: of the perturbation, for a warning where the loss is too coarse for it; None: no warning.
 
     Raises:
-        FastpeftError: the closure is no function, or returned anything but one number.
+        FastpeftError: the closure is no function, asks for gradients, or returned anything but one number.
     """
     if not callable(closure):
         raise FastpeftError(
             f"MeZO: a step asks for several losses, but got a {type(closure).__name__}. Give it a function, as "
             "optimizer.step(lambda: model(**batch).loss)."
         )
-    loss = closure()
+    try:
+        loss = closure()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise FastpeftError(
+            f"MeZO: the closure asks for gradients ({error}), and a step makes none. Leave out loss.backward(). If the "
+            "loss is made of derivatives, compute it under torch.enable_grad()."
+        ) from error
     if not isinstance(loss, Real) and not (isinstance(loss, Tensor) and loss.numel() == 1):
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise FastpeftError(f"MeZO: the closure returned {what}; it must return the loss, one number.")
@@ -58,6 +66,15 @@ def warn_of_rounding(loss: Any, eps: float) -> bool:
         apart / (2 * eps),
     )
     return True
+
+
+def warn_of_gradients(params: Sequence[Tensor], ranks: Ranks) -> None:
+    """Warn if what is trained has gradients after a loss, as where Lightning calls backward for each of them."""
+    if ranks.is_first and any(param.grad is not None for param in params):
+        logger.warning(
+            "MeZO: parameters have gradients, which no step uses and which take memory. If the closure calls backward, "
+            "leave that out (in Lightning: automatic_optimization=False); else call zero_grad()"
+        )
 
 
 def check_repeated(first: Sequence[float], second: Sequence[float], ranks: Ranks) -> None:

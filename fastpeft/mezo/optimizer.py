@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError, NotFiniteError
-from fastpeft.mezo.closure import check_repeated, loss_of
+from fastpeft.mezo.closure import check_repeated, loss_of, warn_of_gradients
 from fastpeft.mezo.estimator import CHOICES, HOME, Estimator, Point, is_number
 from fastpeft.mezo.journal import Journal
 from fastpeft.mezo.journal_format import Kind, Record
@@ -275,6 +275,7 @@ class MeZO(torch.optim.Optimizer):
                         again = self._losses(closure, warn=True)
                         check_repeated(each, again, self.ranks)
                         each, self._checked = again, True
+                        warn_of_gradients(self.weights.params(), self.ranks)
                     for rank, loss in enumerate(each):
                         if not math.isfinite(loss):
                             where = {1: "theta + eps z", -1: "theta - eps z", 0: "theta"}[point[1]]

@@ -282,6 +282,7 @@ class AdaptedLinear(BaseWeightLayer):
                 "adapter, load it onto the base model as it is before quantising (PeftModel.from_pretrained), and "
                 "merge it there."
             )
+        self.check_storable()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -317,6 +318,8 @@ class AdaptedLinear(BaseWeightLayer):
                 f"{self.name}: with {reason} the pretrained weight is no longer there and cannot be given back. Merge "
                 "instead, or load the base model again."
             )
+        if self._frozen or self.merged:
+            self.check_storable()
 
     @torch.no_grad()
     def pretrained_weight(self) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
@@ -102,8 +103,20 @@ class BaseWeightLayer(nn.Module, BaseTunerLayer):
 
     @_weight.setter
     def _weight(self, value: Tensor) -> None:
+        self.check_storable()
         self.packs.drop()  # it would notice, but hold the old weight until the next call
         self.base_layer.weight.data = value.t().contiguous() if self.fan_in_fan_out else value
+
+    def check_storable(self) -> None:
+        """Raise `FastpeftError` if the base layer would compute its weight anew, whatever is stored in it."""
+        layer = self.base_layer
+        # a pruned layer, and the older weight_norm, compute it in a hook; FSDP1 has no parameter there either
+        if "weight" not in layer._parameters and (is_parametrized(layer, "weight") or layer._forward_pre_hooks):
+            raise FastpeftError(
+                f"{self.name}: since the adapter was put on it, its weight is computed from others, as by pruning or "
+                "weight_norm, so that what is stored there now would be lost. Make it a plain weight first, as by "
+                "torch.nn.utils.prune.remove(layer.base_layer, 'weight')."
+            )
 
     def _hold(self, rest: QuantisedWeight) -> None:
         """Let a quantised W_r serve in the place of the stored weight, which keeps dtype and device."""

@@ -94,7 +94,7 @@ class SharedInput:
         else:
             if self._strangers and not self._again:
                 self._regroup()
-            self._again += torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+            self._again += _saving_hooks() is not None
         for names in self.groups:
             layers = [layer for _, layer in self._layers(module, names)]
             group = _Group(layers)
@@ -131,6 +131,7 @@ class _Group:
 
     def __init__(self, layers: list[BaseWeightLayer]) -> None:
         self._layers = layers
+        self._hooks = _saving_hooks()
         self._computed = False  # at most once a run: what is called again reads something else
         self._x: Tensor | None = None
         self._state: tuple[object, ...] = ()
@@ -140,6 +141,8 @@ class _Group:
     def take(self, layer: BaseWeightLayer, x: Tensor) -> Tensor | None:
         if x.is_inference():
             return None  # it has no version by which a change in place could be seen
+        if _saving_hooks() != self._hooks:
+            return None  # a checkpoint within the module, which backward repeats without the group
         if not self._computed:
             self._compute(layer, x)
         output = self._outputs.pop(layer, None)
@@ -186,6 +189,11 @@ def _operands(layer: BaseWeightLayer) -> Operands | None:
     (sharding, offloading).
     """
     return None if layer._forward_pre_hooks or "forward" in layer.__dict__ else layer.operands()
+
+
+def _saving_hooks() -> Any:
+    """What packs the tensors that are saved for backward, as a checkpoint's; None if nothing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def _alike(weight: Tensor, other: Tensor) -> bool:

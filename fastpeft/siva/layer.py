@@ -23,6 +23,9 @@ from fastpeft.siva.loading import LoadableLinear
 from fastpeft.siva.quantise import quantised_siva_linear
 from fastpeft.siva.rows import AdapterRows
 
+# the fields of SivaConfig that concern a layer by itself, beside r
+_OF_ONE_LAYER = ("d", "residual", "residual_dtype", "quant_iterations", "init_weights", "pack_weights")
+
 
 class SivaLinear(LoadableLinear):
     r"""A linear layer whose top-r singular triplets train while the rest of its weight is frozen.
@@ -46,10 +49,11 @@ class SivaLinear(LoadableLinear):
             an optimizer moves every trained entry by 1, see `fastpeft.siva.change.scales`. None: in proportion to the
             triplet's singular value.
         name: What error messages call the layer.
-        settings: Fields of `SivaConfig`, in place of `config`.
+        settings: Those fields of `SivaConfig`, in place of `config`.
 
     Raises:
-        FastpeftError: The weight cannot be decomposed so, or `config` and `settings` are both given.
+        FastpeftError: The weight cannot be decomposed so, `config` and `settings` are both given, or `settings` has
+            other fields.
 
     Notes:
         Several active adapters add their changes: `W0 + sum_i (U_i diag(s_i) V_i - U0_i diag(s_i) V0_i)`.
@@ -77,6 +81,11 @@ class SivaLinear(LoadableLinear):
         if config is not None and settings:
             raise FastpeftError(
                 f"{name} got a config and {', '.join(settings)} beside it. Write these into the config."
+            )
+        if strange := settings.keys() - set(_OF_ONE_LAYER):
+            raise FastpeftError(
+                f"{name} got {', '.join(sorted(strange))}, which would do nothing for one layer; allowed are "
+                f"{', '.join(_OF_ONE_LAYER)}. Others take effect in a SivaConfig for get_peft_model."
             )
         config = SivaConfig(**settings) if config is None else config
         super().__init__(base_layer, name, config.pack_weights)

@@ -97,6 +97,11 @@ class SivaModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SivaConfig, model: nn.Module) -> None:
         """Resolve the targets, and refuse those that cannot be adapted before the first layer is changed."""
+        if isinstance(model, (nn.Linear, Conv1D)):
+            raise FastpeftError(
+                f"the model is itself a {type(model).__name__}, so there is no module in which to put another in its "
+                "place. Give nn.Sequential(layer), or use fastpeft.SivaLinear.from_linear(layer)."
+            )
         if peft_config.target_modules is None:
             peft_config.target_modules = query_and_key(model)
         wanted = peft_config.target_modules

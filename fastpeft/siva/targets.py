@@ -187,7 +187,7 @@ def limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
 
 
 def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool], names: Iterable[str] | None = None) -> None:
-    """Warn of matrices that are left out since several are in one parameter, as the experts of a mixture.
+    """Warn of matrices that are left out since they are in no layer of their own, as the experts of a mixture.
 
     Args:
         model: the model.
@@ -197,6 +197,7 @@ def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool], names: Iter
     """
     ends = ("",) if names is None else tuple(f"_{name}" for name in names)
     stacks: Counter[str] = Counter()
+    joined: Counter[str] = Counter()
     for name, module in model.named_modules():
         # kernels of convolutions have three dimensions too, also where they are computed from others
         if isinstance(module, (_ConvNd, ParametrizationList)) or is_head(name):
@@ -204,14 +205,24 @@ def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool], names: Iter
         for own, parameter in module.named_parameters(recurse=False):
             if not f"_{own}".endswith(ends) or "embed" in own:  # of positions and segments
                 continue
-            if parameter.dim() == 3 and min(parameter.shape) > 1:
-                stacks[re.sub(r"\.\d+(?=\.)", ".*", f"{name}.{own}")] += parameter.numel()
+            shown = re.sub(r"\.\d+(?=\.)", ".*", f"{name}.{own}")
+            if isinstance(module, nn.MultiheadAttention) and own.endswith("proj_weight"):
+                joined[shown] += parameter.numel()
+            elif parameter.dim() == 3 and min(parameter.shape) > 1:
+                stacks[shown] += parameter.numel()
     if stacks:
         logger.warning(
             "SiVA adapts linear layers. %s weights of the model are in stacked matrices, which stay frozen: %s. "
             "LoRA adapts those by its target_parameters",
             f"{stacks.total():,}",
             ", ".join(stacks),
+        )
+    if joined:
+        logger.warning(
+            "SiVA adapts linear layers. %s weights of queries, keys and values are parameters of nn.MultiheadAttention "
+            "itself, which stay frozen: %s. LoRA adapts them where target_modules names the attention",
+            f"{joined.total():,}",
+            ", ".join(joined),
         )
 
 

@@ -226,6 +226,13 @@ def test_activations_in_place_change_no_feature() -> None:
     assert all(one.equal(other) for one, other in zip(gradients(False), gradients(True), strict=True))
 
 
+def test_channels_last_are_told_from_images() -> None:
+    """As Swin's blocks have them."""
+    model = ladder(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), feature_modules=["0"])
+    with pytest.raises(FastpeftError, match=r"shape \(2, 192, 8\), read from \(2, 8, 8, 24\) as \(B, C, H, W\)"):
+        model(inputs=torch.randn(2, 8, 8, 24))
+
+
 def test_convolutions_compute_what_their_parts_do() -> None:
     model = made("convolutions").eval()
     first = model.base[0](IMAGES)

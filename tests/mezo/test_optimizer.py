@@ -136,6 +136,23 @@ def test_no_graph_and_no_dropout() -> None:
     assert [module.training for module in model.modules()] == [True, True, True, False]
 
 
+def test_gradients_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Lightning's automatic optimization turns gradients on and calls backward in each of a step's losses."""
+    model = network()
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            loss = fit(model)()
+            loss.backward()
+        return loss.detach()
+
+    optimizer = MeZO(model, lr=0.1)
+    optimizer.step(closure)
+    optimizer.step(closure)
+    (warning,) = caplog.messages
+    assert "parameters have gradients" in warning
+
+
 def test_an_autocast_around_the_step_sees_the_perturbation() -> None:
     """Autocast keeps its casts of weights until it ends, whatever happens to the weights."""
     model = network()

@@ -175,6 +175,15 @@ def test_a_loss_that_differs_at_equal_weights_is_an_error() -> None:
     MeZO(model.train(), lr=0.1).step(fit(model))
 
 
+def test_a_closure_of_other_optimizers_is_refused() -> None:
+    """It calls backward, as torch's own do."""
+    model = network()
+    before = weights(model)
+    with pytest.raises(FastpeftError, match=r"asks for gradients .* Leave out loss\.backward\(\)"):
+        MeZO(model, lr=0.1).step(lambda: fit(model)().backward())
+    assert close(weights(model), before)
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [(None, "returned a NoneType"), (torch.zeros(3), r"a tensor of shape \(3,\)"), ("0.5", "returned a str")],

@@ -289,6 +289,20 @@ def test_gradient_checkpointing(sizes: list[int], use_reentrant: bool) -> None:
     assert sizes == [3, 3]
 
 
+class CheckpointsWithin(Attention):
+    """Backward repeats its layers, but not its own call, in which their group would be open."""
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_a_checkpoint_within_the_module_saves_the_same_tensors(sizes: list[int]) -> None:
+    model, attention = adapted()
+    attention.__class__ = CheckpointsWithin
+    assert_same(model)
+    assert not sizes
+
+
 def test_checkpointing_saves_the_same_tensors_where_a_group_is_parted(sizes: list[int]) -> None:
     model, _ = adapted()
     other = inputs(1)

@@ -12,6 +12,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from peft.helpers import disable_input_dtype_casting
 from siva_adapters import CLOSE, RESIDUALS, move
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
@@ -96,6 +97,38 @@ def test_a_layer_that_computes_more_is_refused(make: Callable[[], nn.Linear], wo
     with pytest.raises(FastpeftError, match=rf"{words}; .* Leave the layer out with exclude_modules"):
         SivaLinear(base)
     assert base.weight.equal(weight)
+
+
+COMPUTED_LATER: dict[str, Callable[[nn.Module], Any]] = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "weight_norm": weight_norm,
+    "older weight_norm": nn.utils.weight_norm,
+}
+
+
+@RESIDUALS
+@pytest.mark.parametrize("kind", COMPUTED_LATER)
+def test_nothing_is_merged_into_a_weight_that_is_computed_by_now(kind: str, residual: str) -> None:
+    """As where all linear layers of a model are pruned: what is merged would be overwritten at the next call."""
+    layer, x = move(SivaLinear.from_linear(linear(), 4, residual=residual)), inputs()
+    COMPUTED_LATER[kind](layer.base_layer)
+    before = layer(x)
+    with pytest.raises(FastpeftError, match="its weight is computed from others, as by pruning"):
+        layer.merge()
+    assert layer(x).equal(before)
+    if residual == "frozen":
+        with pytest.raises(FastpeftError, match="its weight is computed from others"):
+            layer.restore()
+    if kind == "pruned":
+        prune.remove(layer.base_layer, "weight")
+        layer.merge()
+        torch.testing.assert_close(layer(x), before, **CLOSE)
+
+
+@pytest.mark.parametrize("field", [{"bias": "siva_only"}, {"scaling": "spectral"}, {"rank_pattern": {"layer": 2}}])
+def test_fields_that_say_nothing_of_one_layer_are_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(FastpeftError, match=f"the layer got {next(iter(field))}, .*; allowed are d, residual, "):
+        SivaLinear.from_linear(linear(), 4, **field)
 
 
 def test_weights_of_bitsandbytes_in_8_bits_are_refused() -> None:

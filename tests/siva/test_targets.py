@@ -158,6 +158,21 @@ def test_all_linear_tells_of_matrices_that_it_leaves_out(
     assert re.search(message, "".join(found))
 
 
+def test_all_linear_tells_of_torchs_attention(caplog: pytest.LogCaptureFixture) -> None:
+    """torchvision's and open_clip's vision transformers have it: query, key and value are no linear layers there."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    peft.get_peft_model(encoder, SivaConfig(r=2, target_modules="all-linear"))
+    found = [record.getMessage() for record in caplog.records if "MultiheadAttention" in record.getMessage()]
+    assert len(found) == 1
+    assert re.search(r"1,536 weights of .* frozen: layers\.\*\.self_attn\.in_proj_weight\. LoRA", found[0])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["weight"], None])
+def test_a_layer_by_itself_is_refused(targets: Any) -> None:
+    with pytest.raises(FastpeftError, match=r"itself a Linear, .* Give nn\.Sequential\(layer\)"):
+        peft.get_peft_model(nn.Linear(8, 8), SivaConfig(target_modules=targets))
+
+
 SHARED_EXPERTS = EXPERTS | {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 
 
