@@ -214,7 +214,7 @@ def check_answers(table: Table, texts: Sequence[str]) -> None:
 def _has_words(table: Table, texts: Sequence[str]) -> bool:
     """Whether the columns of texts, named or else by their names those of words, hold lists."""
     words = texts or [column for column in table.columns if column.strip().lower() in WORD_COLUMNS]
-    return any(isinstance(table.rows[0][column], list) for column in words)
+    return any(isinstance(table.rows[0].get(column), list) for column in words)
 
 
 def _find_texts(left: Mapping[str, str], tagged: bool, alone: bool) -> tuple[str, ...]:
@@ -303,7 +303,7 @@ def class_names(table: Table, label: str) -> dict[int, str] | None:
 
 def tell_problem(table: Table, columns: Columns) -> Problem:
     """What the labels of `table` are."""
-    if isinstance(table.rows[0][columns.texts[0]], list):
+    if isinstance(table.rows[0].get(columns.texts[0]), list):
         return TAGGING
     # what is missing, as NaN, says nothing of the others; who reads them names its row
     given = [value for row in table.rows if (value := row.get(columns.label)) is not None and value == value]

@@ -159,7 +159,7 @@ def _begun(tokenizer: Any, text: str) -> list[int]:
     tokens = _tokens(tokenizer, text, special=True)
     if tokens[:2] == [tokenizer.bos_token_id] * 2:  # the text has its own, as one that a chat template wrote
         tokens = tokens[1:]
-    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
+    return tokens[:-1] if len(tokens) > 1 and _puts_an_end_last(tokenizer) else tokens
 
 
 def _ended(tokenizer: Any, tokens: list[int]) -> list[int]:
@@ -181,7 +181,12 @@ def _after(tokenizer: Any, before: str, text: str) -> list[int]:
     return _tokens(tokenizer, text, special=False) if in_line is None else in_line
 
 
-@lru_cache(maxsize=1)  # it is asked for every piece of every row
+@lru_cache(maxsize=1)  # these are asked for every piece of every row
+def _puts_an_end_last(tokenizer: Any) -> bool:
+    return _tokens(tokenizer, "a", special=True)[-1:] == [tokenizer.eos_token_id]
+
+
+@lru_cache(maxsize=1)
 def _puts_a_space_first(tokenizer: Any) -> bool:
     return _tokens(tokenizer, "a", special=False) != _in_line(tokenizer, "a")
 

@@ -10,6 +10,8 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,10 @@ class Table:
     rows: list[Record]
     class_names: Mapping[str, list[str]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
-        return list(self.rows[0])
+        """Those of all rows: a row of a jsonl file may leave some out."""
+        return list(dict.fromkeys(chain.from_iterable(self.rows)))
 
 
 def find_tables(data: str, readers: Mapping[str, Reader]) -> list[Table]:

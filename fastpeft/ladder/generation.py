@@ -32,6 +32,7 @@ _SPARE = 8  # where a tensor of T tokens is full, room is made for T / 8 more, a
 _LEAST_SPARE = 64
 # what `generate` tells itself, which some decoders hand on to their forward
 _OF_GENERATE = ("is_first_iteration", "next_sequence_length", "tokenizer", "assistant_tokenizer")
+_KEEP_STATES = ("recurrent_gemma",)  # beside the cache, in their modules: nothing reorders those or tells texts apart
 
 
 class GrowingLayer(DynamicLayer):
@@ -183,7 +184,9 @@ def keeps_keys(backbone: Backbone) -> bool:
     """Whether a backbone is a transformers model that generates and keeps keys and values of tokens as its cache."""
     known = not backbone.plain and CACHE in inspect.signature(backbone.core.forward).parameters
     generates = known and isinstance(backbone.core, GenerationMixin)
-    return generates and backbone.core._supports_default_dynamic_cache()
+    if not generates or backbone.core.config.model_type in _KEEP_STATES:
+        return False
+    return bool(backbone.core._supports_default_dynamic_cache())
 
 
 def check_generates(backbone: Backbone) -> None:

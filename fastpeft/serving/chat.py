@@ -60,6 +60,7 @@ class Message(OpenAISent):
     role: str = Field(description="system or developer, which comes first or not at all, user, assistant or tool.")
     content: Text | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = Field(None, description="Ignored.")
+    tool_call_id: str | None = Field(None, description="Ignored; OpenAI's client sends it with the role tool.")
 
     @property
     def turn(self) -> dict[str, str]:

@@ -24,6 +24,7 @@ from samples import (
     write_csv,
     write_jsonl,
 )
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -143,6 +144,16 @@ def test_begin_and_end_that_a_text_has_are_not_doubled(tokenizer: Any) -> None:
         rows, _ = encode_counted(tokenizer, [bare, written], 38)
         assert rows[0] == rows[1]
     assert prompt_tokens(tokenizer, "<s> film") == prompt_tokens(tokenizer, "film")
+
+
+def test_an_end_that_a_prompt_has_is_read(tokenizer: Any) -> None:
+    """As DialoGPT's, which stands between two turns; only one that the tokenizer adds is left out."""
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    for made in (bare, tokenizer):
+        (row, _), _ = encode_counted(made, [("film </s>", "plot"), "film </s>"], 38)
+        assert made.decode(row["input_ids"]) == "<s> film </s> plot </s>"
+        assert made.decode(prompt_tokens(made, "film </s>")) == "<s> film </s>"
 
 
 def test_rows_are_cut_and_those_with_nothing_to_learn_left_out(tokenizer: Any) -> None:
@@ -294,6 +305,19 @@ def test_what_an_answer_depends_on_is_not_lost(tmp_path: Path) -> None:
     assert load_data(file, problem_type="next_words", text_column="input,output").train.is_pair
     rows = [{"system": "be short", "prompt": "film", "completion": f"{row}"} for row in range(4)]
     with pytest.raises(FastpeftError, match=r"cannot tell which column .* system, prompt, completion"):
+        load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)), problem_type="next_words")
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [("input", "cannot tell which column .* instruction, output, input"), ("output", "row 1 of .* has None in column")],
+)
+def test_columns_that_the_first_row_leaves_out_are_not_lost(tmp_path: Path, left_out: str, message: str) -> None:
+    """As where rows of instructions have an `input` only if it says something."""
+    names = ("instruction", "input", "output") if left_out == "input" else ("instruction", "output")
+    rows = [{name: f"{name} {row}" for name in names} for row in range(4)]
+    del rows[0][left_out]
+    with pytest.raises(FastpeftError, match=message):
         load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)), problem_type="next_words")
 
 

@@ -454,7 +454,11 @@ def test_a_base_that_takes_use_cache_among_others_generates_without_one() -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("rwkv", "Rwkv"), ("mamba", "Mamba"), ("mamba2", "Mamba2"), ("openai-gpt", "OpenAIGPT")]
+    ("kind", "name"),
+    [
+        *[("rwkv", "Rwkv"), ("mamba", "Mamba"), ("mamba2", "Mamba2"), ("openai-gpt", "OpenAIGPT")],
+        ("recurrent_gemma", "RecurrentGemma"),  # beside its keys, in its modules: beam search would not reorder them
+    ],
 )
 def test_what_keeps_no_keys_and_values_generates_without_a_cache(kind: str, name: str) -> None:
     model = moved(causal_model(kind, **({"attention_hidden_size": 32} if kind == "rwkv" else {})))
