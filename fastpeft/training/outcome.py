@@ -92,10 +92,10 @@ class _Measured:
     points: dict[str, Points]
 
 
-def finish(trainer: RunTrainer, task: Task, folder: RunFolder, before: Beginning) -> dict[str, Any]:
+def finish(trainer: RunTrainer, task: Task, before: Beginning) -> dict[str, Any]:
     """Measure the result and write it; what `metrics.json` then holds."""
     trainer.check_same()
-    data, after = task.data, _measure(trainer, task, folder, before)
+    data, after = task.data, _measure(trainer, task, before)
     frequent = most_frequent(data.train.labels, data.problem)
     metrics = {
         **_metrics(trainer, task, before, after),
@@ -103,13 +103,13 @@ def finish(trainer: RunTrainer, task: Task, folder: RunFolder, before: Beginning
         "warnings": _warnings(trainer, task, before, after),
     }
     report("saving")
-    trainer.ranks.first_does(lambda: _write(trainer, task, folder, before, after, metrics))
+    trainer.ranks.first_does(lambda: _write(trainer, task, before, after, metrics))
     return metrics
 
 
-def _measure(trainer: RunTrainer, task: Task, folder: RunFolder, before: Beginning) -> _Measured:
+def _measure(trainer: RunTrainer, task: Task, before: Beginning) -> _Measured:
     """Measure the dev rows, with the weights and by the threshold that are to be kept."""
-    data, chosen = task.data, _take_best(trainer, task, folder)
+    data, chosen = task.data, _take_best(trainer, task)
     # before anything is measured again, which is logged too
     points = {
         name: [(0, before.scores[name]), *trainer.points(f"eval_{name}")] for name in {task.metric: None, LOSS: None}
@@ -129,14 +129,14 @@ def _measure(trainer: RunTrainer, task: Task, folder: RunFolder, before: Beginni
     return _Measured(chosen, threshold, scores, outputs, labels, points)
 
 
-def _take_best(trainer: RunTrainer, task: Task, folder: RunFolder) -> int | None:
+def _take_best(trainer: RunTrainer, task: Task) -> int | None:
     """Give the model the weights of its best checkpoint, where one is to be chosen, and tell its step."""
     if task.config.metric is None:
         return None
     best = best_of(trainer.points(f"eval_{task.metric}"), task.metric)
     logger.info("the best checkpoint by %s is that of step %d", task.metric, best)
     if best != trainer.state.global_step:
-        task.method.load_checkpoint(trainer.model, folder.checkpoint(best))
+        task.method.load_checkpoint(trainer.model, trainer.folder.checkpoint(best))
     return best
 
 
@@ -216,16 +216,10 @@ def of_classes(task: Task) -> list[str]:
     return [*absent, *result_warnings.of_names(problem, names)]
 
 
-def _write(
-    trainer: RunTrainer,
-    task: Task,
-    folder: RunFolder,
-    before: Beginning,
-    after: _Measured,
-    metrics: Mapping[str, Any],
-) -> None:
+def _write(trainer: RunTrainer, task: Task, before: Beginning, after: _Measured, metrics: Mapping[str, Any]) -> None:
     """Write the result into its folder, which marks the run as finished."""
-    config, problem, staged = task.config, task.data.problem, folder.staging / "result"
+    config, problem, folder = task.config, task.data.problem, trainer.folder
+    staged = folder.staging / "result"
     kind = config.custom_loss or ("smoothed" if trainer.args.label_smoothing_factor else "")
     loss_title = f"{kind} training loss".strip()  # one of another kind is not to be compared
     losses = trainer.points("loss")

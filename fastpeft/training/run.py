@@ -126,8 +126,8 @@ def train(
                 trainer.begin_reports(task.config.report_to)
         try:
             with noting_stops(trainer.stop, _NOTICE), noticing_lost_processes():
-                _run(trainer, task, folder, resume)
-                metrics = finish(trainer, task, folder, before)
+                _run(trainer, task, resume)
+                metrics = finish(trainer, task, before)
         except LostProcessError as error:
             raise LostProcessError(f"{error} {folder.going_on()}") from error
         except KeyboardInterrupt:
@@ -231,8 +231,9 @@ def _trained_on(task: Task) -> set[str]:
     return earlier.union(map(digest, task.data.train.texts))
 
 
-def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> None:
+def _run(trainer: RunTrainer, task: Task, resume: bool) -> None:
     """Train, with `resume` from where the run has come to; of one that cannot go on, keep the last good weights."""
+    folder = trainer.folder
     journal = Journal.open(folder.journal) if resume and folder.journal.exists() else None
     checkpoint = folder.newest_checkpoint(None if journal is None else journal.steps) if resume else None
     start: str | bool | None = None if checkpoint is None else str(checkpoint)
@@ -249,7 +250,7 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
         with noticing_lost_processes():
             trainer.train(resume_from_checkpoint=start)
     except NotFiniteError as error:
-        raise NotFiniteError(f"{error} {_keep_last_good(trainer, task, folder)}") from None
+        raise NotFiniteError(f"{error} {_keep_last_good(trainer, task)}") from None
     except FastpeftError:
         raise
     except Exception as error:
@@ -264,8 +265,9 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
         raise KeyboardInterrupt
 
 
-def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
+def _keep_last_good(trainer: RunTrainer, task: Task) -> str:
     """Save the weights before a step that failed, and say where."""
+    folder = trainer.folder
     saved = folder.newest_in_words()
     if not all(map(is_finite, trainer.model.parameters())):
         return f"The weights before that step were no longer finite. {saved}"
