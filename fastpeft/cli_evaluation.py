@@ -87,6 +87,5 @@ def evaluate_prompt(
         # all rows of a file are measured, but where a prompt is found on nine tenths of them
         texts = evaluation.load_classes(data, **columns, split=STRATIFIED if is_auto(prompt) else None)
         parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, texts, calibrate=calibrate)
-        assert parsed is not None  # for none, there was an error
         metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)
     return f"{model} with no training{', calibrated' if calibrate else ''} on {data}", metrics

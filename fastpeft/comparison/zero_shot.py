@@ -23,7 +23,6 @@ def main(file: Path) -> None:
     prompt, values["found_prompt"] = zero_shot_prompt(
         values["prompt"], values["label_words"], model, texts, calibrate=calibrate
     )
-    assert prompt is not None  # the plan refuses the prompt none
     with folder.held():
         folder.open(values, texts.fingerprint, overwrite=False)
         measured, answers = answer_zero_shot(model, prompt, texts, calibrate=calibrate)

@@ -217,22 +217,23 @@ def load_classes(
 
 def zero_shot_prompt(
     prompt: str, label_words: str | None, model: str, texts: TextData, *, calibrate: bool = False
-) -> tuple[Prompt | None, dict[str, Any] | None]:
+) -> tuple[Prompt, dict[str, Any] | None]:
     """The prompt for `evaluate_zero_shot` that is written on a command line; `auto` is found on training rows.
 
     Args:
-        prompt, label_words: as `parse_prompt` takes them.
+        prompt, label_words: as `parse_prompt` takes them, but not `none`, which callers refuse.
         model, calibrate: as `evaluate_zero_shot` takes them.
         texts: where `auto` is found.
 
     Returns:
-        The prompt, None for `none`; and what was found for `auto`, as `FoundPrompt.values` gives it, else None.
+        The prompt; and what was found for `auto`, as `FoundPrompt.values` gives it, else None.
 
     Raises:
         FastpeftError: the prompt cannot be used; or one cannot be found, see `find_prompt`.
     """
     parsed = parse_prompt(prompt, label_words)  # refuses words beside auto
     if not is_auto(prompt):
+        assert parsed is not None
         return parsed, None
     found = find_prompt(model, texts, calibrate=calibrate, max_length=DEFAULT_MAX_LENGTH)
     return found.prompt, found.values()
