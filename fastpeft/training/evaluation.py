@@ -16,7 +16,6 @@ from fastpeft.data.examples import Examples, TextData, load_data, load_rows, tex
 from fastpeft.data.masking import Masker
 from fastpeft.data.names import LOSS, UNLABELLED
 from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, NEXT_WORDS, Problem, describe, most_frequent
-from fastpeft.data.splitting import STRATIFIED
 from fastpeft.errors import FastpeftError
 from fastpeft.models import load_for_next_words
 from fastpeft.prompts.model import load_prompted
@@ -207,7 +206,7 @@ def evaluate_zero_shot(
 
 
 def load_classes(
-    data: str | Path, text_column: str | None = None, label_column: str | None = None, split: str | None = STRATIFIED
+    data: str | Path, text_column: str | None = None, label_column: str | None = None, *, split: str | None
 ) -> TextData:
     """What a prompt without training is measured on: `load_data` of classes."""
     return load_data(
@@ -216,7 +215,7 @@ def load_classes(
 
 
 def zero_shot_prompt(
-    prompt: str, label_words: str | None, model: str, texts: TextData, *, calibrate: bool = False
+    prompt: str, label_words: str | None, model: str, texts: TextData, *, calibrate: bool
 ) -> tuple[Prompt, dict[str, Any] | None]:
     """The prompt for `evaluate_zero_shot` that is written on a command line; `auto` is found on training rows.
 
@@ -240,7 +239,7 @@ def zero_shot_prompt(
 
 
 def answer_zero_shot(
-    model: str, prompt: Prompt, texts: TextData, *, calibrate: bool = False
+    model: str, prompt: Prompt, texts: TextData, *, calibrate: bool
 ) -> tuple[dict[str, Any], list[int]]:
     """What `evaluate_zero_shot` gives, and the class that is answered to each dev row."""
     dev, problem = texts.dev, texts.problem

@@ -418,7 +418,7 @@ class RunFolder:
         """Where the checkpoint of a step lies."""
         return self.checkpoints / f"checkpoint-{step}"
 
-    def keep_checkpoint(self, staged: Path, *, best_step: int | None = None) -> None:
+    def keep_checkpoint(self, staged: Path, *, best_step: int | None) -> None:
         """Give a finished checkpoint its final name, and let the oldest go but for the best."""
         with self.saving("a checkpoint"):
             self.checkpoints.mkdir(exist_ok=True)
