@@ -84,10 +84,10 @@ def pick_columns(
         known: labels that have columns of their own, where these are there and no other is named.
     """
     columns = table.columns
-    texts = _named_columns(text_column, columns)
+    texts = _named_texts(text_column, columns)
     if problem is NEXT_WORDS and not texts:
         texts = _find_said(table)
-    flags = named_labels(label_column, columns) if label_column else ()
+    flags = named_columns(label_column, columns) if label_column else ()
     if label_column is None and known and {*known} <= {*columns}:
         flags = tuple(known)
     if len(flags) > 1:
@@ -167,8 +167,8 @@ def own_columns(given: str | None, named: str | None, found: str | None, table: 
     if given is not None:
         return given
     if named is None:
-        return found if found and {*named_labels(found, table.columns)} <= {*table.columns} else None
-    if {*named_labels(named, table.columns)} & {*table.columns}:
+        return found if found and {*named_columns(found, table.columns)} <= {*table.columns} else None
+    if {*named_columns(named, table.columns)} & {*table.columns}:
         return named
     logger.warning(
         "%s has no column %r, which the run was trained with; one with a usual name is looked for. Name one with %s.",
@@ -179,8 +179,8 @@ def own_columns(given: str | None, named: str | None, found: str | None, table: 
     return None
 
 
-def named_labels(given: str, columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns of labels that a person names: one, or several joined by commas."""
+def named_columns(given: str, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that a person names: one, or several joined by commas."""
     return (given,) if given in columns else tuple(name.strip() for name in given.split(","))
 
 
@@ -233,7 +233,7 @@ def prompt_columns(table: Table, text_column: str | None) -> tuple[str, ...]:
     Raises:
         FastpeftError: it cannot be told, or there is none of that name.
     """
-    named = _named_columns(text_column, table.columns)[:1]  # of a prompt and its completion the first
+    named = _named_texts(text_column, table.columns)[:1]  # of a prompt and its completion the first
     alone = _first_of([pair[0] for pair in COMPLETION_COLUMNS], _left(table.columns, ()))
     if not named and alone and not _find_said(table):
         named = (alone,)
@@ -266,11 +266,9 @@ def _first_of(usual: Sequence[str], left: Mapping[str, str]) -> str | None:
     return next((left[name] for name in usual if name in left), None)
 
 
-def _named_columns(given: str | None, columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns of texts that a person names: one, or two joined by a comma."""
-    if given is None or given in columns:
-        return () if given is None else (given,)
-    names = tuple(name.strip() for name in given.split(","))
+def _named_texts(given: str | None, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns of texts that a person names: one or two; none where none is named."""
+    names = () if given is None else named_columns(given, columns)
     if len(names) > 2 or len(set(names)) < len(names):
         raise FastpeftError(
             f"`text_column` is {given!r}; a row has one text or two. Name one column, or two different ones joined by "

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastpeft.data import result_warnings
-from fastpeft.data.columns import named_labels, own_columns, pick_columns, prompt_columns
+from fastpeft.data.columns import named_columns, own_columns, pick_columns, prompt_columns
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation, is_written
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
@@ -134,7 +134,7 @@ class Predictions:
         if text_column is None:
             read = Table(self._name, [first])
             text_column = own_columns(None, run.config.text_column, run.columns[0], read, "--text-column")
-            own_labels = named_labels(run.config.label_column or run.columns[1] or "", list(first))
+            own_labels = named_columns(run.config.label_column or run.columns[1] or "", list(first))
             first = {name: value for name, value in first.items() if name not in own_labels}
         if isinstance(self._predictor, TextGenerator):
             names = prompt_columns(Table(self._name, [first]), text_column)
@@ -278,7 +278,7 @@ class Predictions:
         run, taken = self._predictor.run, {*self._made, *self._names}
         given = [*dict.fromkeys(name for row in self._records.values() for name in row)]
         kept = {name: name for name in given if name not in taken}
-        for name in named_labels(run.config.label_column or run.columns[1] or "", given):
+        for name in named_columns(run.config.label_column or run.columns[1] or "", given):
             if name in given and name in taken:
                 kept[name] = f"given {name}"
                 while kept[name] in {*given, *taken}:
