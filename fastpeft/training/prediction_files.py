@@ -134,7 +134,7 @@ class Predictions:
         if text_column is None:
             read = Table(self._name, [first])
             text_column = own_columns(None, run.config.text_column, run.columns[0], read, "--text-column")
-            own_labels = named_columns(run.config.label_column or run.columns[1] or "", list(first))
+            own_labels = self._label_columns(list(first))
             first = {name: value for name, value in first.items() if name not in own_labels}
         if isinstance(self._predictor, TextGenerator):
             names = prompt_columns(Table(self._name, [first]), text_column)
@@ -150,6 +150,11 @@ class Predictions:
                 "Name the columns that are meant with --text-column."
             )
         return texts
+
+    def _label_columns(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """The columns of labels that the run learned from, named or found."""
+        run = self._predictor.run
+        return named_columns(run.config.label_column or run.columns[1] or "", columns)
 
     def _read_cells(self, row: Record, at: RowRef) -> Any:
         values = [(name, row.get(name)) for name in self._names]
@@ -275,10 +280,10 @@ class Predictions:
 
         Labels whose name is taken, as by the number that a run gives, get another: they are not to be lost unseen.
         """
-        run, taken = self._predictor.run, {*self._made, *self._names}
+        taken = {*self._made, *self._names}
         given = [*dict.fromkeys(name for row in self._records.values() for name in row)]
         kept = {name: name for name in given if name not in taken}
-        for name in named_columns(run.config.label_column or run.columns[1] or "", given):
+        for name in self._label_columns(given):
             if name in given and name in taken:
                 kept[name] = f"given {name}"
                 while kept[name] in {*given, *taken}:
