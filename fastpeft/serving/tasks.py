@@ -31,6 +31,7 @@ from fastpeft.training.prediction import Predictor
 
 _MOST_ON_CPU = 16  # texts of a pass: more take as long each there, and are padded to the longest of more
 _MAX_TOKENS = 256  # that are generated, where a client names no number
+_NO_MODEL = ("model", "model_not_found")  # `param` and `code` of a task that is not there, or generates no text
 NAME = r"[\w.-]{1,100}"  # of a task: it stands in addresses and in metrics
 
 
@@ -175,7 +176,8 @@ class Tasks:
         task = self._tasks.get(name)
         if task is None:
             there = ", ".join(map(repr, list(self._tasks))) or "none"
-            raise RefusedError(f"there is no task {name!r}; the tasks are {there}. Name one of them.", 404)
+            said = f"there is no task {name!r}; the tasks are {there}. Name one of them."
+            raise RefusedError(said, 404, *_NO_MODEL)
         return task
 
     def beside(self, task: Task) -> list[str]:
@@ -359,16 +361,14 @@ class Tasks:
         Raises:
             RefusedError: there is none, or it generates no text.
         """
-        try:
-            task = self[name]
-            if task.predictor is not None:
-                what = (
-                    f"the task {name!r} predicts classes, labels, tags or numbers and generates no text. Send it texts "
-                    "by POST /predict."
-                )
-                raise RefusedError(what, 404)
-        except RefusedError as error:
-            raise RefusedError(str(error), 404, "model", "model_not_found") from None
+        task = self[name]
+        if task.predictor is not None:
+            raise RefusedError(
+                f"the task {name!r} predicts classes, labels, tags or numbers and generates no text. Send it texts by "
+                "POST /predict.",
+                404,
+                *_NO_MODEL,
+            )
         return task
 
     def _request(
