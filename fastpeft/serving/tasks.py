@@ -64,7 +64,7 @@ class Shared:
     bf16: bool
     generates_text: bool
 
-    def fits(self, run: Any) -> bool:
+    def fits(self, run: FinishedRun) -> bool:
         """Whether rows of a run can stand in one batch with those that are here."""
         own, other = self.tokenizer, run.classifier.tokenizer
         padding = (own.pad_token_id, own.padding_side) == (other.pad_token_id, other.padding_side)
