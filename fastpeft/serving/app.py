@@ -101,35 +101,8 @@ def create_app(
     app.add_middleware(Guard, metrics=metrics, max_bytes=limits.body, seconds=limits.seconds)
     _refuse_in_words(app)
     _tell_health(app, tasks, batcher, generation)
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    def measured() -> PlainTextResponse:
-        """What Prometheus reads."""
-        return PlainTextResponse(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
-    async def docs() -> str:
-        return page(app.openapi())
-
-    @app.get("/tasks")
-    async def listed() -> list[TaskInfo]:
-        """The tasks that are served."""
-        return [describe(task, tasks.beside(task)) for task in tasks]
-
-    @app.post("/predict", responses=_refusals(400, 404, 408, 413, 415, 422, 503))
-    async def predict(asked: Request, request: fastapi.Request) -> Answer:
-        """Answer texts by a task."""
-        name = asked.task
-        if name is None:
-            served = [task.name for task in tasks]
-            if len(served) != 1:
-                raise RefusedError(f"task is missing; there are {', '.join(served) or 'none'}. Name one.", 422)
-            (name,) = served
-        request.state.task = tasks[name].name  # one that is there: clients must not make up labels of metrics
-        encoded, scores = await batcher.answer(name, asked.texts)
-        metrics.texts.labels(name).inc(len(scores))
-        return answer_of(encoded, scores)
-
+    _describe_all(app, tasks, metrics)
+    _let_predict(app, tasks, batcher, metrics)
     refusals = _refusals("4XX", 503, form=OpenAIRefusal)
     add_openai_routes(app, tasks, generation, lambda name: metrics.texts.labels(name).inc(), refusals)
     if runs is not None:
@@ -161,6 +134,42 @@ def _tell_health(app: FastAPI, tasks: Tasks, batcher: Batcher, generation: Batch
         """Whether the server works: 503 where it must be started again."""
         check_worker()
         return {"status": "alive"}
+
+
+def _describe_all(app: FastAPI, tasks: Tasks, metrics: Metrics) -> None:
+    """Let whoever asks see the server's metrics, its addresses and its tasks."""
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def measured() -> PlainTextResponse:
+        """What Prometheus reads."""
+        return PlainTextResponse(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> str:
+        return page(app.openapi())
+
+    @app.get("/tasks")
+    async def listed() -> list[TaskInfo]:
+        """The tasks that are served."""
+        return [describe(task, tasks.beside(task)) for task in tasks]
+
+
+def _let_predict(app: FastAPI, tasks: Tasks, batcher: Batcher, metrics: Metrics) -> None:
+    """Let clients ask what runs say of texts."""
+
+    @app.post("/predict", responses=_refusals(400, 404, 408, 413, 415, 422, 503))
+    async def predict(asked: Request, request: fastapi.Request) -> Answer:
+        """Answer texts by a task."""
+        name = asked.task
+        if name is None:
+            served = [task.name for task in tasks]
+            if len(served) != 1:
+                raise RefusedError(f"task is missing; there are {', '.join(served) or 'none'}. Name one.", 422)
+            (name,) = served
+        request.state.task = tasks[name].name  # one that is there: clients must not make up labels of metrics
+        encoded, scores = await batcher.answer(name, asked.texts)
+        metrics.texts.labels(name).inc(len(scores))
+        return answer_of(encoded, scores)
 
 
 def _let_change(app: FastAPI, tasks: Tasks, runs: Path, loading: ThreadPoolExecutor) -> None:
