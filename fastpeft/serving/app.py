@@ -17,7 +17,6 @@ from fastapi import Path as Part
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from fastpeft.errors import FastpeftError
@@ -26,7 +25,6 @@ from fastpeft.serving.chat import add_openai_routes
 from fastpeft.serving.guard import Guard, Metrics
 from fastpeft.serving.messages import (
     Answer,
-    OpenAIRefusal,
     Refusal,
     Request,
     Source,
@@ -103,8 +101,7 @@ def create_app(
     _tell_health(app, tasks, batcher, generation)
     _describe_all(app, tasks, metrics)
     _let_predict(app, tasks, batcher, metrics)
-    refusals = _refusals("4XX", 503, form=OpenAIRefusal)
-    add_openai_routes(app, tasks, generation, lambda name: metrics.texts.labels(name).inc(), refusals)
+    add_openai_routes(app, tasks, generation, lambda name: metrics.texts.labels(name).inc())
     if runs is not None:
         _let_change(app, tasks, runs.resolve(), loading)
     return app
@@ -199,9 +196,9 @@ def _let_change(app: FastAPI, tasks: Tasks, runs: Path, loading: ThreadPoolExecu
         await asyncio.to_thread(tasks.remove, name)
 
 
-def _refusals(*statuses: int | str, form: type[BaseModel] = Refusal) -> dict[int | str, dict[str, Any]]:
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The description of refusals in OpenAPI."""
-    return {status: {"model": form} for status in statuses}
+    return {status: {"model": Refusal} for status in statuses}
 
 
 def _refuse_in_words(app: FastAPI) -> None:

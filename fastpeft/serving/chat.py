@@ -19,7 +19,7 @@ from fastpeft.data.conversations import ASSISTANT, SYSTEM, Conversation, check_c
 from fastpeft.errors import FastpeftError
 from fastpeft.serving.batcher import Batcher
 from fastpeft.serving.generation import GenerationRequest
-from fastpeft.serving.messages import Sent, check_encodable, error_form
+from fastpeft.serving.messages import OpenAIRefusal, Sent, check_encodable, error_form
 from fastpeft.serving.tasks import RefusedError, Task, Tasks
 
 logger = logging.getLogger(__name__)
@@ -134,14 +134,13 @@ class CompletionRequest(OpenAIRequest):
     prompt: Text = Field(min_length=1)
 
 
-def add_openai_routes(
-    app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str], object], refusals: Any
-) -> None:
+def add_openai_routes(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str], object]) -> None:
     """Give an application the addresses of OpenAI's form, which `batcher`, of `tasks.generate`, answers.
 
-    `count` is told the task of each answer, and OpenAPI what `refusals` has.
+    `count` is told the task of each answer.
     """
     began = int(time.time())
+    refusals: dict[int | str, dict[str, Any]] = {status: {"model": OpenAIRefusal} for status in ("4XX", 503)}
 
     def model(task: Task) -> dict[str, Any]:
         return {"id": task.name, "object": "model", "created": began, "owned_by": "fastpeft"}
