@@ -210,7 +210,7 @@ def show_plan(comparison: Comparison, known: Mapping[str, Estimate], budget_mb: 
             table.add_row(cell.name, cell.state, "-", *(["-"] if budget_mb else []), "-")
             continue
         found = known.get(cell.variant, Estimate())
-        seconds = found.seconds(comparison.rows(cell))
+        seconds = found.seconds(comparison.rows_trained(cell))
         timed |= {} if seconds is None else {cell.name: seconds}
         fits = [] if budget_mb is None else [_fits(found, budget_mb)]
         memory = "-" if found.memory_mb is None else f"{found.memory_mb:,.0f}"

@@ -33,7 +33,7 @@ from fastpeft.training.setup import resolve
 
 _ZERO_SHOT_FIELDS = ("model", "data", "split", "prompt", "label_words", "text_column", "label_column")
 # fields that decide the rows, which all cells share
-ROWS = ("data", "problem_type", "text_column", "label_column", "split_seed", "split")
+ROW_FIELDS = ("data", "problem_type", "text_column", "label_column", "split_seed", "split")
 _CHANGES_DEV_ROWS = ("split_seed", "max_length")  # fields of the dev rows that a zero-shot cell does not take
 
 PROTOCOLS = {"quick": 1, "full": 3}  # their numbers of seeds
@@ -153,7 +153,7 @@ class CompareConfig:
         try:
             method, own, earlier = parse_variant(variant)
             for key in own:
-                if key in ROWS:
+                if key in ROW_FIELDS:
                     raise FastpeftError(
                         f"it has {key}, but all cells share their rows. Give {key} once, for all of them."
                     )
@@ -221,7 +221,7 @@ class CompareConfig:
         calibrate = own.pop("calibrate", False)
         if not isinstance(calibrate, bool):
             raise FastpeftError(f"calibrate is {calibrate!r}; it must be true or false.")
-        allowed = [name for name in _ZERO_SHOT_FIELDS if name not in ROWS]
+        allowed = [name for name in _ZERO_SHOT_FIELDS if name not in ROW_FIELDS]
         for key in own:
             if key not in allowed:
                 raise FastpeftError(f"{ZERO_SHOT} takes no {key}; allowed are {', '.join((*allowed, 'calibrate'))}.")
@@ -318,7 +318,7 @@ class Plan:
         merged = by_name | {cell.name: cell for cell in cells}
         results = [cell for cell in merged.values() if not cell.search]
         for cell in results:
-            _check_rows(cell, next(cell for cell in cells if not cell.search))
+            _check_row_fields(cell, next(cell for cell in cells if not cell.search))
         return cls(
             folder,
             list(merged.values()),
@@ -452,11 +452,11 @@ def _read(folder: Path) -> Plan:
         raise FastpeftError(f"{file} is not of a comparison ({error}). Restore it, or give another folder.") from None
 
 
-def _check_rows(cell: Cell, other: Cell) -> None:
+def _check_row_fields(cell: Cell, other: Cell) -> None:
     """Refuse two cells of one table that do not have the same rows."""
     objective = cell.values.get("objective") or other.values.get("objective")
     excused = FOR_LABELS if objective else ("problem_type",)  # which zero-shot has of its own
-    for name in ROWS:
+    for name in ROW_FIELDS:
         before, now = cell.values[name], other.values[name]
         if before != now and name not in excused:
             raise FastpeftError(

@@ -18,7 +18,7 @@ from fastpeft.comparison import executors
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.executors import ProcessExit
 from fastpeft.comparison.learning_rates import slice_sizes, take_slice, write_rows
-from fastpeft.comparison.plan import ROWS, CompareConfig, Plan
+from fastpeft.comparison.plan import ROW_FIELDS, CompareConfig, Plan
 from fastpeft.comparison.report import output
 from fastpeft.comparison.schedule import next_ready, seconds_of_all
 from fastpeft.comparison.variants import ZERO_SHOT, variant_message
@@ -144,10 +144,10 @@ class Comparison:
         seconds = {}
         for cell in left:
             row, outside = map(mean, zip(*taken.get(cell.method, everything)))
-            seconds[cell.name] = max(0.0, self.rows(cell) * row + outside - self.seconds_running(cell))
+            seconds[cell.name] = max(0.0, self.rows_trained(cell) * row + outside - self.seconds_running(cell))
         return seconds_of_all(left, seconds, self.executor.jobs)
 
-    def rows(self, cell: Cell) -> float:
+    def rows_trained(self, cell: Cell) -> float:
         """How many rows a cell trains on, over all epochs."""
         if cell.method == ZERO_SHOT:
             return 0.0
@@ -298,7 +298,7 @@ def _check(plan: Plan, option: str) -> TextData | None:
     for cell in plan.wanted:
         if cell.search or cell.variant not in unfinished:  # cells that try rates are like those that take them
             continue
-        config, rows = cell.config, _rows(cell)
+        config, rows = cell.config, _rows_key(cell)
         if rows not in loaded:
             loaded[rows] = data_for(config)
         try:
@@ -321,11 +321,11 @@ def _check(plan: Plan, option: str) -> TextData | None:
 def _check_rows(plan: Plan, fingerprints: dict[tuple[Any, ...], str]) -> None:
     """Raise `FastpeftError` where a finished cell had other rows than there are now, or than the first that finished.
 
-    `fingerprints` are those of rows that are known, by `_rows`.
+    `fingerprints` are those of rows that are known, by `_rows_key`.
     """
     for cell in plan.results:
         noted = cell.folder.notes().get(ROWS_KEY) if cell.folder.finished and cell.folder.started else None
-        if noted is not None and noted != fingerprints.setdefault(_rows(cell), noted):
+        if noted is not None and noted != fingerprints.setdefault(_rows_key(cell), noted):
             raise FastpeftError(
                 f"{cell.values['data']!r} has changed: {cell.name} in {str(plan.folder)!r} has other rows, or in "
                 "another order, than there are now or than another cell has, so the two could not be compared. Restore "
@@ -333,10 +333,10 @@ def _check_rows(plan: Plan, fingerprints: dict[tuple[Any, ...], str]) -> None:
             )
 
 
-def _rows(cell: Cell) -> tuple[Any, ...]:
+def _rows_key(cell: Cell) -> tuple[Any, ...]:
     """What decides which rows a cell has."""
     config = cell.config
-    return config.objective, config.threshold is not None, *(getattr(config, name) for name in ROWS)
+    return config.objective, config.threshold is not None, *(getattr(config, name) for name in ROW_FIELDS)
 
 
 def _words_option(config: TrainConfig, data: TextData, option: str) -> str:

@@ -135,11 +135,11 @@ def test_the_live_table_resolves_each_cell_once(monkeypatch: pytest.MonkeyPatch)
     first, second = comparison.plan.wanted
     batch = first.config.batch_size
     for _ in range(3):
-        assert [comparison.rows(cell) for cell in (first, second)] == [4 * batch, 8 * batch]
+        assert [comparison.rows_trained(cell) for cell in (first, second)] == [4 * batch, 8 * batch]
     assert [config.max_steps for config in resolved] == [4, 8]
 
     filled = replace(first, values={**first.values, "max_steps": 6})  # a cell of the same name, as it is filled in
-    assert [comparison.rows(filled) for _ in range(2)] == [6 * batch] * 2
+    assert [comparison.rows_trained(filled) for _ in range(2)] == [6 * batch] * 2
     assert [config.max_steps for config in resolved] == [4, 8, 6]
 
 
