@@ -98,23 +98,12 @@ class Comparison:
             )
         self.plan = Plan.make(config, command or f"fastpeft.compare({config})")
         self.executor = executors.make(executor, jobs, len(self.plan.wanted))
-        data = _check(self.plan, "--prompts " if config.suite or config.prompts else "prompt=")
+        data = _checked_rows(self.plan, "--prompts " if config.suite or config.prompts else "prompt=")
         self._train_rows = None if data is None else len(data.train)
         self._slice: TextData | None = None
         if any(cell.search and cell.state != "finished" for cell in self.plan.wanted):
-            if data is None:
-                raise FastpeftError(
-                    "the protocol full chooses learning rates on the rows of one objective, and the variants have "
-                    "several. Give those without labels their learning_rate, or choose the protocol quick."
-                )
-            self._slice = take_slice(data, *slice_sizes(len(data.train)))
-            self.plan.tell_searches(data.problem)
-            kept = self._note_of_slice
-            if kept.is_file() and kept.read_text(encoding="utf-8") != self._slice.fingerprint:
-                raise FastpeftError(
-                    f"the rows in {str(self.plan.slice)!r}, on which learning rates are searched, were taken from "
-                    "other data than there is now. Give another output folder, or the data as it was."
-                )
+            self._slice = self._take_slice(data)
+            self.plan.tell_searches(self._slice.problem)
         self.running: dict[str, float] = {}
         self._setups: dict[str, tuple[Cell, Setup]] = {}
 
@@ -184,10 +173,7 @@ class Comparison:
         with self.executor, _lock(plan.folder) as lock, interrupted_once():
             plan.save()
             if self._slice is not None and not (plan.slice / "dev.jsonl").is_file():
-                with self._saving():
-                    plan.slice.mkdir(parents=True, exist_ok=True)
-                    files.write_text(self._note_of_slice, self._slice.fingerprint)  # first: no rows without it
-                    write_rows(self._slice, plan.slice)
+                self._write_slice(self._slice)
             for cell in plan.wanted:  # tried again, it has not failed yet
                 if cell.state == "failed":
                     cell.log.unlink()
@@ -196,6 +182,28 @@ class Comparison:
             finally:
                 self._report(whole=True)
         return CompareResult(plan.folder, {cell.name: error for cell in plan.wanted if (error := cell.error())})
+
+    def _take_slice(self, data: TextData | None) -> TextData:
+        """The rows on which learning rates are searched; refused where the folder has some of other data."""
+        if data is None:
+            raise FastpeftError(
+                "the protocol full chooses learning rates on the rows of one objective, and the variants have several. "
+                "Give those without labels their learning_rate, or choose the protocol quick."
+            )
+        taken = take_slice(data, *slice_sizes(len(data.train)))
+        kept = self._note_of_slice
+        if kept.is_file() and kept.read_text(encoding="utf-8") != taken.fingerprint:
+            raise FastpeftError(
+                f"the rows in {str(self.plan.slice)!r}, on which learning rates are searched, were taken from other "
+                "data than there is now. Give another output folder, or the data as it was."
+            )
+        return taken
+
+    def _write_slice(self, taken: TextData) -> None:
+        with self._saving():
+            self.plan.slice.mkdir(parents=True, exist_ok=True)
+            files.write_text(self._note_of_slice, taken.fingerprint)  # first: no rows without it
+            write_rows(taken, self.plan.slice)
 
     @property
     def _note_of_slice(self) -> Path:
@@ -283,7 +291,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check(plan: Plan, option: str) -> TextData | None:
+def _checked_rows(plan: Plan, option: str) -> TextData | None:
     """The rows of unfinished variants; where some have labels those, None where several objectives have none.
 
     `option` is how a prompt is given, for the error where its words are not those of the classes.
