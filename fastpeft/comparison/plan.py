@@ -307,7 +307,7 @@ class Plan:
             try:
                 if cell.rates and cell.name in unsearched:
                     raise FastpeftError("its learning rate was not searched, and is now to be. Give another output.")
-                check_output(cell.folder, cell.values, resume=True, overwrite=False, moved=cell.own_paths(cell.values))
+                _check_resumable(cell)
             except FastpeftError as error:
                 raise FastpeftError(
                     f"the cell {cell.name!r} cannot be run in {str(folder)!r}: "
@@ -408,6 +408,11 @@ def _filled_in(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
         return cell
 
 
+def _check_resumable(cell: Cell) -> None:
+    """Raise `FastpeftError` unless a cell may run in its folder, where it may have begun."""
+    check_output(cell.folder, cell.values, resume=True, overwrite=False, moved=cell.own_paths(cell.values))
+
+
 def _of_another_protocol(config: CompareConfig, cell: Cell, by_name: Mapping[str, Cell]) -> str:
     """An error for a cell that was run by another protocol than that of `config`; empty where it was not."""
     for protocol in (name for name in (None, *PROTOCOLS) if name != config.protocol):
@@ -416,10 +421,7 @@ def _of_another_protocol(config: CompareConfig, cell: Cell, by_name: Mapping[str
             other = next(other for other in cells if other.name == cell.name)
             if any(name not in by_name for name in other.rates):  # no rate was searched for it
                 continue
-            filled = _filled_in(other, by_name)
-            check_output(
-                filled.folder, filled.values, resume=True, overwrite=False, moved=cell.own_paths(filled.values)
-            )
+            _check_resumable(_filled_in(other, by_name))
         except (StopIteration, FastpeftError):
             continue
         before, now = (f"the protocol {name}" if name else "no protocol" for name in (protocol, config.protocol))
