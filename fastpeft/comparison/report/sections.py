@@ -250,14 +250,13 @@ def _estimates(compared: Sequence[Variant]) -> Iterator[Block]:
 
 
 def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
-    """Machine, versions, commands, and how values were measured."""
+    """Machine, versions and commands, and how values were measured."""
     finished = [metrics for variant in compared for metrics in variant.runs]
-    devices = [_device(metrics) for metrics in finished]
     yield Heading("Where and how")
     described = (
         ("model", [_text(metrics, "model") for metrics in finished]),
         ("data", [_data(metrics) for metrics in finished]),
-        ("device", devices),
+        ("device", [_device(metrics) for metrics in finished]),
         ("compute dtype", _dtypes(compared)),
         ("versions", [versions(metrics) for metrics in finished]),
     )
@@ -265,6 +264,13 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
     if items:
         yield Items(items)
     yield Code(plan.commands)
+    if notes := _notes(plan, compared):
+        yield Items(notes)
+
+
+def _notes(plan: Plan, compared: Sequence[Variant]) -> list[str]:
+    """How values were measured, and what does not compare."""
+    finished = [metrics for variant in compared for metrics in variant.runs]
     notes = [f"{column.title}: {column.note}." for column in columns(compared) if column.note]
     chosen = [cell for cell in plan.results if (cell.metrics() or {}).get("best_step") is not None]
     if chosen:
@@ -277,7 +283,7 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
         notes.append(
             "Curves and the choice of checkpoints use a threshold of 0.5; the table uses each run's own threshold."
         )
-    if len(set(filter(None, devices))) > 1:
+    if len(set(filter(None, map(_device, finished)))) > 1:
         notes.append(
             "Not all cells ran on the same device with as many threads. Compare speeds and seconds only among those "
             "that did; results.csv has the device and threads of each."
@@ -291,8 +297,7 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
         notes.append(f"{MARK}: of this variant alone, or of some, there is a warning.")
     if any(len(variant.cells) > 1 for variant in compared):
         notes.append("±: the standard deviation of one seed (of a sample) around the mean.")
-    if notes:
-        yield Items(notes)
+    return notes
 
 
 def _dtypes(compared: Sequence[Variant]) -> list[str]:
