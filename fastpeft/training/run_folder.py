@@ -237,12 +237,18 @@ class RunFolder:
                 f"the output folder {str(self.path)!r} is not empty and not of a run of fastpeft, so it is left alone. "
                 "Give another one."
             )
+        if resume:
+            self._check_unchanged(config, moved)
+            if self.journal.exists():
+                from fastpeft.mezo.journal import Journal
+
+                Journal.open(self.journal)  # refuses one that cannot be read
+
+    def _check_unchanged(self, config: Mapping[str, Any], moved: Collection[str]) -> None:
+        """Raise `FastpeftError` where the run in the folder was started with other values; paths may have moved."""
         before = self.config()
-        free = {"output", *moved}
-        free |= {name for name in _FOUND if config.get(name) is None}
-        changed = [
-            name for name in config if resume and name not in free and config[name] != before.get(name, config[name])
-        ]
+        free = {"output", *moved, *(name for name in _FOUND if config.get(name) is None)}
+        changed = [name for name in config if name not in free and config[name] != before.get(name, config[name])]
         if changed:
             differences = ", ".join(f"{name} {before[name]!r} -> {config[name]!r}" for name in changed)
             gone = [name for name in changed if os.path.isabs(str(before[name])) and not os.path.exists(before[name])]
@@ -251,10 +257,6 @@ class RunFolder:
                 f"the run in {str(self.path)!r} was started with other values: {differences}. Resume it with its own, "
                 f"or give another output folder.{advice if gone else ''}"
             )
-        if resume and self.journal.exists():
-            from fastpeft.mezo.journal import Journal
-
-            Journal.open(self.journal)  # refuses one that cannot be read
 
     def _check_place(self) -> None:
         """Raise `FastpeftError` where the folder, if it is not there, cannot be made, or can hold no files."""
