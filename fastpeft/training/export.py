@@ -217,32 +217,33 @@ def _card_of_run(
 ) -> str:
     """The model card; weights from within a run have no results of their own."""
     config, adapter = run.config, to == "lora"
-    onto_chain = adapter and config.init_from is not None
-    base = _start_in_words(config.init_from)
+    start = config.init_from if adapter else None  # the run whose model a LoRA goes onto
     shown = {name: getattr(config, name) for name in ("prompt", "init_from", "batch_size", "seed")}
     shown["max_length"] = run.max_length
     settings = {"learning_rate": metrics["learning_rate"], "steps": metrics["steps"], **shown, **config.settings}
     if step is not None:
         settings["steps"] = f"{step} of {metrics['steps']}"
-    return model_card(
-        base_model=config.model,
-        on_hub=config.model != DEMO,
-        method=f"{title}, as a LoRA" if adapter else title,
-        snippet=onnx_snippet(str(output), max_length=run.max_length, pairs=run.is_pair, words=run.problem.per_token)
-        if to == "onnx"
-        else loading_snippet(
+    if to == "onnx":
+        snippet = onnx_snippet(str(output), max_length=run.max_length, pairs=run.is_pair, words=run.problem.per_token)
+    else:
+        snippet = loading_snippet(
             str(output),
-            base_model=base if onto_chain else resolve_model(config.model),
-            task_type=None if onto_chain else run.problem.task_type,
+            base_model=resolve_model(config.model) if start is None else _start_in_words(start),
+            task_type=run.problem.task_type if start is None else None,
             adapter=adapter,
             registered=False,
             labels=run.labels,
             problem_type=run.problem.name,
             prompt_head=None if run.prompt is None else run.prompt.head,
-            masked_words=run.problem is MASKED_WORDS and not onto_chain,
+            masked_words=run.problem is MASKED_WORDS and start is None,
             decoder=is_of_decoder(run.classifier.tokenizer),
             tokenizer=run.problem is NEXT_WORDS,
-        ),
+        )
+    return model_card(
+        base_model=config.model,
+        on_hub=config.model != DEMO,
+        method=f"{title}, as a LoRA" if adapter else title,
+        snippet=snippet,
         library={"lora": "peft", "merged": "transformers"}.get(to, to),
         data=Path(config.data).name if Path(config.data).is_absolute() else config.data,
         labels=run.labels,
@@ -254,7 +255,7 @@ def _card_of_run(
     )
 
 
-def _start_in_words(init_from: str | None) -> str:
+def _start_in_words(init_from: str) -> str:
     return f"the model of the run in {init_from}, exported to merged"
 
 
