@@ -50,14 +50,14 @@ _SHOWN_CLASSES = 10  # of the counts that are logged
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts and what is to be said of each.
+    """Texts and their labels.
 
     Attributes:
         texts: strings; or pairs of strings; or, where every word has a label, lists of words. Next words are those of
             strings, of pairs of a prompt and its completion, or of conversations.
-        labels: of each text the index of its class in `TextData.labels`, its number, or the indices of its tags; where
-            it may have several labels, of each of `TextData.labels` 1.0 or 0.0; none where the texts alone are learned.
-        warnings: what is to be said of how these were read.
+        labels: one for each text: the index of its class in `TextData.labels`, its number, a list of the indices of its
+            tags, or a list with 1.0 or 0.0 for each of several labels. Empty where the texts alone are learned.
+        warnings: about how these were read.
     """
 
     texts: list[Any]

@@ -66,7 +66,7 @@ def prompt_tokens(tokenizer: Any, text: Any) -> list[int]:
 
 
 def completion(text: Any) -> str | None:
-    """What is to be said after `prompt_tokens`; None where a row does not tell it."""
+    """The text that is learned after `prompt_tokens`; None where a row has none."""
     if isinstance(text, Conversation):
         role, content = text.turns[-1]
         return content if role == ASSISTANT and len(text.turns) > 1 else None

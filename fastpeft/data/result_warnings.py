@@ -36,7 +36,7 @@ def of_dev_rows(
     labels: np.ndarray,
     names: Sequence[str],
 ) -> list[str]:
-    """What is to be said of the rows that were measured, and of what was answered to them, by the run's threshold.
+    """Warnings about the rows that were measured, and about the answers to them, by the run's threshold.
 
     `trained_on` are digests of the texts that the run was trained on.
     """
@@ -151,7 +151,7 @@ def of_cut_texts(cut: int, texts: int, lost: int, max_length: int, model_reads: 
 
 
 def of_endless_turns() -> list[str]:
-    """What is to be said where a chat template ends no turn."""
+    """The warning where a chat template ends no turn."""
     return [
         "The model's chat template writes no special token after what the assistant says, so where to stop is not "
         "learned, and answers may go on until --max-new-tokens. Give a tokenizer whose template ends a turn."
@@ -159,7 +159,7 @@ def of_endless_turns() -> list[str]:
 
 
 def of_numbers(data: str, problem: Problem, read_as: str) -> list[str]:
-    """What is to be said where rows have numbers in place of the names of classes, tags or labels."""
+    """The warning where rows have numbers in place of the names of classes, tags or labels."""
     return [
         f"{data!r} has numbers in place of names of {problem.labels}; each is read as the index of a name: {read_as}. "
         "If they mean something else, the metrics are wrong: write the names instead."
@@ -167,7 +167,7 @@ def of_numbers(data: str, problem: Problem, read_as: str) -> list[str]:
 
 
 def of_other_labels(table: str, learned: str, taken: str) -> list[str]:
-    """What is to be said where rows lack the column that a run learned from, and the only other one is measured."""
+    """The warning where rows lack the column that a run learned from, and the only other one is measured."""
     return [
         f"{table!r} has no column {learned!r}, from which the run learned, so its only other column {taken!r} was "
         "measured. If it holds something else, the metrics are wrong: name the column with --label-column."
@@ -186,7 +186,7 @@ def seen_rows(texts: Sequence[Any], trained_on: Set[str]) -> list[str]:
 
 
 def of_changed_rows(data: str) -> list[str]:
-    """What is to be said where a run is measured on its own rows, which are others now."""
+    """The warning where a run is measured on its own rows, which are others now."""
     return [
         f"{data!r} holds other rows now than when the run was trained, so these figures are not those of its "
         "metrics.json."

@@ -35,7 +35,7 @@ def text_key(text: Any) -> Hashable:
 
 
 def prompt_key(text: Any) -> Hashable:
-    """What texts to be said have in common that answer the same: the prompt of a pair, all turns before the last."""
+    """What rows of next words have in common that answer the same: the prompt of a pair, all turns before the last."""
     if isinstance(text, Conversation):
         return text.asked.turns
     return text[0] if isinstance(text, tuple) else text_key(text)

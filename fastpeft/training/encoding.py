@@ -1,4 +1,4 @@
-"""Texts as rows of tokens with what is to be said of them, and rows as batches."""
+"""Texts as rows of tokens with their labels, and rows as batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Encoder:
         tokenizer: the model's.
         max_length: where texts are cut, in tokens.
         prompt: what texts are put into; None for the texts alone.
-        problem: what is to be said of them.
+        problem: what the labels are.
     """
 
     tokenizer: Any
@@ -56,7 +56,7 @@ class Encoder:
         return self._worth_learning(rows), self.count_cut(examples, rows)
 
     def encode(self, examples: Examples) -> list[TokenRow]:
-        """Each example as a row of token ids and what is to be said of it, cut at `max_length` tokens and not padded.
+        """Each example as a row of token ids with its label or labels, cut at `max_length` tokens and not padded.
 
         Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled. Where
         masked words are learned, rows have no labels yet but `special_tokens_mask`.

@@ -210,7 +210,7 @@ def _warnings(trainer: RunTrainer, task: Task, before: Beginning, after: _Measur
 
 
 def of_classes(task: Task) -> list[str]:
-    """What is to be said of the names of classes or labels, and of those that no training row has."""
+    """Warnings about the names of classes or labels, and about those that no training row has."""
     problem, names = task.data.problem, task.data.labels
     absent = result_warnings.of_train_rows(problem, count_labels(task.data), names)
     return [*absent, *result_warnings.of_names(problem, names)]

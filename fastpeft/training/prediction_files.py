@@ -217,7 +217,7 @@ class Predictions:
 
     @property
     def warnings(self) -> list[str]:
-        """What is to be said of the rows that were answered so far."""
+        """Warnings about the rows that were answered so far."""
         return result_warnings.of_cut_texts(self.cut, self.count, 0, self._predictor.run.max_length)
 
     # -- what is shown and written -------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Task:
             dev rows and not yet in the others; with `packing` those to train on are joined.
         threshold_rows: likewise those to choose a threshold by; none where there are none.
         max_length: where texts were cut, in tokens.
-        warnings: what is to be said of these texts, with the result too.
+        warnings: about these texts; the result has them too.
     """
 
     setup: RunSetup
@@ -131,7 +131,7 @@ class Task:
 def _warnings(
     parts: Sequence[Examples], encoded: Sequence[tuple[list[TokenRow], int]], max_length: int, model_reads: int
 ) -> list[str]:
-    """What is to be said of the texts in all parts, given what `Encoder.encode_counted` made of each."""
+    """The warnings about the texts in all parts, given what `Encoder.encode_counted` made of each."""
     texts, cut = sum(map(len, parts)), sum(count for _, count in encoded)
     lost = texts - sum(len(rows) for rows, _ in encoded)
     read = dict.fromkeys(warning for part in parts for warning in part.warnings)  # of all parts once

@@ -140,7 +140,7 @@ class RunTrainer(Trainer):
             )
 
     def warnings_of_head(self) -> list[str]:
-        """What is to be said of a head that the method trains badly."""
+        """Warnings about a head that the method trains badly."""
         return []
 
     def begin_reports(self, to: str) -> None:
