@@ -381,9 +381,9 @@ class Plan:
 
 
 def _in_one_precision(cell: Cell, earlier: Sequence[Cell]) -> Cell:
-    """A cell with what it computes in, where nobody said it: as those before it in the folder, or as this machine.
+    """A cell with its precision, where nobody chose one: that of earlier cells in the folder, or else this machine's.
 
-    So cells that other machines run, or that are added there, compute in the same.
+    So cells that other machines run, or that are added there, have the same precision.
     """
     if cell.method == ZERO_SHOT or cell.values["bf16"] is not None:
         return cell

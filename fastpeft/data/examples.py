@@ -112,7 +112,7 @@ class TextData:
 
     @property
     def fingerprint(self) -> str:
-        """Tells these rows and their parts from others: 16 hex digits of the SHA-256 of all texts and labels."""
+        """Identifies these rows and their parts: 16 hex digits of the SHA-256 of all texts and labels."""
         rows = [(list(map(text_key, part.texts)), part.labels) for part in self.parts]
         return hashlib.sha256(json.dumps([self.labels, rows]).encode()).hexdigest()[:16]
 

@@ -61,7 +61,7 @@ def of_dev_rows(
 
 
 def _far_off(outputs: np.ndarray, labels: np.ndarray) -> list[str]:
-    """Whether numbers are further from those of the rows than the mean of these is, by squared errors.
+    """Whether predicted numbers are further from those of the rows than the mean of the rows is, by squared errors.
 
     In few rows chance alone may have it so: nothing is said within two standard errors.
     """
@@ -124,7 +124,7 @@ def of_names(problem: Problem, names: Sequence[str]) -> list[str]:
 
 
 def _look(name: str) -> str:
-    """What names have in common that look the same, but for case: without signs that nobody sees."""
+    """What names have in common that look the same, whatever their case: without signs that nobody sees."""
     seen = "".join(sign for sign in unicodedata.normalize("NFKC", name) if unicodedata.category(sign) != "Cf")
     return " ".join(seen.split()).casefold()
 

@@ -87,7 +87,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def score_tags(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """F1 of single words, the mean over the tags that occur but for O; F1 of entities; accuracy of words.
+    """F1 of single words, the mean over the tags that occur, without O; F1 of entities; accuracy of words.
 
     Tags that are numbers without names have no O: each of them counts.
     """

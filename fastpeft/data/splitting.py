@@ -54,8 +54,7 @@ def side_key(text: Any, problem: Problem) -> Hashable:
 
 
 def digest(text: Any) -> str:
-    """Tells a text, pair or list of words from others, without showing it: 12 hex digits of the SHA-256 of its key, but
-    for white space around it."""
+    """Identifies a text, pair or list of words without showing it: 12 hex digits of the SHA-256 of its stripped key."""
     return hashlib.sha256(json.dumps(_stripped(text_key(text))).encode()).hexdigest()[:12]
 
 

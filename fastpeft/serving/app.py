@@ -202,7 +202,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _refuse_in_words(app: FastAPI) -> None:
-    """Let each refusal be one message in its address's form, short and in UTF-8 whatever of a client's it repeats."""
+    """Make each refusal one short message in UTF-8, in the form of its address, whatever it repeats of a request."""
 
     def refusal(request: fastapi.Request, status: int, detail: str, *named: str | None) -> JSONResponse:
         if len(detail) > 2 * _MOST_SHOWN:

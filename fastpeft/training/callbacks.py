@@ -47,7 +47,7 @@ class CurvePoints(TrainerCallback):
     """Asks for the inner points of the metric's curve.
 
     At least as many rows are trained on as an evaluation reads, so that evaluating stays the smaller part of the work,
-    but for a person who gives `eval_steps`.
+    unless `eval_steps` is given.
     """
 
     def __init__(self, rows: int) -> None:

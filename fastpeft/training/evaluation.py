@@ -161,7 +161,7 @@ def _evaluate(
     max_new_tokens: int | None,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What `evaluate` gives, but for the threshold; its warnings begin with these."""
+    """What `evaluate` gives, without the threshold; its warnings begin with `warnings`."""
     rows, cut = run.encoder.encode_counted(dev)
     run.encoder.warn_of_texts(dev, rows)
     cut_texts = result_warnings.of_cut_texts(cut, len(dev), len(dev) - len(rows), run.max_length)

@@ -85,11 +85,11 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _inside(op: str, args: Any) -> int:
-    """What the large of the ops that run as one allocate inside themselves, in bytes."""
+    """What a large fused op allocates inside itself, in bytes; 0 for any other op."""
     if op == "fastpeft.frozen_head_cross_entropy.default":
         return bytes_of_chunk(*args[:2])
     # a weight of few bits as numbers in the dtype of x; products by C++ on a CPU make some rows of it at a time
-    if op == "bitsandbytes.gemm_4bit.default":  # but for few rows of x
+    if op == "bitsandbytes.gemm_4bit.default":  # not where x has few rows
         shape = args[2]
     elif op in ("fastpeft.quantised_linear.default", "fastpeft.quantised_linear_backward.default"):
         shape = args[0].shape[-1], args[3]

@@ -61,7 +61,7 @@ class Beginning:
 
     Attributes:
         scores: what its dev rows measured.
-        lowered: of what training lowers, the loss of these rows.
+        lowered: the loss of these rows that training lowers.
         trained_on: digests of the texts that it trains on, and of those that what it starts from was trained on.
         command: how it was started.
     """

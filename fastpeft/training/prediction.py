@@ -25,7 +25,7 @@ from fastpeft.training.loading import EncodedText, FinishedRun, load_run
 
 
 class Predictor:
-    """A finished run in use: what it makes of one text is read and answered apart, so that one cannot stop another.
+    """A finished run in use. Each text is read and answered by itself, so that one cannot stop another.
 
     Args:
         folder: folder of the run.

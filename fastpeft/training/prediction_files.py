@@ -75,7 +75,7 @@ class Predictions:
         cut: how many of those answered so far are longer than the run reads.
 
     Raises:
-        FastpeftError: the run or the file cannot be used; or one of `texts`, but for an empty one, which is left out.
+        FastpeftError: the run or the file cannot be used; or one of `texts`; an empty one is left out.
 
     Example:
         >>> found = Predictions("runs/reviews", file="reviews.csv")  # doctest: +SKIP
@@ -342,8 +342,7 @@ def _kind_of(values: Sequence[Any]) -> type:
 
 
 def _as_cell(value: Any, kind: type = str) -> Any:
-    """A value in a file whose columns have one type each: what is neither text nor of that type, as JSON has it, and
-    what JSON has not, as a date, as text."""
+    """A value for a column of one type: other types than text become JSON; what JSON lacks, as a date, becomes text."""
     if value is None or isinstance(value, str) or type(value) is kind:
         return value
     has = isinstance(value, (bool, int, float, list, dict))

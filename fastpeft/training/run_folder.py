@@ -48,7 +48,7 @@ _RECIPE_KEY = "recipe"
 START_KEY = "init_from_weights"
 ROWS_KEY = "rows"
 MODEL_KEY = "model_weights"
-_FOUND = ("found_prompt", "bf16")  # what a run finds out where nobody says it; one that goes on keeps it
+_FOUND = ("found_prompt", "bf16")  # what a run decides where nobody did; a resumed run keeps it
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of a model; the first kind that is there
 _SAMPLES, _SAMPLE = 64, 1 << 20  # of each file, and the bytes of one
 _NOTES = (_VERSION_KEY, _RECIPE_KEY, START_KEY, ROWS_KEY, MODEL_KEY)  # what run.json says beside the configuration
@@ -421,7 +421,7 @@ class RunFolder:
         return self.checkpoints / f"checkpoint-{step}"
 
     def keep_checkpoint(self, staged: Path, *, best_step: int | None) -> None:
-        """Give a finished checkpoint its final name, and let the oldest go but for the best."""
+        """Give a finished checkpoint its final name, and delete the oldest, except the best."""
         with self.saving("a checkpoint"):
             self.checkpoints.mkdir(exist_ok=True)
             target = self.checkpoints / staged.name
@@ -458,7 +458,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def model_fingerprint(model: str) -> str | None:
-    """Tells the weights in a model's folder from others: 16 hex digits of samples of its files, of small ones of all.
+    """Identifies the weights in a model's folder: 16 hex digits of small files whole, and of samples of large ones.
 
     None for what is no folder, such as a name on the hub.
     """

@@ -100,13 +100,13 @@ class Setup:
         return (config.epochs or self.recipe.epochs) * train_rows
 
     def with_head(self, head: Head) -> RunSetup:
-        """It, with what the data tell; they are checked already."""
+        """This setup with its head, where all was checked before."""
         by_words = head.by_words or (self.config.awaits_prompt and self.config.prompt_head != "classifier")
         preparation = dataclasses.replace(self.preparation, task_type=head.problem.task_type, by_words=by_words)
         return RunSetup(self.config, self.method, preparation, self.arguments, head)
 
     def for_data(self, data: TextData) -> RunSetup:
-        """It, with its head on `data`; the head's prompt is missing while the configuration awaits it.
+        """This setup with its head on `data`; the head's prompt is missing while the configuration awaits it.
 
         Raises:
             FastpeftError: metric, loss, prompt, label words or method do not go with what the data has.
@@ -134,7 +134,7 @@ class RunSetup(Setup):
     head: Head
 
     def after(self, context: Sequence[int]) -> RunSetup:
-        """It, where every text comes after these tokens."""
+        """This setup, where every text comes after these tokens."""
         return dataclasses.replace(self, preparation=dataclasses.replace(self.preparation, context=context))
 
     @property
