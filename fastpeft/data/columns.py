@@ -106,23 +106,26 @@ def pick_columns(
     left = _left(columns, texts)
     if label is None and texts and len(left) == 1 and left.keys().isdisjoint(_ROW_NUMBERS):
         (label,) = left.values()
-    for found, option in (
-        (texts, "--text-column (for pairs two, joined by a comma)"),
-        (label or texts_alone, "--label-column"),
-    ):
-        if not found:
-            is_said = not texts_alone and _find_said(table)
-            said = "; or, to train a language model on these texts, give --objective causal" if is_said else ""
-            raise FastpeftError(
-                f"cannot tell which column of {table.name} to take; its columns are {', '.join(columns)}. Name it with "
-                f"{option}{said}.{_about_header(columns)}"
-            )
+    if not texts:
+        raise _cannot_tell(table, "--text-column (for pairs two, joined by a comma)", texts_alone)
+    if not label and not texts_alone:
+        raise _cannot_tell(table, "--label-column", texts_alone)
     label = "" if texts_alone else label or ""
     if label in texts:
         raise FastpeftError(
             f"column {label!r} of {table.name} cannot be both text and class; its columns are {', '.join(columns)}."
         )
     return Columns(texts, label)
+
+
+def _cannot_tell(table: Table, option: str, texts_alone: bool) -> FastpeftError:
+    """The error where no column is the one that `option` would name."""
+    is_said = not texts_alone and _find_said(table)
+    said = "; or, to train a language model on these texts, give --objective causal" if is_said else ""
+    return FastpeftError(
+        f"cannot tell which column of {table.name} to take; its columns are {', '.join(table.columns)}. Name it with "
+        f"{option}{said}.{_about_header(table.columns)}"
+    )
 
 
 def _about_header(names: Iterable[str]) -> str:
