@@ -349,20 +349,37 @@ def _read_texts(table: Table, columns: Sequence[str], problem: Problem) -> list[
 
     Lists of words become texts, and empty texts are left out; but of a pair of next words both say something.
     """
-    texts: list[Any] = []
     first = [value for row in table.rows if (value := row.get(columns[0]))]
-    are_written = bool(first) and all(map(is_written, first))  # which is refused below
-    chats = problem is NEXT_WORDS and (are_written or any(map(is_conversation, first)))
-    if chats and columns[1:]:
+    are_written = bool(first) and all(map(is_written, first))  # which `as_conversation` refuses
+    if problem is NEXT_WORDS and (are_written or any(map(is_conversation, first))):
+        texts: list[Any] = _read_conversations(table, columns)
+    else:
+        texts = _read_plain(table, columns, problem)
+    if not texts:
+        raise FastpeftError(f"all texts of {table.name} in {' and '.join(columns)} are empty. Choose other data.")
+    logger.info("%s: %d texts from %s, without labels", table.name, len(texts), " and ".join(map(repr, columns)))
+    return texts
+
+
+def _read_conversations(table: Table, columns: Sequence[str]) -> list[Conversation]:
+    """The conversations of one table, in the one of `columns`."""
+    column, *answers = columns
+    if answers:
         raise FastpeftError(
-            f"{table.name} has turns in column {columns[0]!r}, and what answers them in column {columns[1]!r}. Write "
-            "both into one column as messages: the assistant's turns are learned."
+            f"{table.name} has turns in column {column!r}, and what answers them in column {answers[0]!r}. Write both "
+            "into one column as messages: the assistant's turns are learned."
         )
+    read = [as_conversation(row.get(column), column, RowRef(table.name, i)) for i, row in enumerate(table.rows, 1)]
+    if names := unread(table.rows, column):
+        logger.warning("%s: of conversations only role and content are read, not %s", table.name, ", ".join(names))
+    return read
+
+
+def _read_plain(table: Table, columns: Sequence[str], problem: Problem) -> list[Any]:
+    """The texts of one table, or pairs of them."""
+    texts: list[Any] = []
     for number, row in enumerate(table.rows, start=1):
         at = RowRef(table.name, number)
-        if chats:
-            texts.append(as_conversation(row.get(columns[0]), columns[0], at))
-            continue
         parts = [
             " ".join(as_words(value, name, at))
             if isinstance(value := row.get(name), list)
@@ -375,11 +392,6 @@ def _read_texts(table: Table, columns: Sequence[str], problem: Problem) -> list[
                     raise FastpeftError(f"{at} is empty in column {name!r}. Write a text there, or remove the row.")
         if any(part.strip() for part in parts):
             texts.append(tuple(parts) if len(parts) == 2 else parts[0])
-    if not texts:
-        raise FastpeftError(f"all texts of {table.name} in {' and '.join(columns)} are empty. Choose other data.")
-    if chats and (names := unread(table.rows, columns[0])):
-        logger.warning("%s: of conversations only role and content are read, not %s", table.name, ", ".join(names))
-    logger.info("%s: %d texts from %s, without labels", table.name, len(texts), " and ".join(map(repr, columns)))
     return texts
 
 
