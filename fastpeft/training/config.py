@@ -375,7 +375,7 @@ class TrainConfig:
             self._refuse(
                 "cache_dtype", "no features are cached. Name a folder by `cache_features`, or remove `cache_dtype`."
             )
-        if self.cache_features is not None and (reason := self._changing(method)):
+        if self.cache_features is not None and (reason := self._why_not_cached(method)):
             self._refuse("cache_features", reason)
         for name in FOR_LABELS:
             if self.objective is not None and getattr(self, name) is not None:
@@ -404,7 +404,7 @@ class TrainConfig:
     def _refuse(self, name: str, reason: str) -> NoReturn:
         raise FastpeftError(f"`{name}` is {getattr(self, name)!r}, but {reason}")
 
-    def _changing(self, method: Method) -> str:
+    def _why_not_cached(self, method: Method) -> str:
         """Why there are no features to cache; empty where there are."""
         if not method.frozen_features:
             return (
