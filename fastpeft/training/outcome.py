@@ -142,17 +142,9 @@ def _take_best(trainer: RunTrainer, task: Task) -> int | None:
 
 def _metrics(trainer: RunTrainer, task: Task, before: Beginning, after: _Measured) -> dict[str, Any]:
     """What `metrics.json` holds."""
-    config, device, seconds = task.config, trainer.args.device, trainer.clock.seconds
+    config, seconds = task.config, trainer.clock.seconds
     problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
     trainable, total = count_parameters(trainer.model)
-    longest = max(trainer.order.lengths)
-    report("simulating memory")
-    estimate = peak = simulated_peak_mb(task, trainer.args, longest)
-    if device.type == "cuda":
-        peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
-    elif trainer.longest_seen not in (0, longest) and trainer.clock.steps == trainer.state.global_step:
-        # every batch was seen: those before a run was resumed are not known
-        peak = simulated_peak_mb(task, trainer.args, trainer.longest_seen)
     return {
         "method": config.method,
         "model": config.model,
@@ -178,19 +170,34 @@ def _metrics(trainer: RunTrainer, task: Task, before: Beginning, after: _Measure
         "dev_rows": len(task.dev_rows),
         "trainable_parameters": trainable,
         "parameters": total,
-        "peak_memory_mb": peak,
-        "estimated_memory_mb": estimate,
-        "peak_memory_source": "CUDA allocator" if device.type == "cuda" else SIMULATED,
-        "peak_rss_mb": peak_rss_mb(),
+        **_memory(trainer, task),
         "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},
         "learning_rate": trainer.args.learning_rate,
         "compute_dtype": compute_dtype(trainer.args),
         "seed": config.seed,
-        "device": device_name(device),
+        "device": device_name(trainer.args.device),
         "threads": torch.get_num_threads(),
         "jobs": jobs(),
         "versions": versions(),
         "command": before.command,
+    }
+
+
+def _memory(trainer: RunTrainer, task: Task) -> dict[str, Any]:
+    """What `metrics.json` holds of memory: the peak of a step, the estimate of it, and the peak of the process."""
+    report("simulating memory")
+    on_cuda, longest = trainer.args.device.type == "cuda", max(trainer.order.lengths)
+    estimate = peak = simulated_peak_mb(task, trainer.args, longest)
+    if on_cuda:
+        peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
+    elif trainer.longest_seen not in (0, longest) and trainer.clock.steps == trainer.state.global_step:
+        # every batch was seen: those before a run was resumed are not known
+        peak = simulated_peak_mb(task, trainer.args, trainer.longest_seen)
+    return {
+        "peak_memory_mb": peak,
+        "estimated_memory_mb": estimate,
+        "peak_memory_source": "CUDA allocator" if on_cuda else SIMULATED,
+        "peak_rss_mb": peak_rss_mb(),
     }
 
 
