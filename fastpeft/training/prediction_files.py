@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Prediction:
     row: int
     text: Any
     scores: Any
-    others: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Any]
 
 
 class Predictions:

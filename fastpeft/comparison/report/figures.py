@@ -64,8 +64,8 @@ class Point:
     name: str
     x: float
     y: float
-    interval: tuple[float, float] | None = None
-    size: float | None = None
+    interval: tuple[float, float] | None
+    size: float | None
     told: Sequence[str] = ()
 
 
