@@ -251,7 +251,7 @@ class Predictions:
         ]
 
     def _answer(self, scores: np.ndarray) -> tuple[str, list[float]]:
-        """The class, or the labels with `|` between them, and the probability of each."""
+        """The class, the tag of a word, or the labels with `|` between them, and the probability of each."""
         assert isinstance(self._predictor, Predictor)
         answer = self._predictor.answer(scores)
         several = answer if isinstance(answer, list) else [answer]
@@ -317,9 +317,9 @@ class Predictions:
         if self._generates:
             read = text.asked if isinstance(text, Conversation) else text
             found: list[list[Any]] = [[prediction.row, str(read), scores]]
-        elif isinstance(self._predictor, Predictor) and problem.per_token:
-            best = [self._predictor.answer(each) for each in scores]
-            found = [[prediction.row, word, tag, shortest(p)] for word, (tag, p) in zip(text, best)]
+        elif problem.per_token:
+            best = [self._answer(each) for each in scores]
+            found = [[prediction.row, word, tag, shortest(p)] for word, (tag, (p,)) in zip(text, best)]
         else:
             said = [] if problem is REGRESSION else [self._answer(scores)[0]]
             texts = text if isinstance(text, tuple) else (text,)
