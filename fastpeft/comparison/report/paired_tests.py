@@ -100,7 +100,7 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
             f"{_highest(compared, best, scores)}."
         )
     told = [_highest(compared, best, scores, title)]
-    held = pairs_of(tested, best[0]) if len(best) == 1 else []
+    held = [pair for pair in tested if best[0] in (pair.first.name, pair.second.name)] if len(best) == 1 else []
     above = [pair.second.name for pair in held if pair.significant and pair.first.name == best[0]]
     rest = [_other(pair, best[0]) for pair in held if _other(pair, best[0]) not in above]
     if above:
@@ -130,11 +130,6 @@ def _counted(names: Sequence[str], held: Sequence[Pair]) -> str:
 
 def _other(pair: Pair, name: str) -> str:
     return pair.second.name if pair.first.name == name else pair.first.name
-
-
-def pairs_of(tested: Sequence[Pair], name: str) -> list[Pair]:
-    """The pairs with a variant."""
-    return [pair for pair in tested if name in (pair.first.name, pair.second.name)]
 
 
 def limits(tested: Sequence[Pair]) -> str:
