@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's model, on the best device there is, with what the run's folder says of it.
+    """A run's model, with what the run's folder says of it.
 
     Attributes:
         classifier: model and tokenizer.
@@ -102,7 +102,7 @@ class EncodedText(NamedTuple):
 
 
 def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
-    """Load the classifier of a finished run.
+    """Load a finished run with its model.
 
     Args:
         folder: folder of the run.

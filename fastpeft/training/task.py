@@ -1,4 +1,4 @@
-"""A configuration brought to life: its data as tokens, its model made ready by its method, the Trainer's arguments."""
+"""A configuration brought to life: its data as tokens, and its model made ready by its method."""
 
 from __future__ import annotations
 
