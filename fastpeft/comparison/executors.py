@@ -39,7 +39,7 @@ class ProcessExit(NamedTuple):
 
 
 class Executor(ABC):
-    """What runs processes, several at once. They can be started inside `with` alone, after which none is left.
+    """What runs processes, several at once. They are started only inside `with`, after which none is left.
 
     Attributes:
         jobs: how many run at once; with `threads` known inside `with`.
@@ -93,7 +93,7 @@ class Executor(ABC):
 class Local(Executor):
     """Processes on this machine. Several at once share its CPU threads, and where it has several GPUs, each has one.
 
-    Of one at a time nothing of the environment is changed.
+    With one at a time the environment stays as it is.
     """
 
     def __init__(self, jobs: int) -> None:

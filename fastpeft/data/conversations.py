@@ -31,7 +31,7 @@ class Conversation:
 
     @property
     def asked(self) -> Conversation:
-        """All before the last turn of the assistant, if that is the last turn of all; else the whole."""
+        """The conversation without its last turn, if that is the assistant's; else the whole."""
         return Conversation(self.turns[:-1]) if self.turns[-1][0] == ASSISTANT else self
 
     def __str__(self) -> str:

@@ -259,8 +259,10 @@ def _delimiter(file: Path, text: str) -> str:
 
 
 def _read_tsv(file: Path) -> list[Numbered]:
-    """Plain as GLUE's files are, unless its fields fit the header better, or as well where all its quotes enclose whole
-    fields, as quoted ones."""
+    """Rows read without quoting, as GLUE writes them, or with it, where they then fit the header no worse.
+
+    Where all fit it without, quoting is tried only if all quotes enclose whole fields.
+    """
     text = read_text(file)
     lines = _parse(file, text, delimiter="\t", quoting=csv.QUOTE_NONE)
     if lines and all(map(_is_cola, filter(None, lines))):
@@ -291,8 +293,7 @@ _LONGEST_FIELD = 2**31 - 1  # characters; all that a C long holds everywhere
 
 
 def _parse(file: Path, text: str, **dialect: Any) -> list[Any]:
-    """The fields of each row from the first that has some, or an error; after one that begins in a line the next line
-    begins anew."""
+    """The fields of each row, or its error, from the first that has fields. After an error the next line is a row."""
     lines, start = list(io.StringIO(text, newline="")), 0
     found: list[Any] = []
     limit = csv.field_size_limit(_LONGEST_FIELD)

@@ -177,7 +177,7 @@ def add_openai_routes(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Calla
 
 
 class _Answer:
-    """One answer to `asked`, while it is generated; `shape` makes its JSON, `count` is told the task of a whole one."""
+    """One answer to `asked`, while it is generated; `shape` makes its JSON, and `count` is told of a whole one."""
 
     def __init__(self, asked: OpenAIRequest, shape: _Completion, count: Callable[[str], object]) -> None:
         self._asked, self._shape, self._count = asked, shape, count

@@ -46,7 +46,7 @@ class Metrics:
 
 
 class Guard:
-    """Reads a request whole before the application gets it, so that a slow or a large body neither holds that up nor
+    """Reads a request whole before the application gets it, so that a slow or a large body neither delays it nor
     fills the memory: a body has at most `max_bytes`, and comes within `seconds`. A connection on which no request
     begins is not bounded here. `metrics` count the requests for answers.
     """

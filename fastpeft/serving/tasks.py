@@ -218,7 +218,7 @@ class Tasks:
         return task
 
     def _for_generation(self, run: FinishedRun) -> FinishedRun:
-        """The run with a `max_length` of all that its model reads, beyond what it was trained to: words are not cut."""
+        """The run with the `max_length` of its model, which may read more than the run did: prompts are not cut."""
         most = run.classifier.max_length
         return replace(run, max_length=min(most, self._max_length or most))
 

@@ -72,8 +72,10 @@ class TextGenerator:
 
     @property
     def around(self) -> tuple[str, str]:
-        """What may stand before the words of an answer, and after those of a completion in the data, and is neither's:
-        what a chat template writes there, and the end of a text."""
+        """What a chat template writes before an answer, and the end of a text, which may follow one in the data.
+
+        Neither is measured.
+        """
         tokenizer = self.run.classifier.tokenizer
         return opening(tokenizer) if self.run.chats else "", tokenizer.eos_token or ""
 

@@ -276,7 +276,7 @@ class Predictions:
 
     @cached_property
     def _kept(self) -> dict[str, str]:
-        """The columns of the file that follow the predictions, without texts and names that are taken, and their names.
+        """The file's columns that follow the predictions, and their names there: no texts, and no name that is taken.
 
         Labels whose name is taken, as by the number that a run gives, get another: they are not to be lost unseen.
         """
