@@ -282,7 +282,8 @@ def test_what_a_client_of_openais_sends(server: Server) -> None:
     assert answer["usage"]["completion_tokens"] <= 3
     prompt = answer["usage"]["prompt_tokens"]
     said = {"role": "assistant", "content": "film", "refusal": None, "tool_calls": None}  # by the client's model_dump
-    longer = {**body, "messages": [*body["messages"], said, *turns("film")]}
+    told = {"role": "tool", "content": "film", "tool_call_id": "call_1"}
+    longer = {**body, "messages": [*body["messages"], said, told, *turns("film")]}
     assert server.ask("POST", "/v1/chat/completions", longer)[0] == 200
     completion = {"model": "e2e", "prompt": "film", "max_tokens": 2, "logprobs": None}
     assert server.ask("POST", "/v1/completions", completion)[0] == 200
