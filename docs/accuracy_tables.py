@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
@@ -327,12 +328,19 @@ def generalisation() -> str:
 
 
 def base_rates() -> str:
-    """What each rate reached on a slice, the recipe's first."""
-    found: dict[str, list[str]] = {}
+    """What each rate reached on a slice, by its ratio to the recipe's, which the file has first."""
+    heads = {-1: "a third", 0: "the recipe's", 1: "three times", 2: "nine times", 3: "27 times"}  # powers of three
+    found: dict[str, dict[int, str]] = {}
+    recipes: dict[str, float] = {}
     for row in rows("base_rates.csv"):
-        found.setdefault(row["variant"], []).append(f"{float(row['accuracy']):.3f} ({float(row['learning_rate']):g})")
-    body = ([NAMES[variant.partition(":")[0]], *tried] for variant, tried in found.items())
-    return table(["accuracy (rate)", "the recipe's", "a third", "three times"], body)
+        variant, rate = row["variant"], float(row["learning_rate"])
+        power = round(math.log(rate / recipes.setdefault(variant, rate), 3))
+        found.setdefault(variant, {})[power] = f"{float(row['accuracy']):.3f} ({rate:g})"
+    body = (
+        [NAMES[variant.partition(":")[0]], *(tried.get(power, "-") for power in heads)]
+        for variant, tried in found.items()
+    )
+    return table(["accuracy (rate)", *heads.values()], body)
 
 
 def _above(
