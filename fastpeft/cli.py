@@ -319,8 +319,8 @@ def compare(
         panel=COMPARISON,
         common=True,
         metavar="NAME",
-        help="quick: one seed, one epoch, the learning rates of the recipes. full: three seeds, and for each variant "
-        "the best of three learning rates on a slice of the training rows.",
+        help="quick: one seed, the learning rates of the recipes, one epoch (MeZO: its recipe's). full: three seeds, "
+        "and for each variant without a learning rate the best of three on a slice of the training rows.",
     ),
     seeds: int | None = panel_option(
         None,

@@ -72,9 +72,9 @@ _DIVISOR = "num_items_in_batch"  # the Trainer's: what a decoder learns in all m
 class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     r"""A pretrained model whose encoder's output is replaced by that of a side network, which reads its features.
 
-    The backbone runs in evaluation mode and without gradients; it is never changed, saved or given to an optimizer.
-    The side network trains, in float32, and so does the model's own head except for an LM head, in float32 or float64.
-    `save_pretrained` writes what trains, and names the backbone.
+    The backbone runs in evaluation mode and without gradients; it is never saved or given to an optimizer. The side
+    network trains in float32. The model's own head trains too, in float32 or float64, but for the layer of an LM head
+    that scores words. `save_pretrained` writes what trains, and names the backbone.
 
     A base of `AutoModel` has no head: the output is its own, and `last_hidden_state` is what the side network made, in
     the backbone's width and dtype. So it makes embeddings, and the side network alone trains.
@@ -533,7 +533,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
 
         Notes:
             A token takes `(L + 1) d` values. A backbone with changed weights has features of its own, but a change
-            through `.data` is not noticed. A damaged record is computed again.
+            through `.data` is not noticed. So have another dtype of autocast and another version of transformers. A
+            damaged record is computed again.
 
         Example:
             >>> model.cache_features("features")  # doctest: +SKIP

@@ -60,8 +60,8 @@ class MeZO(torch.optim.Optimizer):
             moves by about `lr / (eps sqrt(n))`, so its rates differ from those of "spsa". Near a minimum sigma
             vanishes and l_i - l_0 does not; then only `max_projected_grad` bounds the step. The authors use it with
             noise "rademacher".
-        num_estimates: directions a step, n. "spsa" averages over them, at 2 n forward passes; "fzoo" needs two or more
-            and makes n + 1 passes.
+        num_estimates: directions a step, n, at most 255. "spsa" averages over them, at 2 n forward passes; "fzoo" needs
+            two or more and makes n + 1 passes.
         noise: "gaussian" or "rademacher" (+1 or -1).
         max_projected_grad: limit of the size of g, of each direction and group, above 0; None sets no limit. With
             "fzoo" g is `(l_i - l_0) / (eps sigma)`, usually at most a few times 1 / eps: with 10 / eps and noise

@@ -64,14 +64,19 @@ class Shared:
     bf16: bool
     generates_text: bool
 
-    def fits(self, run: FinishedRun) -> bool:
-        """Whether rows of a run can stand in one batch with those that are here."""
+    def unlike(self, run: FinishedRun) -> str:
+        """Why rows of a run cannot stand in one batch with those that are here; empty where they can."""
         own, other = self.tokenizer, run.classifier.tokenizer
-        padding = (own.pad_token_id, own.padding_side) == (other.pad_token_id, other.padding_side)
-        alike = self.bf16 == bool(run.config.bf16) and self.generates_text == (run.problem is NEXT_WORDS)
-        if self.generates_text and alike:  # by one configuration for all rows
-            alike = self.pool.backbone.core.generation_config == run.classifier.model.generation_config
-        return padding and alike
+        if self.generates_text != (run.problem is NEXT_WORDS):
+            return f"other runs generate {'text' if self.generates_text else 'no text'}"
+        if self.bf16 != bool(run.config.bf16):
+            return f"it computes in {'float32' if self.bf16 else 'bfloat16'}, and other runs do not"
+        if (own.pad_token_id, own.padding_side) != (other.pad_token_id, other.padding_side):
+            return "its tokenizer pads otherwise than that of other runs"
+        core, model = self.pool.backbone.core, run.classifier.model
+        if self.generates_text and core.generation_config != model.generation_config:  # one for all rows
+            return "its generation_config is another than that of other runs"
+        return ""
 
     def scores(self, rows: Sequence[tuple[Task, EncodedText]]) -> list[np.ndarray]:
         """What `Predictor.scores` gives for each row, by one pass of the backbone."""
@@ -228,8 +233,11 @@ class Tasks:
         if not isinstance(ladder, LadderModel):
             return Task(name, run, predictor, None, f"{run.config.method} has no side network")
         reason, member = "", f"{name} {next(self._numbers)}"
-        here = {id(task.shared): task.shared for task in self if task.shared is not None and task.shared.fits(run)}
+        here = {id(task.shared): task.shared for task in self if task.shared is not None}
         for shared in here.values():
+            if unlike := shared.unlike(run):
+                reason = unlike
+                continue
             try:
                 shared.pool.add(member, run.classifier.model)
                 return Task(name, run, predictor, shared, member=member)

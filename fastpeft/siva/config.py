@@ -95,8 +95,8 @@ class SivaConfig(PeftConfig):
             layer, and less far the more layers there are, so that a learning rate found for one model serves another.
             `"plain"`: in proportion to the triplet's singular value, as if U and V themselves trained.
         rank_pattern: Ranks of single layers, `{name or regular expression: r}`.
-        layers_to_transform: Indices of the blocks to adapt; None adapts all. It goes with names in
-            `target_modules` or `"all-linear"`, not with a regular expression.
+        layers_to_transform: Indices of the blocks to adapt; None adapts all. It does not go with a regular expression
+            in `target_modules`.
         layers_pattern: Name of the list of blocks, where it is not the usual one; with `layers_to_transform`.
         exclude_modules: Names or a regular expression of layers to leave out.
         modules_to_save: Further modules that train and are saved whole. With the task types SEQ_CLS, TOKEN_CLS and
@@ -113,9 +113,10 @@ class SivaConfig(PeftConfig):
         target_parameters, layer_replication: LoRA's; here they are refused.
 
     Raises:
-        FastpeftError: r below 1, an unknown residual, residual_dtype or bias, d or residual_dtype with
-            `residual="implicit"`, d with residual_dtype, nf4 without bitsandbytes, layers_to_transform with a
-            regular expression or layers_pattern without layers_to_transform.
+        FastpeftError: r below 1, an unknown residual, residual_dtype, scaling or bias, biases with a PEFT before 0.21,
+            d or residual_dtype with `residual="implicit"`, d with residual_dtype, nf4 without bitsandbytes,
+            layers_to_transform with a regular expression, layers_pattern without layers_to_transform, or one of LoRA's
+            fields that are refused.
 
     Example:
         >>> import fastpeft, peft

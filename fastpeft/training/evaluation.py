@@ -190,7 +190,7 @@ def evaluate_zero_shot(
     *,
     calibrate: bool = False,
 ) -> dict[str, Any]:
-    """Metrics and loss of a masked language model by a prompt, with no training, on the dev rows of `data`.
+    """Metrics and loss of a language model by a prompt, with no training, on the dev rows of `data`.
 
     Args:
         model: `"demo"`, a folder or a hub id.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,14 @@ def test_it_is_told_what_shares_a_backbone_and_what_does_not(tasks: Tasks) -> No
     assert "stands on another backbone" in rest["alone"]
     assert "siva has no side network" in rest["pairs"]
     assert "head has no side network" in rest["number"]
+
+
+def test_it_is_told_that_a_run_computes_in_another_precision(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "a", tmp_path / "half")
+    file = tmp_path / "half" / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bf16": True}))
+    tasks = Tasks({"a": runs / "a", "half": tmp_path / "half"})
+    assert described(tasks)[1] == "half: a model of its own (it computes in bfloat16, and other runs do not)"
 
 
 def test_a_text_that_is_refused_leaves_the_others_of_its_batch(tasks: Tasks) -> None:
