@@ -177,6 +177,8 @@ def _metrics(cells: Sequence[dict[str, Any]]) -> list[Row]:
 MEZO = "mezo:prompt=sst2:learning_rate=6e-6:epochs=5"  # in the evidence
 OTHERS = {  # that the paper does not have
     "lora:rank=4:targets=key+value": "LoRA key + value",
+    "lora:rank=4:targets=query+key:learning_rate=1.2e-3": "LoRA, three times its rate",
+    "lora:rank=4:targets=query+key:learning_rate=3.6e-3": "LoRA, nine times its rate",
     "head": "head only",
     "bitfit": "BitFit",
     "pissa:rank=4:targets=query+key": "PiSSA",

@@ -236,6 +236,19 @@ class MeZOTrainer(Trainer):
         finally:
             self._settle()  # also after an interrupt between the two halves of a step
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.hyperparameter_search`.
+
+        Raises:
+            FastpeftError: `args` ask for a journal.
+        """
+        if self.args.journal:
+            raise FastpeftError(
+                "hyperparameter_search with MeZOConfig(journal=True): a journal is of one run, and all trials would "
+                "write it in one output folder. Search with journal=False, then train by the best settings with it."
+            )
+        return super().hyperparameter_search(*args, **kwargs)
+
     def _settle(self) -> None:
         if self.optimizer is not None:
             self.mezo.settle()

@@ -402,6 +402,9 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         config(tmp_path, neftune_noise_alpha=5.0)
     with pytest.raises(FastpeftError, match="got a TrainingArguments"):
         MeZOTrainer(language_model(), TrainingArguments(str(tmp_path)))
+    searching = MeZOTrainer(args=config(tmp_path, journal=True), model_init=lambda: language_model())
+    with pytest.raises(FastpeftError, match="a journal is of one run, and all trials would write it"):
+        searching.hyperparameter_search(n_trials=2, backend="optuna")
     model = language_model()
     with pytest.raises(FastpeftError, match="the optimizer is SGD"):
         MeZOTrainer(model, config(tmp_path), optimizers=(torch.optim.SGD(model.parameters()), None))
