@@ -14,7 +14,7 @@ from fastpeft.ops.dtypes import HALVES, keeping_dtypes
 from fastpeft.ops.quantise import Format
 from fastpeft.siva.change import Change, Start, changed, scales
 from fastpeft.siva.config import Residual, SivaConfig, check_name, check_residual
-from fastpeft.siva.decompose import Factors, add, check_decomposable, check_ranks, decompose, is_lossy, subtract
+from fastpeft.siva.decompose import Factors, add, check_decomposable, check_ranks, decompose, lossy_rank, subtract
 from fastpeft.siva.frozen import BaseWeightLayer, check_base, original_fingerprint
 from fastpeft.siva.quantise import decompose_quantised
 
@@ -62,7 +62,7 @@ class AdaptedLinear(BaseWeightLayer):
         if adapter_name in self.siva_du:
             self.delete_adapter(adapter_name)  # its weight must not be decomposed a second time
         weight = self._weight
-        d = config.d if is_lossy(weight.shape, config.d) else None
+        d = lossy_rank(weight.shape, config.d)
         if self.base_fingerprint is None:
             self.base_fingerprint = original_fingerprint(self.base_layer)
         waits = config.init_weights == "saved" or config.pissa is not None
@@ -113,7 +113,7 @@ class AdaptedLinear(BaseWeightLayer):
             )
         if self.is_last(adapter_name):
             self.check_restorable()
-        d = config.d if is_lossy((self.out_features, self.in_features), config.d) else None
+        d = lossy_rank((self.out_features, self.in_features), config.d)
         found = None
         given = {"r": r, "d": d, "residual": config.residual, "residual_dtype": config.residual_dtype}
         for other in self.siva_du:

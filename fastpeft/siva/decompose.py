@@ -76,7 +76,7 @@ def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight"
         n, k = weight.shape
         factors = Factors(*(weight.new_empty(shape, dtype=torch.float32) for shape in ((n, r), (r,), (r, k))))
         return Decomposition(factors, torch.empty_like(weight))
-    if d is not None and is_lossy(weight.shape, d):
+    if (d := lossy_rank(weight.shape, d)) is not None:
         u, s, v = _triplets(weight, d, name)
         rest = (u[:, r:] * s[r:]) @ v[r:]
         factors = _fix_signs(u[:, :r], s[:r], v[:r], weight.device)
@@ -154,9 +154,9 @@ def _krylov_basis(gram: Tensor, count: int) -> Tensor | None:
     return None
 
 
-def is_lossy(shape: tuple[int, int] | torch.Size, d: int | None) -> bool:
-    """Whether a decomposition of rank d leaves out a part of a weight of this shape."""
-    return d is not None and d < min(shape)
+def lossy_rank(shape: tuple[int, int] | torch.Size, d: int | None) -> int | None:
+    """d where a decomposition of this rank leaves out a part of a weight of this shape, else None."""
+    return d if d is not None and d < min(shape) else None
 
 
 def exact(part: Tensor) -> Tensor:
