@@ -80,13 +80,7 @@ class FeatureCache:
         FastpeftError: an argument cannot be used, or the backbone does not read tokens.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        folder: str | os.PathLike[str],
-        dtype: str = FEATURE_DTYPES[0],
-        max_bytes: int | None = None,
-    ) -> None:
+    def __init__(self, backbone: Backbone, folder: str | os.PathLike[str], dtype: str, max_bytes: int | None) -> None:
         if dtype not in FEATURE_DTYPES:
             raise FastpeftError(f"the feature cache's dtype is {dtype!r}; choose one of {', '.join(FEATURE_DTYPES)}.")
         if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):

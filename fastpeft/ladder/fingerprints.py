@@ -62,7 +62,7 @@ def fingerprints(
 
 
 def check_fingerprints(
-    backbone: Backbone, expected: Mapping[str, str], source: str | None, trained: Iterable[nn.Parameter] = ()
+    backbone: Backbone, expected: Mapping[str, str], source: str | None, trained: Iterable[nn.Parameter]
 ) -> None:
     """Raise `FastpeftError` if a saved fingerprint is not that of the backbone's weights without `trained`."""
     found = fingerprints(backbone, trained)

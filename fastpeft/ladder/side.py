@@ -63,7 +63,7 @@ class WindowFusion(nn.Module):
         mask: Tensor | None,
         visible: Tensor | None,
         seed: int | Tensor,
-        cache: SideLayer | None = None,
+        cache: SideLayer | None,
     ) -> Tensor:
         """As `SideBlock.forward`: theta `(B, T, D)`, window `(B, S, T, D)` -> `(B, T, D)`."""
         batch, tokens, width = theta.shape
@@ -165,7 +165,7 @@ class SideBlock(nn.Module):
         mask: Tensor | None,
         visible: Tensor | None,
         seed: int | Tensor,
-        cache: SideLayer | None = None,
+        cache: SideLayer | None,
     ) -> Tensor:
         """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `SideRun` -> `(B, T, D)`.
 

@@ -103,7 +103,7 @@ def run_of(
 class SideStep(SideRun):
     """A `SideRun` over one token of each text, of a network that it takes; mask and cache are of all tokens so far."""
 
-    def __init__(self, side: SideNetwork, mask: Tensor | None, cache: SideCache, keep_states: bool = False) -> None:
+    def __init__(self, side: SideNetwork, mask: Tensor | None, cache: SideCache, keep_states: bool) -> None:
         super().__init__(side, mask, 0, keep_states, cache=cache.layers)
         self._weights = cache.step_weights = cache.step_weights or StepWeights(side)
         self._layers = cache.layers

@@ -40,7 +40,7 @@ class AdaptedLinear(BaseWeightLayer):
         "step",
     )
 
-    def __init__(self, base_layer: nn.Module, name: str, pack_weights: bool = True) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, pack_weights: bool) -> None:
         super().__init__(base_layer, name, pack_weights)
         self.siva_du, self.siva_dv = nn.ModuleDict(), nn.ModuleDict()
         self.siva_s, self.siva_u0, self.siva_v0 = (BufferDict(persistent=True) for _ in range(3))

@@ -34,7 +34,7 @@ class Change(nn.Module):
 
     scale: Tensor | None
 
-    def __init__(self, initial: Tensor, start: Start, scale: Tensor | None = None) -> None:
+    def __init__(self, initial: Tensor, start: Start, scale: Tensor | None) -> None:
         super().__init__()
         value = torch.zeros_like(initial)
         if start == "random":

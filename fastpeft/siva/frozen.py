@@ -44,7 +44,7 @@ class BaseWeightLayer(nn.Module, BaseTunerLayer):
         FastpeftError: The layer is of another kind.
     """
 
-    def __init__(self, base_layer: nn.Module, name: str, pack_weights: bool = True) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, pack_weights: bool) -> None:
         super().__init__()
         check_kind(base_layer, name)
         self.base_layer: Any = base_layer.requires_grad_(False)  # nn.Linear or Conv1D, which has no types

@@ -26,7 +26,7 @@ class LoadableLinear(AdaptedLinear):
     whole model holds the stored weight too.
     """
 
-    def __init__(self, base_layer: nn.Module, name: str, pack_weights: bool = True) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, pack_weights: bool) -> None:
         super().__init__(base_layer, name, pack_weights)
         self._arriving: set[str] = set()  # adapters in the state dict that is being loaded
         self._whole: str | None = None  # the adapter whose W_r must be made of a pretrained weight that is being loaded

@@ -186,7 +186,7 @@ def limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
         peft_config.rank_pattern = {**peft_config.rank_pattern, **patterns}
 
 
-def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool], names: Iterable[str] | None = None) -> None:
+def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool], names: Iterable[str] | None) -> None:
     """Warn of matrices that are left out since they are in no layer of their own, as the experts of a mixture.
 
     Args:
