@@ -510,7 +510,8 @@ class MeZO(torch.optim.Optimizer):
 
     def _give_up(self, what: str) -> None:
         """Raise an error about a value that is not finite, or note that the step is to be skipped."""
-        fault = f"MeZO: {what} at {self._where()}"
+        seed = self.draw_seeds()[self.weights.point[0]]
+        fault = f"MeZO: {what} at step {self.steps_done + 1} (noise seed {seed})"
         if self.on_nonfinite == "stop":
             self.settle()
             raise NotFiniteError(
@@ -521,6 +522,3 @@ class MeZO(torch.optim.Optimizer):
             logger.warning("%s; the step is skipped", fault)
         self._skip = True
         self._slopes = [math.nan] * self.estimator.num_estimates
-
-    def _where(self) -> str:
-        return f"step {self.steps_done + 1} (noise seed {self.draw_seeds()[self.weights.point[0]]})"

@@ -310,8 +310,8 @@ class MeZOTrainer(Trainer):
         given = None if isinstance(resume, bool) else Checkpoint.read(Path(resume))
         copies = [each.path / FILE_NAME for each in ([given] if given else saved[-1:]) if not each.weights]
         journal = next((Journal.open(path) for path in (file, *copies) if path.exists()), None)
-        start = where_to_begin(saved, given, None if journal is None else (journal.header["first_step"], journal.steps))
-        begins = start.steps if journal is None else journal.header["first_step"]
+        start = where_to_begin(saved, given, None if journal is None else (journal.begins_at[0], journal.steps))
+        begins = start.steps if journal is None else journal.begins_at[0]
         if begins and not self.args.save_weights:
             raise FastpeftError(
                 f"save_weights=False, but the journal in {file.parent} begins after {begins} steps of the run, so the "
