@@ -327,19 +327,22 @@ class MeZOTrainer(Trainer):
                 f"{self.args.lr_scheduler_type!s} follows measured losses, which a journal does not hold. Resume from "
                 "a checkpoint, by its path."
             )
-        if start.newest is None:
-            with_state = [
-                each for each in (*self.callback_handler.callbacks, self.control) if isinstance(each, ExportableState)
-            ]
-            state = TrainerState(stateful_callbacks=with_state)  # the Trainer looks for these when it saves
-        else:
+        with tempfile.TemporaryDirectory() as folder:
+            self._state_at(start).save_to_json(str(Path(folder) / STATE_FILE))
+            yield folder
+
+    def _state_at(self, start: Start) -> TrainerState:
+        """The Trainer's own state after a step that only the journal has."""
+        if start.newest is not None:
             state = TrainerState.load_from_json(str(start.newest.path / STATE_FILE))
+        else:
+            parts = (*self.callback_handler.callbacks, self.control)
+            with_state = [part for part in parts if isinstance(part, ExportableState)]
+            state = TrainerState(stateful_callbacks=with_state)  # the Trainer looks for these when it saves
         state.global_step = start.steps
         for name in ("logging_steps", "eval_steps", "save_steps", "train_batch_size"):
             setattr(state, name, getattr(self.args, name))
-        with tempfile.TemporaryDirectory() as folder:
-            state.save_to_json(str(Path(folder) / STATE_FILE))
-            yield folder
+        return state
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights with which the journal continues, unless they are those of the base model."""
