@@ -82,8 +82,8 @@ def check_inputs(backbone: Backbone, given: Tensor | None) -> None:
         )
 
 
-def tells_of_no_gradient(given: Tensor, gradients_from: int) -> bool:
-    """Warn where a pass reads what asks for a gradient, such as a soft prompt, and none comes to it.
+def warn_of_no_gradient(given: Tensor, gradients_from: int) -> bool:
+    """Whether a pass reads what asks for a gradient, such as a soft prompt, and none comes to it; a warning says so.
 
     Args:
         given: what the base reads, which requires a gradient.

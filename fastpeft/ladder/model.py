@@ -30,8 +30,8 @@ from fastpeft.ladder.checks import (
     check_labels,
     check_mask,
     check_positions,
-    tells_of_no_gradient,
     warn_of_earlier_head,
+    warn_of_no_gradient,
 )
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
@@ -51,7 +51,7 @@ from fastpeft.ladder.generation import (
 )
 from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
-from fastpeft.ladder.probes import check_answers, check_told, decide_causal, predicts_next_tokens, tell_of_other_ways
+from fastpeft.ladder.probes import check_answers, check_causal, decide_causal, predicts_next_tokens, warn_of_other_ways
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base
 from fastpeft.ladder.side import SideNetwork
@@ -122,8 +122,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True  # of the side blocks
     _generates = False  # until the base is known
     _has_answered = False
-    _told_of_thawed = False
-    _told_of_inputs = False
+    _warned_of_thawed = False
+    _warned_of_inputs = False
 
     def __init__(self, base: nn.Module, config: LadderConfig) -> None:
         if not isinstance(config, LadderConfig):
@@ -262,8 +262,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         self._keep_in_evaluation()
         parameters = (each for module in self.backbone.frozen for each in module._parameters.values())
         thawed = mode and any(each is not None and each.requires_grad for each in parameters)
-        if thawed and not (self.adapters or self._told_of_thawed):
-            self._told_of_thawed = True
+        if thawed and not (self.adapters or self._warned_of_thawed):
+            self._warned_of_thawed = True
             logger.warning(
                 "parameters of the backbone require gradients, but none come to them, and they are not saved. Call "
                 "requires_grad_(False) on them; to train in the backbone, put an adapter into it and set train_adapters"
@@ -340,8 +340,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         text = input_ids if input_ids is not None else inputs_embeds
         source = inputs if plain else text if text is not None else pixel_values
         check_inputs(self.backbone, source)
-        if source is not None and source.requires_grad and not self._told_of_inputs:
-            self._told_of_inputs = tells_of_no_gradient(source, self.gradients_from)
+        if source is not None and source.requires_grad and not self._warned_of_inputs:
+            self._warned_of_inputs = warn_of_no_gradient(source, self.gradients_from)
         check_labels(self.backbone, labels, start_positions, end_positions)
         takes = _DIVISOR in others and self.accepts_loss_kwargs
         divisor = {_DIVISOR: others.pop(_DIVISOR)} if takes else {}
@@ -385,7 +385,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         with this.around_base(features):
             outputs = self.base(inputs) if plain else self.base(**called, **divisor, return_dict=True)
         if self._to_tell and not torch.compiler.is_compiling():
-            self._to_tell = not tell_of_other_ways(self.backbone, inputs)
+            self._to_tell = not warn_of_other_ways(self.backbone, inputs)
         outputs = self._with_loss(outputs, labels, this.read) if plain else with_own_cache(outputs, cache)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)
@@ -405,7 +405,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         """What a base that is not a transformers model answers, with its loss; `read` are B and T of its features."""
         # of the first pass: a later batch may have as many tokens as there are classes
         first = not (self._has_answered or torch.compiler.is_compiling())
-        check_told(self.config.causal, self.base, outputs, read if first else None)
+        check_causal(self.config.causal, self.base, outputs, read if first else None)
         if first:
             self._has_answered = True
         return with_loss(outputs, labels, self.config.problem_type)

@@ -92,7 +92,7 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
     return True
 
 
-def check_told(causal: bool | None, base: nn.Module, logits: Any, read: tuple[int, int] | None) -> None:
+def check_causal(causal: bool | None, base: nn.Module, logits: Any, read: tuple[int, int] | None) -> None:
     """Raise `FastpeftError` if a module answers for each token and `causal` is unknown: it may predict next tokens.
 
     Args:
@@ -140,7 +140,7 @@ def check_answers(backbone: Backbone) -> None:
         )
 
 
-def tell_of_other_ways(backbone: Backbone, inputs: Any) -> bool:
+def warn_of_other_ways(backbone: Backbone, inputs: Any) -> bool:
     """Warn if a module's answer depends on `inputs` in other ways than by its last layer's output; see `check_answers`.
 
     It is no error: a module may be meant so, as one that gives a series its mean again.

@@ -141,8 +141,8 @@ class SivaModel(BaseTuner):
         if self._pissa is not None:
             self._pissa.check_targets(targets)
         layers = (layer for layer in targets.values() if isinstance(layer, SivaLinear))
-        _tell_of_rounding(layer for layer in layers if layer.is_last(self._adding))  # it is replaced
-        self._number_of_targets, self._number_made, self._told_of_bases = len(targets), 0, False
+        _warn_of_rounding(layer for layer in layers if layer.is_last(self._adding))  # it is replaced
+        self._number_of_targets, self._number_made, self._warned_of_bases = len(targets), 0, False
 
     def _is_head(self, key: str) -> bool:
         return key.partition(".")[0] in self._heads or key in self._heads
@@ -176,8 +176,8 @@ class SivaModel(BaseTuner):
         report("adapting layers", self._number_made, self._number_of_targets)
         if peft_config.init_weights != "saved" and layer.base_fingerprint is not None:
             before = peft_config.base_fingerprints.get(current_key, layer.base_fingerprint)
-            if not self._told_of_bases and not fingerprints_agree(before, layer.base_fingerprint):
-                self._told_of_bases = True
+            if not self._warned_of_bases and not fingerprints_agree(before, layer.base_fingerprint):
+                self._warned_of_bases = True
                 logger.warning(
                     "this SivaConfig was given to a model of other weights before; what that model saves from now on "
                     "names these, and is refused beside its own. Give each model a SivaConfig of its own"
@@ -228,7 +228,7 @@ class SivaModel(BaseTuner):
         if not merge:
             for layer in self._siva_layers():
                 layer.check_restorable()  # before the first layer is touched
-            _tell_of_rounding(self._siva_layers())
+            _warn_of_rounding(self._siva_layers())
             if any(layer.merged for layer in self._siva_layers()):  # LoRA's unload leaves them in
                 logger.warning(
                     "unload() takes the merged adapters out of the weights again. To keep them in, use "
@@ -268,7 +268,7 @@ class SivaModel(BaseTuner):
         left = [layer for layer in self._siva_layers() if layer.is_last(adapter_name)]
         for layer in left:
             layer.check_restorable()
-        _tell_of_rounding(left)
+        _warn_of_rounding(left)
         super().delete_adapter(adapter_name)
 
     @contextmanager
@@ -305,7 +305,7 @@ class SivaModel(BaseTuner):
                 )
 
 
-def _tell_of_rounding(layers: Iterable[SivaLinear]) -> None:
+def _warn_of_rounding(layers: Iterable[SivaLinear]) -> None:
     """Warn if pretrained weights are about to come back into these layers that are not the base's own."""
     if any(layer.comes_back_rounded for layer in layers):
         logger.warning(
