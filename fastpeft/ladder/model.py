@@ -138,8 +138,9 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         keep_form(base, passes_gradients=bool(adapters))
         config.causal = decide_causal(backbone, config.causal)
         self._decided = decide_defaults(config, backbone)
-        self._to_tell = backbone.plain and not config.base_fingerprints  # of what passes the side network by
-        if not config.base_fingerprints:  # else it was found when the side network was made
+        is_new = not config.base_fingerprints  # else this was found and told when the side network was made
+        self._looks_for_other_ways = is_new  # by which a module's answer passes the side network
+        if is_new:
             check_answers(backbone)
         else:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())
@@ -149,7 +150,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), config.base_activation, causal)
         head = backbone.head_parameters()
         check_head(backbone, head)
-        if not config.base_fingerprints:  # else it was told when the side network was made
+        if is_new:
             warn_of_earlier_head(backbone)
         if config.context is not None:
             if adapters:
@@ -384,9 +385,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         this = LadderPass(self.backbone, run, arguments, self.gradients_from)
         with this.around_base(features):
             outputs = self.base(inputs) if plain else self.base(**called, **divisor, return_dict=True)
-        if self._to_tell and not torch.compiler.is_compiling():
-            self._to_tell = not warn_of_other_ways(self.backbone, inputs)
-        outputs = self._with_loss(outputs, labels, this.read) if plain else with_own_cache(outputs, cache)
+        outputs = self._with_loss(outputs, inputs, labels, this.read) if plain else with_own_cache(outputs, cache)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)
         if return_dict is None:
@@ -401,10 +400,13 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         if getattr(self.backbone.text_config, "pad_token_id", None) != padding:
             self.backbone.text_config.pad_token_id = padding
 
-    def _with_loss(self, outputs: Any, labels: Tensor | None, read: tuple[int, int] | None) -> Any:
+    def _with_loss(self, outputs: Any, inputs: Any, labels: Tensor | None, read: tuple[int, int] | None) -> Any:
         """What a base that is not a transformers model answers, with its loss; `read` are B and T of its features."""
+        compiling = torch.compiler.is_compiling()
+        if self._looks_for_other_ways and not compiling:
+            self._looks_for_other_ways = not warn_of_other_ways(self.backbone, inputs)
         # of the first pass: a later batch may have as many tokens as there are classes
-        first = not (self._has_answered or torch.compiler.is_compiling())
+        first = not (self._has_answered or compiling)
         check_causal(self.config.causal, self.base, outputs, read if first else None)
         if first:
             self._has_answered = True
