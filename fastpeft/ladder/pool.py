@@ -22,7 +22,7 @@ from fastpeft.ladder.conversion import convert, converted_to
 from fastpeft.ladder.feature_sources import FeatureSource, GivenFeatures, GivenOutput
 from fastpeft.ladder.generation import CACHE, check_generates, with_cache
 from fastpeft.ladder.pool_admission import Admission, check_dtypes, leave_backbone, share_backbone
-from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache, check_head, check_mode
+from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache, check_mode, check_shared_head
 from fastpeft.ladder.pool_members import Members
 from fastpeft.ladder.pool_training import (
     LABELS,
@@ -264,7 +264,7 @@ class LadderPool:
         batch = self._check_rows(batch, tasks)
         ladders = {name: inside_prompt(members[name]) for name in tasks}
         for name, ladder in ladders.items():
-            check_head(name, ladder.backbone, self.backbone)
+            check_shared_head(name, ladder.backbone, self.backbone)
         decoder = PoolDecoder(self.backbone, [ladder.side for ladder in ladders.values()], self._passing)
         configs = options.get("generation_config"), decoder.generation_config
         check_mode(options, *configs)

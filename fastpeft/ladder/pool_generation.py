@@ -190,7 +190,7 @@ def check_cache(cache: Any, tasks: Sequence[str]) -> None:
         )
 
 
-def check_head(task: str, head: Backbone, backbone: Backbone) -> None:
+def check_shared_head(task: str, head: Backbone, backbone: Backbone) -> None:
     """Raise `FastpeftError` unless a member scores words as the pool's base does."""
     own, other = head.decoder, backbone.decoder
     same = own is not None and other is not None and all(a is b for a, b in zip(own.parameters(), other.parameters()))
