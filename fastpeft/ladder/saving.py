@@ -23,7 +23,7 @@ from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import SHAPE, LadderConfig
 from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints
-from fastpeft.support.adapter_files import PREFIX, check_file
+from fastpeft.support.adapter_files import PREFIX, check_adapter
 from fastpeft.support.hub import HUB_ARGUMENTS, model_options
 from fastpeft.support.model_card import model_card, write_card
 from fastpeft.support.safe_paths import check_named_files
@@ -308,7 +308,7 @@ def with_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = N
     """
     hub = hub or {}
     if Path(source).is_dir():
-        check_file(Path(source, hub.get("subfolder") or "", ADAPTER_FOLDER))
+        check_adapter(Path(source, hub.get("subfolder") or "", ADAPTER_FOLDER))
     place = {**hub, "subfolder": "/".join(filter(None, (hub.get("subfolder"), ADAPTER_FOLDER)))}
     try:
         return PeftModel.from_pretrained(base, source, is_trainable=True, **place)

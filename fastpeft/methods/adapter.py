@@ -11,7 +11,7 @@ from typing import Any
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
 from fastpeft.methods.preparation import Preparation
-from fastpeft.support.adapter_files import check_file
+from fastpeft.support.adapter_files import check_adapter
 from fastpeft.support.model_card import loading_snippet
 
 
@@ -73,7 +73,7 @@ class AdapterMethod(Method):
         return dataclasses.replace(base, model=put_onto(self._base(base.model), folder))
 
     def load_checkpoint(self, model: Any, checkpoint: Path) -> None:
-        check_file(checkpoint)
+        check_adapter(checkpoint)
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
 
     def merge(self, model: Any, trained: str) -> Any:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.siva.loading import current_keys
 from fastpeft.support import files
-from fastpeft.support.adapter_files import CONFIG, WEIGHTS, check_file
+from fastpeft.support.adapter_files import CONFIG, WEIGHTS, check_adapter
 from fastpeft.support.hub import OWN_ATTENTION, source_options
 from fastpeft.support.model_card import HEADS
 
@@ -68,7 +68,7 @@ def put_onto(base: Any, folder: Path) -> PeftModel:
     Raises:
         FastpeftError: it cannot be read, is damaged, or does not go onto that base.
     """
-    check_file(folder)
+    check_adapter(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder))
     except FastpeftError as error:
@@ -100,7 +100,7 @@ def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
             f"the adapter in {str(folder)!r} names {library!r} for the library of its base model; only transformers is "
             "imported. Load the base model and PeftModel.from_pretrained in a program of your own."
         )
-    check_file(folder)
+    check_adapter(folder)
     try:
         options = {**source_options(str(base)), **OWN_ATTENTION, **_new_head(folder)}
         with warnings.catch_warnings():

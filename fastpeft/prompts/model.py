@@ -26,7 +26,7 @@ from fastpeft.models import Classifier, is_causal_lm, load_language_model, longe
 from fastpeft.ops.dtypes import keeping_dtypes
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
-from fastpeft.support.adapter_files import WEIGHTS, check_file
+from fastpeft.support.adapter_files import WEIGHTS, check_adapter
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.hub import HUB_ARGUMENTS, OWN_ATTENTION, source_options
 
@@ -541,7 +541,7 @@ def _load_adapter(folder: Path, **kwargs: Any) -> Any:
     """A PEFT adapter in a local folder on its base model, of the revision that the adapter names."""
     from peft import PeftConfig, PeftModel
 
-    check_file(folder)
+    check_adapter(folder)
     with safe_open(folder / WEIGHTS, "pt") as file:
         if any(".masked_lm." in key for key in sorted(file.keys())):
             raise FastpeftError(

@@ -25,9 +25,11 @@ def holds_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def check_file(folder: Path) -> None:
-    """Raise `FastpeftError` unless the weights in a folder are in the one format that runs no code when it is read, and
-    nothing outside of the folder is named there but a base model."""
+def check_adapter(folder: Path) -> None:
+    """Raise `FastpeftError` unless the adapter in a folder is safe to read.
+
+    Its weights are in the one format that runs no code, and it names nothing outside of the folder but a base model.
+    """
     check_named_files(folder)
     try:
         config = files.read_json(folder / CONFIG)

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fastpeft.support.adapter_files import check_file, holds_adapter
+from fastpeft.support.adapter_files import check_adapter, holds_adapter
 from fastpeft.support.safe_paths import check_named_files
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def source_options(source: str) -> dict[str, Any]:
     """
     folder = Path(source)
     # an adapter beside a model is loaded by transformers, too
-    (check_file if holds_adapter(folder) else check_named_files)(folder)
+    (check_adapter if holds_adapter(folder) else check_named_files)(folder)
     return {
         "trust_remote_code": False,  # leaving it out would ask a person at a terminal
         "local_files_only": not folder.is_dir() and not reachable(),

@@ -22,7 +22,7 @@ from fastpeft.methods.saved_adapters import load_adapter
 from fastpeft.mezo import Journal
 from fastpeft.models import load_classifier
 from fastpeft.ops.noise import NAMES
-from fastpeft.support.adapter_files import check_file
+from fastpeft.support.adapter_files import check_adapter
 from fastpeft.support.safe_paths import check_named_files
 
 
@@ -236,7 +236,7 @@ def test_adapters_that_are_made_of_others_are_refused(
     values = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**values, "peft_type": kind, **named}))
     with pytest.raises(FastpeftError, match=rf"of the type {kind} and names others .*some/"):
-        check_file(folder)
+        check_adapter(folder)
     model = shutil.copytree(place / "model", tmp_path / "model")
     shutil.copy(folder / "adapter_config.json", model)  # which transformers then loads with the model
     with pytest.raises(FastpeftError, match=rf"of the type {kind} and names others .*some/"):
