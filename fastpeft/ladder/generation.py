@@ -93,7 +93,7 @@ class SideLayer(GrowingLayer):
 
     Attributes:
         keys: `(B, 1, T, 2 D)`, the keys and values of the self-attention.
-        values: `(B, 1, T, k D)`, those of the window; `(B, 1, T, 0)` with a gate.
+        values: `(B, 1, T, k D)`, those of the window; `(B, 1, 0, 0)` with a gate.
     """
 
     def add_window(self, window: Tensor) -> Tensor:

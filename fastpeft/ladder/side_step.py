@@ -28,7 +28,7 @@ class StepWeights:
     Attributes:
         blocks: of each block its weights, and the numbers after `visible`.
         projections: of each layer weight and bias of its projections, and where they go.
-        outside: `(L, k, D)`, the vectors p of all slots, which are the keys of those outside the backbone.
+        outside: `(N, k, D)`, the vectors p of all slots, which are the keys of those outside the backbone.
         nothing: the weight, bias and places where no feature is read.
     """
 
@@ -109,7 +109,7 @@ class SideStep(SideRun):
         self._layers = cache.layers
         self._eps = TINY if side.config.normalise_features else 0.0
         self._dtype = side.up.weight.dtype
-        self._parts: Tensor  # (B, L, k, D), the windows of all blocks
+        self._parts: Tensor  # (B, N, k, D), the windows of all blocks
 
     @staticmethod
     def takes(side: SideNetwork) -> bool:

@@ -25,7 +25,7 @@ _PATIENCE = 5.0  # seconds
 
 @functools.cache
 def reachable() -> bool:
-    """Whether the hub answers, or is not to be asked, as HF_HUB_OFFLINE says; found out once in a process."""
+    """Whether the hub answers; where HF_HUB_OFFLINE is set, it is not asked. Found out once in a process."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
