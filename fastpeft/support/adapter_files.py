@@ -11,8 +11,8 @@ from fastpeft.support.safe_paths import check_named_files
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the name of a layer
 _OTHERS = {"XLORA": "adapters", "SHADOW": "shadow_model"}  # types that name further models, which PEFT would load
-# types with a field that, where it is set, names another folder or file to start from; what is saved has started. With
-# that of LoRA PEFT imports the module that `megatron_core` names: before 0.20 any, as one beside the adapter
+# types with a field that names a folder or file to start from, which what is saved needs no more. Where LoRA's is set,
+# PEFT imports the module that `megatron_core` names: before 0.20 any, as one beside the adapter
 _STARTS = {
     "SIVA": "pissa",
     "MULTITASK_PROMPT_TUNING": "prompt_tuning_init_state_dict_path",

@@ -152,7 +152,7 @@ def lock(path: Path, busy: str | None = None) -> BinaryIO:
 
 
 def is_empty(folder: Path, *begun: str) -> bool:
-    """Whether a folder holds nothing but what a process leaves that ended at once, and names in `begun`."""
+    """Whether a folder holds nothing but names in `begun`, and what a process that ended at once leaves."""
     return all(child.name in (LOCK, *begun) or child.match(UNFINISHED) for child in folder.iterdir())
 
 
@@ -207,7 +207,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_up(path: Path) -> None:
-    """Let whoever may read new files here read a file too, or all below a folder: safetensors lets its owner alone."""
+    """Let whoever may read new files here read a file too, or all below a folder: safetensors lets only the owner."""
     made = unfinished(path)
     made.touch()
     usual = stat.S_IMODE(made.stat().st_mode)  # by the umask

@@ -16,8 +16,8 @@ _FINGERPRINT = re.compile(rf"(?:{_IN_4_BITS}|bfloat16|float(?:16|32|64)) [\dx]* 
 
 # Entries compared where the storage dtypes differ and the digests therefore cannot be.
 _SAMPLE_SIZE = 16
-# Of a weight in 4 bits: how far the same entry may be on another device, of itself, and how many may be farther, which
-# were rounded the other way.
+# Of a weight in 4 bits: the share by which an entry may differ on another device, and how many entries may differ more,
+# since they were rounded the other way.
 _SAME, _TIES = 1e-3, 2
 # How much of the squares of both samples their difference may have, where one is in 4 bits. Rounding to nf4 takes 0.004
 # of Gaussian weights, and a third where half of the entries become zero beside large ones. Of unrelated weights it is

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 # the arguments of `from_pretrained` that say where files are
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-# of the class of a model: transformers chooses. What config.json names may be a kernel of the hub, that is, code
+# an option of a model's class: transformers chooses. What config.json names may be a kernel of the hub, which is code
 OWN_ATTENTION = {"attn_implementation": None}
 _PATIENCE = 5.0  # seconds
 

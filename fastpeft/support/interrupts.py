@@ -1,8 +1,8 @@
 """What a Ctrl-C, or the SIGTERM of a scheduler, does: put off until a change is whole, noted until a step is made, or
 raised at once.
 
-Python runs the handler of a signal between any two of its steps, so that the KeyboardInterrupt which the one of Ctrl-C
-raises can part a change of the weights from the note that it was made.
+Python runs the handler of a signal between any two of its steps. So the KeyboardInterrupt of a Ctrl-C can come after a
+change of the weights and before the note that it was made.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class StopRequest:
 def noting_stops(request: StopRequest, notice: str) -> Iterator[None]:
     """Inside it the first Ctrl-C, SIGTERM or SIGHUP is noted in `request`, and each raises when it comes again.
 
-    That a terminal sends a Ctrl-C to all processes, of which one may then send SIGTERM to another, is one request. So
-    is a signal that comes again at once: schedulers send it to all processes, and a launcher passes its own on. A
-    handler that somebody has set stays in its place, as does the ignoring of a signal.
+    A terminal sends a Ctrl-C to all processes, and one of them may then send SIGTERM to another: that is one request.
+    So is a signal that comes again at once: schedulers send it to all processes, and a launcher passes its own on. A
+    handler that somebody has set stays in its place, and a signal that is ignored stays ignored.
 
     Args:
         request: where to note it.
@@ -137,8 +137,8 @@ def heed_parent_alone(_: int) -> None:
     """Begin a process that loads rows, which ignores SIGINT, SIGHUP, and the SIGTERM of any but the one that made it.
 
     A launcher or scheduler sends signals to all processes, but the one that trains has yet to make its step of rows.
-    SIGTERM is as ever where nobody tells who sent it, as on macOS, and where other threads would take it, as those of
-    libraries in a process that was not forked.
+    Any SIGTERM ends it where the system does not say who sent it, as macOS, and where other threads would take it, as
+    those of libraries in a process that was not forked.
     """
     for number in set(_STOPS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)

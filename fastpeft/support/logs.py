@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 
 def show_own_messages(handler: logging.Handler, quiet: bool) -> None:
-    """Give this library's own messages to `handler`, of which `quiet` leaves errors alone, and silence all others."""
+    """Give this library's own messages to `handler`, with `quiet` its errors only, and silence all others."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for other in ("huggingface_hub", "matplotlib"):  # the second tells of a home that cannot be written

@@ -1,6 +1,7 @@
-"""What the processor is called, and what it multiplies fast by the flags that the system tells.
+"""What the processor is called, and which formats it multiplies fast.
 
-By flags and never by a timing, so that the answer is the same in every process on it. None where the system tells none.
+The flags that the system lists say so, and never a timing: the answer is the same in every process. Where the system
+lists no flags, no format is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What libraries say when PEFT imports them and nobody can use: imported before PEFT, this hides it.
+"""Hides a warning that an import of PEFT brings and nobody can use. It must be imported before PEFT.
 
 PEFT imports bitsandbytes wherever that is installed. On some processors that looks for a kernel of products with 4-bit
 weights, and warns where it finds none; here such weights are dequantised (`fastpeft/ops/quantise.py`).

@@ -28,8 +28,8 @@ _KEYS = {
 def check_named_files(folder: Path) -> None:
     """Raise `FastpeftError` where the JSON in a local folder names a file outside of it.
 
-    Files that cannot be read are left for their readers to tell. Of the hub's cache, whose files are links, those it
-    keeps count as inside.
+    Files that cannot be read are left for their readers to tell. Files in the hub's cache are links; what these lead to
+    in the cache counts as inside.
     """
     found = [(file, keys) for pattern, keys in _KEYS.items() for file in sorted(folder.glob(pattern))]
     for file, keys in found:
