@@ -178,7 +178,7 @@ def _keep_float32(model: nn.Module) -> None:
 def load_language_model(model: str) -> tuple[Any, Any]:
     """Load `model` with its head for masked words or, of a decoder, for next words, and its tokenizer.
 
-    That of a decoder has no mask token, which is how a prompt knows it.
+    A decoder's tokenizer loses its mask token: by that a prompt knows a decoder.
 
     Raises:
         FastpeftError: as `load_masked_lm`.
@@ -286,7 +286,7 @@ def _config_of(model: str) -> Any:
 
 
 def is_causal_lm(config: Any) -> bool:
-    """Whether a configuration is of a decoder; of kinds that may be one, as BERT's, most models are encoders."""
+    """Whether a configuration is of a decoder; where a kind can be either, as BERT, its `is_decoder` decides."""
     kind = config.model_type
     reads_both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_both_ways

@@ -21,9 +21,9 @@ class AdapterMethod(Method):
 
     Attributes:
         config: the name of its configuration in PEFT, or of SiVA's.
-        rank: where a person gives none; None: it has no rank.
-        fields: what the configuration is given beside a rank, which follows from that; of one without, from 0.
-        by_mezo: what it is given beside that where MeZO trains it.
+        rank: the one where a person gives none; None: it has no rank.
+        fields: makes, of the rank or of 0 where there is none, what the configuration is given beside it.
+        by_mezo: what it is given too where MeZO trains it.
         merges: whether the adapter can become a part of its base's weights.
         four_bits: whether the base keeps its linear layers in 4 bits.
     """

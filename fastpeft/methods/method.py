@@ -42,7 +42,7 @@ class EarlierRun:
     Attributes:
         name: what error messages call its folder.
         folder: where it lies.
-        method: its name in the registry, of MeZO that of the method that it trained over.
+        method: its method in the registry; of a run by MeZO, the method whose parameters it trained.
         preparation: what its method was given.
         same_head: whether the head that it trained serves the later run.
         start: loads what it started from, with the head of the later run.
@@ -69,7 +69,7 @@ class Method(ABC):
         title: as written in a model card.
         description: one line.
         recipe: how it trains by default; the bundled model has its own, see `recipe_for`.
-        optimization: what trains that which it leaves to train.
+        optimization: how the parameters are trained that it leaves to train.
         options: which of the options in `OPTIONS` it takes.
     """
 
@@ -101,7 +101,7 @@ class Method(ABC):
         """Raise `FastpeftError` where options or settings cannot be used with any model, or with such a head."""
 
     def own_tokens(self, preparation: Preparation) -> int:
-        """How many tokens of what the model reads it takes for itself."""
+        """How many tokens of the longest input it needs for itself, so that texts cannot have them."""
         return 0
 
     def examples(self, preparation: Preparation) -> int:

@@ -21,10 +21,10 @@ class Recipe:
         weight_decay: of AdamW, for all that is neither a bias nor of a norm.
         warmup: share of the steps over which the rate rises to its peak.
         schedule: what follows: `linear` falls to 0, `polynomial` in a straight line to `last_rate`, `constant` stays.
-        last_rate: the last rate of `polynomial`, in proportion to the peak where that is another.
+        last_rate: the rate that `polynomial` ends at; with another peak than `learning_rate`, in proportion to it.
         epochs: passes over the training rows.
-        for_causal_lm: the fields that are others where a decoder learns next words: the epochs, of which more repeat
-            what was said (Taori et al. 2023, Alpaca), if nothing else.
+        for_causal_lm: the fields that differ where a decoder learns next words. By default these are the epochs: after
+            more of them a model repeats what it was told (Taori et al. 2023, Alpaca).
     """
 
     learning_rate: float

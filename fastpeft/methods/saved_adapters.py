@@ -35,7 +35,7 @@ _LAST_LAYER = re.compile(r"\.(classifier|score)(\.out_proj)?\.weight")
 def check_weights(model: PeftModel, folder: Path) -> None:
     """Raise `FastpeftError` unless all that the adapter on `model` holds came from the file in `folder`, and is finite.
 
-    PEFT loads what a file holds of an adapter, leaves the rest as it was drawn, and says nothing of what is too much.
+    PEFT loads what a file holds of an adapter and leaves the rest as it was drawn. It silently drops other tensors.
     """
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     with safe_open(folder / WEIGHTS, "pt") as file:
@@ -49,7 +49,7 @@ def check_weights(model: PeftModel, folder: Path) -> None:
 
 
 def _faults(own: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, list[str]]:
-    """What can be wrong with the tensors of a file, whose dtypes are `kinds`, and of which it is."""
+    """What can be wrong with tensors of a file, whose dtypes are `kinds`, and the names of those with which it is."""
     return {
         "is missing": sorted(own.keys() - kinds.keys()),
         "belongs to no part of it": sorted(kinds.keys() - own.keys()),

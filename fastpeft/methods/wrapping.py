@@ -95,7 +95,7 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
 
 
 def _own_names(model: Any, targets: Targets) -> Targets:
-    """Targets of which `query`, `key` and `value`, where no layer is called so, are what the model calls them.
+    """Targets with the model's own names in place of `query`, `key` and `value`, where no layer is called so.
 
     One matrix that makes them all stands for the three, and for no one of them.
     """
@@ -145,8 +145,8 @@ def _usual_layers(model: Any, config: str) -> dict[str, Any]:
 def merge(model: PeftModel) -> Any:
     """The base model with its adapter in its weights, and with the head that was trained beside that.
 
-    The head is put in place first: of most adapters PEFT puts back what has a weight of its own only, which a head of
-    several layers has not.
+    The head is put in place first: with most adapters PEFT puts back only modules with a weight of their own, and a
+    head of several layers has none.
     """
     base = model.get_base_model()
     for name, module in list(base.named_modules()):
@@ -167,7 +167,7 @@ def check_4_bits() -> None:
 def in_4_bits(model: Any) -> Any:
     """`model` with the linear layers of its backbone in nf4, their scales in 8 bits, as QLoRA has them; in place.
 
-    It computes in the dtype of its inputs. In what has been done so already nothing changes.
+    It computes in the dtype of its inputs. Layers that are in 4 bits already stay as they are.
 
     Raises:
         FastpeftError: bitsandbytes is missing, the backbone has no linear layer, or one whose rows are not whole blocks

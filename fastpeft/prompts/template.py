@@ -374,7 +374,7 @@ def is_of_decoder(tokenizer: Any) -> bool:
 
 
 def _by_class(words: Any, has_space: bool) -> dict[str, str]:
-    """Label words as given, by the names of their classes in order; without a space before them if there is one."""
+    """Label words by the names of their classes, in order; `has_space`: the template has the space before them."""
     if isinstance(words, (set, frozenset)):
         raise FastpeftError(
             f"the label words are a set, {words!r}, which has no order. Give a list, or a word by class."
