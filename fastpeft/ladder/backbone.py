@@ -190,7 +190,7 @@ class Backbone:
 
     @property
     def encoder(self) -> nn.Module | None:
-        """Of a model with an encoder and a decoder the former, if the layers are its own."""
+        """The encoder of a model that has a decoder too, if the layers are the encoder's; else None."""
         if self.plain or not self.encodes_and_decodes:
             return None
         encoder: nn.Module = self.core.get_encoder()
@@ -217,9 +217,9 @@ class Backbone:
 
     @property
     def text_config(self) -> Any:
-        """The configuration of what reads or writes text: a part of that of a model that sees or hears too.
+        """The configuration of what reads or writes text, which is only a part where a model sees or hears too.
 
-        An encoder-decoder has its own, since both its stacks have to do with text; None for a module without one.
+        Of an encoder-decoder it is the whole one, since both stacks have to do with text; None where there is none.
         """
         config: Any = getattr(self.core, "config", None)
         text = not self.plain and (self.input_name == "input_ids" or self.core.can_generate())

@@ -315,7 +315,7 @@ def _is_trained(name: str) -> bool:
 
 
 def _switches(name: str, module: nn.Module) -> list[Any]:
-    """What decides the output of a layer of PEFT's, or of one that `pack_frozen` has packed, beside its weights.
+    """What decides, beside its weights, the output of a layer of PEFT's or of one that `pack_frozen` has packed.
 
     PEFT merges by way of `weight.data`, which leaves no other trace.
     """

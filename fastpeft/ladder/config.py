@@ -41,7 +41,7 @@ SHAPE = (
 
 _MOST_BLOCKS = 6  # of the default
 _WIDE_WINDOW, _WIDE_WINDOW_DROPOUT = 9, 0.2  # the paper drops features from 9 slots on
-# other names of fields: of the command line's options, and of what a field comes to
+# other names that somebody may give a field: that of a command line's option, or of the property with None resolved
 _OTHER_NAMES = {"window": "window_size", "reduction": "reduction_factor", "dropout": "feature_dropout"}
 
 

@@ -201,8 +201,8 @@ def check_shared_head(task: str, head: Backbone, backbone: Backbone) -> None:
         )
 
 
-# what runs passes over other rows than those of the batch or an other model beside it, or returns for all rows what
-# each side network has in a shape of its own
+# ways to generate that pass over other rows than the batch's or by another model, or that return for all rows what each
+# side network has in a shape of its own
 _MODES = (
     *("assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "penalty_alpha", "dola_layers"),
     "output_hidden_states",

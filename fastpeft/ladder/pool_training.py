@@ -88,9 +88,9 @@ def steps_of(
 
 
 class StepLock:
-    """Answers of several threads run at once, a step of training alone: it changes weights and torch's random state.
+    """Lets answers of several threads run at once, but a step of training only alone.
 
-    A step holds `lock`, a re-entrant one.
+    A step changes weights and torch's random state. It holds `lock`, a re-entrant one.
     """
 
     def __init__(self, lock: Any) -> None:

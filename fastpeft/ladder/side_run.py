@@ -59,8 +59,8 @@ class SideRun:
         self._last_feature: Tensor | None = None  # B_L, if it is mixed into the output
         self._waiting: list[tuple[int, Tensor]] = []  # features that are not projected yet
         self._windows: dict[int, list[Tensor]] = {}  # block -> its projections so far, by slot
-        # of the self-attention, (B or 1, 1, N, T): bool where there is a cache, else to be added; None where its being
-        # causal or not says all
+        # what the self-attention sees, (B or 1, 1, N, T): bool where there is a cache, else to be added to its scores;
+        # None where `causal` says all
         self._visible: Tensor | None = None
         self._next = 0
         self._in_bfloat16 = False
@@ -169,7 +169,7 @@ class SideRun:
 
 
 def _computes_in_bfloat16(feature: Tensor, weight: Tensor) -> bool:
-    """Whether products are computed in a feature's bfloat16: on a processor that is fast at them."""
+    """Whether products are computed in bfloat16, which a feature has: on a processor that is fast at them."""
     kinds = feature.device.type, feature.dtype, weight.dtype
     return kinds == ("cpu", torch.bfloat16, torch.float32) and has_bfloat16()
 
@@ -199,7 +199,7 @@ def _to_add(visible: Tensor, like: Tensor) -> Tensor:
 
 
 def attends_in_float32(qkv: Tensor) -> bool:
-    """Whether attention computes in float32: so PyTorch's is twice as fast on a CPU as in bfloat16.
+    """Whether attention computes in float32: on a CPU PyTorch's is twice as fast in it as in bfloat16.
 
     A fake tensor simulates a GPU.
     """

@@ -124,7 +124,7 @@ class Journal:
         self.count(record)
 
     def count(self, record: Record) -> None:
-        """Take a record for written: another process writes it."""
+        """Count a record that is in the file, or that another process writes."""
         self._size += self._format.size
         self.steps, self.dropped = record.after((self.steps, self.dropped))
 

@@ -203,7 +203,7 @@ class ScratchWeights:
 
 
 def _by_rows(module: nn.Module) -> TypeGuard[nn.Embedding]:
-    """Whether only the rows that are looked up are perturbed: to know which, a GPU would be waited for."""
+    """Whether only the rows that are looked up are perturbed. On a GPU, to know which would take a wait for it."""
     if type(module) is not nn.Embedding or module.max_norm is not None:
         return False
     return module.weight.device.type == "cpu"

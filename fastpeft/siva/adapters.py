@@ -142,7 +142,7 @@ class AdaptedLinear(BaseWeightLayer):
         super().delete_adapter(adapter_name)
 
     def is_last(self, adapter_name: str) -> bool:
-        """Whether W_r goes with this adapter: others that are there, if any, wait and make it of W0 themselves."""
+        """Whether W_r goes with this adapter: the others, if there are any, wait and will make theirs of W0."""
         filled = self.siva_du.keys() - self._waiting
         return list(self.siva_du) == [adapter_name] or (filled == {adapter_name} and not self.siva_residual)
 

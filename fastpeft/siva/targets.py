@@ -165,7 +165,7 @@ def no_target(peft_config: SivaConfig, linear: Collection[str], model: nn.Module
 
 
 def leave_heads_out(peft_config: SivaConfig, targets: Iterable[str]) -> None:
-    """Of the names for which "all-linear" stands, keep those of `targets`: PEFT saves a lm_head as if embeddings."""
+    """Keep of the names for "all-linear" only those of `targets`: with a lm_head PEFT would save the embeddings too."""
     ends = [f".{name}" for name in targets]
     peft_config.target_modules = {
         each for each in peft_config.target_modules or () if any(end.endswith(f".{each}") for end in ends)
