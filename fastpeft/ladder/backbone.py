@@ -59,6 +59,7 @@ class Backbone:
 
     Attributes:
         core: the model without PEFT's wrapper.
+        class_name: what the core's class is called, for messages.
         plain: whether the core is not a transformers model.
         headless: whether the core is a transformers model without a head, which answers with hidden states.
         body: a transformers model without its head; for another module, the whole module.
@@ -87,6 +88,7 @@ class Backbone:
             )
         self.model = model
         self.core = core
+        self.class_name = type(core).__name__
         self.body: nn.Module = core if self.plain else _body_of(core)
         self.headless = self.body is core and not self.plain
         if self.headless and not _has_one_stack(core):
@@ -103,7 +105,7 @@ class Backbone:
 
     def _find_layers(self) -> list[nn.Module]:
         """The largest list of modules of one class: a transformer's blocks."""
-        kind, config = type(self.core).__name__, self.text_config
+        kind, config = self.class_name, self.text_config
         lists = self._module_lists()
         if getattr(config, "is_encoder_decoder", False):
             stacks = [name for name in lists if not any(map(str.isdigit, name.split(".")))]
@@ -132,7 +134,7 @@ class Backbone:
         modules = dict(self.core.named_modules())
         if unknown := [name for name in names if name not in modules]:
             raise FastpeftError(
-                f"feature_modules names {', '.join(map(repr, unknown))}, which {type(self.core).__name__} does not "
+                f"feature_modules names {', '.join(map(repr, unknown))}, which {self.class_name} does not "
                 f"have. Its lists of modules are {_lengths(self._module_lists())}; name one, or modules of "
                 "model.named_modules()."
             )

@@ -125,7 +125,7 @@ def skip_layers(backbone: Backbone, output: Tensor, given: Mapping[str, Any]) ->
     """
     if backbone.plain:
         raise FastpeftError(
-            f"only a transformers model can run without its layers; the base is a {type(backbone.core).__name__}. "
+            f"only a transformers model can run without its layers; the base is a {backbone.class_name}. "
             "Give it a LadderModel of its own, without a cache."
         )
 
@@ -147,7 +147,7 @@ def skip_layers(backbone: Backbone, output: Tensor, given: Mapping[str, Any]) ->
             own = [name for name in own if not name.startswith("decoder_")]
         if own:
             raise FastpeftError(
-                f"the head of the {type(backbone.core).__name__} makes {', '.join(own)} for its layers, of which "
+                f"the head of the {backbone.class_name} makes {', '.join(own)} for its layers, of which "
                 f"features that were kept or computed without the head know nothing. Give {own[0]} in the batch, or "
                 "use a LadderModel of its own without `cache_features`."
             )
@@ -210,7 +210,7 @@ def run_body(
             if isinstance(error, FastpeftError) or backbone.plain or not backbone.encodes_and_decodes:
                 raise
             raise FastpeftError(
-                f"the head of the {type(backbone.core).__name__} makes the tokens of its decoder, whose layers the "
+                f"the head of the {backbone.class_name} makes the tokens of its decoder, whose layers the "
                 "side network reads, so their features cannot be cached or shared in a pool. Name the encoder's layers "
                 "in feature_modules, or use a LadderModel of its own without `cache_features`."
             ) from error
@@ -276,7 +276,7 @@ def _did_not_run(backbone: Backbone, idle: list[int]) -> str:
     names = {module: name for name, module in backbone.core.named_modules()}
     first, last, count = (names.get(backbone.layers[idle[0] - 1]), names.get(backbone.layers[idle[-1] - 1]), len(idle))
     return (
-        f"a pass of the {type(backbone.core).__name__} did not run {count} of the {len(backbone.layers)} layers that "
+        f"a pass of the {backbone.class_name} did not run {count} of the {len(backbone.layers)} layers that "
         f"the side network reads ({first}{f' to {last}' if count > 1 else ''}), so it would change nothing. Name in "
         "feature_modules layers that run in every pass, in their order: single modules of model.named_modules(), or "
         "a list that the model runs one module after the other."

@@ -50,12 +50,11 @@ class Body:
                 f"a pass without the head got {', '.join(of_joined_texts)}, as of joined texts: a side network cannot "
                 "tell them apart. Turn off what joins them, as packing and padding_free of TRL."
             )
-        ladder = self._ladder
-        core = ladder.backbone.core
-        text = core.config.get_text_config()
+        ladder, backbone = self._ladder, self._ladder.backbone
+        text = backbone.core.config.get_text_config()
         if changed := [name for name in _OF_LOGITS if getattr(text, name, None) not in (None, 1)]:
             raise FastpeftError(
-                f"the {type(core).__name__} changes its logits ({changed[0]}), which a trainer that computes them from "
+                f"the {backbone.class_name} changes its logits ({changed[0]}), which a trainer that computes them from "
                 "hidden states does not know of a LadderModel. Train it by transformers' Trainer or fastpeft train."
             )
         given = {
@@ -69,10 +68,10 @@ class Body:
             raise FastpeftError("a pass needs input_ids or inputs_embeds. Give one.")
         check_mask(attention_mask, (source.shape[0], source.shape[1]))
         check_positions(position_ids, attention_mask)
-        inputs = ladder.backbone.inputs(given)
+        inputs = backbone.inputs(given)
         run = ladder.new_side_run(attention_mask, keep_states=False)
-        read = LadderPass(ladder.backbone, run, inputs, ladder.gradients_from)
-        called = ladder.backbone.after_context(inputs)
+        read = LadderPass(backbone, run, inputs, ladder.gradients_from)
+        called = backbone.after_context(inputs)
         states: list[Tensor] = []
 
         def take(_decoder: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -87,7 +86,7 @@ class Body:
             handle.remove()
         if not states:
             raise FastpeftError(
-                f"the {type(core).__name__} does not call its layer of all words as a module with one argument, so it "
+                f"the {backbone.class_name} does not call its layer of all words as a module with one argument, so it "
                 "cannot be told what that layer reads. Train it by transformers' Trainer or fastpeft train."
             )
         return BaseModelOutput(last_hidden_state=states[-1])

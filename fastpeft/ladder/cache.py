@@ -87,7 +87,7 @@ class FeatureCache:
             raise FastpeftError(f"max_bytes is {max_bytes!r}; give a whole number from 1, or None for the default.")
         if backbone.input_name != "input_ids":
             raise FastpeftError(
-                f"a {type(backbone.core).__name__} reads {backbone.input_name}; only the features of a model that "
+                f"a {backbone.class_name} reads {backbone.input_name}; only the features of a model that "
                 "reads input_ids can be cached. Leave `cache_features` out."
             )
         if isinstance(backbone.model, PeftModel) and backbone.model.active_peft_config.is_prompt_learning:

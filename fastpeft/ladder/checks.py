@@ -37,7 +37,7 @@ def check_head(backbone: Backbone, head: Mapping[str, nn.Parameter]) -> None:
     if quantised := [name for name, parameter in head.items() if is_quantised(parameter)]:
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in quantised))
         raise FastpeftError(
-            f"the head of the {type(backbone.core).__name__} is quantised ({some(quantised)}), and it "
+            f"the head of the {backbone.class_name} is quantised ({some(quantised)}), and it "
             f"trains. Load the base with BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like."
         )
 
@@ -48,7 +48,7 @@ def warn_of_earlier_head(backbone: Backbone) -> None:
         logger.warning(
             "no parameter of the %s comes after its layers in base.modules(), so the side network trains alone: a "
             "head that is made before the layers stays as it is. Make it after them if it is new",
-            type(backbone.core).__name__,
+            backbone.class_name,
         )
 
 
@@ -71,14 +71,13 @@ def check_adapters_around(model: nn.Module, trained: Collection[str]) -> None:
 
 def check_inputs(backbone: Backbone, given: Tensor | None) -> None:
     """Raise `FastpeftError` if the base is given nothing to read, or one row that is in no batch."""
-    kind = type(backbone.core).__name__
     if given is None:
         names = "inputs" if backbone.plain else "input_ids, inputs_embeds or pixel_values"
-        raise FastpeftError(f"LadderModel beside a {kind} got no {names}. Give it.")
+        raise FastpeftError(f"LadderModel beside a {backbone.class_name} got no {names}. Give it.")
     if not backbone.plain and given.dim() < 2:
         raise FastpeftError(
-            f"LadderModel beside a {kind} got a tensor of shape {tuple(given.shape)}; it takes a batch, whose first "
-            "dimension is rows. Of one row give row[None]."
+            f"LadderModel beside a {backbone.class_name} got a tensor of shape {tuple(given.shape)}; it takes a batch, "
+            "whose first dimension is rows. Of one row give row[None]."
         )
 
 
@@ -103,7 +102,7 @@ def check_labels(backbone: Backbone, *labels: Tensor | None) -> None:
     """Raise `FastpeftError` if a base without a head is given labels."""
     if backbone.headless and any(each is not None for each in labels):
         raise FastpeftError(
-            f"the base, a {type(backbone.core).__name__}, has no head, so it makes no loss of labels. Leave "
+            f"the base, a {backbone.class_name}, has no head, so it makes no loss of labels. Leave "
             "them out, or load the base with a head, such as by AutoModelForSequenceClassification."
         )
 

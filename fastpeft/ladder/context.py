@@ -71,23 +71,23 @@ class Context:
         if not keeps_keys(backbone) or kinds - {DynamicLayer}:
             raise FastpeftError(
                 "a context goes before the texts of a decoder that generates and keeps the keys and values of all "
-                f"tokens, which a {type(core).__name__} does not. Leave it out."
+                f"tokens, which a {backbone.class_name} does not. Leave it out."
             )
         self._takes_positions = "position_ids" in inspect.signature(core.forward).parameters
         if not self._takes_positions and core.config.model_type not in _RELATIVE:
             raise FastpeftError(
-                f"a context before texts that are padded on the left: a {type(core).__name__} would answer a row "
+                f"a context before texts that are padded on the left: a {backbone.class_name} would answer a row "
                 "otherwise than alone, since it takes no positions. Leave the context out."
             )
         if any(hasattr(module, "create_position_ids_from_input_ids") for module in core.modules()):  # RoBERTa's kind
             raise FastpeftError(
-                f"a context before texts: a {type(core).__name__} counts positions from that of its padding, and so "
+                f"a context before texts: a {backbone.class_name} counts positions from that of its padding, and so "
                 "texts would not follow the context. Leave the context out."
             )
         words = core.get_input_embeddings().num_embeddings
         if unknown := [token for token in tokens if not 0 <= token < words]:
             raise FastpeftError(
-                f"the context has the token {unknown[0]}, but the {type(core).__name__} knows those from 0 to "
+                f"the context has the token {unknown[0]}, but the {backbone.class_name} knows those from 0 to "
                 f"{words - 1}. Make it by the tokenizer of that model."
             )
         self.tokens = tuple(tokens)
@@ -131,7 +131,7 @@ class Context:
         cache = next((value for value in output.values() if isinstance(value, DynamicCache)), None)
         if cache is None:
             raise FastpeftError(
-                f"a context before texts: a {type(self._backbone.core).__name__} gives back no keys and values of the "
+                f"a context before texts: a {self._backbone.class_name} gives back no keys and values of the "
                 "context that texts could read. Leave the context out."
             )
         states = [(layer.keys, layer.values) for layer in cache.layers]

@@ -55,7 +55,7 @@ def pack(backbone: Backbone) -> None:
 def _convert(backbone: Backbone, dtype: BackboneDtype | None, is_read: bool) -> None:
     """`convert` to a dtype that the model does not have."""
     core = backbone.core
-    kind, before = type(core).__name__, converted_to(core)
+    kind, before = backbone.class_name, converted_to(core)
     if before is not None:
         raise FastpeftError(
             f"backbone_dtype={dtype!r}, but another side network brought this {kind} to {before!r}. Give "

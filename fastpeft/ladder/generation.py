@@ -144,13 +144,12 @@ class LadderCache(DynamicCache):
     """
 
     def __init__(self, backbone: Backbone, sides: int = 1) -> None:
-        core = backbone.core
         if not keeps_keys(backbone):
             raise FastpeftError(
-                f"a {type(core).__name__} keeps something else than keys and values of earlier tokens, beside which "
+                f"a {backbone.class_name} keeps something else than keys and values of earlier tokens, beside which "
                 "nothing can be kept. Give use_cache=False: each token then takes a pass over all tokens."
             )
-        super().__init__(config=core.config)
+        super().__init__(config=backbone.core.config)
         self._context = 0  # tokens of it
         if backbone.context is not None:
             self.layers[:] = backbone.context.layers(keep=True)
@@ -193,7 +192,7 @@ def check_generates(backbone: Backbone) -> None:
     """Raise `FastpeftError` unless the model generates text."""
     if not predicts_next_tokens(backbone):
         raise FastpeftError(
-            f"the base, a {type(backbone.core).__name__}, does not generate text, so a side network beside it does not "
+            f"the base, a {backbone.class_name}, does not generate text, so a side network beside it does not "
             "either. Allowed are decoders that predict next tokens: load the base by AutoModelForCausalLM."
         )
 

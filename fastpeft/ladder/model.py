@@ -200,7 +200,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
 
     def _get_name(self) -> str:
         """Beside a decoder the name of its class: by that `transformers.Trainer` smooths the labels of next words."""
-        return type(self.backbone.core).__name__ if self._generates else super()._get_name()
+        return self.backbone.class_name if self._generates else super()._get_name()
 
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
@@ -253,7 +253,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         if self.backbone.plain:
-            raise NotImplementedError(f"a {type(self.backbone.core).__name__} names no input embeddings")
+            raise NotImplementedError(f"a {self.backbone.class_name} names no input embeddings")
         embeddings: nn.Module = self.backbone.core.get_input_embeddings()
         return embeddings
 

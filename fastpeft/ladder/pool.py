@@ -91,7 +91,7 @@ class LadderPool:
         keep_form(base)
         if self.backbone.input_name != "input_ids":
             raise FastpeftError(
-                f"a {type(self.backbone.core).__name__} takes {self.backbone.input_name}; a pool is for transformers "
+                f"a {self.backbone.class_name} takes {self.backbone.input_name}; a pool is for transformers "
                 "models of text, whose batches have input_ids. Give each task a LadderModel of its own."
             )
         # as members will; and RWKV scales its weights in its first pass, which must be before members share them

@@ -83,7 +83,7 @@ class Admission:
         config = read_config(source, {})
         self._check_features(config)
         prompted = holds_label_words(source)
-        if config.base_class != (own := type(self._backbone.core).__name__):
+        if config.base_class != (own := self._backbone.class_name):
             raise FastpeftError(
                 f"{source!r} has the head of a {config.base_class}, the pool's base is a {own}. Add the model that "
                 f"{'PromptModel' if prompted else 'LadderModel'}.from_pretrained loads, with its own head."

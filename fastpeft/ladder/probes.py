@@ -55,7 +55,7 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
         FastpeftError: the model predicts next tokens, but its tokens see later ones or would by `given`; or the pass
             fails and `given` is None; or layers do not run in it; or it is the decoder of an encoder-decoder.
     """
-    kind, predicts = type(backbone.core).__name__, predicts_next_tokens(backbone)
+    kind, predicts = backbone.class_name, predicts_next_tokens(backbone)
     if _reads_decoder_of_words(backbone):
         raise FastpeftError(
             f"the side network would read the decoder of the {kind}, which reads other tokens than its encoder: the "
@@ -169,7 +169,7 @@ def warn_of_other_ways(backbone: Backbone, inputs: Any) -> bool:
 
 def predicts_next_tokens(backbone: Backbone) -> bool:
     """Whether a decoder alone generates text, by its class: it has `generate` and is not for masked words."""
-    masked = type(backbone.core).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    masked = backbone.class_name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
     return _has_generate(backbone) and not backbone.encodes_and_decodes and not masked
 
 
@@ -248,7 +248,7 @@ def _not_alone(backbone: Backbone) -> str:
     """What is wrong where an answer depends on more than the last layer's output."""
     core = backbone.core
     last = next(name for name, module in core.named_modules() if module is backbone.layers[-1])
-    return f"the answer of the {type(core).__name__} comes not from the output of {last} alone"
+    return f"the answer of the {backbone.class_name} comes not from the output of {last} alone"
 
 
 def _passes_by(backbone: Backbone, given: Mapping[str, Tensor]) -> bool:
