@@ -160,13 +160,6 @@ class SivaConfig(PeftConfig):
         for name, rank in ranks.items():
             if type(rank) is not int or rank < 1:
                 raise FastpeftError(f"{name}={rank!r}; a rank is a whole number from 1.")
-        layers = self.layers_to_transform
-        if layers is not None and type(layers) is not int:
-            if not (isinstance(layers, Collection) and all(type(i) is int for i in layers)):
-                raise FastpeftError(
-                    f"layers_to_transform={layers!r}; give the number of a block, or a list of numbers."
-                )
-            self.layers_to_transform = [*layers]  # a file holds a list, and no range
         self._check_layers()
         self._check_further()
         check_residual(self.residual, self.d, self.residual_dtype)
@@ -181,7 +174,14 @@ class SivaConfig(PeftConfig):
             setattr(self, name, set(value))  # as PEFT's own configurations keep them
 
     def _check_layers(self) -> None:
-        """Refuse, as LoRA does, a choice of blocks that PEFT would ignore silently."""
+        """Keep chosen blocks as a list, and refuse, as LoRA does, a choice that PEFT would ignore silently."""
+        layers = self.layers_to_transform
+        if layers is not None and type(layers) is not int:
+            if not (isinstance(layers, Collection) and all(type(i) is int for i in layers)):
+                raise FastpeftError(
+                    f"layers_to_transform={layers!r}; give the number of a block, or a list of numbers."
+                )
+            self.layers_to_transform = [*layers]  # a file holds a list, and no range
         if isinstance(self.target_modules, str) and not is_all_linear(self.target_modules):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
