@@ -72,7 +72,7 @@ class MeZOLoop(MeZO):
             if kwargs.get(name, only) != only:
                 raise FastpeftError(f"the usual loop of MeZO allows {name} {only!r} alone; got {kwargs[name]!r}.")
         super().__init__(model_or_params, lr, *args, **{**kwargs, "defer": False})
-        if is_sharded([param for group in self.param_groups for param in group["params"]]):
+        if is_sharded(self.weights.params()):
             raise FastpeftError("the usual loop of MeZO draws noise for whole parameters, not for shards. Use MeZO.")
 
     def record(self, path: str | Path) -> NoReturn:
