@@ -93,14 +93,12 @@ def saving_into(folder: Path) -> AbstractContextManager[None]:
 
 def _sync_tree(path: Path) -> None:
     """Flush a file, or every file and folder below `path`, to the disk."""
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with open(os.path.join(folder, name), "rb+") as file:
+    for each in (path, *path.rglob("*")):
+        if each.is_dir():
+            sync_directory(each)
+        else:
+            with open(each, "rb+") as file:
                 os.fsync(file.fileno())
-        sync_directory(Path(folder))
-    if path.is_file():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
 
 
 def unfinished(path: Path) -> Path:
