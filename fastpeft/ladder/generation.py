@@ -154,7 +154,7 @@ class LadderCache(DynamicCache):
         if backbone.context is not None:
             self.layers[:] = backbone.context.layers(keep=True)
             self._context = len(backbone.context.tokens)
-        self._own = len(self.layers)
+        self._own = len(self.layers)  # layers of the backbone
         self.sides = [SideCache(len(backbone.layers)) for _ in range(sides)]
         for side in self.sides:
             self.layers.extend(side.layers)

@@ -58,7 +58,7 @@ class PoolCache(LadderCache):
             places[rows] = torch.arange(len(places[rows]), device=places.device, dtype=places.dtype)
             for layer in side.layers:
                 layer.reorder_cache(places[beam_idx[rows]])
-        for layer in self.layers[: -sum(len(side.layers) for side in self.sides)]:
+        for layer in self.layers[: self._own]:
             layer.reorder_cache(beam_idx)
 
 
