@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft.data.batches import by_length
@@ -24,6 +23,7 @@ from fastpeft.data.examples import TokenRow
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.models import Classifier, is_causal_lm, load_language_model, longest_input, masked_lm_head_layers
 from fastpeft.ops.dtypes import keeping_dtypes
+from fastpeft.prompts.core import core_for, find_core
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
 from fastpeft.support.adapter_files import WEIGHTS, check_adapter
@@ -88,32 +88,7 @@ class PromptModel(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, masked_lm: nn.Module, tokenizer: Any, prompt: Prompt, *, calibrate: bool = False) -> None:
-        if not isinstance(prompt, Prompt):
-            raise FastpeftError(
-                f"the prompt is {prompt!r:.100}, a {type(prompt).__name__}. Give a Prompt, such as "
-                'Prompt("{text} It was <mask>.", {"negative": "terrible", "positive": "great"}).'
-            )
-        if hasattr(masked_lm, "_orig_mod"):
-            raise FastpeftError("the model is compiled. Compile what is around it: torch.compile(PromptModel(...)).")
-        if prompt.head != "label_words":
-            raise FastpeftError(
-                f"a prompt with head={prompt.head!r} needs no PromptModel, which reads label words. Train a model with "
-                'a classification head on prompt.encode(...), or take head="label_words".'
-            )
-        core = _find_core(masked_lm)
-        if core is None:
-            raise FastpeftError(
-                f"{type(masked_lm).__name__} has no LM head, which label words require. Load a masked language "
-                "model by AutoModelForMaskedLM or a decoder by AutoModelForCausalLM. Any other needs no PromptModel: "
-                "load it by AutoModelForSequenceClassification and train it on the rows that a Prompt without <mask> "
-                'and with head="classifier" encodes.'
-            )
-        if getattr(core.config, "is_encoder_decoder", False):
-            raise FastpeftError(
-                f"{type(core).__name__} has an encoder and a decoder, and a prompt is read by one of them. Load a "
-                "masked language model such as RoBERTa by AutoModelForMaskedLM, or a decoder by AutoModelForCausalLM."
-            )
-        _check_tokenizer(core, tokenizer)
+        core = core_for(masked_lm, tokenizer, prompt)
         config: Any = copy.deepcopy(masked_lm.config)
         config.id2label = dict(enumerate(prompt.labels))
         config.label2id = {label: index for index, label in enumerate(prompt.labels)}
@@ -288,7 +263,7 @@ class PromptModel(PreTrainedModel):
     @property
     def core(self) -> Any:
         """The language model without wrappers."""
-        return _find_core(self.masked_lm)
+        return find_core(self.masked_lm)
 
     @property
     def head_modules(self) -> tuple[str, ...]:
@@ -418,45 +393,6 @@ def load_prompted(model: str, prompt: Prompt) -> Classifier:
     """
     prompted = PromptModel(*load_language_model(model), prompt)
     return Classifier(prompted, prompted.tokenizer, prompted.head_modules, head_is_new=False)
-
-
-def _find_core(model: Any) -> Any:
-    """The language model inside wrappers, None if there is none."""
-    while True:
-        if hasattr(model, "get_base_model"):  # before names are asked: PEFT's may end as those of what they wrap
-            model = model.get_base_model()
-        if _fills_masks(model) or _is_decoder(model):
-            return model
-        inside = getattr(model, "base_model", model)
-        if inside is model:
-            return None
-        model = inside
-
-
-def _fills_masks(model: Any) -> bool:
-    name = type(model).__name__
-    return name.endswith("ForMaskedLM") or name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-
-
-def _is_decoder(model: Any) -> bool:
-    name = type(model).__name__
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return (name.endswith("ForCausalLM") or name in names) and is_causal_lm(model.config)
-
-
-def _check_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer by which a prompt would take a decoder for a model that fills masks, or the other way."""
-    if _fills_masks(model) != is_of_decoder(tokenizer):
-        return
-    if _fills_masks(model):
-        raise FastpeftError(
-            f"{type(model).__name__} fills masks, and its tokenizer has no mask token. Give the tokenizer that belongs "
-            "to the model."
-        )
-    raise FastpeftError(
-        f"{type(model).__name__} is a decoder, which fills no masks, and its tokenizer has the mask token "
-        f"{tokenizer.mask_token!r}. Set tokenizer.mask_token = None, before rows are encoded too."
-    )
 
 
 def _at(states: Tensor, positions: Tensor, length: int) -> Tensor:
