@@ -35,9 +35,11 @@ _CALIBRATION = "calibration"  # its name in state dicts
 
 @dataclass
 class PromptCollator(DataCollatorWithPadding):
-    """Pads rows of `Prompt.encode` to a batch; like `DataCollatorWithPadding`, but rows with `mask_positions` on the
-    right, also for a tokenizer that pads on the left: there padding would move the tokens, and a model with learned
-    positions would answer a text otherwise than alone."""
+    """Pads rows of `Prompt.encode` to a batch, as `DataCollatorWithPadding` does.
+
+    Rows with `mask_positions` are padded on the right, also for a tokenizer that pads on the left: that would move the
+    tokens, and a model with learned positions would answer a text otherwise than alone.
+    """
 
     def __call__(self, features: list[TokenRow]) -> Any:
         if self.tokenizer.padding_side == "right" or "mask_positions" not in features[0]:

@@ -403,8 +403,10 @@ def _by_class(words: Any, has_space: bool) -> dict[str, str]:
 
 
 def refuse_one_text(texts: Any) -> None:
-    """Raise `FastpeftError` where a text stands for several, or a table for a column: its characters, or the names of
-    its columns, would be taken for them."""
+    """Raise `FastpeftError` where one text is given in place of several, or a table in place of a column.
+
+    Its characters, or the names of its columns, would be taken for the texts.
+    """
     if isinstance(texts, (str, bytes)):
         raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
     if isinstance(texts, Mapping) or hasattr(texts, "columns"):
@@ -414,8 +416,10 @@ def refuse_one_text(texts: Any) -> None:
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a string without surrogates, for which tokenizers have no code: Python reads each byte of a command
-    line that is no UTF-8 as one."""
+    """Whether it is a string without surrogates, for which tokenizers have no code.
+
+    Python makes one of each byte of a command line that is not UTF-8.
+    """
     return isinstance(value, str) and not _SURROGATE.search(value)
 
 

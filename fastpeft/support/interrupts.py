@@ -1,5 +1,4 @@
-"""What a Ctrl-C, or the SIGTERM of a scheduler, does: put off until a change is whole, noted until a step is made, or
-raised at once.
+"""Signals that interrupt: put off until a change is whole, noted until a step is made, or raised at once.
 
 Python runs the handler of a signal between any two of its steps. So the KeyboardInterrupt of a Ctrl-C can come after a
 change of the weights and before the note that it was made.
