@@ -183,7 +183,8 @@ def _after(tokenizer: Any, before: str, text: str) -> list[int]:
 
 @lru_cache(maxsize=1)  # these are asked for every piece of every row
 def _puts_an_end_last(tokenizer: Any) -> bool:
-    return _tokens(tokenizer, "a", special=True)[-1:] == [tokenizer.eos_token_id]
+    plain, whole = (_tokens(tokenizer, "a", special=special)[-1:] for special in (False, True))
+    return whole == [tokenizer.eos_token_id] != plain  # in some the end is an unknown "a" too
 
 
 @lru_cache(maxsize=1)

@@ -236,7 +236,7 @@ class Tasks:
         here = {id(task.shared): task.shared for task in self if task.shared is not None}
         for shared in here.values():
             if unlike := shared.unlike(run):
-                reason = unlike
+                reason = reason or unlike  # of one that is alike it is known what else differs
                 continue
             try:
                 shared.pool.add(member, run.classifier.model)

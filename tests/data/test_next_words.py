@@ -24,6 +24,9 @@ from samples import (
     write_csv,
     write_jsonl,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -154,6 +157,15 @@ def test_an_end_that_a_prompt_has_is_read(tokenizer: Any) -> None:
         (row, _), _ = encode_counted(made, [("film </s>", "plot"), "film </s>"], 38)
         assert made.decode(row["input_ids"]) == "<s> film </s> plot </s>"
         assert made.decode(prompt_tokens(made, "film </s>")) == "<s> film </s>"
+
+
+def test_an_end_that_stands_for_unknown_words_is_not_taken_for_one_that_is_added() -> None:
+    """As in vocabularies of molecules or notes that have GPT-2's one special token."""
+    words = Tokenizer(WordLevel({"<end>": 0, "C": 1, "O": 2}, "<end>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<end>", eos_token="<end>")
+    assert prompt_tokens(made, "C C O") == [1, 1, 2]
+    assert encode_counted(made, ["C C O"], 38)[0][0]["input_ids"] == [1, 1, 2, 0]
 
 
 def test_rows_are_cut_and_those_with_nothing_to_learn_left_out(tokenizer: Any) -> None:

@@ -85,6 +85,14 @@ def test_it_is_told_that_a_run_computes_in_another_precision(runs: Path, tmp_pat
     assert described(tasks)[1] == "half: a model of its own (it computes in bfloat16, and other runs do not)"
 
 
+def test_what_differs_from_the_most_alike_run_is_told(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "b", tmp_path / "half")
+    file = tmp_path / "half" / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bf16": True}))
+    tasks = Tasks({"a": runs / "a", "half": tmp_path / "half", "alone": runs / "alone"})
+    assert "stands on another backbone" in described(tasks)[2]
+
+
 def test_a_text_that_is_refused_leaves_the_others_of_its_batch(tasks: Tasks) -> None:
     first, refused, gone, last = tasks.answer(
         [("a", TEXTS[:1]), ("words", [TEXTS[0], "a " * 50]), ("x", ["a"]), ASKED[3]]

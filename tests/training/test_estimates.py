@@ -96,7 +96,7 @@ def test_a_plan_and_a_comparison_count_the_same_rows(
     cell = config.cells()[0]
     assert plan(replace(cell.config, **changes)).rows == rows
     values = {**cell.values, **changes}
-    assert Comparison(config).rows(replace(cell, values=values)) == rows
+    assert Comparison(config).rows_trained(replace(cell, values=values)) == rows
 
 
 def test_the_time_of_a_dry_run_is_of_all_rows(config: CompareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
