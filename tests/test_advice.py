@@ -56,6 +56,7 @@ OTHERS = [
         transformers.TrainingArguments,
         transformers.Trainer,
         transformers.BitsAndBytesConfig,
+        torch.Tensor,
         torch.nn.Module,
         torch.nn.TransformerEncoder,
         torch.nn.TransformerEncoderLayer,

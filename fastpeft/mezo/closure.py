@@ -73,7 +73,7 @@ def warn_of_gradients(params: Sequence[Tensor], ranks: Ranks) -> None:
     if ranks.is_first and any(param.grad is not None for param in params):
         logger.warning(
             "MeZO: parameters have gradients, which no step uses and which take memory. If the closure calls backward, "
-            "leave that out (in Lightning: automatic_optimization=False); else call zero_grad()"
+            "leave that out (in Lightning by its manual optimization); else call zero_grad()"
         )
 
 

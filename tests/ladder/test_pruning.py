@@ -111,7 +111,7 @@ def test_at_full_width_a_side_block_is_the_backbones_layer(step: int) -> None:
         block.fusion.forward = lambda theta, *_: theta
         expected = layer(x)
         expected = expected[0] if isinstance(expected, tuple) else expected
-        torch.testing.assert_close(block(x, x[:, None], None, None, 0), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(block(x, x[:, None], None, None, 0, None), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
