@@ -69,7 +69,7 @@ def prepare(folder: Path) -> None:
     write_csv(folder / "reviews.csv", reviews(60))
 
 
-def work(folder: Path, kind: str, output: Path, steps: int) -> None:
+def work(folder: Path, kind: str, output: Path) -> None:
     """What a process that may be killed does: begin or go on, to the end. Its exit code is that of the command."""
     from fastpeft.cli import app
 
@@ -79,20 +79,21 @@ def work(folder: Path, kind: str, output: Path, steps: int) -> None:
     for stream in (1, 2):
         os.dup2(quiet, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, in the tests that it starts too
     common = ["--model", str(folder / "model"), "--data", str(folder / "reviews.csv"), "--output", str(output)]
     if kind in _VARIANTS:
-        options = ["--max-steps", str(steps), "--save-steps", "3", "--deterministic"]
+        options = ["--max-steps", str(STEPS), "--save-steps", "3", "--deterministic"]
         command = ["compare", "--methods", _VARIANTS[kind], *options]
     else:
         given = {name.replace("_", "-"): str(value).format(output=output) for name, value in RUNS[kind].items()}
         options = [f"--{name}={value}" for name, value in given.items()]
-        command = ["train", "--resume", "--deterministic", f"--max-steps={steps}", *options]
+        command = ["train", "--resume", "--deterministic", f"--max-steps={STEPS}", *options]
     app([*command, *common])
 
 
-def start(folder: Path, kind: str, output: Path, steps: int = STEPS) -> Any:
+def start(folder: Path, kind: str, output: Path) -> Any:
     """A process of its own that does `work`."""
-    process = PROCESSES.Process(target=work, args=(folder, kind, output, steps))
+    process = PROCESSES.Process(target=work, args=(folder, kind, output))
     process.start()
     return process
 

@@ -182,8 +182,7 @@ def test_the_command_line_tells_how_to_go_on(
 def test_a_process_that_gets_a_signal(tmp_path: Path, kind: str, number: signal.Signals) -> None:
     """A comparison hands it on to the cell that runs, which then saves as a run does."""
     kill.prepare(tmp_path)
-    steps = 5 * kill.STEPS  # on a busy machine a short run ends before the signal
-    process = kill.start(tmp_path, kind, tmp_path / "out", steps)
+    process = kill.start(tmp_path, kind, tmp_path / "out")
     while process.is_alive() and kill.reached(tmp_path / "out") < 4:
         time.sleep(0.01)
     os.kill(process.pid, number)
@@ -192,6 +191,6 @@ def test_a_process_that_gets_a_signal(tmp_path: Path, kind: str, number: signal.
     reached = kill.reached(tmp_path / "out")
     assert reached >= 4
     assert kill.unreadable(tmp_path / "out") == []
-    process = kill.start(tmp_path, kind, tmp_path / "out", steps)
+    process = kill.start(tmp_path, kind, tmp_path / "out")
     process.join()
     assert process.exitcode == 0
