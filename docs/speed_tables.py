@@ -126,7 +126,8 @@ def ladder_speed() -> str:
     body = []
     for row in rows("ladder.csv"):
         if row["candidate"] in LADDER_STEPS and row["dtype"] == "float32":
-            body += [[SHAPES[row["model"]], *cells] for cells in _ratios([row], LADDER_STEPS)]
+            shapes = SHAPES[row["model"]] + (", AVX-512" if "AVX512" in row["card"] else "")
+            body += [[shapes, *cells] for cells in _ratios([row], LADDER_STEPS)]
     return table(["model", "one training step", "ms", "time over 9-LST's"], body)
 
 
