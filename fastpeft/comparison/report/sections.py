@@ -187,7 +187,7 @@ def _rates(plan: Plan) -> Iterator[Block]:
                 shown = f"{metrics[problem.chosen_by]:.3f}"
                 scores.append((rate, metrics[problem.chosen_by]))
             rows.append([cell.variant, f"{rate:g}", shown, edges.get(rate, "taken") if rate in taken else ""])
-        best = {best_of(scores, problem.chosen_by)} if scores else set()  # taken or not
+        best = {best_of(scores, problem.chosen_by)} if len(scores) == len(tried) else set()  # taken or not
         if (taken | best) & edges.keys():
             at_the_edge.append(cell.variant)
     if rows:
