@@ -77,19 +77,22 @@ def test_it_is_told_what_shares_a_backbone_and_what_does_not(tasks: Tasks) -> No
     assert "head has no side network" in rest["number"]
 
 
-def test_it_is_told_that_a_run_computes_in_another_precision(runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "a", tmp_path / "half")
-    file = tmp_path / "half" / "run.json"
+def in_bfloat16(run: Path, folder: Path) -> Path:
+    """A copy of a run that computes in bfloat16."""
+    shutil.copytree(run, folder)
+    file = folder / "run.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "bf16": True}))
-    tasks = Tasks({"a": runs / "a", "half": tmp_path / "half"})
+    return folder
+
+
+def test_it_is_told_that_a_run_computes_in_another_precision(runs: Path, tmp_path: Path) -> None:
+    tasks = Tasks({"a": runs / "a", "half": in_bfloat16(runs / "a", tmp_path / "half")})
     assert described(tasks)[1] == "half: a model of its own (it computes in bfloat16, and other runs do not)"
 
 
 def test_what_differs_from_the_most_alike_run_is_told(runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "b", tmp_path / "half")
-    file = tmp_path / "half" / "run.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "bf16": True}))
-    tasks = Tasks({"a": runs / "a", "half": tmp_path / "half", "alone": runs / "alone"})
+    half = in_bfloat16(runs / "b", tmp_path / "half")
+    tasks = Tasks({"a": runs / "a", "half": half, "alone": runs / "alone"})
     assert "stands on another backbone" in described(tasks)[2]
 
 
