@@ -83,8 +83,8 @@ def trace(model: nn.Module, batch: Batch) -> ExportedProgram:
             return program.run_decompositions(decompositions())
     except Exception as error:  # what cannot be traced raises almost any type
         raise FastpeftError(
-            f"the {type(model).__name__} cannot be traced by torch.export: {first_line(error)} Merge its adapter, or "
-            "load its base without quantisation."
+            f"the {type(model).__name__} cannot be traced by torch.export: {first_line(error)} If it has an adapter, "
+            "merge it; if its base is quantised, load that without; else load the model by PyTorch."
         ) from error
 
 
