@@ -285,6 +285,12 @@ def _config_of(model: str) -> Any:
     return None
 
 
+def hidden_size(model: str) -> int | None:
+    """The width of `model`'s text part by its configuration; None where that cannot be read or names none."""
+    config = _config_of(model)
+    return None if config is None else getattr(config.get_text_config(), "hidden_size", None)
+
+
 def is_causal_lm(config: Any) -> bool:
     """Whether a configuration is of a decoder; where a kind can be either, as BERT, its `is_decoder` decides."""
     kind = config.model_type

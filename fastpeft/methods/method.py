@@ -83,9 +83,9 @@ class Method(ABC):
     library: ClassVar[str] = "transformers"  # which loads what it saves
     frozen_features: ClassVar[bool] = False  # whether the backbone's features stay the same while it trains
 
-    def recipe_for(self, model: str, *, causal_lm: bool = False) -> Recipe:
-        """How it trains `model` by default, where need be as a decoder that learns next words."""
-        return self.recipe.for_model(model, self.name, causal_lm=causal_lm)
+    def recipe_for(self, model: str, *, causal_lm: bool = False, hidden_size: int | None = None) -> Recipe:
+        """How it trains `model` by default, see `Recipe.for_model`."""
+        return self.recipe.for_model(model, self.name, causal_lm=causal_lm, hidden_size=hidden_size)
 
     # -- before training -----------------------------------------------------------------------------------------
 

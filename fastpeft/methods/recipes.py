@@ -10,6 +10,7 @@ from fastpeft.data.names import DEMO, DEMO_FOLDER
 from fastpeft.support import files
 
 _DEMO_FILE = "recipes.json"
+_WIDE = 1_024  # the hidden size of RoBERTa-large, for which most published rates were found
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Recipe:
         epochs: passes over the training rows.
         for_causal_lm: the fields that differ where a decoder learns next words. By default these are the epochs: after
             more of them a model repeats what it was told (Taori et al. 2023, Alpaca).
+        for_narrow: the fields that differ beside a model narrower than RoBERTa-large.
     """
 
     learning_rate: float
@@ -34,13 +36,22 @@ class Recipe:
     last_rate: float = 0.0
     epochs: float = 5
     for_causal_lm: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 3})
+    for_narrow: Mapping[str, Any] = field(default_factory=dict)
 
-    def for_model(self, model: str, method: str, *, causal_lm: bool = False) -> Recipe:
-        """This recipe, or that of the bundled model, whose rates were found on a slice of the demo's training data."""
+    def for_model(self, model: str, method: str, *, causal_lm: bool = False, hidden_size: int | None = None) -> Recipe:
+        """This recipe as it is for a model.
+
+        Args:
+            model: the bundled one has rates of its own, which were found on a slice of the demo's training data.
+            method: its name, for the bundled model's.
+            causal_lm: whether the model learns next words.
+            hidden_size: the width of the model; None where it is not known, and taken for wide.
+        """
+        narrow = self.for_narrow if hidden_size is not None and hidden_size < _WIDE else {}
         if causal_lm:
-            return replace(self, **self.for_causal_lm)
+            return replace(self, **{**narrow, **self.for_causal_lm})
         if model != DEMO:
-            return self
+            return replace(self, **narrow)
         recipes: dict[str, Any] = files.read_json(DEMO_FOLDER / _DEMO_FILE)
         return replace(self, **{**recipes["every method"], **recipes.get(method, {})})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastpeft.methods.method import OPTIONS, OVER, Method
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.recipes import Recipe
 from fastpeft.methods.registry import get_method
+from fastpeft.models import hidden_size
 from fastpeft.prompts.template import Prompt
 from fastpeft.support.environment import best_device
 from fastpeft.support.processor import prefers_bfloat16
@@ -86,11 +88,11 @@ class Setup:
     preparation: Preparation
     arguments: Mapping[str, Any]
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
         """How the method trains this model where the configuration says nothing."""
-        causal_lm = OBJECTIVES.get(self.config.objective or "") is NEXT_WORDS
-        return self.method.recipe_for(self.config.model, causal_lm=causal_lm)
+        model, causal_lm = self.config.model, OBJECTIVES.get(self.config.objective or "") is NEXT_WORDS
+        return self.method.recipe_for(model, causal_lm=causal_lm, hidden_size=hidden_size(model))
 
     def rows_trained(self, train_rows: int) -> float:
         """Rows that the run trains on, those of every epoch counted, where the data has `train_rows`."""

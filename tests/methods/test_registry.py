@@ -161,6 +161,14 @@ def test_a_method_without_rates_for_the_demo_has_its_own() -> None:
     assert (recipe.learning_rate, recipe.epochs) == (0.25, 1), "an epoch is what every method has there"
 
 
+@pytest.mark.parametrize(("width", "rate"), [(768, 1.2e-3), (1_024, 4e-4), (None, 4e-4)])
+@pytest.mark.parametrize("causal_lm", [False, True])
+def test_lora_has_a_rate_of_its_own_beside_a_narrow_model(width: int | None, rate: float, causal_lm: bool) -> None:
+    recipe = METHODS["lora"].recipe_for("elsewhere", causal_lm=causal_lm, hidden_size=width)
+    assert (recipe.learning_rate, recipe.epochs) == (rate, 3 if causal_lm else 10)
+    assert METHODS["lora"].recipe_for("demo", hidden_size=384).learning_rate == 3e-3
+
+
 def test_every_method_is_described() -> None:
     for name, method in METHODS.items():
         assert (method.name, bool(method.title), bool(method.description)) == (name, True, True)
