@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -19,6 +20,9 @@ from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract
 from fastpeft.siva.four_bits import WeightIn4Bits, is_in_4_bits
 from fastpeft.support.fingerprints import fingerprint
+
+if dist.is_available():  # some builds of torch come without
+    from torch.distributed.tensor import DTensor
 
 _PLAIN = ("FalconLinear",)  # layers that compute x W^T + b in a forward of their own
 # weight, u, s, v, bias and packs, as `siva_linear` takes them
@@ -108,9 +112,14 @@ class BaseWeightLayer(nn.Module, BaseTunerLayer):
         self.base_layer.weight.data = value.t().contiguous() if self.fan_in_fan_out else value
 
     def check_storable(self) -> None:
-        """Raise `FastpeftError` if the base layer would compute its weight anew, whatever is stored in it."""
+        """Raise `FastpeftError` if what is stored as the base layer's weight would be lost."""
         layer = self.base_layer
-        # a pruned layer, and the older weight_norm, compute it in a hook; FSDP1 has no parameter there either
+        if is_sharded(layer):
+            raise FastpeftError(
+                f"{self.name}: its weight is sharded among processes, so that what one stores there now would be lost. "
+                "Save the adapter, load it onto the base model in one process, and do it there."
+            )
+        # a pruned layer, and the older weight_norm, compute it in a hook
         if "weight" not in layer._parameters and (is_parametrized(layer, "weight") or layer._forward_pre_hooks):
             raise FastpeftError(
                 f"{self.name}: since the adapter was put on it, its weight is computed from others, as by pruning or "
@@ -120,6 +129,7 @@ class BaseWeightLayer(nn.Module, BaseTunerLayer):
 
     def _hold(self, rest: QuantisedWeight) -> None:
         """Let a quantised W_r serve in the place of the stored weight, which keeps dtype and device."""
+        self.check_storable()
         self.packs.drop()
         self.quantised = rest
         self.base_layer.weight.data = self.base_layer.weight.data.new_empty(0)
@@ -154,6 +164,12 @@ def can_call_directly(x: Tensor, operands: Operands) -> bool:
     )
 
 
+def is_sharded(layer: Any) -> bool:
+    """Whether processes hold parts of the layer's weight: by tensor parallelism, or by FSDP, which may gather it."""
+    by_fsdp: bool = getattr(layer, "_is_fsdp_managed_module", False)  # FSDP1 and FSDP2 leave this word for the compiler
+    return by_fsdp or (dist.is_available() and isinstance(layer.weight, DTensor))
+
+
 def check_kind(base_layer: nn.Module, name: str) -> None:
     """Raise `FastpeftError` unless SiVA knows the kind of layer, and all that its call computes."""
     kind = type(base_layer)
@@ -166,6 +182,11 @@ def check_kind(base_layer: nn.Module, name: str) -> None:
         raise FastpeftError(
             f"{name} has a weight in 8 bits of bitsandbytes, which SiVA does not adapt. Load the model unquantised, "
             "with SivaConfig(residual_dtype='int8')."
+        )
+    if is_sharded(base_layer):
+        raise FastpeftError(
+            f"{name}: its weight is sharded among processes, and SiVA decomposes whole ones. Put the adapter on the "
+            "model first and shard it then, by FSDP; tensor parallelism cannot be used."
         )
     # accelerate's hooks replace the forward of an instance; they move x and the weight alone
     forward = kind.forward if hasattr(base_layer, "_hf_hook") else getattr(base_layer.forward, "__func__", None)

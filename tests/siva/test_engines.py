@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertForSequenceClassification
 
-from fastpeft import SivaConfig, SivaLinear
+from fastpeft import FastpeftError, SivaConfig, SivaLinear
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -333,6 +334,30 @@ def test_fsdp1_equals_one_process(ranks: Run, residual: str, passes: int) -> Non
     assert_same(ranks(fsdp1_step, residual, passes), *in_one_process(residual, passes))
 
 
+def change_shards(engine: str) -> tuple[Tensor, Tensor]:
+    """What a sharded model says before and after what would change its weights is refused."""
+    model = adapted()
+    if engine == "fsdp1":
+        wrapped: nn.Module = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    elif engine == "fsdp2":
+        wrapped = sharded(model)
+    else:
+        wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))  # its weights stay whole after a forward
+    with torch.no_grad():
+        before = wrapped(**batch()).logits
+        for change in (model.merge_adapter, model.unload, lambda: model.delete_adapter("default")):
+            gathered = FullyShardedDataParallel.summon_full_params(wrapped) if engine == "fsdp1" else nullcontext()
+            with gathered, pytest.raises(FastpeftError, match="its weight is sharded among processes"):
+                change()
+        return before, wrapped(**batch()).logits
+
+
+def adapt_shards() -> None:
+    base = tiny()
+    fully_shard(base.roberta.encoder.layer[0], mesh=init_device_mesh("cpu", (2,)))
+    peft.get_peft_model(base, SivaConfig(r=2, target_modules=["query"]))
+
+
 def saved_modules_of_low_memory(folder: str) -> list[str]:
     """What trains beside the factors, where one process of a machine reads the weights, as accelerate asks for."""
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -340,6 +365,20 @@ def saved_modules_of_low_memory(folder: str) -> list[str]:
         base = BertForSequenceClassification.from_pretrained(folder)
         model = peft.get_peft_model(base, SivaConfig(r=2, task_type="SEQ_CLS"))
     return sorted(name for name in trained(model) if ".siva_" not in name)
+
+
+@needs_gloo
+@pytest.mark.parametrize("engine", ["fsdp1", "fsdp2", "fsdp2 at the root"])
+def test_weights_in_shards_are_not_changed(ranks: Run, engine: str) -> None:
+    """The next gathering would bring the old ones back, while the layers count as merged."""
+    for before, after in ranks(change_shards, engine):
+        assert after.equal(before)
+
+
+@needs_gloo
+def test_weights_in_shards_get_no_adapter(ranks: Run) -> None:
+    for refused in ranks(adapt_shards):
+        assert "Put the adapter on the model first and shard it then" in str(refused)
 
 
 @needs_gloo
