@@ -1,15 +1,18 @@
 """A whole training step of the bundled model by each method of the README's table, side by side.
 
 `python -m bench.bench_training` writes `bench/data/training.csv`; `pytest bench --benchmark-enable --benchmark-only`
-shows each step through pytest-benchmark. Text is random: only the shape of the batch matters.
+shows each step through pytest-benchmark. Text is random: only the shape of the batch matters. On a CPU the frozen
+weights of every method are packed, as `fastpeft train` packs them.
 
 `python -m bench.bench_training --adapters` writes `bench/data/siva_training.csv`: SiVA against other adapters of the
-same layers, and against the limit of them all, the same layers frozen but passing gradients. Predicted for SiVA before
-measuring, for blocks of width d = 384 and M = 512 rows: query and key need 6 products of M, d and 8 more (p, h, dp, dx,
-dU, dV), 19 million operations beside the 604 million of their 4 products with W, 3 % of these and 0.5 % of the step;
-16 kB of p are stored a block, and one addition of two dx (2.4 MB moved) is saved. All linears: 2 to 3 % of products.
-As six small products by BLAS these cost more than their operations, 0.1 ms a product within the step; on a CPU the
-compiled module makes them one pass over rows forward and one backward, 0.04 ms forward for one thread by the profiler.
+same layers, and against the limit of them all, the same layers frozen but passing gradients. SiVA and the limit pack
+these layers, PEFT's adapters do not; where a candidate is called packed, all frozen layers are. Predicted for SiVA
+before measuring, for blocks of width d = 384 and M = 512 rows: query and key need 6 products of M, d and 8 more (p, h,
+dp, dx, dU, dV), 19 million operations beside the 604 million of their 4 products with W, 3 % of these and 0.5 % of the
+step; 16 kB of p are stored a block, and one addition of two dx (2.4 MB moved) is saved. All linears: 2 to 3 % of
+products. As six small products by BLAS these cost more than their operations, 0.1 ms a product within the step; on a
+CPU the compiled module makes them one pass over rows forward and one backward, 0.04 ms forward for one thread by the
+profiler.
 
 `--model base` and `--model large` take RoBERTa's shapes, `--rounds` fewer rounds. With `--adapters` `--tokens` takes
 other lengths and `--candidates` some of the rows; `--dtype bfloat16` casts the base before adapters are made of it,
@@ -30,7 +33,7 @@ from bench.backbones import HEADS, MODELS
 from bench.harness import DATA, Candidates, measure, timing_parser
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
-from fastpeft.ops.frozen_linear import set_packing
+from fastpeft.ops.frozen_linear import pack_layer, set_packing
 
 FILE = DATA / "training.csv"
 BATCH_SIZE, TOKENS = 16, 32  # what the demo data has on average
@@ -130,7 +133,10 @@ def step_of(
 
 
 def pass_gradients(model: nn.Module, targets: Any) -> None:
-    """Let the outputs of the targeted layers need gradients, as if something in the layers was trained."""
+    """Let the outputs of the targeted layers need gradients, as if something in the layers was trained.
+
+    On a CPU their weights are packed, as SiVA's are.
+    """
 
     def require(_module: nn.Module, _args: Any, output: Tensor) -> None:
         if not output.requires_grad:
@@ -139,12 +145,19 @@ def pass_gradients(model: nn.Module, targets: Any) -> None:
     for name, module in model.base_model.named_modules():
         if isinstance(module, nn.Linear) and (targets == "all-linear" or name.rpartition(".")[2] in targets):
             module.register_forward_hook(require)
+            if module.weight.is_cpu:
+                pack_layer(module)
 
 
 def candidates(device: torch.device, model: str = "demo") -> Candidates:
     """Every row of the table; SiVA on query and key, its default, first."""
     default_first = sorted(CELLS, key=lambda cell: (cell.method, cell.targets) != ("siva", "query, key"))
-    return {cell.name: training_step(cell, device, model) for cell in default_first}
+    return {cell.name: training_step(as_trained(cell, device), device, model) for cell in default_first}
+
+
+def as_trained(cell: Cell, device: torch.device) -> Cell:
+    """The cell as `fastpeft train` has it, which packs on a CPU."""
+    return replace(cell, variant="packed") if device.type == "cpu" else cell
 
 
 def adapters(
@@ -162,7 +175,8 @@ def adapters(
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_training_step(benchmark: Any, cell: Cell) -> None:
-    benchmark(training_step(cell, torch.device("cpu")))
+    cpu = torch.device("cpu")
+    benchmark(training_step(as_trained(cell, cpu), cpu))
 
 
 def main() -> None:

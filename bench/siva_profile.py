@@ -22,7 +22,7 @@ CANDIDATES = ("siva", "limit", "lora")
 KINDS = {  # what an operation's name holds, by what it is for; the first that fits decides
     "optimizer": ("_fused_adamw", "zero_grad"),
     "layers of SiVA": ("fastpeft", "SivaLinear"),
-    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm"),
+    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise"),
     "attention": ("attention",),
     "norms, activations, dropout": ("layer_norm", "gelu", "dropout", "bernoulli", "tanh", "softmax"),
     "sums, products, copies": ("aten::add", "aten::mul", "aten::copy_", "aten::fill_", "aten::sum", "aten::zero_"),

@@ -14,6 +14,7 @@ from bench.siva_profile import BETWEEN, OTHERS, kind_of, spent
         ("fastpeft::siva_linear", "layers of SiVA"),
         ("GeneratedBackwardFor_fastpeft_siva_linear_default", "layers of SiVA"),
         ("aten::addmm", "matrix products"),
+        ("mkldnn::_linear_pointwise", "matrix products"),  # by a packed weight
         ("aten::_fused_adamw_", "optimizer"),
         ("aten::add_", "sums, products, copies"),
         ("aten::native_layer_norm_backward", "norms, activations, dropout"),
