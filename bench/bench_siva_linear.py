@@ -2,7 +2,8 @@
 
 `python -m bench.bench_siva_linear` times them side by side into `bench/data/siva_linear.csv`; `pytest bench
 --benchmark-enable --benchmark-only` shows each through pytest-benchmark. Both run what `candidates` returns.
-A case of several layers is one of layers that read the same x, which SiVA runs as one group.
+A case of several layers is one of layers that read the same x, which SiVA runs as one group. No weight is packed, of
+SiVA's neither: what packs gain is in `bench.bench_frozen_linear`.
 """
 
 from __future__ import annotations
@@ -92,15 +93,19 @@ def _through_peft(make: Callable[..., Any], **settings: Any) -> Callable[[Layers
     return adapt
 
 
+def _siva(**settings: Any) -> Callable[[Layers], nn.Module]:
+    return _through_peft(fastpeft.SivaConfig, pack_weights=False, **settings)
+
+
 def _siva_alone(layers: Layers) -> nn.Module:
-    model = _through_peft(fastpeft.SivaConfig)(layers)
+    model = _siva()(layers)
     grouping.part(model)
     return model
 
 
 LAYERS: dict[str, Callable[[Layers], nn.Module]] = {
-    "siva": _through_peft(fastpeft.SivaConfig),
-    "siva implicit": _through_peft(fastpeft.SivaConfig, residual="implicit"),
+    "siva": _siva(),
+    "siva implicit": _siva(residual="implicit"),
     "siva layer by layer": _siva_alone,
     "plain siva": lambda layers: Layers({name: _Plain(layer) for name, layer in layers.named_children()}),
     "frozen linear": lambda layers: layers.requires_grad_(False),

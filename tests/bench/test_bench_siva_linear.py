@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -28,6 +30,14 @@ def test_rows_are_recorded_and_drawn(work, tmp_path):
     assert {row["candidate"] for row in harness.read_rows(file)} == set(bench.LAYERS)
     plot.plot_timings(harness.read_rows(file), file.with_suffix(".png"))
     assert (tmp_path / "siva_linear.png").stat().st_size > 1000
+
+
+def test_no_candidate_packs_its_weight():
+    """The others' layers have no packs, so SiVA's would be faster by what is not its own."""
+    linears = bench.Layers({name: torch.nn.Linear(16, 16) for name in bench.ATTENTION.split(", ")})
+    for make in bench.LAYERS.values():
+        made = make(copy.deepcopy(linears)).modules()
+        assert not any(packs.enabled for module in made if (packs := getattr(module, "packs", None)))
 
 
 def test_training_returns_every_gradient():
