@@ -45,9 +45,9 @@ def training_step(model: str, dtype: str | None, folder: Path, device: torch.dev
 
     def step() -> None:
         ids = next(turns)
-        optimizer.zero_grad()
         ladder(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids[:, 0] % 2).loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # a step's peak is measured from what it finds
 
     return step
 

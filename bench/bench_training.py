@@ -123,11 +123,11 @@ def step_of(
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
     def step() -> None:
-        optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # a step's peak is measured from what it finds
 
     return step
 

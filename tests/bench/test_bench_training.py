@@ -89,6 +89,7 @@ def test_a_step_moves_the_trained_parameters(cell: Cell) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad or parameter.equal(before[name]), name
     moved = [name for name, p in model.named_parameters() if not p.equal(before[name])]
+    assert all(parameter.grad is None for parameter in model.parameters()), "or they would not count as its memory"
     beside_head = [name for name in moved if "classifier" not in name]
     assert bool(beside_head) is (cell.method not in ("head", LIMIT))
     assert len(moved) > len(beside_head)
