@@ -1,4 +1,4 @@
-"""Every candidate of the bench passes over the same weights, and the op's variants to the same bits."""
+"""Every candidate of the bench passes over the model's weights, and is recorded."""
 
 from __future__ import annotations
 

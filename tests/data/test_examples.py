@@ -523,7 +523,7 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, asked:
     assert calls == [asked]
     assert (len(data.train), len(data.dev), data.labels) == (20, 4, ["negative", "positive"])
     assert data.dev.labels == [0, 1, 0, 1]
-    assert name in data.description or "sst2 (train)" in data.description
+    assert data.description == f"{Path(name).name} (train), {Path(name).name} (validation)"
     assert load_rows(name, data.labels, CLASSIFICATION).texts == [row["sentence"] for row in SENTENCES[:4]]
 
 

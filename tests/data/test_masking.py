@@ -324,7 +324,7 @@ def test_a_model_without_a_head_gets_one_that_label_words_take(
     changed = {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert len(changed) == 2  # the dense layer and the norm; the vocabulary's layer is the embeddings
     assert not any(name.startswith(("mpnet.", "bert.")) for name in changed)
-    assert train(replace(by_words, model=str(result.folder))).metrics["accuracy"] >= 0
+    train(replace(by_words, model=str(result.folder)))  # its label words are read by that head
 
 
 def test_a_model_of_a_kind_without_a_head_or_without_a_mask_is_refused(config: TrainConfig, tmp_path: Path) -> None:

@@ -174,5 +174,4 @@ def test_the_sum_learns_faster_than_the_place_of_the_output() -> None:
     base = causal_model("llama")
     losses(base, counted, 8)
     added, replaced = (losses(ladder(copy.deepcopy(base), output_mix=mix), counted, 20, 2e-3) for mix in ("add", False))
-    print(added, replaced)
     assert added[-1] < min(added[0], replaced[-1])

@@ -343,12 +343,12 @@ def test_parameters_that_share_memory_are_refused() -> None:
 
 @needs_cpp
 def test_the_compiled_op_checks_what_could_reach_foreign_memory() -> None:
-    for params, offsets, kind in (
-        ([torch.zeros(3)], [], "gaussian"),
-        ([torch.zeros(3)], [0], "uniform"),
-        ([torch.zeros(3, dtype=torch.int32)], [0], "gaussian"),
+    for params, offsets, kind, message in (
+        ([torch.zeros(3)], [], "gaussian", "takes one offset per parameter"),
+        ([torch.zeros(3)], [0], "uniform", "noise is 'uniform'; allowed are"),
+        ([torch.zeros(3, dtype=torch.int32)], [0], "gaussian", "takes float16, bfloat16, float32 and float64"),
     ):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match=message):
             _op(params, offsets, [1], [0.1], 0.0, kind)
 
 
