@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import doctest
 import io
 import os
 import re
+import runpy
+import shlex
 import shutil
 import socket
 import subprocess
@@ -161,6 +164,47 @@ def test_the_table_of_files_has_every_one_and_each_once() -> None:
     page = (DOCS / "results" / "performance.md").read_text(encoding="utf-8")
     listed = re.findall(r"\(\.\./\.\./bench/data/([\w/]+\.csv)\)", page.partition("\n## Every file\n")[2])
     assert sorted(listed) == sorted(file.name for file in (ROOT / "bench" / "data").glob("*.csv"))
+
+
+class ParsedError(Exception):
+    """The arguments of a command were taken."""
+
+
+def bench_commands() -> set[str]:
+    """Those that pages name, each on one line; `...` stands for arguments that a reader has to choose."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = re.findall(r"`(python\s+-m\s+bench\.[^`]+)`|^(python -m bench\..+)$", text, re.MULTILINE)
+    return {" ".join("".join(each).split()) for each in named}
+
+
+@pytest.mark.parametrize("command", sorted(bench_commands()))
+def test_a_bench_takes_the_arguments_of_a_page(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `...` they are all that it needs."""
+    module, *arguments = shlex.split(command)[2:]
+    file = ROOT / f"{module.replace('.', '/')}.py"
+    text = file.read_text(encoding="utf-8")
+    if "..." in arguments:
+        return
+    if "parse_args" not in text and "time_operation" not in text:
+        assert not arguments
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(self: argparse.ArgumentParser, *given: Any) -> None:
+        parse(self, *given)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr(sys, "argv", [str(file), *arguments])
+    with pytest.raises(ParsedError):
+        runpy.run_path(str(file), run_name="__main__")
+
+
+def test_what_is_in_the_tests_folder_is_run_with_its_path() -> None:
+    text = " ".join(" ".join(page.read_text(encoding="utf-8") for page in PAGES).split())
+    named = re.findall(r"(\S+) python -m reliability", text)
+    assert named
+    assert {each.lstrip("`") for each in named} == {"PYTHONPATH=tests"}
 
 
 @pytest.mark.long
