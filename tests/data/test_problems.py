@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from samples import (
     SMALL,
     Interrupt,
@@ -24,6 +23,7 @@ from samples import (
     save_tiny_model,
     scores,
     tagged,
+    weights_of,
     write_csv,
     write_jsonl,
 )
@@ -394,7 +394,7 @@ def test_the_best_checkpoint_is_the_result(
     assert result.metrics["best_step"] == 4, "the earliest of the best"
     checkpoints = result.folder / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {f"checkpoint-{step}" for step in (4, 8, 10)}
-    saved, best, last = (weights(folder) for folder in (result.folder, *map(checkpoints.joinpath, BEST_AND_LAST)))
+    saved, best, last = (weights_of(folder) for folder in (result.folder, *map(checkpoints.joinpath, BEST_AND_LAST)))
     assert all(torch.equal(tensor, best[name]) for name, tensor in saved.items())
     assert not all(torch.equal(tensor, last[name]) for name, tensor in saved.items())
     assert evaluate(result.folder)["dev_rows"] == 6
@@ -403,11 +403,6 @@ def test_the_best_checkpoint_is_the_result(
 
 
 BEST_AND_LAST = ("checkpoint-4", "checkpoint-10")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = folder.glob("*.safetensors")
-    return load_file(file)
 
 
 def test_checkpoints_are_measured_on_all_dev_rows(

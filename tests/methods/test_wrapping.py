@@ -13,6 +13,7 @@ import pytest
 import torch
 from backbones import tiny
 from samples import PROMPT, reviews, save_tiny_model, tagged, write_csv, write_jsonl
+from siva_adapters import trained
 
 from fastpeft import CompareConfig, FastpeftError, PromptCollator, TrainConfig, train
 from fastpeft.data.problems import CLASSIFICATION
@@ -43,10 +44,6 @@ def config(config: TrainConfig) -> TrainConfig:
 @pytest.fixture
 def classifier(place: Path) -> Classifier:
     return load_classifier(str(place / "model"), ("no", "yes"), CLASSIFICATION)
-
-
-def trained(model: Any) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 # -- layers that PEFT has no default for -------------------------------------------------------------------------------
