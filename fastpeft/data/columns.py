@@ -107,9 +107,9 @@ def pick_columns(
     if label is None and texts and len(left) == 1 and left.keys().isdisjoint(_ROW_NUMBERS):
         (label,) = left.values()
     if not texts:
-        raise _cannot_tell(table, "--text-column (for pairs two, joined by a comma)", texts_alone)
+        raise _cannot_tell(table, "--text-column (for pairs two, joined by a comma)", problem)
     if not label and not texts_alone:
-        raise _cannot_tell(table, "--label-column", texts_alone)
+        raise _cannot_tell(table, "--label-column", problem)
     label = "" if texts_alone else label or ""
     if label in texts:
         raise FastpeftError(
@@ -118,13 +118,19 @@ def pick_columns(
     return Columns(texts, label)
 
 
-def _cannot_tell(table: Table, option: str, texts_alone: bool) -> FastpeftError:
+def _cannot_tell(table: Table, option: str, problem: Problem | None) -> FastpeftError:
     """The error where no column is the one that `option` would name."""
-    is_said = not texts_alone and _find_said(table)
-    said = "; or, to train a language model on these texts, give --objective causal" if is_said else ""
+    left = _left(table.columns, ())
+    pair = _completion(left)
+    said = beside = ""
+    if (problem is None or not problem.of_texts_alone) and (pair or _find_said(table)):
+        said = "; or, to train a language model on these texts, give --objective causal"
+    elif problem is NEXT_WORDS and pair:
+        others = " and ".join(repr(left[name]) for name in _BESIDE_PROMPTS if name in left)
+        beside = f" Only two are read: where an answer depends on {others} too, write that into {pair[0]!r} first."
     return FastpeftError(
         f"cannot tell which column of {table.name} to take; its columns are {', '.join(table.columns)}. Name it with "
-        f"{option}{said}.{_about_header(table.columns)}"
+        f"{option}{said}.{beside}{_about_header(table.columns)}"
     )
 
 
@@ -251,6 +257,11 @@ def _find_said(table: Table) -> tuple[str, ...]:
         return (said,)
     if not left.keys().isdisjoint(_BESIDE_PROMPTS):  # what an answer depends on too, which would be lost
         return ()
+    return _completion(left)
+
+
+def _completion(left: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns of prompts and completions among those that are left."""
     pair = next((pair for pair in COMPLETION_COLUMNS if all(name in left for name in pair)), ())
     return tuple(left[name] for name in pair)
 

@@ -73,9 +73,16 @@ def test_an_answer_in_turns_of_its_own_is_told_of(tmp_path: Path) -> None:
 
 
 def test_rows_to_say_are_told_from_rows_with_classes(tmp_path: Path) -> None:
-    for rows in ([{"prompt": "film", "completion": "plot"}] * 4, chats(4)):
+    pairs = {"prompt": "film", "completion": "plot"}, {"instruction": "Tell.", "input": "film", "output": "plot"}
+    for rows in (*([pair] * 4 for pair in pairs), chats(4)):
         with pytest.raises(FastpeftError, match="train a language model on these texts, give --objective causal"):
             load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+
+
+def test_what_an_answer_depends_on_too_is_named(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"Instruction": "Tell.", "Input": "film", "Output": "plot"}] * 4)
+    with pytest.raises(FastpeftError, match=r"depends on 'Input' too, write that into 'Instruction' first"):
+        load_data(str(file), problem_type="next_words")
 
 
 @pytest.mark.parametrize(
