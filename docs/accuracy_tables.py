@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
 import memory_tables
 import numpy as np
-from table_rows import DATA, DOCS, NAMES, Row, read, rows, settings, table, whole
+from table_rows import DOCS, NAMES, Row, cells_of, read, rows, settings, table, whole
 
 from fastpeft.comparison.significance import compare_pair, row_scores
 from fastpeft.comparison.suites import PaperRow, get_suite
@@ -163,13 +161,6 @@ def suite(folder: str, *, speeds: bool = True) -> str:
     if not speeds:
         heads, body = heads[:-2], [cells[:-2] for cells in body]
     return table(heads, body)
-
-
-def cells_of(task: str, variant: str) -> list[dict[str, Any]]:
-    """The cells of a variant that `python -m bench.evidence` has finished, one a seed."""
-    name = re.sub(r"[^\w.+=-]+", "-", variant).strip("-")  # as a comparison names its folders
-    files = sorted((DATA / "evidence" / task).glob(f"{name}-seed*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def _papers_cells(task: str, variant: str) -> list[dict[str, Any]]:

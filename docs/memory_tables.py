@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import mean
 
-from table_rows import Row, rows, table, whole
+from table_rows import Row, cells_of, rows, table, whole
 
 # rows of bench/data/memory.csv by what identifies a case: method, targets, adapter and residual dtype, optimizer, and
 # layers for each side block
@@ -49,6 +50,33 @@ def memory() -> str:
     )
     heads = [f"{length} tokens" for length in LENGTHS]
     return table(["peak memory, MB", *heads, *(f"{head}, checkpointed" for head in heads)], body)
+
+
+_LORA = "lora:rank=4:targets=query+key"
+_WIDE = ":rank=8:targets=all-linear"
+PROCESSES = {  # by method the variants of the evidence on SST-2, TREC and E2E; "" where there is none
+    "**MeZO**": ("mezo:prompt=sst2:learning_rate=6e-6:epochs=5", "", "mezo"),
+    "LST": ("lst", "lst", "lst"),
+    "**9-LST**": ("k-lst:window=9", "k-lst:window=9", "k-lst:window=9"),
+    "QLoRA, all linear": ("", "qlora", f"qlora{_WIDE}"),
+    "**SiVA**": ("siva", "siva", f"siva{_WIDE}"),
+    "LoRA": (_LORA, _LORA, f"lora{_WIDE}"),
+    "full fine-tuning": ("full", "full", "full"),
+}
+
+
+def processes() -> str:
+    """The simulated peak of a step, and the resident peak of the process that ran, each the mean over seeds."""
+    body = []
+    for name, variants in PROCESSES.items():
+        cells: list[str] = []
+        for task, variant in zip(("sst2", "trec", "e2e"), variants):
+            found = (cells_of(task, variant) or cells_of(f"{task}-mezo", variant)) if variant else []
+            for peak in ("peak_memory_mb", "peak_rss_mb"):
+                cells.append(f"{mean(cell['metrics'][peak] for cell in found):,.0f}" if found else "-")
+        body.append([name, *cells])
+    heads = [f"{task}: {what}" for task in ("SST-2", "TREC", "E2E") for what in ("a step", "the process")]
+    return table(["MB", *heads], body)
 
 
 # rows of bench/data/llama_memory.csv by method, format of the frozen weights, form of the loss, reduction, and layers

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
 DATA = DOCS.parent / "bench" / "data"
@@ -40,6 +43,13 @@ def rows(file: str) -> list[Row]:
 def read(file: Path) -> list[Row]:
     with file.open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))
+
+
+def cells_of(task: str, variant: str) -> list[dict[str, Any]]:
+    """The cells of a variant that `python -m bench.evidence` has finished, one a seed."""
+    name = re.sub(r"[^\w.+=-]+", "-", variant).strip("-")  # as a comparison names its folders
+    files = sorted((DATA / "evidence" / task).glob(f"{name}-seed*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:

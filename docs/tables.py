@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "after-mezo": accuracy_tables.after_mezo,
     "auto-prompt": accuracy_tables.auto_prompt,
     "memory": memory_tables.memory,
+    "processes": memory_tables.processes,
     "llama-memory": memory_tables.llama_memory,
     "llama-parts": memory_tables.llama_parts,
     "llama-sizes": memory_tables.llama_sizes,
