@@ -65,17 +65,20 @@ def test_results_and_report() -> None:
 def test_the_report_tells_what_does_not_compare() -> None:
     measured = '"device": "a chip", '
     chosen = measured + '"threads": 2 + values["seed"], "best_step": values["save_steps"], '
+    chosen += '"steps": 20 if values["method"] == "lora" else 10, '
     Path("cell.py").write_text(STAND_IN.replace(measured, chosen))
     compare(config("head"))
     report = Path("out/report.md").read_text()
     assert "- device: a chip, CPU threads: 2\n" in report
     assert "kept the checkpoint that was best" not in report
     assert "Not all cells" not in report
+    assert "Steps of training" not in report
 
     compare(config("head", "lora:metric=f1:save_steps=2", seeds=2))
     report = Path("out/report.md").read_text()
     assert "- device: a chip, CPU threads: 2\n- device: a chip, CPU threads: 3\n" in report
     assert "- Not all cells ran on the same device with as many threads" in report
+    assert "- Steps of training differ: 10 (head); 20 (lora:metric=f1:save_steps=2). Without --epochs" in report
     assert "results on the dev rows are optimistic: lora:metric=f1:save_steps=2 (by f1).\n" in report
     assert [row["threads"] for row in results()] == ["2", "3", "2", "3"]
 

@@ -257,7 +257,7 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
         ("model", [_text(metrics, "model") for metrics in finished]),
         ("data", [_data(metrics) for metrics in finished]),
         ("device", [_device(metrics) for metrics in finished]),
-        ("compute dtype", _dtypes(compared)),
+        ("compute dtype", _by_variant(compared, "compute_dtype")),
         ("versions", [versions(metrics) for metrics in finished]),
     )
     items = [f"{name}: {value}" for name, values in described for value in dict.fromkeys(values) if value]
@@ -288,6 +288,11 @@ def _notes(plan: Plan, compared: Sequence[Variant]) -> list[str]:
             "Not all cells ran on the same device with as many threads. Compare speeds and seconds only among those "
             "that did; results.csv has the device and threads of each."
         )
+    if len(steps := _by_variant(compared, "steps")) > 1:
+        notes.append(
+            f"Steps of training differ: {'; '.join(steps)}. Without --epochs or --max-steps each method has the epochs "
+            "of its recipe."
+        )
     if any(variant.interval() for variant in compared):
         notes.append(
             "In brackets: the 95 % confidence interval. With one seed it covers the sampling of rows (for accuracy, "
@@ -300,14 +305,14 @@ def _notes(plan: Plan, compared: Sequence[Variant]) -> list[str]:
     return notes
 
 
-def _dtypes(compared: Sequence[Variant]) -> list[str]:
-    """What steps of variants computed in; where that differs, which in what."""
+def _by_variant(compared: Sequence[Variant], name: str) -> list[str]:
+    """What runs have as `name`; where that differs, which variants have what."""
     found: dict[str, list[str]] = {}
     for variant in compared:
-        for name in dict.fromkeys(_text(metrics, "compute_dtype") for metrics in variant.runs):
-            found.setdefault(name, []).append(variant.name)
+        for value in dict.fromkeys(_text(metrics, name) for metrics in variant.runs):
+            found.setdefault(value, []).append(variant.name)
     found.pop("", None)  # zero-shot
-    return list(found) if len(found) < 2 else [f"{name} ({', '.join(names)})" for name, names in found.items()]
+    return list(found) if len(found) < 2 else [f"{value} ({', '.join(names)})" for value, names in found.items()]
 
 
 def _text(metrics: Mapping[str, Any], name: str) -> str:
