@@ -156,7 +156,7 @@ def run_plan(config: TrainConfig, budget_mb: float | None) -> TrainPlan:
 
 
 def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None) -> None:
-    """Print what a run would do and take, and whether that fits into a budget."""
+    """Print what a run would do and take, and whether its step fits into a budget."""
     known, peak = what.estimate, what.peak_memory_mb
     seconds = known.seconds(what.rows)
     rows = [
@@ -166,7 +166,7 @@ def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None)
     if seconds is not None and (resident := peak_rss_mb()) is not None and not torch.accelerator.is_available():
         rows.append(("peak resident memory", f"{resident:,.0f} MB (the whole process)"))
     if budget_mb is not None:
-        rows.append((f"fits into {budget_mb:,.0f} MB", _fits(known, budget_mb)))
+        rows.append((f"a step fits into {budget_mb:,.0f} MB", _fits(known, budget_mb)))
     rows += [
         ("estimated time", known.error or _time(known, seconds, budget_mb)),
         ("steps of the run", f"{what.steps:,}"),
