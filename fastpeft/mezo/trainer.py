@@ -25,6 +25,7 @@ from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
 from fastpeft.mezo.sharding import is_sharded
 from fastpeft.ops.fused_head import fuse_any_head
+from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
 from fastpeft.support.nonfinite import where_it_began
 from fastpeft.support.processes import Ranks
@@ -163,6 +164,7 @@ class MeZOTrainer(Trainer):
         self._last_loss = 0.0
         self._warned = False  # of losses in half precision
         self._start: Start | None = None  # of a resumed run with a journal
+        self._loaded_from: str | None = None  # the checkpoint whose weights are being loaded
         self._resumes = False  # from a checkpoint, given or made
         self._settle_for_callbacks()
         fuse_any_head(self.model)  # its loss asks for no gradient here, even where the decoder trains
@@ -288,6 +290,7 @@ class MeZOTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._settle()  # before other weights are loaded, to which the deferred step does not belong
+        self._loaded_from = self.state.best_model_checkpoint
         super()._load_best_model()
 
     @contextmanager
@@ -346,10 +349,21 @@ class MeZOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights with which the journal continues, unless they are those of the base model."""
-        if self._start is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif self._start.weights is not None:
-            super()._load_from_checkpoint(str(self._start.weights.path), model)
+        if self._start is not None:
+            if self._start.weights is None:
+                return
+            resume_from_checkpoint = str(self._start.weights.path)
+        self._loaded_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Load weights that transformers saved by older names, as those of GPT-NeoX, which its Trainer skips."""
+        model = inside_prompt(self.model)
+        if load_result.unexpected_keys and isinstance(model, PreTrainedModel):
+            saved: Any = type(model).from_pretrained(self._loaded_from, use_safetensors=True)
+            model.load_state_dict(saved.state_dict())
+        else:
+            super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from mezo_networks import equal, weights
-from mezo_trainer import config, language_model, logged, rows
+from mezo_trainer import TINY, config, language_model, logged, rows
 from samples import Interrupt
-from transformers import TrainerCallback
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, TrainerCallback
 
 from fastpeft import FastpeftError, MeZOTrainer
 from fastpeft.mezo import Journal
@@ -65,6 +65,23 @@ def test_checkpoints_of_the_model_alone_go_on_with_new_noise(tmp_path: Path, jou
     assert tail(resumed, "projected_grad", 4) == tail(whole, "projected_grad", 4)
     if journal:
         assert Journal.open(resumed.journal_file).header["first_step"] == 3
+
+
+@pytest.mark.parametrize("journal", [False, True])
+def test_weights_that_are_saved_by_older_names_are_loaded(tmp_path: Path, journal: bool) -> None:
+    """transformers saves GPT-NeoX's LM head as `embed_out`, which its Trainer does not find in the model."""
+    changes: dict[str, Any] = {"journal": journal, "save_weights": True, "save_strategy": "steps", "save_steps": 2}
+    changes |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    ends: list[MeZOTrainer] = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(0)
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**TINY))
+        ends.append(MeZOTrainer(model, config(tmp_path, **changes), train_dataset=rows(), eval_dataset=rows()))
+        ends[-1].train(resume_from_checkpoint=checkpoint)
+    whole, resumed = ends
+    assert logged(resumed, "projected_grad") == logged(whole, "projected_grad")
+    assert equal(weights(resumed.model), weights(whole.model))
+    assert whole.evaluate()["eval_loss"] == max(logged(whole, "eval_loss"))  # the best by `greater_is_better`
 
 
 @pytest.mark.long(but="5")
