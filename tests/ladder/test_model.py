@@ -357,6 +357,19 @@ def test_a_trainer_counts_next_words_as_beside_the_base(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
+def test_a_trainer_that_is_told_the_names_of_answers_measures_their_loss(tmp_path: Path) -> None:
+    model = ladder(tiny(head="ForQuestionAnswering", num_labels=2))
+    answers = {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([4, 5, 6])}
+    settings = quiet(tmp_path, label_names=list(answers))
+    rows = [{"input_ids": row, **{name: at[i] for name, at in answers.items()}} for i, row in enumerate(IDS)]
+    predictions, _, metrics = transformers.Trainer(model, settings).predict(rows)
+    with torch.no_grad():
+        found = model(IDS, **answers)
+    assert metrics["test_loss"] == pytest.approx(float(found.loss), abs=1e-5)
+    for logits_of, expected in zip(predictions, (found.start_logits, found.end_logits), strict=True):
+        torch.testing.assert_close(torch.tensor(logits_of), expected)
+
+
 def test_inputs_that_the_base_alone_names_reach_it_in_a_trainer(tmp_path: Path) -> None:
     base = tiny("LayoutLM", "ForTokenClassification", max_2d_position_embeddings=64)
     model = moved(base)
