@@ -53,7 +53,7 @@ inline std::vector<Tile> tiles_of(const std::vector<int64_t>& rows, const std::v
 
 // Coefficients of some rows: those of one layer begin at its first rank.
 inline Rows of_layer(Rows coefficients, const Ranks& ranks, size_t layer) {
-    return {coefficients.data + ranks.start[layer], coefficients.count, coefficients.stride};
+    return {coefficients.data + ranks.start[layer], coefficients.stride};
 }
 
 // run(begin, end, buffer) for all of `parts` of the rows of `tiles`; the buffer has room for the coefficients of a tile
@@ -95,7 +95,7 @@ void add_low_rank(const Matrix& rows, const std::vector<GroupFactors>& adapters,
             const auto [adapter, numbers, count, place] = tiles[t];
             const GroupFactors& factors = adapters[adapter];
             const Ranks& ranks = factors.ranks;
-            const Rows projected = {buffer, count, ranks.total};
+            const Rows projected = {buffer, ranks.total};
             run.project(rows.some<T>(numbers, count), factors.v(), projected);
             for (size_t i = 0; i < targets.size(); ++i) {
                 const Rows own = of_layer(projected, ranks, i);
@@ -284,7 +284,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
         of_v.clear(chunk.number);
         for (size_t t = chunk.begin; t < chunk.end; ++t) {
             const auto [adapter, numbers, count, place] = tiles[t];
-            const Rows coefficients = {buffer, count, ranks.total};
+            const Rows coefficients = {buffer, ranks.total};
             for (size_t i = 0; i < dh.size(); ++i) {
                 if (!of_u[i].needed()) continue;
                 const Rows own = of_layer(coefficients, ranks, i);

@@ -24,7 +24,6 @@ struct RowsOf {
 // Numbers of some rows that make up a matrix of their own.
 struct Rows {
     float* data;
-    int64_t count;
     int64_t stride;
 };
 

@@ -136,7 +136,7 @@ FASTPEFT_TARGET void reduce(Rows coefficients, RowsOf<T> x, int64_t ranks, int64
         const bool wide = k + kVectors * kLanes <= columns;
         const int count = columns - k < kLanes ? columns - k : kLanes;
         for (int64_t r = 0; r < ranks; r += kRankBlock) {
-            const Rows block = {coefficients.data + r, coefficients.count, coefficients.stride};
+            const Rows block = {coefficients.data + r, coefficients.stride};
             if (wide) {
                 reduce_columns<kVectors>(block, x, k, columns, kLanes, sums + r * columns);
             } else {

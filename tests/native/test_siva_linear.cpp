@@ -84,9 +84,9 @@ double error_of(const LowRankOf<T>& run, double rounding, int64_t rows, int64_t 
     const std::vector<float> before = sums, start = widen(out), wide = widen(x);
     const std::vector<int64_t> order = in_disorder(rows);
     const RowsOf<T> of_x = {x.data(), columns, order.data(), rows};
-    const Rows of_c = {c.data(), rows, ranks};
+    const Rows of_c = {c.data(), ranks};
     const Factors shape = {factors.data(), ranks, columns};
-    run.project(of_x, shape, {projected.data(), rows, ranks});
+    run.project(of_x, shape, {projected.data(), ranks});
     run.expand(of_c, shape, {out.data(), columns, order.data(), rows});
     run.reduce(of_c, of_x, ranks, columns, sums.data());
     const double project = error(projected, rows, ranks, [&](int64_t m, int64_t r) {
@@ -122,7 +122,7 @@ int changed_bits(const LowRankOf<BFloat16>& run, bool has_subnormal) {
     const int64_t size = static_cast<int64_t>(all.size());
     std::vector<float> nothing(4, 0.0f), factors(4 * all.size(), 1.0f);
     const int64_t first = 0;
-    run.expand({nothing.data(), 1, 4}, {factors.data(), 4, size}, {all.data(), size, &first, 1});
+    run.expand({nothing.data(), 4}, {factors.data(), 4, size}, {all.data(), size, &first, 1});
     int wrong = 0;
     for (uint32_t bits = 0; bits < 1 << 16; ++bits) {
         const float itself = widened(BFloat16{static_cast<uint16_t>(bits)}), found = widened(all[bits]);
@@ -140,7 +140,7 @@ bool rounds_to_even(const LowRankOf<BFloat16>& run) {
         std::vector<float> coefficients = {added[i], 0, 0, 0}, factors(4, 1.0f);
         BFloat16 one = {0x3f80};
         const int64_t first = 0;
-        run.expand({coefficients.data(), 1, 4}, {factors.data(), 4, 1}, {&one, 1, &first, 1});
+        run.expand({coefficients.data(), 4}, {factors.data(), 4, 1}, {&one, 1, &first, 1});
         if (one.bits != expected[i]) return false;
     }
     return true;
