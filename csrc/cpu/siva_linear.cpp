@@ -18,7 +18,7 @@ struct Alone {
     Alone(const Tensor& of_rows, const Tensors& us, const Tensors& ss, const Tensors& vs) {
         check(!vs.empty() && vs[0].dim() == 2);
         adapters.emplace_back(us, ss, vs, vs[0].size(1));
-        rows.resize(Matrix(of_rows).rows());
+        rows.resize(num_rows(of_rows));
         std::iota(rows.begin(), rows.end(), 0);
         tiles = tiles_of(rows, {static_cast<int64_t>(rows.size())});
     }
@@ -57,8 +57,7 @@ std::tuple<Tensors, Tensor> siva_linear_group(Tensor x, Tensors weights, Tensors
         Tensors found = by_aten("fastpeft::siva_linear_group_aten", x, weights, us, ss, vs, biases);
         return {Tensors(found.begin(), found.end() - 1), found.back()};
     }
-    check(x.dim() > 0);
-    const int64_t sum = Ranks(ss).sum, m = Matrix(x).rows();
+    const int64_t sum = Ranks(ss).sum, m = num_rows(x);
     Tensor p = torch::stable::new_empty(x, {sum, m}, ScalarType::Float);
     const Alone all(x, us, ss, vs);
     return {forward(x, dense(weights), all.adapters, all.tiles, biases, {{writable(p), m, 1}}), p};
@@ -71,7 +70,7 @@ LayerGradients layer_backward(const Tensor& dh, const Tensor& x, const Weight& w
                               bool need_dv, bool need_dbias) {
     std::optional<Matrix> projected;
     if (need_du) projected.emplace(p);
-    check(!need_du || is_matrix(projected->tensor(), Matrix(dh).rows(), trained));
+    check(!need_du || is_matrix(projected->tensor(), num_rows(dh), trained));
     const Alone all(dh, {u}, {s}, {v});
     const View of_p = need_du ? by_columns(projected->tensor()) : View{};
     Gradients found = backward({dh}, x, {weight}, all.adapters, all.tiles, {of_p},
@@ -114,7 +113,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_group_backward(Tensors 
         return {found[0], Tensors(found.begin() + 1, dv), *dv, Tensors(dv + 1, found.end())};
     }
     const bool any_du = std::find(need_du.begin(), need_du.end(), true) != need_du.end();
-    check(!any_du || is_matrix(p, Ranks(ss).sum, Matrix(dhs[0]).rows()));
+    check(!any_du || is_matrix(p, Ranks(ss).sum, num_rows(dhs[0])));
     const Alone all(dhs[0], us, ss, vs);
     Gradients found = backward(dhs, x, dense(weights), all.adapters, all.tiles, {any_du ? by_rows(p) : View{}},
                                {need_dx, {need_du}, {need_dv}, need_dbias});

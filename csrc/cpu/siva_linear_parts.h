@@ -71,13 +71,19 @@ inline bool is_vector(const Tensor& t, int64_t size, ScalarType kind = ScalarTyp
     return t.scalar_type() == kind && t.dim() == 1 && t.size(0) == size;
 }
 
-// (*, columns) as (M, columns), each row without gaps.
+// M of (*, columns).
+inline int64_t num_rows(const Tensor& t) {
+    check(t.dim() > 0);
+    int64_t rows = 1;
+    for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+    return rows;
+}
+
+// (*, columns) as (M, columns), each row without gaps: a copy where they have some.
 class Matrix {
   public:
-    explicit Matrix(const Tensor& t) : tensor_(t) {
-        check(t.dim() > 0);
+    explicit Matrix(const Tensor& t) : tensor_(t), rows_(num_rows(t)) {
         columns_ = stride_ = t.size(t.dim() - 1);
-        for (int64_t d = 0; d + 1 < t.dim(); ++d) rows_ *= t.size(d);
         if (t.is_contiguous()) return;
         if (t.dim() != 2) tensor_ = torch::stable::reshape(t, {rows_, columns_});
         if (tensor_.stride(1) != 1 || tensor_.stride(0) < columns_) tensor_ = torch::stable::contiguous(tensor_);
@@ -95,7 +101,7 @@ class Matrix {
 
   private:
     Tensor tensor_;
-    int64_t rows_ = 1, columns_ = 0, stride_ = 0;
+    int64_t rows_, columns_, stride_;
 };
 
 // The shape of x or dh but for its last dimension.
