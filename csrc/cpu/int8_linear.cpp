@@ -36,8 +36,8 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 }
 
 struct Operands {
-    Tensor x, codes, scales, sums, bias, out;
-    bool has_bias;
+    Tensor x, codes, scales, sums, out;
+    std::optional<Tensor> bias;
 };
 
 template <typename T>
@@ -48,7 +48,7 @@ void run(const Operands& given, QuantiseRows<T>* quantise, ScaleRows<T>* scale) 
     T* out = static_cast<T*>(given.out.mutable_data_ptr());
     const float* scales = static_cast<const float*>(given.scales.const_data_ptr());
     const int32_t* of_codes = static_cast<const int32_t*>(given.sums.const_data_ptr());
-    const float* bias = given.has_bias ? static_cast<const float*>(given.bias.const_data_ptr()) : nullptr;
+    const float* bias = given.bias ? static_cast<const float*>(given.bias->const_data_ptr()) : nullptr;
     const auto blocks = [&](int64_t begin, int64_t end, int64_t size) {
         Tensor q = torch::stable::new_empty(given.codes, {size, k});
         Tensor sums = torch::stable::new_empty(given.codes, {size, n}, ScalarType::Int);
@@ -91,9 +91,9 @@ Tensor int8_linear(Tensor x, Tensor codes, Tensor scales, Tensor sums, std::opti
                    torch::stable::contiguous(codes),
                    torch::stable::contiguous(scales),
                    torch::stable::contiguous(sums),
-                   bias.has_value() ? torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float)) : scales,
                    torch::stable::new_empty(x, sizes),
-                   bias.has_value()};
+                   std::nullopt};
+    if (bias.has_value()) given.bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
     if (given.x.size(1) > 1 && given.x.stride(1) != 1) given.x = torch::stable::contiguous(given.x);
     const Int8& loops = choose_variant().int8;
     if (type == ScalarType::Float) {

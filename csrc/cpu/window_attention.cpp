@@ -2,9 +2,8 @@
 // where the processor can (AVX512-BF16), else widened. Other dtypes and layouts are ATen's calls, in the operation's
 // own file.
 //
-// A sentence is one thread's: it makes its keys and reads them from cache; neither they nor the
-// scores are ever in a tensor. A sentence's sums do not depend on the threads, and those of p are added up in the order
-// of the sentences.
+// A sentence is one thread's: it makes its keys and reads them from cache; neither they nor the scores are ever in a
+// tensor. A sentence's sums do not depend on the threads, and those of p are added up in the order of the sentences.
 #include "window_attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -53,10 +52,7 @@ bool is_for_backward(const Tensor& dout, const Tensor& q, const Tensor& c, const
                      const std::optional<Tensor>& mask, const Tensor& out, const Tensor& lse) {
     if (!is_for<T>(q, c, p, mask)) return false;
     for (const Tensor& x : {dout, out}) {
-        if (!are_rows<T>(x)) return false;
-        for (int64_t i = 0; i < 4; ++i) {
-            if (x.size(i) != q.size(i)) return false;
-        }
+        if (!are_rows<T>(x) || x.sizes() != q.sizes()) return false;
     }
     return are_numbers(lse, ScalarType::Float, q.size(0) * q.size(1) * q.size(2));
 }
@@ -156,7 +152,7 @@ std::tuple<Tensor, Tensor> window_attention(Tensor q, Tensor c, Tensor p, std::o
             by_aten("fastpeft::window_attention_aten", q, c, p, mask, slots, causal, dropout, seed, block);
         return {found[0], found[1]};
     }
-    const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+    const Tensor out = torch::stable::new_empty(q, q.sizes());
     const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
     if (is_float) {
         attend<float>({q, c, p, mask, slots, causal, dropout, seed, block}, q, out, lse);
@@ -201,10 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor dout, Tensor
         return {found[0], found[1], found[2]};
     }
     const auto made = [](const Tensor& like, bool needed) {
-        if (!needed) return torch::stable::new_empty(like, {0});
-        std::vector<int64_t> sizes;
-        for (int64_t i = 0; i < like.dim(); ++i) sizes.push_back(like.size(i));
-        return torch::stable::new_empty(like, sizes);
+        return needed ? torch::stable::new_empty(like, like.sizes()) : torch::stable::new_empty(like, {0});
     };
     const Tensor dq = made(q, need_dq), dc = made(c, need_dc), dp = made(p, need_dp);
     if (is_float) {
