@@ -65,7 +65,7 @@ class Weights {
     const float* next_;
 };
 
-// W (N, K), and b (N,) after it
+// W (n, k), and b (n,) after it
 struct Linear {
     Linear(Weights& from, int64_t n, int64_t k) : weight{from.take(n * k), n, k, k}, bias(from.take(n)) {}
 
@@ -148,7 +148,7 @@ struct Block {
     const Norm norm_1, norm_2;
 };
 
-// parts (B, L, k, D) at these places = W feature + b, the feature over its root mean square if `eps` is not 0
+// parts (B, N, k, D) at these places = W feature + b, the feature over its root mean square if `eps` is not 0
 void project(const VectorProducts& products, const Tensor& feature, const Tensor& weight, const Tensor& bias,
              const std::vector<int64_t>& places, double eps, const Tensor& parts, int64_t width) {
     const int64_t size = feature.size(1), rows = weight.size(0);
@@ -181,14 +181,14 @@ Tensor side_step_(Tensor feature, Tensor theta, Tensor parts, Tensor weight, Ten
     STD_TORCH_CHECK(
         feature.dim() == 2 && theta.dim() == 2 && theta.size(1) > 0 && parts.dim() == 4 && keys.dim() == 4 &&
             window.dim() == 4 && hidden >= 0 && fused_heads >= 0,
-        "side_step_ takes feature (B, d), theta (B, D), parts (B, L, k, D) and what is kept (B, 1, T, ...)");
+        "side_step_ takes feature (B, d), theta (B, D), parts (B, N, k, D) and what is kept (B, 1, T, ...)");
     const int64_t batch = theta.size(0), width = theta.size(1), slots = parts.size(2), tokens = keys.size(2);
     const int64_t readers = static_cast<int64_t>(places.size()), given = slots * width;
     STD_TORCH_CHECK(number < parts.size(1) && (number < 0 || tokens > 0) && own < slots && heads > 0 &&
                         width % heads == 0 &&
                         std::all_of(places.begin(), places.end(),
                                     [&](int64_t place) { return place >= 0 && place < parts.size(1) * slots; }),
-                    "side_step_ takes parts (B, L, k, D), blocks and slots inside of it, and heads that divide D");
+                    "side_step_ takes parts (B, N, k, D), blocks and slots inside of it, and heads that divide D");
     bool fits =
         are_rows(feature, batch) && are_rows(theta, batch) && is_dense(parts) && parts.size(0) == batch &&
         parts.size(3) == width && is_dense(weight) && is_dense(bias) && bias.numel() == readers * width &&

@@ -1,10 +1,12 @@
 """`fastpeft::side_step_`: what a side network does with a feature of one token: its projections, and a side block.
 
-    C   = B W^T + b                    for each block that reads the feature B, which may come over its root mean square
+    C   = W f + b                      for each block that reads the feature f, which may come over its root mean square
     a   = softmax(theta Q^T K^T) K     of each head; K are the window's C of all tokens, T k rows of D
     x   = V a + c + C_own + gate theta    with a gate in place of attention: x = C + gate (theta - C)
     y   = norm_1(x + W_o SelfAttention(W x + b) + b_o)
     out = norm_2(y + W_2 activation(W_1 y + b_1) + b_2)
+
+Dimension letters are as in `fastpeft.ladder.side`.
 
 A block has a dozen products, of matrices of some hundred columns. One at a time their calls take several times as long
 as their numbers; on a CPU, C++ computes all in one call.
@@ -54,7 +56,7 @@ def side_step_reference(
     Args:
         feature: `(B, d)`.
         theta: `(B, D)`, the state before the block.
-        parts: `(B, L, k, D)`, the projections of the windows of all blocks, slot by slot; those of the feature are
+        parts: `(B, N, k, D)`, the projections of the windows of all blocks, slot by slot; those of the feature are
             written.
         weight, bias: `(R D, d)` and `(R D,)`, of the R projections of the feature.
         places: where each of them goes, as `block k + slot`.
