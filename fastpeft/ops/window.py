@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastpeft.ops.feature_dropout import feature_dropout_reference
@@ -31,6 +32,12 @@ class Window(NamedTuple):
     dropout: float
     seed: Tensor | None
     block: int
+
+    def visible(self, q: Tensor) -> Tensor:
+        """Which tokens each query of q sees: bool `(B, T, T)`, where sizes that make no difference are 1."""
+        tokens = q.shape[2]
+        seen = q.new_ones(1, 1, tokens, dtype=torch.bool) if self.mask is None else self.mask[:, None]
+        return seen.expand(-1, tokens, -1).tril() if self.causal else seen
 
     def absent(self, p: Tensor) -> list[int]:
         """The slots that are not real; p `(k, D)` has a vector for every slot."""

@@ -63,15 +63,13 @@ def window_attention_backward_reference(
     return dq, dc, dp
 
 
-def _hidden_tokens(window: Window, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, ...]:
+def _hidden_tokens(q: Tensor, window: Window) -> tuple[Tensor, ...]:
     """The tokens hidden from a query, bool `(B, T, T)`; the number it sees, `(B, T)`; whether it sees none, `(B, T)`.
 
     A query that sees none is computed on all tokens, so that its values are finite, and set to 0 later.
     """
-    mask = torch.ones(batch, tokens, dtype=torch.bool, device=device) if window.mask is None else window.mask
-    visible = mask[:, None].expand(batch, tokens, tokens)  # (B, T queries, T keys)
-    if window.causal:
-        visible = visible.tril()
+    batch, _, tokens, _ = q.shape
+    visible = window.visible(q).expand(batch, tokens, tokens)
     number = visible.sum(-1)
     nothing = number == 0
     return ~(visible | nothing[..., None]), number.clamp(min=1), nothing
@@ -88,12 +86,11 @@ def _window_keys(q: Tensor, c: Tensor, p: Tensor, window: Window) -> Tensor:
 
 def _window_scores(q: Tensor, keys: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """The scores `(B, H, T, S T + k - S)`, and whether a query sees no token, `(B, 1, T)`."""
-    batch, _, tokens, _ = q.shape
     real = len(window.slots)
-    hidden, number, nothing = _hidden_tokens(window, batch, tokens, q.device)
+    hidden, number, nothing = _hidden_tokens(q, window)
     scores = q.to(keys.dtype) @ keys.mT
-    of_real = scores[..., : real * tokens].masked_fill(hidden.repeat(1, 1, real)[:, None], -torch.inf)
-    of_absent = scores[..., real * tokens :] + number.to(keys.dtype).log()[:, None, :, None]
+    of_real = scores[..., : real * q.shape[2]].masked_fill(hidden.repeat(1, 1, real)[:, None], -torch.inf)
+    of_absent = scores[..., real * q.shape[2] :] + number.to(keys.dtype).log()[:, None, :, None]
     return torch.cat((of_real, of_absent), dim=-1), nothing[:, None]
 
 
@@ -203,21 +200,18 @@ def _fused_bias(q: Tensor, p: Tensor, window: Window, dtype: torch.dtype) -> tup
     The bias is the logarithm of the number of visible tokens that a key stands for. Sizes that make no difference are
     1. Both are None if all logarithms are 0.
     """
-    mask, causal, real = window.mask, window.causal, len(window.slots)
+    real = len(window.slots)
     absent = p.shape[0] - real
-    if mask is not None and mask.all():  # on a CPU this costs little
-        mask = None
-    if mask is None and not causal and absent == 0:
+    if window.mask is not None and window.mask.all():  # on a CPU this costs little
+        window = window._replace(mask=None)
+    if window.mask is None and not window.causal and absent == 0:
         return None, None
-    heads, tokens = q.shape[1:3]
-    visible = q.new_ones(1, 1, tokens, dtype=torch.bool) if mask is None else mask[:, None]
-    if causal:
-        visible = visible.expand(-1, tokens, -1).tril()
+    visible = window.visible(q)
     number = visible.sum(-1, keepdim=True)
     of_real, of_absent = (count.to(dtype).log() for count in (visible, number))
     bias = torch.cat((*[of_real] * real, of_absent.expand(-1, -1, absent)), dim=-1)[:, None]
     if bias.shape[2] > 1:
-        bias = bias.expand(-1, heads, -1, -1).flatten(1, 2)[:, None]
+        bias = bias.expand(-1, q.shape[1], -1, -1).flatten(1, 2)[:, None]
     return bias, (number == 0).mT
 
 

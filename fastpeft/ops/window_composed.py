@@ -98,15 +98,12 @@ def _bias(q: Tensor, p: Tensor, window: Window) -> tuple[Tensor | None, Tensor |
 
     Both are None if every query sees all. The scores of a query that sees none have no bias, so that they are finite.
     """
-    mask, causal = window.mask, window.causal
-    if mask is None and not causal:
+    if window.mask is None and not window.causal:
         return None, None
     batch, heads, tokens, _ = q.shape
-    visible = q.new_ones(1, 1, tokens, dtype=torch.bool) if mask is None else mask[:, None]
-    if causal:
-        visible = visible.expand(-1, tokens, -1).tril()
+    visible = window.visible(q)
     nothing = ~visible.any(-1)
-    hidden = ~(visible | nothing[..., None]).repeat(1, heads if causal else 1, len(p))  # (B or 1, H T or 1, k T)
+    hidden = ~(visible | nothing[..., None]).repeat(1, heads if window.causal else 1, len(p))  # (B or 1, H T or 1, k T)
     bias = q.new_zeros(*hidden.shape[:2], hidden.shape[2] + -hidden.shape[2] % _BIASES)[..., : hidden.shape[2]]
     bias = bias.masked_fill_(hidden, -torch.inf)[:, None]
     return bias.expand(batch, 1, heads * tokens, -1), nothing[:, None]
