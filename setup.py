@@ -62,12 +62,10 @@ def find_cuda_home() -> str | None:
 
 def extensions() -> tuple[list, dict]:
     """The extension modules that can be built here, and the commands that build them."""
-    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
-    wanted = [m for m in BUILD if BUILD[m] != "0" and (m == "fastpeft._C" or cuda_sources or BUILD[m] == "1")]
+    wanted = [module for module in BUILD if BUILD[module] != "0"]
     if not wanted:
         return [], {}
-    cuda_home = find_cuda_home() if cuda_sources else None
-    if cuda_home:
+    if cuda_home := find_cuda_home():
         os.environ["CUDA_HOME"] = cuda_home  # torch reads it when it is imported
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     try:
@@ -81,7 +79,7 @@ def extensions() -> tuple[list, dict]:
     if "fastpeft._C" in wanted:
         found.append(cpp_extension())
     if "fastpeft._C_cuda" in wanted:
-        found.append(cuda_extension(cuda_sources, cuda_home))
+        found.append(cuda_extension(cuda_home))
     return [extension for extension in found if extension is not None], commands()
 
 
@@ -96,20 +94,20 @@ def cpp_extension() -> Extension | None:
     return CppExtension("fastpeft._C", sources, extra_compile_args={"cxx": CXX_FLAGS}, **common())
 
 
-def cuda_extension(sources: list[str], cuda_home: str | None) -> Extension | None:
+def cuda_extension(cuda_home: str | None) -> Extension | None:
     """`fastpeft._C_cuda`, where there are a CUDA compiler and a torch that has CUDA."""
     import torch
     from torch.utils.cpp_extension import CUDAExtension
 
-    if not sources or not cuda_home:
-        left_out("fastpeft._C_cuda", "no nvcc; put it on the PATH" if sources else "there is no CUDA source")
+    if not cuda_home:
+        left_out("fastpeft._C_cuda", "no nvcc; put it on the PATH")
         return None
     if torch.version.cuda is None:  # it could not name its CUDA libraries
         left_out("fastpeft._C_cuda", f"torch {torch.__version__} has no CUDA; install one that has")
         return None
     extension = CUDAExtension(
         "fastpeft._C_cuda",
-        ["csrc/module.cpp", *sources],
+        ["csrc/module.cpp", *sorted(glob("csrc/cuda/*.cu"))],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "--fmad=false"]},
         **common(("USE_CUDA", None)),  # the stream and error shims, of libtorch's CUDA part
     )
