@@ -119,7 +119,7 @@ def cuda_extension(cuda_home: str | None) -> Extension | None:
 def common(*macros: tuple[str, str | None]) -> dict:
     """The arguments of both extensions."""
     return {
-        "depends": glob("csrc/**/*.h", recursive=True),
+        "depends": glob("csrc/**/*h", recursive=True),
         "include_dirs": [os.path.abspath("csrc")],
         "define_macros": [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), *macros],
         "py_limited_api": True,

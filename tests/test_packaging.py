@@ -144,6 +144,13 @@ def test_nvcc_beside_a_torch_without_cuda_builds_nothing_for_cards() -> None:
     assert "has no CUDA" in said
 
 
+def test_a_change_of_any_header_compiles_again() -> None:
+    setup = "import runpy, sys\nsys.argv = ['setup.py', '--name']\ncommon = runpy.run_path('setup.py')['common']\n"
+    said = _succeed([sys.executable, "-c", setup + "print(*common()['depends'])"], ROOT, FASTPEFT_BUILD_CPP="0")
+    headers = {str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*") if file.suffix in (".h", ".cuh")}
+    assert headers <= set(said.split())
+
+
 @pytest.mark.long
 def test_a_pure_wheel_where_torch_is_not_there_at_build_time(source: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('there is no torch')\n")
