@@ -12,12 +12,10 @@
 // standard library is called here: a copy of one of its functions, compiled for a newer processor, could end up in the
 // code for all.
 #if defined(__x86_64__)
-#if defined(__clang__)
-#define FASTPEFT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")))
-#else
-#define FASTPEFT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")))
-#endif
+#include "wide.h"
 #define FASTPEFT_ISA avx512bf16
+#define FASTPEFT_TARGET \
+    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16" FASTPEFT_WHOLE_REGISTERS)))
 #define FASTPEFT_VECTOR_BYTES 64
 #include "window_attention_parts.h"
 

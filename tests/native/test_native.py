@@ -20,6 +20,12 @@ def test_what_torch_2_10_lacks_is_in_our_header() -> None:
     assert not [file for file in using if f'#include "{header}"' not in texts[file]]
 
 
+def test_a_word_that_clang_does_not_know_is_in_one_header() -> None:
+    """It would ignore the whole attribute that has the word, and compile for any processor."""
+    files = [path.name for path in (ROOT / "csrc").rglob("*.*") if "prefer-vector-width" in path.read_text("utf-8")]
+    assert files == ["wide.h"]
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not (shutil.which("make") and shutil.which("c++")), reason="needs make and a C++ compiler")
 def test_host_code(tmp_path: Path) -> None:
