@@ -56,8 +56,8 @@ Elements moved through memory, beside the weights and what has R columns, where 
     launches     1, then 4                    n, then 4 n - 1
 
 A p that a product before the kernel makes costs one more M K in the forward of a group, n of them layer by layer. All
-of it is counted, not measured. Accumulation is in float32 everywhere. On a GPU products of float32 operands go to
-cuBLAS (`fastpeft.kernels.launch.is_for_kernels`).
+of it is counted, not measured, without the casts of factors. Accumulation is in float32 everywhere. On a GPU products
+of float32 operands go to cuBLAS (`fastpeft.kernels.launch.is_for_kernels`).
 
 Source: SiVA, the adaptation by singular vectors described in `fastpeft.siva`.
 """

@@ -20,7 +20,8 @@ launches for A adapters (here three of the first and of the second four put fact
     dU, dV       M N + M K                      M N + 3 M K (of which 2 to sort)
     launches     4, then 4 and 3                3 A + 3, then 3 A + 3 and 3 A + 1
 
-All of it is counted, not measured. Rows without an adapter have rank 0, and their programs multiply by zeros.
+All of it is counted, not measured, without the casts of factors. Rows without an adapter have rank 0, and their
+programs multiply by zeros.
 """
 
 from __future__ import annotations
