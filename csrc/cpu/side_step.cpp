@@ -214,6 +214,8 @@ Tensor side_step_(Tensor feature, Tensor theta, Tensor parts, Tensor weight, Ten
     const Block all(Weights(data(block)), width, hidden, fused_heads, eps_1, eps_2);
     const int64_t each = width / heads;
     const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(each)));
+    float* const windows = fused_heads > 0 ? writable(window) : nullptr;  // a lazy clone is copied before threads run
+    float* const all_keys = writable(keys);
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
         Numbers x(width), y(width), q(std::max<int64_t>(1, fused_heads) * width), attended(q.size());
         Numbers states(3 * width), between(hidden), scores;
@@ -228,7 +230,7 @@ Tensor side_step_(Tensor feature, Tensor theta, Tensor parts, Tensor weight, Ten
             if (fused_heads == 0) {
                 for (int64_t i = 0; i < width; ++i) x[i] = part[i] + static_cast<float>(gate) * (state[i] - part[i]);
             } else {
-                float* const kept = writable(window) + b * window.stride(0);
+                float* const kept = windows + b * window.stride(0);
                 std::copy(part, part + given, kept + (tokens - 1) * given);
                 products.dots(state, all.query, q.data());
                 for (int64_t h = 0; h < fused_heads; ++h) {
@@ -240,7 +242,7 @@ Tensor side_step_(Tensor feature, Tensor theta, Tensor parts, Tensor weight, Ten
                 for (int64_t i = 0; gate != 0.0 && i < width; ++i) x[i] += static_cast<float>(gate) * state[i];
             }
             all.qkv.run(products, x.data(), states.data());
-            float* const kept = writable(keys) + b * keys.stride(0);
+            float* const kept = all_keys + b * keys.stride(0);
             std::copy(states.begin() + width, states.end(), kept + (tokens - 1) * 2 * width);
             for (int64_t h = 0; h < heads; ++h) {
                 attend(products, states.data() + h * each, {kept + h * each, tokens, each, 2 * width},

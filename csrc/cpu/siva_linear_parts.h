@@ -96,7 +96,7 @@ class Matrix {
     ScalarType kind() const { return tensor_.scalar_type(); }
     template <typename T>
     RowsOf<T> some(const int64_t* numbers, int64_t count) const {
-        return {static_cast<T*>(tensor_.mutable_data_ptr()), stride_, numbers, count};
+        return {elements<T>(tensor_), stride_, numbers, count};
     }
 
   private:

@@ -59,7 +59,7 @@ bool is_for_backward(const Tensor& dout, const Tensor& q, const Tensor& c, const
 
 template <typename T>
 TokenRows<T> token_rows(const Tensor& x, int64_t sentence) {
-    return {static_cast<T*>(x.mutable_data_ptr()) + sentence * x.stride(0), x.stride(1), x.stride(2)};
+    return {elements<T>(x) + sentence * x.stride(0), x.stride(1), x.stride(2)};
 }
 
 template <typename T>

@@ -319,6 +319,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "one row repeated": repeated,
     "misaligned": misaligned,
     "at an odd element": at_an_odd_element,
+    "lazy clone": torch._lazy_clone,  # shares its memory until one is written to, which no thread may begin
 }
 
 
@@ -336,7 +337,7 @@ def test_any_layout(run: Op, op: str, backend: str, layout: str) -> None:
     args = laid_out(op, LAYOUTS[layout])
     if op == "window_attention_backward" and layout == "one row repeated":
         args[5:7] = reference.window_attention(*args[1:5], *args[7:12])  # what that row gives under each mask
-    dense = layout in ("dense", "misaligned", "at an odd element")
+    dense = layout in ("dense", "misaligned", "at an odd element", "lazy clone")
     if op == "feature_dropout_" and not dense and (backend == "cpu" or layout == "one row repeated"):
         before = args[0].clone()
         with pytest.raises(RuntimeError, match=r"dense in its last two|reached twice|single memory location"):
