@@ -44,7 +44,7 @@ POINTS = (
 EVIDENCE = (
     ("sst2/full", "full", "full fine-tuning"),
     ("sst2/lora-rank=4-targets=query+key", "lora-query-key", "LoRA"),
-    ("sst2/lora-rank=4-targets=key+value-learning_rate=4e-4", "lora-key-value", "LoRA, key and value"),
+    ("sst2/lora-rank=4-targets=key+value-learning_rate=4e-4", "lora-key-value", "LoRA, key and value at 0.0004"),
     ("sst2/siva", "siva-query-key", "SiVA"),
     ("sst2/siva-targets=key+value", "siva-key-value", "SiVA, key and value"),
     ("sst2/k-lst-window=9", "k-lst", "9-LST"),
