@@ -210,7 +210,7 @@ _SPEAKING = (
     f"k-lst:window=9:siva_layers=10{_WIDE}:learning_rate=0.001",
     f"siva:rank=8:targets={_LINEAR}:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
     f"siva:targets=q_proj+k_proj:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
-    f"lora{_WIDE}{_FOR_LARGE}",
+    f"lora{_WIDE}",
     "lst:layers_per_block=1:normalise_features=false",
     "k-lst:window=9:layers_per_block=1",
     f"siva{_WIDE}",

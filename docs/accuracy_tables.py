@@ -269,7 +269,7 @@ SPEAKING = {  # variants of E2E's evidence
     f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of the last 16 layers",
     f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
     "siva:rank=8:targets=all-linear": "**SiVA**, all linear",
-    "lora:rank=8:targets=all-linear:learning_rate=4e-4": "LoRA, all linear",
+    "lora:rank=8:targets=all-linear": "LoRA, all linear",
     "lora:rank=8:targets=all-linear:learning_rate=1.2e-3:bf16=false": "LoRA at three times the rate, in float32",
     "last-n": "last 3 layers",
     "full": "full fine-tuning",
@@ -301,7 +301,7 @@ def speaking() -> str:
 
 GENERALISATION = {  # titles of some of them
     "full": "full fine-tuning",
-    "lora:rank=8:targets=all-linear:learning_rate=4e-4": "LoRA, all linear",
+    "lora:rank=8:targets=all-linear": "LoRA, all linear",
     "siva:rank=8:targets=all-linear": "SiVA, all linear",
     f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
     f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of these",

@@ -60,7 +60,7 @@ PROCESSES = {  # by method the variants of the evidence on SST-2, TREC and E2E; 
     "**9-LST**": ("k-lst:window=9", "k-lst:window=9", "k-lst:window=9"),
     "QLoRA, all linear": ("", "qlora", f"qlora{_WIDE}"),
     "**SiVA**": ("siva", "siva", f"siva{_WIDE}"),
-    "LoRA": (_LORA, f"{_LORA}:learning_rate=4e-4", f"lora{_WIDE}:learning_rate=4e-4"),
+    "LoRA": (_LORA, f"{_LORA}:learning_rate=4e-4", f"lora{_WIDE}"),
     "full fine-tuning": ("full", "full", "full"),
 }
 

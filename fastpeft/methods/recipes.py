@@ -26,7 +26,7 @@ class Recipe:
         epochs: passes over the training rows.
         for_causal_lm: the fields that differ where a decoder learns next words. By default these are the epochs: after
             more of them a model repeats what it was told (Taori et al. 2023, Alpaca).
-        for_narrow: the fields that differ beside a model narrower than RoBERTa-large.
+        for_narrow: the fields that differ beside a model narrower than RoBERTa-large, where it learns labels.
     """
 
     learning_rate: float
@@ -47,11 +47,11 @@ class Recipe:
             causal_lm: whether the model learns next words.
             hidden_size: the width of the model; None where it is not known, and taken for wide.
         """
-        narrow = self.for_narrow if hidden_size is not None and hidden_size < _WIDE else {}
         if causal_lm:
-            return replace(self, **{**narrow, **self.for_causal_lm})
+            return replace(self, **self.for_causal_lm)
         if model != DEMO:
-            return replace(self, **narrow)
+            is_narrow = hidden_size is not None and hidden_size < _WIDE
+            return replace(self, **self.for_narrow) if is_narrow else self
         recipes: dict[str, Any] = files.read_json(DEMO_FOLDER / _DEMO_FILE)
         return replace(self, **{**recipes["every method"], **recipes.get(method, {})})
 
