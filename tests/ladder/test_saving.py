@@ -84,7 +84,9 @@ def test_words_that_no_file_holds_are_told_of(
     model.base.save_pretrained(tmp_path / "base")
     loaded = LadderModel.from_pretrained(tmp_path / "side", base=classifier(tmp_path / "base"))
     ids = torch.tensor([[3, words + 1, 4]])
-    assert loaded(ids).logits.equal(model(ids).logits)
+    for name, parameter in model.named_parameters():
+        assert loaded.get_parameter(name).equal(parameter), name
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)  # with AVX2 bits depend on where weights lie
 
 
 def test_words_are_counted_in_the_revision_that_is_loaded_again(

@@ -355,7 +355,7 @@ def test_int8_takes_a_weight_that_is_not_dense() -> None:
     for each in (layer, strided):
         pack_frozen(each.requires_grad_(False), computation="int8")
     for _ in range(2):
-        assert torch.equal(strided(x), layer(x))
+        torch.testing.assert_close(strided(x), layer(x))  # with AVX2 a product's bits depend on the layout
         for each in (layer, strided):
             each.weight.data.mul_(2)
 
