@@ -288,7 +288,9 @@ def _config_of(model: str) -> Any:
 def hidden_size(model: str) -> int | None:
     """The width of `model`'s text part by its configuration; None where that cannot be read or names none."""
     config = _config_of(model)
-    return None if config is None else getattr(config.get_text_config(), "hidden_size", None)
+    with suppress(ValueError):  # of a model with several text parts, as MusicGen
+        return None if config is None else getattr(config.get_text_config(), "hidden_size", None)
+    return None
 
 
 def is_causal_lm(config: Any) -> bool:

@@ -1,7 +1,8 @@
-"""How many tokens a model reads, and how its tokenizer reads words."""
+"""How many tokens a model reads, how its tokenizer reads words, and how wide it is."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import tokenizers
 import transformers
 from backbones import ladder, tiny
 
-from fastpeft.models import _read_words_after_a_space, longest_input
+from fastpeft.models import _read_words_after_a_space, hidden_size, longest_input
 
 SIZE = {
     "hidden_size": 8,
@@ -56,6 +57,22 @@ def most(kind: str, told: int) -> int:
     config = getattr(transformers, f"{kind}Config")(**SIZE)
     model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
     return longest_input(model, SimpleNamespace(model_max_length=told))
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        (transformers.RobertaConfig(**SIZE), 8),
+        (T5, 8),
+        (transformers.MusicgenConfig(text_encoder=T5, audio_encoder=transformers.EncodecConfig(), decoder={}), None),
+        (None, None),
+    ],
+    ids=["RoBERTa", "T5", "two text parts", "no configuration"],
+)
+def test_the_width_of_a_model_is_that_of_its_text_part(config: Any, width: int | None, tmp_path: Path) -> None:
+    if config is not None:
+        config.save_pretrained(tmp_path)
+    assert hidden_size(str(tmp_path)) == width
 
 
 def test_words_of_a_list_are_read_as_after_a_space() -> None:
