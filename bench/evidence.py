@@ -17,9 +17,10 @@ machine. The report is copied to `docs/results/base-TASK`. Cells compute by auto
 processor with instructions for it, but those of SST-2 in float32. The rows to measure on are the dev and the test part
 together (SST-2: 872 and 1,821 sentences) or the test part, and these runs choose nothing by them; but SiVA's recipe was
 chosen by runs of MPNet that SST-2's dev sentences measured (`bench/data/siva_rates.csv`). SST-2 trains on 20,000 of its
-phrases, or on all. Learning rates are those of the recipes, but on WNUT17, where 1,000 of the training rows and 800
-others chose them, and of MeZO (docs/results/paper.md). MeZO starts from MPNet with a masked-word head, which MPNet has
-not; docs/results/prompts.md tells how it was trained.
+phrases, or on all. Learning rates are those of the recipes, but where a variant names one (docs/results/paper.md):
+LoRA's 0.0004, which was its recipe for models of every width, MeZO's, and those of WNUT17, which 1,000 of the training
+rows and 800 others chose. MeZO starts from MPNet with a masked-word head, which MPNet has not; docs/results/prompts.md
+tells how it was trained.
 
 E2E trains on nine tenths of its validation part and measures on the last one, of other meanings. Then each cell answers
 all meanings of the test part, by its most likely words, and reads general text: the cross-entropy of that, before and
