@@ -26,7 +26,7 @@ class Recipe:
         epochs: passes over the training rows.
         for_causal_lm: the fields that differ where a decoder learns next words. By default these are the epochs: after
             more of them a model repeats what it was told (Taori et al. 2023, Alpaca).
-        for_narrow: the fields that differ beside a model narrower than RoBERTa-large, where it learns labels.
+        for_narrow: the fields that differ beside a model narrower than RoBERTa-large, but where it learns next words.
     """
 
     learning_rate: float

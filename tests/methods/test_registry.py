@@ -163,7 +163,7 @@ def test_a_method_without_rates_for_the_demo_has_its_own() -> None:
 
 @pytest.mark.parametrize(("width", "rate"), [(768, 1.2e-3), (1_024, 4e-4), (None, 4e-4)])
 def test_lora_has_a_rate_of_its_own_beside_a_narrow_model(width: int | None, rate: float) -> None:
-    """Where the model learns labels: of words, and for the bundled model, other rates were measured."""
+    """Not for next words, nor for the bundled model: there other rates were measured."""
     lora = METHODS["lora"]
     recipe = lora.recipe_for("elsewhere", hidden_size=width)
     assert (recipe.learning_rate, recipe.epochs) == (rate, 10)
