@@ -52,7 +52,7 @@ bool is_for_backward(const Tensor& dout, const Tensor& q, const Tensor& c, const
                      const std::optional<Tensor>& mask, const Tensor& out, const Tensor& lse) {
     if (!is_for<T>(q, c, p, mask)) return false;
     for (const Tensor& x : {dout, out}) {
-        if (!are_rows<T>(x) || x.sizes() != q.sizes()) return false;
+        if (!are_rows<T>(x) || !x.sizes().equals(q.sizes())) return false;
     }
     return are_numbers(lse, ScalarType::Float, q.size(0) * q.size(1) * q.size(2));
 }

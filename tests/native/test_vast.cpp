@@ -121,12 +121,12 @@ bool multiplies_far_rows(const LowRankOf<float>& run, float* room) {
     std::iota(order.begin(), order.end(), 0);
     const RowsOf<float> near_rows = {x.data(), kColumns, order.data(), kRows},
                         far_rows = {room, kFar, order.data(), kRows};
-    run.project(near_rows, shape, {near.data(), kRows, ranks});
-    run.project(far_rows, shape, {far.data(), kRows, ranks});
-    run.reduce({near.data(), kRows, ranks}, near_rows, ranks, kColumns, near_sums.data());
-    run.reduce({near.data(), kRows, ranks}, far_rows, ranks, kColumns, far_sums.data());
-    run.expand({near.data(), kRows, ranks}, shape, near_rows);
-    run.expand({near.data(), kRows, ranks}, shape, far_rows);
+    run.project(near_rows, shape, {near.data(), ranks});
+    run.project(far_rows, shape, {far.data(), ranks});
+    run.reduce({near.data(), ranks}, near_rows, ranks, kColumns, near_sums.data());
+    run.reduce({near.data(), ranks}, far_rows, ranks, kColumns, far_sums.data());
+    run.expand({near.data(), ranks}, shape, near_rows);
+    run.expand({near.data(), ranks}, shape, far_rows);
     return near == far && near_sums == far_sums && same(x, kColumns, room);
 }
 
