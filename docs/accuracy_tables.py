@@ -9,7 +9,7 @@ from typing import Any
 
 import memory_tables
 import numpy as np
-from table_rows import DOCS, NAMES, Row, cells_of, read, rows, settings, table, whole
+from table_rows import DOCS, LORA, NAMES, Row, cells_of, read, rows, settings, table, whole
 
 from fastpeft.comparison.significance import compare_pair, row_scores
 from fastpeft.comparison.suites import PaperRow, get_suite
@@ -95,7 +95,6 @@ def sst2() -> str:
     return table(heads, ([*cells, f"{memory:,.0f}"] for memory, cells in sorted(body)))
 
 
-LORA = "lora:rank=4:targets=query+key"
 SUMMARY = {  # of the README: the paper's variant -> (case of memory.csv, candidate of training.csv, what trains)
     "full": ("full fine-tuning, bfloat16 throughout", "full", "all weights"),
     LORA: ("LoRA or PiSSA, query and key", "lora-query-key", "factors beside query and key"),
@@ -328,13 +327,13 @@ def generalisation() -> str:
 
 def base_rates() -> str:
     """What each rate reached on a slice, by its ratio to the recipe's for a wide model, which the file has first."""
-    heads = {
+    heads = {  # powers of three
         -1: "a third",
         0: "wide models' recipe",
         1: "three times",
         2: "nine times",
         3: "27 times",
-    }  # powers of three
+    }
     found: dict[str, dict[int, str]] = {}
     recipes: dict[str, float] = {}
     for row in rows("base_rates.csv"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import mean
 
-from table_rows import Row, cells_of, rows, table, whole
+from table_rows import LORA, Row, cells_of, rows, table, whole
 
 # rows of bench/data/memory.csv by what identifies a case: method, targets, adapter and residual dtype, optimizer, and
 # layers for each side block
@@ -52,7 +52,6 @@ def memory() -> str:
     return table(["peak memory, MB", *heads, *(f"{head}, checkpointed" for head in heads)], body)
 
 
-_LORA = "lora:rank=4:targets=query+key"
 _WIDE = ":rank=8:targets=all-linear"
 PROCESSES = {  # by method the variants of the evidence on SST-2, TREC and E2E; "" where there is none
     "**MeZO**": ("mezo:prompt=sst2:learning_rate=6e-6:epochs=5", "", "mezo"),
@@ -60,7 +59,7 @@ PROCESSES = {  # by method the variants of the evidence on SST-2, TREC and E2E; 
     "**9-LST**": ("k-lst:window=9", "k-lst:window=9", "k-lst:window=9"),
     "QLoRA, all linear": ("", "qlora", f"qlora{_WIDE}"),
     "**SiVA**": ("siva", "siva", f"siva{_WIDE}"),
-    "LoRA": (_LORA, f"{_LORA}:learning_rate=4e-4", f"lora{_WIDE}"),
+    "LoRA": (LORA, f"{LORA}:learning_rate=4e-4", f"lora{_WIDE}"),
     "full fine-tuning": ("full", "full", "full"),
 }
 

@@ -14,6 +14,7 @@ DATA = DOCS.parent / "bench" / "data"
 
 Row = dict[str, str]
 
+LORA = "lora:rank=4:targets=query+key"  # as the paper has it
 NAMES = {
     "full": "full fine-tuning",
     "lora": "LoRA",
