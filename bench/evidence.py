@@ -15,12 +15,12 @@ Each is a comparison in `runs/evidence/TASK` and runs a whole seed before the ne
 `bench/data/evidence/TASK`, one file a cell without weights. So the same command goes on where it was, also on another
 machine. The report is copied to `docs/results/base-TASK`. Cells compute by autocast in bfloat16, the default of a
 processor with instructions for it, but those of SST-2 in float32. The rows to measure on are the dev and the test part
-together (SST-2: 872 and 1,821 sentences) or the test part, and these runs choose nothing by them; but SiVA's recipe was
-chosen by runs of MPNet that SST-2's dev sentences measured (`bench/data/siva_rates.csv`). SST-2 trains on 20,000 of its
-phrases, or on all. Learning rates are those of the recipes, but where a variant names one (docs/results/paper.md):
-LoRA's 0.0004, which was its recipe for models of every width, MeZO's, and those of WNUT17, which 1,000 of the training
-rows and 800 others chose. MeZO starts from MPNet with a masked-word head, which MPNet has not; docs/results/prompts.md
-tells how it was trained.
+together (SST-2: 872 and 1,821 sentences) or the test part. These sentences of SST-2 chose LoRA's recipe among the three
+rates that are here, and SiVA's by earlier runs on dev (`bench/data/siva_rates.csv`); they choose nothing else. SST-2
+trains on 20,000 of its phrases, or on all. Learning rates are those of the recipes, but where a variant names one
+(docs/results/paper.md): LoRA's 0.0004, which was its recipe for models of every width, MeZO's, which is its recipe
+beside narrow ones now, and those of WNUT17, which 1,000 of the training rows and 800 others chose. MeZO starts from
+MPNet with a masked-word head, which MPNet has not; docs/results/prompts.md tells how it was trained.
 
 E2E trains on nine tenths of its validation part and measures on the last one, of other meanings. Then each cell answers
 all meanings of the test part, by its most likely words, and reads general text: the cross-entropy of that, before and

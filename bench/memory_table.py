@@ -1,7 +1,8 @@
 """Peak memory of one training step of a RoBERTa-large by each method, simulated: `python -m bench.memory_table`.
 
 Batch 16, weights in bfloat16, activations by autocast in bfloat16, fused AdamW where nothing else is said, rank 4:
-`bench/data/memory.csv`. 8-bit AdamW is counted as bitsandbytes keeps it; an optimizer "in backward" steps there. No
+`bench/data/memory.csv`. With weights in float32, as `fastpeft train` and the files of most models have them, MeZO
+computes without autocast. 8-bit AdamW is counted as bitsandbytes keeps it; an optimizer "in backward" steps there. No
 weight is read, so they are zeros. What a step holds at its peak is told apart: weights, gradients, optimizer state, and
 the rest, which are activations and temporaries.
 
@@ -48,7 +49,8 @@ class Case:
 
     The rest is SiVA's residual or a side network's backbone; none is given where it is in bfloat16 as the model. A side
     network has six blocks where no `layers_per_block` is given, as it is by default; the paper's form is 1. With
-    `checkpointing` "yes" the activations of layers, or of a side network's blocks, are computed again in backward.
+    `checkpointing` "yes" the activations of layers, or of a side network's blocks, are computed again in backward. The
+    model is loaded in `base_dtype`, bfloat16 where none is given.
     """
 
     method: str
@@ -58,6 +60,7 @@ class Case:
     optimizer: str = ""
     layers_per_block: str = ""
     checkpointing: str = ""
+    base_dtype: str = ""
 
 
 CASES = [
@@ -77,13 +80,16 @@ CASES = [
     Case("full", checkpointing="yes"),
     *(Case(m, t, "float32", checkpointing="yes") for t in ("query+key", "all linear") for m in ("lora", "siva")),
     *(Case(m, adapter_dtype="float32", checkpointing="yes") for m in ("k-lst", "lst")),
+    *(Case(m, base_dtype="float32") for m in ("full", "mezo")),
+    *(Case(m, t, "float32", base_dtype="float32") for t in ("query+key", "all linear") for m in ("lora", "siva")),
+    *(Case(m, adapter_dtype="float32", base_dtype="float32") for m in ("k-lst", "lst")),
 ]
 
 
-def large(config: RobertaConfig) -> Any:
-    """A classifier in bfloat16, all zeros, made without drawing weights first."""
+def large(config: RobertaConfig, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A classifier, all zeros, made without drawing weights first."""
     with torch.device("meta"):
-        model = RobertaForSequenceClassification(config).to(torch.bfloat16)
+        model = RobertaForSequenceClassification(config).to(dtype)
     model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.zero_()
@@ -92,7 +98,7 @@ def large(config: RobertaConfig) -> Any:
 
 def prepared(case: Case, config: RobertaConfig) -> nn.Module:
     """The model that a step of `case` trains."""
-    model = large(config)
+    model = large(config, torch.float32 if case.base_dtype else torch.bfloat16)
     if case.method in ("full", "mezo"):
         return model
     if case.method in ("k-lst", "lst"):
@@ -124,7 +130,9 @@ def estimate(case: Case, model: nn.Module, tokens: int) -> MemoryEstimate:
     adamw: Callable[[list[torch.Tensor]], torch.optim.Optimizer]
     adamw = BlockwiseAdamW if case.optimizer.startswith("8-bit") else fused_adamw
     in_backward = case.optimizer.endswith("in backward")
-    return simulate_training_step(model, batch, None if case.method == "mezo" else adamw, torch.bfloat16, in_backward)
+    if case.method == "mezo":
+        return simulate_training_step(model, batch, None, None if case.base_dtype else torch.bfloat16)
+    return simulate_training_step(model, batch, adamw, torch.bfloat16, in_backward)
 
 
 def rows(cases: list[Case], config: RobertaConfig, lengths: tuple[int, ...]) -> Iterator[dict[str, str]]:

@@ -28,7 +28,7 @@ OVERVIEW, PARETO = IMAGES / "memory-speed.png", IMAGES / "accuracy-memory.svg"
 
 # A point of the overview: variant in compare_demo.csv, candidate in training.csv, label and where it stands.
 POINTS = (
-    ("mezo:prompt=sst2:learning_rate=1.5e-5:epochs=6", None, "MeZO", (9, 4)),
+    ("mezo:prompt=sst2:learning_rate=1.5e-5:epochs=6", "mezo", "MeZO", (9, 4)),
     ("k-lst", "k-lst", "9-LST", (9, 4)),
     ("lst", "lst", "LST", (9, 4)),
     ("lora:rank=4", "lora-query-key", "LoRA, query and key", (8, 8)),
@@ -118,15 +118,13 @@ def plot_scaling(rows: list[Row], file: Path) -> None:
 def plot_overview(file: Path) -> None:
     """Training speed over peak memory of the methods: the bundled model, float32, 16 x 32 tokens, two CPU cores.
 
-    Memory is that of each method's run on the demo data, speed that of whole training steps. MeZO's speed was measured
-    beside its own forward passes, in a run of its own.
+    Memory is that of each method's run on the demo data, speed that of whole training steps.
     """
     memory = {row["variant"]: float(row["peak_memory_mb"] or 0) for row in read_rows(DATA / "compare_demo.csv")}
     steps = {row["candidate"]: row for row in read_rows(DATA / "training.csv") if row["model"] == "demo"}
-    mezo = next(row for row in read_rows(DATA / "mezo_step.csv") if row["candidate"] == "step, deferred")
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for variant, candidate, label, offset in POINTS:
-        step = steps[candidate] if candidate else mezo
+        step = steps[candidate]
         place = memory[variant], 1e3 * int(step["batch"]) / float(step["ms_p50"])
         ours = variant.partition(":")[0] in OURS
         axes.plot(*place, "o" if ours else "s", ms=9 if ours else 7, color="#e65100" if ours else "#546e7a")

@@ -21,35 +21,34 @@ LARGE = {
     ("lora", "query+key", "float32", "", "", ""): "LoRA or PiSSA, query and key",
     ("siva", "all linear", "float32", "", "", ""): "**SiVA**, all linear",
     ("lora", "all linear", "float32", "", "", ""): "LoRA or PiSSA, all linear",
-    ("full", "", "", "", "", ""): "full fine-tuning, bfloat16 throughout",
+    ("full", "", "", "", "", ""): "full fine-tuning",
 }
 CASE = ("method", "targets", "adapter_dtype", "residual_dtype", "optimizer", "layers_per_block")
 LENGTHS = ("64", "128", "512")
 
 
-def peaks(checkpointing: str = "") -> dict[str, dict[str, float]]:
-    """Peak memory of a RoBERTa-large, MB, by method and length, with `checkpointing` "yes" of steps that checkpoint."""
+def peaks(checkpointing: str = "", base_dtype: str = "") -> dict[str, dict[str, float]]:
+    """Peak memory of a RoBERTa-large, MB, by method and length.
+
+    With `checkpointing` "yes" steps checkpoint, and with `base_dtype` "float32" the model's weights are so.
+    """
     found: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
     for row in rows("memory.csv"):
         case = tuple(row[name] for name in CASE)
-        if case in LARGE and row["checkpointing"] == checkpointing:
+        if case in LARGE and (row["checkpointing"], row["base_dtype"]) == (checkpointing, base_dtype):
             found[LARGE[case]][row["tokens"]] = float(row["peak_mb"])
     return found
 
 
 def memory() -> str:
     """Peaks of a RoBERTa-large, by method and length."""
-    again = peaks(checkpointing="yes")
+    ways = {"": peaks(), ", checkpointed": peaks(checkpointing="yes"), ", float32": peaks(base_dtype="float32")}
+    heads = [f"{length} tokens{way}" for way in ways for length in LENGTHS]
     body = (
-        [
-            name,
-            *(f"{found[n]:,.0f}" for n in LENGTHS),
-            *(f"{again[name][n]:,.0f}" if again[name] else "-" for n in LENGTHS),
-        ]
-        for name, found in peaks().items()
+        [name, *(f"{found[name][n]:,.0f}" if found[name] else "-" for found in ways.values() for n in LENGTHS)]
+        for name in LARGE.values()
     )
-    heads = [f"{length} tokens" for length in LENGTHS]
-    return table(["peak memory, MB", *heads, *(f"{head}, checkpointed" for head in heads)], body)
+    return table(["peak memory, MB", *heads], body)
 
 
 _WIDE = ":rank=8:targets=all-linear"

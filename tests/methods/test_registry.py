@@ -171,6 +171,12 @@ def test_lora_has_a_rate_of_its_own_beside_a_narrow_model(width: int | None, rat
     assert lora.recipe_for("demo", hidden_size=384).learning_rate == 3e-3
 
 
+@pytest.mark.parametrize(("width", "rate"), [(768, 6e-6), (1_024, 1e-6), (None, 1e-6)])
+def test_mezo_has_a_rate_of_its_own_beside_a_narrow_model(width: int | None, rate: float) -> None:
+    assert METHODS["mezo"].recipe_for("elsewhere", hidden_size=width).learning_rate == rate
+    assert METHODS["mezo"].recipe_for("elsewhere", causal_lm=True, hidden_size=width).learning_rate == 1e-6
+
+
 def test_every_method_is_described() -> None:
     for name, method in METHODS.items():
         assert (method.name, bool(method.title), bool(method.description)) == (name, True, True)
