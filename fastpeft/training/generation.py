@@ -18,7 +18,7 @@ from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.data.splitting import prompt_key
 from fastpeft.data.values import RowRef, refuse_empty
 from fastpeft.errors import FastpeftError, install
-from fastpeft.prompts.template import is_text
+from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
 from fastpeft.training.loading import EncodedText, FinishedRun, load_run
 from fastpeft.training.run_folder import RunFolder
@@ -138,6 +138,7 @@ class TextGenerator:
 
 def generate(folder: str | Path, texts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
     """What a finished run on next words generates from each text; see `TextGenerator`."""
+    refuse_one_text(texts)
     generator = TextGenerator(load_run(folder), max_new_tokens)
     return generator.generate([generator.encode(text) for text in texts])
 

@@ -25,6 +25,7 @@ from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
 from fastpeft.data.values import SEPARATOR, RowRef, as_text, as_words
 from fastpeft.errors import EmptyTextError, FastpeftError
+from fastpeft.prompts.template import refuse_one_text
 from fastpeft.support.files import path_of, publish, saving, unfinished
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.training.generation import TextGenerator, generates_text
@@ -75,7 +76,8 @@ class Predictions:
         cut: how many of those answered so far are longer than the run reads.
 
     Raises:
-        FastpeftError: the run or the file cannot be used; or one of `texts`; an empty one is left out.
+        FastpeftError: the run or the file cannot be used; or one of `texts`, of which empty ones are left out; or
+            `texts` is one text, whose characters would be taken for texts.
 
     Example:
         >>> found = Predictions("runs/reviews", file="reviews.csv")  # doctest: +SKIP
@@ -93,6 +95,7 @@ class Predictions:
         text_column: str | None = None,
         max_new_tokens: int | None = None,
     ) -> None:
+        refuse_one_text(texts)
         if text_column is not None and file is None:
             raise FastpeftError(f"`text_column` is {text_column!r}, but there is no file. Name one, or leave it out.")
         name, kind, rows = ("", "", []) if file is None else read_apart(file, kind)

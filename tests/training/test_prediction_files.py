@@ -21,6 +21,7 @@ from fastpeft.cli import app
 from fastpeft.data.tables import read_apart
 from fastpeft.errors import EmptyTextError
 from fastpeft.training import prediction_files
+from fastpeft.training.generation import generate
 from fastpeft.training.prediction import Predictor, predict
 from fastpeft.training.prediction_files import Predictions, writing
 
@@ -414,6 +415,12 @@ def test_any_error_keeps_what_was_written(place: Path) -> None:
     (note,) = error.value.__notes__
     assert note == f"The 2 rows that were written before are in {place / 'out.unfinished.csv'}."
     assert len(READERS["csv"](place / "out.unfinished.csv")) == 2
+
+
+def test_one_text_is_no_list_of_its_characters(place: Path) -> None:
+    for use in (Predictions, generate):
+        with pytest.raises(FastpeftError, match=r"texts is one text, 'A film'; .* Give \['A film'\]"):
+            use("classes", "A film")
 
 
 def test_a_text_file_has_no_column(place: Path) -> None:
