@@ -30,7 +30,18 @@ from fastpeft.data.names import DEMO
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, TAGGING, Problem, get_problem
 from fastpeft.data.splitting import STRATIFIED, Labelled, divide, shuffled, text_key
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
-from fastpeft.data.values import SEPARATOR, RowRef, as_class, as_flag, as_labels, as_score, as_tags, as_text, as_words
+from fastpeft.data.values import (
+    SEPARATOR,
+    RowRef,
+    as_class,
+    as_flag,
+    as_labels,
+    as_said,
+    as_score,
+    as_tags,
+    as_text,
+    as_words,
+)
 from fastpeft.errors import FastpeftError, install
 from fastpeft.support.files import path_of
 
@@ -380,12 +391,7 @@ def _read_plain(table: Table, columns: Sequence[str], problem: Problem) -> list[
     texts: list[Any] = []
     for number, row in enumerate(table.rows, start=1):
         at = RowRef(table.name, number)
-        parts = [
-            " ".join(as_words(value, name, at))
-            if isinstance(value := row.get(name), list)
-            else as_text(value, name, at)
-            for name in columns
-        ]
+        parts = [as_said(row.get(name), name, at) for name in columns]
         if problem is NEXT_WORDS and len(parts) == 2:
             for name, part in zip(columns, parts):
                 if not part.strip():

@@ -39,6 +39,11 @@ def as_text(value: Any, column: str, at: RowRef) -> str:
     return value
 
 
+def as_said(value: Any, column: str, at: RowRef) -> str:
+    """A text, or a list of words as one."""
+    return " ".join(as_words(value, column, at)) if isinstance(value, list) else as_text(value, column, at)
+
+
 def refuse_empty(*texts: str) -> None:
     """Raise `EmptyTextError` where a text to answer, or one of a pair, has no sign but white space."""
     if not all(text.strip() for text in texts):

@@ -21,9 +21,9 @@ import numpy as np
 from fastpeft.data import result_warnings
 from fastpeft.data.columns import named_columns, own_columns, pick_columns, prompt_columns
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation, is_written
-from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
+from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION, TAGGING
 from fastpeft.data.tables import Record, Table, read_apart
-from fastpeft.data.values import SEPARATOR, RowRef, as_text, as_words
+from fastpeft.data.values import SEPARATOR, RowRef, as_said, as_text, as_words
 from fastpeft.errors import EmptyTextError, FastpeftError
 from fastpeft.prompts.template import refuse_one_text
 from fastpeft.support.files import path_of, publish, saving, unfinished
@@ -160,12 +160,13 @@ class Predictions:
         return named_columns(run.config.label_column or run.columns[1] or "", columns)
 
     def _read_cells(self, row: Record, at: RowRef) -> Any:
-        values = [(name, row.get(name)) for name in self._names]
-        if self._generates and (is_conversation(values[0][1]) or is_written(values[0][1])):
-            return as_conversation(values[0][1], self._names[0], at, answered=False)
-        if self._predictor.run.problem.per_token and isinstance(values[0][1], list):
-            return as_words(values[0][1], values[0][0], at)
-        texts = tuple(as_text(value, name, at) for name, value in values)
+        name, value = self._names[0], row.get(self._names[0])
+        if self._generates and (is_conversation(value) or is_written(value)):
+            return as_conversation(value, name, at, answered=False)
+        if isinstance(value, list) and self._predictor.run.problem is TAGGING:
+            return as_words(value, name, at)
+        read = as_said if self._generates else as_text  # as in training
+        texts = tuple(read(row.get(name), name, at) for name in self._names)
         for name, text in zip(self._names, texts):
             if not text.strip():
                 raise FastpeftError(f"{at} has an empty text in column {name!r}. Give one, or remove the row.")

@@ -231,6 +231,9 @@ def test_rows_of_a_file_are_gone_on_from(tmp_path: Path, place: Path, config: Tr
     assert [found.records(each)[0]["id"] for each in some] == [None, 1, 2]
     assert [each.scores for each in some] == generate(config.output, ["plot", "film plot", "film"], 3)
     assert list(found.lines(some[0]))[-1] == ""
+    words = write_jsonl(tmp_path / "words.jsonl", [{"tokens": ["film", "plot"]}])
+    (([joined], _),) = Predictions(config.output, file=str(words), max_new_tokens=3)
+    assert (joined.text, joined.scores) == ("film plot", some[1].scores), "lists of words are texts, as in training"
     train(replace(config, data=str(place / "chats.jsonl"), output=str(tmp_path / "chat")))
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"messages": [{"role": "user", "content": "film"}]}])
     (([said], _),) = Predictions(str(tmp_path / "chat"), file=str(asked), max_new_tokens=3)
