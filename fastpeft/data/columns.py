@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fastpeft.data.conversations import is_conversation
@@ -84,22 +84,22 @@ def pick_columns(
         known: labels that have columns of their own, where these are there and no other is named.
     """
     columns = table.columns
+    texts_alone = problem is not None and problem.of_texts_alone
+    if texts_alone and label_column is not None:
+        raise FastpeftError(f"`label_column` is {label_column!r}, but no labels are read. Leave it out.")
     texts = _named_texts(text_column, columns)
     if problem is NEXT_WORDS and not texts:
         texts = _find_said(table)
     flags = named_columns(label_column, columns) if label_column else ()
     if label_column is None and known and {*known} <= {*columns}:
         flags = tuple(known)
-    if len(flags) > 1:
-        return _with_flags(table, problem, texts, flags)
     for name in (*texts, *flags):
         if name not in columns:
             raise FastpeftError(
                 f"{table.name} has no column {name!r}; its columns are {', '.join(columns)}. Name one of these."
             )
-    texts_alone = problem is not None and problem.of_texts_alone
-    if texts_alone and label_column is not None:
-        raise FastpeftError(f"`label_column` is {label_column!r}, but no labels are read. Leave it out.")
+    if len(flags) > 1:
+        return _with_flags(table, problem, texts, flags)
     tagged = problem is TAGGING or ((problem is None or texts_alone) and _has_words(table, texts))
     label = next(iter(flags), None) or _first_of(TAG_COLUMNS if tagged else LABEL_COLUMNS, _left(columns, texts))
     texts = texts or _find_texts(_left(columns, (label,)), tagged, alone=texts_alone or label is not None)
@@ -128,16 +128,13 @@ def _cannot_tell(table: Table, option: str, problem: Problem | None) -> Fastpeft
     elif problem is NEXT_WORDS and pair:
         others = " and ".join(repr(left[name]) for name in _BESIDE_PROMPTS if name in left)
         beside = f" Only two are read: where an answer depends on {others} too, write that into {pair[0]!r} first."
+    header = ""
+    if any(len(name.split()) > _WORDS_OF_A_NAME for name in table.columns):
+        header = " If the first line is a row already, put one with the names of columns above it."
     return FastpeftError(
         f"cannot tell which column of {table.name} to take; its columns are {', '.join(table.columns)}. Name it with "
-        f"{option}{said}.{beside}{_about_header(table.columns)}"
+        f"{option}{said}.{beside}{header}"
     )
-
-
-def _about_header(names: Iterable[str]) -> str:
-    """Advice where a name of a column is a sentence."""
-    is_row = any(len(name.split()) > _WORDS_OF_A_NAME for name in names)
-    return " If the first line is a row already, put one with the names of columns above it." if is_row else ""
 
 
 def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], flags: tuple[str, ...]) -> Columns:
@@ -147,17 +144,9 @@ def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], f
             f"`label_column` names {len(flags)} columns, {', '.join(flags)}, which are labels of 0 and 1, but "
             f"`problem_type` is {problem.short!r}. Name one column, or leave `problem_type` out."
         )
-    if missing := [name for name in (*texts, *flags) if name not in table.columns]:
-        raise FastpeftError(
-            f"{table.name} has no column {missing[0]!r}; its columns are {', '.join(table.columns)}. Name some of "
-            "these."
-        )
     texts = texts or _find_texts(_left(table.columns, flags), tagged=False, alone=True)
     if not texts:
-        raise FastpeftError(
-            f"cannot tell which column of {table.name} has the texts; its columns are {', '.join(table.columns)}. Name "
-            f"it with --text-column.{_about_header(table.columns)}"
-        )
+        raise _cannot_tell(table, "--text-column", MULTI_LABEL)
     if doubled := {*texts} & {*flags} or [name for name in flags if flags.count(name) > 1]:
         raise FastpeftError(f"column {min(doubled)!r} of {table.name} is named twice. Name every column once.")
     if joined := [name for name in flags if SEPARATOR in name]:

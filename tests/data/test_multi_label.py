@@ -18,7 +18,7 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.data.examples import load_data, load_rows
-from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, describe, get_problem, most_frequent
+from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, describe, get_problem, most_frequent
 from fastpeft.data.result_warnings import of_dev_rows, of_names, of_train_rows
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.export import export
@@ -133,6 +133,8 @@ def test_columns_of_flags_hold_nothing_else(tmp_path: Path) -> None:
         load_data(data, label_column="x,y,y")
     with pytest.raises(FastpeftError, match="labels of 0 and 1, but problem_type is 'classification'"):
         load_data(data, label_column="x,y", problem_type="classification")
+    with pytest.raises(FastpeftError, match=r"label_column is 'x,y', but no labels are read\. Leave it out"):
+        load_rows(data, [], NEXT_WORDS, label_column="x,y")
 
 
 def test_a_row_without_its_labels_is_named(tmp_path: Path) -> None:
