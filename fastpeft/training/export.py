@@ -32,7 +32,7 @@ from fastpeft.training.generation import tell_ends
 from fastpeft.training.lineage import check_places, check_start
 from fastpeft.training.loading import FinishedRun, assemble
 from fastpeft.training.onnx_model import check_onnx, write_onnx
-from fastpeft.training.results import answers_in_words, chosen_by, results
+from fastpeft.training.results import answers_in_words, chosen_by, results, settings
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import RunSetup, setup_of_run
 from fastpeft.training.task import draw_start, prepare
@@ -218,11 +218,8 @@ def _card_of_run(
     """The model card; weights from within a run have no results of their own."""
     config, adapter = run.config, to == "lora"
     start = config.init_from if adapter else None  # the run whose model a LoRA goes onto
-    shown = {name: getattr(config, name) for name in ("prompt", "init_from", "batch_size", "seed")}
-    shown["max_length"] = run.max_length
-    settings = {"learning_rate": metrics["learning_rate"], "steps": metrics["steps"], **shown, **config.settings}
-    if step is not None:
-        settings["steps"] = f"{step} of {metrics['steps']}"
+    steps = metrics["steps"] if step is None else f"{step} of {metrics['steps']}"
+    used = {"learning_rate": metrics["learning_rate"], "steps": steps, "max_length": run.max_length}
     if to == "onnx":
         snippet = onnx_snippet(str(output), max_length=run.max_length, pairs=run.is_pair, words=run.problem.per_token)
     else:
@@ -251,7 +248,7 @@ def _card_of_run(
         answers=answers_in_words(metrics if step is None else {**metrics, "threshold": None}),
         chosen_by=chosen_by(metrics) if step is None else None,
         metrics=results(metrics) if step is None else None,
-        settings={name: value for name, value in settings.items() if value is not None},
+        settings={**used, **settings(config)},
     )
 
 

@@ -38,19 +38,12 @@ from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import simulated_peak_mb
 from fastpeft.training.generation import tell_ends
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
-from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
+from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, results, settings
 from fastpeft.training.run_folder import CURVES, PREDICTIONS, ROW_SCORES, TRAINED_ON, RunFolder
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
-
-# fields of a `TrainConfig`
-_ON_THE_CARD = (
-    *("objective", "problem_type", "class_weights", "focal_gamma", "metric", "patience"),
-    *("prompt", "label_words", "prompt_head", "init_from"),
-    *("targets", "rank", "window", "reduction", "cache_dtype", "batch_size", "seed", "bf16"),
-)
 
 Points = list[tuple[int, float]]  # steps and values
 
@@ -263,9 +256,6 @@ def save_model(trainer: RunTrainer, task: Task, folder: Path) -> None:
 def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Mapping[str, Any]) -> str:
     """The model card of the run."""
     config, problem, prompt = task.config, task.data.problem, task.setup.prompt
-    settings = {name: value for name, value in config.values().items() if name in _ON_THE_CARD and value is not None}
-    if config.found_prompt is not None:
-        settings |= found_settings(config.found_prompt)
     return model_card(
         base_model=config.model,
         on_hub=config.model != DEMO,
@@ -289,5 +279,5 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         answers=answers_in_words(metrics),
         chosen_by=chosen_by(metrics),
         metrics=results(metrics),
-        settings={**recipe, "max_length": task.max_length, **settings, **config.settings},
+        settings={**recipe, "max_length": task.max_length, **settings(config)},
     )

@@ -6,8 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastpeft.data.problems import MULTI_LABEL, TAGGING, TITLES, get_problem, title_of
+from fastpeft.training.config import TrainConfig
 
 _MOST_ROWS, _WORST = 10, 5  # classes that are all shown, and how many are of more
+_ON_THE_CARD = (  # fields of a `TrainConfig`
+    *("objective", "problem_type", "class_weights", "focal_gamma", "metric", "patience"),
+    *("prompt", "label_words", "prompt_head", "init_from"),
+    *("targets", "rank", "window", "reduction", "cache_dtype", "batch_size", "seed", "bf16"),
+)
 SIMULATED = "simulated"  # as `metrics.json` calls where a peak comes from
 
 
@@ -80,11 +86,15 @@ def chosen_by(metrics: Mapping[str, Any]) -> str | None:
     return None if metrics["best_step"] is None else title_of(metrics["metric"])
 
 
-def found_settings(found: Mapping[str, Any]) -> dict[str, str]:
-    """What a card shows of a prompt that was found, as `run.json` holds it."""
-    words = ", ".join(f"{label}={word}" for label, word in (found["label_words"] or {}).items())
-    search = (
-        f"the best of {found['templates']} templates on {found['rows']} and {found['ranked_rows']} training rows, "
-        f"zero-shot accuracy {found['accuracy']:.3f}"
-    )
-    return {"prompt": found["template"], **({"label_words": words} if words else {}), "prompt found": search}
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """What a card shows of a run's configuration; of a prompt that was found, what it is and how it was found."""
+    shown = {name: value for name, value in config.values().items() if name in _ON_THE_CARD and value is not None}
+    if (found := config.found_prompt) is not None:
+        shown["prompt"] = found["template"]
+        if found["label_words"]:
+            shown["label_words"] = ", ".join(f"{label}={word}" for label, word in found["label_words"].items())
+        shown["prompt found"] = (
+            f"the best of {found['templates']} templates on {found['rows']} and {found['ranked_rows']} training rows, "
+            f"zero-shot accuracy {found['accuracy']:.3f}"
+        )
+    return {**shown, **config.settings}

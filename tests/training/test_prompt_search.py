@@ -25,6 +25,7 @@ from fastpeft.support import files
 from fastpeft.training import prompt_search
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate, evaluate_zero_shot
+from fastpeft.training.export import export
 from fastpeft.training.prediction import predict
 from fastpeft.training.prompt_search import best_words, find_prompt, score, templates, whole_words
 
@@ -182,7 +183,7 @@ def test_pairs_get_a_template_for_pairs(place: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_keeps_what_it_found_and_is_repeated_without_searching(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = train(config)
     written = json.loads((result.folder / "run.json").read_text())
@@ -190,9 +191,10 @@ def test_a_run_keeps_what_it_found_and_is_repeated_without_searching(
     assert written["prompt"] == "auto"
     assert result.metrics["found_prompt"] == found
     assert Prompt.load(result.folder) == Prompt(found["template"], found["label_words"])
-    card = (result.folder / "README.md").read_text()
-    assert html.escape(found["template"], quote=False) in card
-    assert ", ".join(f"{k}={v}" for k, v in found["label_words"].items()) in card
+    for folder in (result.folder, export(result.folder, tmp_path / "exported")):
+        card = (folder / "README.md").read_text()
+        assert f"| prompt | {html.escape(found['template'], quote=False)} |" in card
+        assert f"| label_words | {', '.join(f'{k}={v}' for k, v in found['label_words'].items())} |" in card
     assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
     assert len(predict(result.folder, ["a lovely film"])) == 1
 
