@@ -192,6 +192,8 @@ def evaluate_zero_shot(
 ) -> dict[str, Any]:
     """Metrics and loss of a language model by a prompt, with no training, on the dev rows of `data`.
 
+    Beside these it has what `evaluate` gives of a run: `dev_rows`, what there is of classes, and `warnings`.
+
     Args:
         model: `"demo"`, a folder or a hub id.
         prompt: template and label words.
@@ -250,11 +252,14 @@ def answer_zero_shot(
     if calibrate:
         prompted.calibrate()
     limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
-    rows, cut = Encoder(classifier.tokenizer, limit, prompt, problem).encode_counted(dev)
+    encoder = Encoder(classifier.tokenizer, limit, prompt, problem)
+    rows, cut = encoder.encode_counted(dev)
+    encoder.warn_of_texts(dev, rows)
     outputs = prompted.logits_of(rows).cpu().numpy()
     labels, frequent = np.array(dev.labels), most_frequent(texts.train.labels, problem)
     measured, of_figures = _measure(problem, dev, set(), outputs, labels, texts.labels, frequent)
     warnings = [*of_figures, *result_warnings.of_cut_texts(cut, len(dev), 0, limit)]
+    result_warnings.tell(warnings)
     return {**measured, "dev_rows": len(dev), "warnings": warnings}, outputs.argmax(-1).tolist()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -204,6 +205,17 @@ def test_a_run_keeps_what_it_found_and_is_repeated_without_searching(
     assert repeated.metrics["loss"] == result.metrics["loss"]
     assert repeated.metrics["found_prompt"] == found
     assert train(config, resume=True).metrics == result.metrics
+
+
+def test_what_makes_figures_doubtful_is_told_with_no_training_too(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_csv(tmp_path / "rows.csv", [*reviews(12), (" ", reviews(1)[0][1])])
+    with caplog.at_level(logging.WARNING):
+        measured = evaluate_zero_shot(str(place / "model"), Prompt("{text} So <mask>", ["dull", "lovely"]), data)
+    assert "1 of 13 texts are empty" in caplog.text
+    assert measured["warnings"]
+    assert {*measured["warnings"]} <= {*caplog.messages}
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_prompt_it_found(
