@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +40,24 @@ def check_weights(model: PeftModel, folder: Path) -> None:
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     with safe_open(folder / WEIGHTS, "pt") as file:
         kinds = current_keys({key: file.get_slice(key).get_dtype() for key in sorted(file.keys())})
-    for fault, names in _faults(own, kinds).items():
-        if names:
-            others = f", and {len(names) - 1} more likewise" if len(names) > 1 else ""
-            raise FastpeftError(
-                f"the adapter in {str(folder)!r} is damaged: {names[0]} {fault}{others}. Restore it, or train it anew."
-            )
+    _refuse(folder, "is missing", sorted(own.keys() - kinds.keys()))
+    _refuse(folder, "belongs to no part of it", sorted(kinds.keys() - own.keys()))
+    floating = [key for key, tensor in own.items() if tensor.is_floating_point()]  # a norm counts batches otherwise
+    _refuse(folder, "is not of floating numbers", [key for key in floating if not kinds[key].startswith(("F", "BF"))])
+    _check_finite(own, folder)
 
 
-def _faults(own: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, list[str]]:
-    """What can be wrong with tensors of a file, whose dtypes are `kinds`, and the names of those with which it is."""
-    return {
-        "is missing": sorted(own.keys() - kinds.keys()),
-        "belongs to no part of it": sorted(kinds.keys() - own.keys()),
-        "is not of floating numbers": [
-            key
-            for key, tensor in own.items()  # but those that count batches, as a norm has them
-            if tensor.is_floating_point() and not kinds.get(key, "F").startswith(("F", "BF"))
-        ],
-        "is not finite": [key for key, tensor in own.items() if not tensor.isfinite().all()],
-    }
+def _check_finite(own: Mapping[str, Tensor], folder: Path) -> None:
+    _refuse(folder, "is not finite", [key for key, tensor in own.items() if not tensor.isfinite().all()])
+
+
+def _refuse(folder: Path, fault: str, names: Sequence[str]) -> None:
+    """Raise `FastpeftError` where any tensor has a fault, given the names of those that have it."""
+    if names:
+        others = f", and {len(names) - 1} more likewise" if len(names) > 1 else ""
+        raise FastpeftError(
+            f"the adapter in {str(folder)!r} is damaged: {names[0]} {fault}{others}. Restore it, or train it anew."
+        )
 
 
 def put_onto(base: Any, folder: Path) -> PeftModel:
@@ -104,14 +102,15 @@ def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
     try:
         options = {**source_options(str(base)), **OWN_ATTENTION, **_new_head(folder)}
         with warnings.catch_warnings():
-            # of the base's head alone: PEFT warns of weights of the adapter that it leaves out
-            warnings.filterwarnings("error", r"[\s\S]*ignore_mismatched_sizes")
+            # the first is of the base's head alone: PEFT warns of weights of the adapter that it leaves out
+            warnings.filterwarnings("error", r"[\s\S]*(ignore_mismatched_sizes|missing adapter keys)")
             model = _LOADERS[task].from_pretrained(str(folder), use_safetensors=True, **options).eval()
-    except (OSError, ValueError, SafetensorError, UserWarning) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, UserWarning) as error:  # of a head that lacks a weight
         raise FastpeftError(
-            f"cannot put the adapter in {str(folder)!r} onto its base model {base!r} ({error}). Give "
-            f"{CONFIG} a base_model_name_or_path that can be loaded."
+            f"cannot put the adapter in {str(folder)!r} onto its base model {base!r} ({error}). Restore its files, or "
+            f"give {CONFIG} a base_model_name_or_path that can be loaded."
         ) from error
+    _check_finite(get_peft_model_state_dict(model, save_embedding_layers=False), folder)
     place = str(folder) if (folder / "tokenizer_config.json").is_file() else base
     try:
         return model, AutoTokenizer.from_pretrained(place, **source_options(str(place)))
@@ -122,9 +121,7 @@ def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
 
 def _new_head(folder: Path) -> dict[str, int]:
     """What the base model's class needs to make the head that was saved with the adapter, whatever head it had."""
-    if not (folder / WEIGHTS).is_file():
-        return {}
     with safe_open(folder / WEIGHTS, "pt") as file:
-        heads = [key for key in sorted(file.keys()) if _LAST_LAYER.search(key)]
-        labels = {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
-    return {**labels, "ignore_mismatched_sizes": True} if labels else {}
+        for key in filter(_LAST_LAYER.search, sorted(file.keys())):
+            return {"num_labels": file.get_slice(key).get_shape()[0], "ignore_mismatched_sizes": True}
+    return {}

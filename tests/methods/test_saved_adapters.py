@@ -186,6 +186,27 @@ def test_a_file_with_codes_as_earlier_versions_saved_them_is_taken(base: Path, t
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize(
+    ("part", "damaged", "said"),
+    [
+        ("lora_A", None, "missing adapter keys"),
+        ("classifier.out_proj.bias", None, r"classifier\.out_proj\.bias"),
+        ("lora_B", torch.nan, r"is damaged: \S*lora_B\S* is not finite"),
+    ],
+)
+def test_a_damaged_adapter_is_not_exported(
+    base: Path, tmp_path: Path, part: str, damaged: float | None, said: str
+) -> None:
+    saved(base, tmp_path / "adapter", peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"]))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in sorted(tensors) if part in key)
+    tensor = tensors.pop(key)
+    save_file(tensors if damaged is None else {**tensors, key: tensor * damaged}, file)
+    with pytest.raises(FastpeftError, match=said):
+        export(tmp_path / "adapter", tmp_path / "out")
+
+
 def test_a_prompt_of_peft_is_refused(tmp_path: Path) -> None:
     peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(FastpeftError, match="of the type PROMPT_TUNING for the task CAUSAL_LM"):
