@@ -94,7 +94,9 @@ class Task:
             warnings += result_warnings.of_endless_turns()
         for warning in warnings:  # while there is time to stop
             logger.warning("%s", warning)
-        context, train_rows = _context(config, train_rows, setup.method.examples(setup.preparation))
+        context = earlier_context(config)
+        if context is None and (count := setup.method.examples(setup.preparation)):
+            context, train_rows = _take_examples(train_rows, count, config.seed)
         if context is not None:
             _check_room(context, (*train_rows, *dev_rows), config.model, classifier.max_length)
             max_length = min(max_length, classifier.max_length - len(context))
@@ -136,12 +138,6 @@ def _warnings(
     lost = texts - sum(len(rows) for rows, _ in encoded)
     read = dict.fromkeys(warning for part in parts for warning in part.warnings)  # of all parts once
     return [*read, *result_warnings.of_cut_texts(cut, texts, lost, max_length, model_reads)]
-
-
-def _context(config: TrainConfig, rows: list[TokenRow], count: int) -> tuple[list[int] | None, list[TokenRow]]:
-    """The tokens before every text, those of an earlier run or of `count` rows, and the rows that are left."""
-    context = earlier_context(config)
-    return _take_examples(rows, count, config.seed) if context is None and count else (context, rows)
 
 
 def _check_room(context: Sequence[int], rows: Sequence[TokenRow], model: str, model_reads: int) -> None:
