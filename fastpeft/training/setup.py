@@ -47,9 +47,10 @@ class Head:
 
     def can_take_over(self, earlier: Head) -> bool:
         """Whether the weights of an earlier head can stay: one for words whatever the classes, else for the same."""
-        if self.by_words or earlier.by_words:
-            decoders = [head.problem is NEXT_WORDS for head in (self, earlier)]
-            return self.by_words and earlier.by_words and decoders[0] == decoders[1]
+        if self.by_words != earlier.by_words:
+            return False
+        if self.by_words:
+            return (self.problem is NEXT_WORDS) == (earlier.problem is NEXT_WORDS)
         return self.labels == earlier.labels and self.problem is earlier.problem
 
     @classmethod
@@ -158,7 +159,7 @@ def check_reporter(config: TrainConfig) -> None:
 
 
 def resolve(config: TrainConfig) -> Setup:
-    """What `config` comes to: the only place where a run's method is looked up.
+    """What `config` of a run that is to be made comes to; of a finished one see `setup_of_run`.
 
     Raises:
         FastpeftError: an option or a setting cannot be used, as far as that can be told without model and data.
