@@ -109,9 +109,9 @@ def train(
         _tell_of_task(task, config, trained_on)
         if (prepared := _prepare(task, folder, callbacks, resume)) is None:
             return _finished(folder)
-        trainer, measured, lowered = prepared
+        trainer, measured = prepared
         again = shlex.join(["fastpeft", "train", "--config", str(folder.config_file)])
-        before = Beginning(measured, lowered, trained_on, command or again)
+        before = Beginning(measured, trainer.lowered(measured[LOSS]), trained_on, command or again)
 
         def open_folder() -> None:
             values = task.config.values()
@@ -190,11 +190,8 @@ def _tell_beginnings(config: TrainConfig) -> None:
 
 def _prepare(
     task: Task, folder: RunFolder, callbacks: Sequence[TrainerCallback], resume: bool
-) -> tuple[RunTrainer, dict[str, float], float] | None:
-    """The Trainer of a run, and what it measures before training: metrics, and the loss that training lowers.
-
-    None where the run to resume is finished.
-    """
+) -> tuple[RunTrainer, dict[str, float]] | None:
+    """The Trainer of a run, and what it measures before training; None where the run to resume is finished."""
     config = task.config
     if config.cache_features is not None:
         inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or FEATURE_DTYPES[0])
@@ -207,8 +204,7 @@ def _prepare(
         with refusing(task), noticing_lost_processes():
             trainer = trainer_class(task)(task, arguments, folder, callbacks)
             trainer.create_optimizer()
-            before = trainer.measure(task.dev_rows)
-            return trainer, before, trainer.lowered(before[LOSS])
+            return trainer, trainer.measure(task.dev_rows)
 
 
 def _on_disk(task: Task, folder: RunFolder) -> dict[str, Any]:
