@@ -50,7 +50,7 @@ def matrices(compared: Sequence[Variant]) -> Iterator[Block]:
 
 def disagreements(compared: Sequence[Variant]) -> Iterator[Block]:
     """The dev rows that some variants answer rightly and others do not, with their texts where these are known."""
-    answered = [variant for variant in compared if variant.answers and variant.labels.ndim == 1]
+    answered = [variant for variant in compared if variant.answers]
     if len(answered) < 2:
         return
     labels = answered[0].labels
