@@ -40,7 +40,8 @@ class Masker:
         """A row of an `Encoder` with words hidden, which its `labels` tell: token ids, and `UNLABELLED` elsewhere."""
         row = dict(row)
         special = torch.tensor([row.pop("special_tokens_mask")])
-        generator = self._collator.generator = torch.Generator().manual_seed(_seed(key))
+        seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+        generator = self._collator.generator = torch.Generator().manual_seed(seed)
         tokens = torch.tensor([row["input_ids"]])
         masked, labels = self._collator.torch_mask_tokens(tokens.clone(), special_tokens_mask=special)
         if not (labels != UNLABELLED).any():
@@ -72,7 +73,3 @@ class MaskedRows(Dataset[TokenRow]):
         """The row of a key (epoch, index)."""
         epoch, index = key
         return self.mask(self.rows[index], self.seed, epoch, index)
-
-
-def _seed(key: tuple[int | str, ...]) -> int:
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
