@@ -112,28 +112,28 @@ class Predictions:
         else:
             self._predictor = Predictor(folder)
         self.labels = self._predictor.run.labels
-        self._given = [(number, self._encode_given(number, text)) for number, text in enumerate(texts, start=1)]
+        given = [(number, self._encode_given(number, text)) for number, text in enumerate(texts, start=1)]
         for text in texts:
             if isinstance(text, str) and os.path.isfile(text):
                 logger.warning("%r is the name of a file, and is read as a text; for the texts in it give --file", text)
-        self._name, self._rows = name, rows
+        self._name, self._before = name, len(given)  # which rows of the file come after
+        self._rows: list[tuple[int, Any]] = [*given, *((self._before + number, row) for number, row in rows)]
         self._generates = isinstance(self._predictor, TextGenerator)
         self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._generates else _TEXT
         self._read = self._read_line
         self._records: dict[int, Record] = {}  # of the rows that have columns, by their numbers
         if file is not None and kind != "txt":
+            self._records = {number: row for number, row in self._rows if isinstance(row, dict)}
+            if not self._records:
+                raise FastpeftError(f"{name} has no row that can be read. {rows[0][1]}")
             self._names, self._read = self._pick(text_column), self._read_cells
-            before = len(self._given)
-            self._records = {before + number: row for number, row in rows if not isinstance(row, FastpeftError)}
-        self.count = len(self._given) + len(rows)
+        self.count = len(self._rows)
         self.cut = 0
 
     def _pick(self, text_column: str | None) -> tuple[str, ...]:
         """The columns of texts."""
         run = self._predictor.run
-        first = next((row for _, row in self._rows if not isinstance(row, FastpeftError)), None)
-        if first is None:
-            raise FastpeftError(f"{self._name} has no row that can be read. {self._rows[0][1]}")
+        first = next(iter(self._records.values()))
         if text_column is None:
             read = Table(self._name, [first])
             text_column = own_columns(None, run.config.text_column, run.columns[0], read, "--text-column")
@@ -177,15 +177,11 @@ class Predictions:
 
     def __iter__(self) -> Iterator[tuple[list[Prediction], list[FastpeftError]]]:
         """Predictions, and what is wrong with the rows between them that were left out."""
-        before = len(self._given)
-        rows: list[Any] = [*self._given, *self._rows]
-        for start in range(0, len(rows), _CHUNK):
+        for start in range(0, len(self._rows), _CHUNK):
             encoded, left_out = [], []
-            for index, (number, row) in enumerate(rows[start : start + _CHUNK], start=start):
+            for number, row in self._rows[start : start + _CHUNK]:
                 try:
-                    if isinstance(row, FastpeftError):
-                        raise row
-                    encoded.append((number, row) if index < before else (before + number, self._encode(number, row)))
+                    encoded.append((number, self._encode(number, row)))
                 except FastpeftError as error:
                     left_out.append(error)
             given = [each for _, each in encoded]
@@ -211,8 +207,13 @@ class Predictions:
         except EmptyTextError as error:
             return EmptyTextError(f"text {number}: {error}")
 
-    def _encode(self, number: int, row: Record) -> EncodedText:
-        at = RowRef(self._name, number)
+    def _encode(self, number: int, row: Record | EncodedText | FastpeftError) -> EncodedText:
+        """A row of the file; the texts that were given are encoded already."""
+        if isinstance(row, FastpeftError):
+            raise row
+        if isinstance(row, EncodedText):
+            return row
+        at = RowRef(self._name, number - self._before)
         given = self._read(row, at)
         try:
             return self._predictor.encode(given)
