@@ -279,7 +279,12 @@ class Tasks:
         Returns:
             For each what was read and, as `Predictor.scores` has them, the scores; or why it has none.
         """
-        found: list[Any] = [self._encode(name, texts) for name, texts in asked]
+        found: list[Any] = []
+        for name, texts in asked:
+            try:
+                found.append(self._encode(name, texts))
+            except Exception as error:  # the other requests must be answered
+                found.append(error)
         groups: dict[int, list[int]] = defaultdict(list)
         for place, each in enumerate(found):
             if isinstance(each, EncodedRequest):
@@ -289,13 +294,10 @@ class Tasks:
                 found[place] = answer if isinstance(answer, Exception) else (found[place], answer)
         return found
 
-    def _encode(self, name: str, texts: Sequence[Any]) -> EncodedRequest | Exception:
-        try:
-            task = self[name]
-        except RefusedError as error:
-            return error
+    def _encode(self, name: str, texts: Sequence[Any]) -> EncodedRequest:
+        task = self[name]
         if task.predictor is None:
-            return RefusedError(
+            raise RefusedError(
                 f"the task {name!r} generates text and predicts no classes. Send it messages by POST "
                 "/v1/chat/completions.",
                 422,
@@ -305,9 +307,7 @@ class Tasks:
             try:
                 encoded.append(task.predictor.encode(text))
             except FastpeftError as error:
-                return RefusedError(f"text {number}: {error}", 422)
-            except Exception as error:  # the other requests must be answered
-                return error
+                raise RefusedError(f"text {number}: {error}", 422) from error
         return EncodedRequest(task, encoded, task.predictor.count_cut(encoded))
 
     def _answers(self, asked: Sequence[EncodedRequest]) -> list[list[np.ndarray] | Exception]:
@@ -451,11 +451,8 @@ class Tasks:
             if len(batch) == 1:
                 return {id(batch[0]): self._why(batch[0].task, error)}
             failed: dict[int, Exception] = {}
-            for request in batch:
-                if request.count and request.finish_reason is None:
-                    failed[id(request)] = self._why(request.task, error)
-                elif request.finish_reason is None:
-                    failed |= self._generate([request])
+            for request in (each for each in batch if each.finish_reason is None):
+                failed |= {id(request): self._why(request.task, error)} if request.count else self._generate([request])
             return failed
 
 
