@@ -316,9 +316,10 @@ class Plan:
         rows = {cell.name: cell.row for cell in earlier.cells}
         cells = [dataclasses.replace(cell, row=cell.row or rows.get(cell.name)) for cell in cells]
         merged = by_name | {cell.name: cell for cell in cells}
-        results = [cell for cell in merged.values() if not cell.search]
-        for cell in results:
-            _check_row_fields(cell, next(cell for cell in cells if not cell.search))
+        first = next(cell for cell in cells if not cell.search)
+        for cell in merged.values():
+            if not cell.search:
+                _check_row_fields(cell, first)
         return cls(
             folder,
             list(merged.values()),

@@ -83,10 +83,12 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         tempfile.TemporaryDirectory(prefix=".export-", dir=existing) as temporary,
     ):
         staged = Path(temporary) / output.name
-        if to == "onnx":
-            _save_onnx(model, batches, staged)
+        if to == "lora":
+            save_as_lora(model, staged, model.active_adapter)
+        elif to == "onnx":
+            _save_onnx(_plain(model), batches, staged)
         else:
-            _save(model, to, staged)
+            _plain(model).save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         if prompt is not None:
@@ -170,19 +172,13 @@ def _batches(run: FinishedRun) -> list[Any]:
 def _save_onnx(model: Any, batches: Sequence[Any], folder: Path) -> None:
     folder.mkdir()
     report("writing ONNX")
-    model = merge(model) if isinstance(model, PeftModel) else model
     difference = write_onnx(model, batches, folder / ONNX_FILE)
     (model.backbone.core if isinstance(model, LadderModel) else model).config.save_pretrained(folder)
     logger.info("ONNX Runtime agrees with PyTorch on %d texts to %.0e of the largest output", len(_TEXTS), difference)
 
 
-def _save(model: Any, to: str, folder: Path) -> None:
-    if to == "lora":
-        save_as_lora(model, folder, model.active_adapter)
-    elif isinstance(model, PeftModel):
-        merge(model).save_pretrained(folder)
-    else:
-        model.save_pretrained(folder)
+def _plain(model: Any) -> Any:
+    return merge(model) if isinstance(model, PeftModel) else model
 
 
 def _card_of_adapter(model: PeftModel, output: Path, to: str, has_tokenizer: bool) -> str:
