@@ -302,7 +302,7 @@ def test_pairs_are_of_rows_and_of_seeds(tmp_path: Path) -> None:
             finish(cell, generator.integers(0, 2, 200).tolist(), 1.0, 1.0)
     (pair,) = paired_tests.all_pairs(results.variants(plan.results))
     assert (pair.seeds, pair.difference.test) == (2, "a t test over seeds and rows")
-    first, second = (np.stack([pair_of.answers[seed] for seed in (0, 1)]) for pair_of in (pair.first, pair.second))
+    first, second = (np.stack([pair_of.row_scores[seed] for seed in (0, 1)]) for pair_of in (pair.first, pair.second))
     assert pair.difference == significance.compare_pair(first, second)
     assert pair.difference.mean >= 0, "the higher one is first"
 

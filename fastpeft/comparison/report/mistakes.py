@@ -10,6 +10,7 @@ import numpy as np
 
 from fastpeft.comparison.report.document import Block, Heading, Matrix, Table, Text
 from fastpeft.comparison.report.results import Variant
+from fastpeft.data.problems import ACCURACY
 from fastpeft.errors import FastpeftError
 from fastpeft.support.logs import at_least
 from fastpeft.training.task import data_for
@@ -50,12 +51,12 @@ def matrices(compared: Sequence[Variant]) -> Iterator[Block]:
 
 def disagreements(compared: Sequence[Variant]) -> Iterator[Block]:
     """The dev rows that some variants answer rightly and others do not, with their texts where these are known."""
-    answered = [variant for variant in compared if variant.answers]
+    answered = [variant for variant in compared if variant.tested == ACCURACY]
     if len(answered) < 2:
         return
     labels = answered[0].labels
     answered = [variant for variant in answered if np.array_equal(variant.labels, labels)]
-    right = np.stack([np.mean(list(variant.answers.values()), axis=0) for variant in answered])  # (variants, rows)
+    right = np.stack([np.mean(list(variant.row_scores.values()), axis=0) for variant in answered])  # (variants, rows)
     split = np.ptp(right, axis=0)
     differ = np.flatnonzero(split)
     if not len(differ):
@@ -76,7 +77,7 @@ def disagreements(compared: Sequence[Variant]) -> Iterator[Block]:
     for row in shown:
         label = names[labels[row]] if 0 <= labels[row] < len(names) else str(labels[row])
         rows.append([f"{row + 1}", *([texts[row]] if texts else []), label])
-        rows[-1] += [_mark([bool(right[row]) for right in variant.answers.values()]) for variant in answered]
+        rows[-1] += [_mark([bool(right[row]) for right in variant.row_scores.values()]) for variant in answered]
     yield Table([header, *rows], range(1), "Dev rows on which variants differ")
 
 

@@ -92,15 +92,6 @@ class Variant:
         return [metrics[key] for metrics in self.runs if metrics.get(key) is not None]
 
     @cached_property
-    def _predictions(self) -> dict[int | None, dict[str, list[int]]]:
-        return {cell.seed: found for cell in self.cells if (found := cell.predictions())}
-
-    @cached_property
-    def answers(self) -> dict[int | None, np.ndarray]:
-        """By seed, whether the class of each dev row was predicted `(rows,)`; empty where that was not kept."""
-        return {seed: np.equal(found["labels"], found["predictions"]) for seed, found in self._predictions.items()}
-
-    @cached_property
     def tested(self) -> str | None:
         """The metric that has an interval and paired tests; None where a finished cell has no scores of rows in it."""
         metrics = {found and found[0] for found in self._scores.values()}
@@ -122,8 +113,8 @@ class Variant:
 
     @property
     def labels(self) -> np.ndarray:
-        """The class of each dev row `(rows,)`, where predictions were kept."""
-        return np.array(next(iter(self._predictions.values()))["labels"])
+        """The class of each dev row `(rows,)`, of a variant whose accuracy is tested."""
+        return np.array(next(found["labels"] for cell in self.cells if (found := cell.predictions())))
 
     def interval(self) -> tuple[float, float] | None:
         """The interval of its tested metric; None where it has none, or seeds were measured on different rows."""
