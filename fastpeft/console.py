@@ -33,7 +33,7 @@ from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, TrainPlan, plan
 from fastpeft.training.memory import peak_rss_mb
 from fastpeft.training.prediction_files import Predictions, writing
-from fastpeft.training.results import class_scores, memory, threshold_in_words
+from fastpeft.training.results import baseline, class_scores, memory, threshold_in_words
 
 _SHOWN_LEFT_OUT = 20  # rows, each with its error
 
@@ -118,9 +118,8 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append((f"{title} before", f"{before:.3f}"))
         rows.append((f"{title} after" if before is not None else title, f"{metrics[name]:.3f}"))
     if always := metrics.get("most_frequent_class"):
-        kind = "tag" if "word_f1" in always else "labels" if "micro_f1" in always else "class"
         scores = ", ".join(f"{TITLES[name]} {always[name]:.3f}" for name in always if name in TITLES)
-        rows.append((f"baseline: most frequent {kind}", f"{scores} (always {always['class']})"))
+        rows.append((baseline(always), f"{scores} (always {always['class']})"))
     if threshold := threshold_in_words(metrics):
         rows.append(("threshold", threshold))
     return [*rows, *class_scores(metrics).items()]

@@ -31,6 +31,11 @@ def memory(metrics: Mapping[str, Any]) -> dict[str, str]:
     return shown
 
 
+def baseline(always: Mapping[str, Any]) -> str:
+    """The title of the row with the metrics of always answering the most frequent class, tag or labels."""
+    return f"baseline: most frequent {'tag' if 'word_f1' in always else 'labels' if 'micro_f1' in always else 'class'}"
+
+
 def results(metrics: Mapping[str, Any]) -> dict[str, str]:
     """What a card shows of the values of a `metrics.json`."""
     problem = get_problem(metrics["problem_type"])

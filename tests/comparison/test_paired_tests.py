@@ -379,12 +379,14 @@ def test_a_warning_of_some_seeds_names_them(tmp_path: Path) -> None:
     assert results.warnings(results.variants(plan.results)) == [f"head † (seeds 0 and 2): {CONSTANT}"]
 
 
-def test_the_most_frequent_class_has_a_row(tmp_path: Path) -> None:
-    constant = {"most_frequent_class": {"class": "bad", "accuracy": 0.51}, "peak_memory_source": "simulated"}
+@pytest.mark.parametrize(("kind", "measured"), [("class", {}), ("tag", {"word_f1": 0.0})])
+def test_the_most_frequent_class_has_a_row(tmp_path: Path, kind: str, measured: dict[str, float]) -> None:
+    always = {"class": "bad", "accuracy": 0.51, **measured}
+    constant = {"most_frequent_class": always, "peak_memory_source": "simulated"}
     plan = plan_of(
         tmp_path, {"siva": 150, "head": 150}, seeds=2, head=constant, siva={"peak_memory_source": "simulated"}
     )
     table = tables(plan)[0]
     assert table.rows[0][:5] == ["method", "accuracy", "F1", "samples/s", "simulated step peak, MB"]
-    assert table.rows[-1] == ["baseline: most frequent class (bad)", "0.510", *["-"] * (len(table.rows[0]) - 2)]
-    assert [row[0] for row in table.rows].count("baseline: most frequent class (bad)") == 1
+    assert table.rows[-1] == [f"baseline: most frequent {kind} (bad)", "0.510", *["-"] * (len(table.rows[0]) - 2)]
+    assert [row[0] for row in table.rows].count(f"baseline: most frequent {kind} (bad)") == 1

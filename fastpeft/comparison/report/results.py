@@ -14,6 +14,7 @@ from fastpeft.comparison import significance, suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report.document import Table
 from fastpeft.data.problems import METRICS, get_problem
+from fastpeft.training.results import baseline
 
 MARK = "†"  # after the name of a variant with a warning
 
@@ -202,7 +203,7 @@ def table(compared: Sequence[Variant]) -> Table:
     always = [found for variant in compared for run in variant.runs if (found := run.get("most_frequent_class"))]
     if always:  # the row to be better than
         row = [column.show([always[0][column.key]] if column.key in always[0] else []) for column in shown]
-        rows.append([f"baseline: most frequent class ({always[0]['class']})", *row, *["-"] * (several + written)])
+        rows.append([f"{baseline(always[0])} ({always[0]['class']})", *row, *["-"] * (several + written)])
     numbers = range(1, len(header) + several)
     return Table(rows, numbers, "Results, a row a variant", variants=len(compared))
 
