@@ -357,6 +357,16 @@ class TrainConfig:
         for objective, problem in OBJECTIVES.items():
             if self.problem_type == problem.name:
                 self._refuse("problem_type", f"this has no labels. Give `objective` {objective} instead.")
+        self._check_each()
+        if self.model is None:
+            model = DEMO if self.init_from is None else earlier_run(self.init_from).config()["model"]
+            object.__setattr__(self, "model", model)
+        if not is_auto(self.prompt):
+            object.__setattr__(self, "found_prompt", None)
+        self._check_together()
+
+    def _check_each(self) -> None:
+        """Check every value by its option, and keep it as files have it."""
         for known in options():
             value = getattr(self, known.name)
             value = str(value) if isinstance(value, Path) else value
@@ -365,11 +375,9 @@ class TrainConfig:
                 raise FastpeftError(f"`{known.name}` is {_in_short(value)}; it must be {known.allowed}.{advice}")
             value = copy.deepcopy(value)  # of dictionaries, which the caller may change
             object.__setattr__(self, known.name, known.stored.get(value, value) if known.stored else value)
-        if self.model is None:
-            model = DEMO if self.init_from is None else earlier_run(self.init_from).config()["model"]
-            object.__setattr__(self, "model", model)
-        if not is_auto(self.prompt):
-            object.__setattr__(self, "found_prompt", None)
+
+    def _check_together(self) -> None:
+        """Raise `FastpeftError` where values do not go together."""
         method = get_method(self.method, self.settings)
         if self.cache_dtype is not None and self.cache_features is None:
             self._refuse(
