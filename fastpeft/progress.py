@@ -21,9 +21,7 @@ from fastpeft.support.stages import listening, report
 
 
 def _let_go(stream: TextIO) -> None:
-    """Let what is written go nowhere: its reader has ended, as in `2>&1 | less`, or its disk is full, and the run is
-    worth more.
-    """
+    """Discard what is written from here on: its reader has ended, as in `| less`, or its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -42,8 +42,7 @@ class Executor(ABC):
     """What runs processes, several at once. They are started only inside `with`, after which none is left.
 
     Attributes:
-        jobs: how many run at once; with `threads` known inside `with`.
-        threads: CPU threads of each.
+        jobs, threads: how many run at once, and the CPU threads of each; known inside `with`.
     """
 
     jobs = 1

@@ -101,11 +101,11 @@ class Method(ABC):
         """Raise `FastpeftError` where options or settings cannot be used with any model, or with such a head."""
 
     def own_tokens(self, preparation: Preparation) -> int:
-        """How many tokens of the longest input it needs for itself, so that texts cannot have them."""
+        """How many tokens it adds to every text; texts are cut that much earlier."""
         return 0
 
     def examples(self, preparation: Preparation) -> int:
-        """How many rows to train on become examples instead, which stand in front of every text."""
+        """How many training rows stand in front of every text as examples; they are not trained on."""
         return 0
 
     @abstractmethod

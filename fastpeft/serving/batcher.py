@@ -115,7 +115,7 @@ class Batcher:
                     waiting.answer.set_result(answer)
 
     async def _collect(self) -> list[QueuedRequest]:
-        """The next requests, `max_rows` texts at most unless the first has more."""
+        """The next requests, together at most `max_rows` texts; the first comes whole, however many it has."""
         first = self._left_over or await self._queue.get()
         self._left_over = None
         batch, rows = [first], len(first.texts)

@@ -179,7 +179,10 @@ def process_seconds() -> float:
 
 
 def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb: float | None) -> Estimate:
-    """What a run on `task` would take, whose loading began at `begin`, by `time.perf_counter`. It trains the model."""
+    """What a run on `task` would take; trains the model a few steps.
+
+    `begin` is when loading began, by `time.perf_counter`.
+    """
     memory = simulated_peak_mb(task, arguments, _longest(task))
     if budget_mb is not None and (memory is None or memory > budget_mb):
         return Estimate(memory)

@@ -200,7 +200,7 @@ class _Choice:
 
 
 class _Search:
-    """A model and what is asked of it."""
+    """Asks a model for the logits of words in templates, and chooses by them."""
 
     def __init__(self, masked_lm: Any, tokenizer: Any, labels: Sequence[str], calibrate: bool, max_length: int) -> None:
         self.masked_lm = masked_lm

@@ -9,7 +9,7 @@ adapter/          a part of the result: the adapter that trained beside a side n
 curves.json       what was logged while it trained, as pairs of step and value by name; curves.png shows it
 predictions.json  of classes: that of each dev row, by its label and by the result
 row_scores.json   of anything else: what each dev row adds to the metric that paired tests compare
-timings.json      which ways of computing were the fastest, timed; one that goes on takes the same
+timings.json      which ways of computing were the fastest, timed; a resumed run takes the same
 logs/             what TensorBoard shows, where the run was to report to it
 trained_on.txt    a digest of each text that its weights were trained on, by the runs that it started from too
 metrics.json      what was measured; written last, so it marks a run as finished

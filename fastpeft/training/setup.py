@@ -103,7 +103,7 @@ class Setup:
         return (config.epochs or self.recipe.epochs) * train_rows
 
     def with_head(self, head: Head) -> RunSetup:
-        """This setup with its head, where all was checked before."""
+        """This setup with a head; nothing is checked."""
         by_words = head.by_words or (self.config.awaits_prompt and self.config.prompt_head != "classifier")
         preparation = dataclasses.replace(self.preparation, task_type=head.problem.task_type, by_words=by_words)
         return RunSetup(self.config, self.method, preparation, self.arguments, head)

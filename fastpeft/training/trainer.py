@@ -211,7 +211,10 @@ class RunTrainer(Trainer):
         return self._outputs, self._labels
 
     def lowered(self, measured: float) -> float:
-        """The loss that training lowers, of the rows that were measured last, whose loss in reports is `measured`."""
+        """The loss that training lowers, of the rows that were measured last.
+
+        `measured` is their loss in reports: the model's own, without label smoothing, weights of classes or focus.
+        """
         if smoothing := self.args.label_smoothing_factor:
             if not self.problem.has_classes:
                 return math.inf  # unknown
