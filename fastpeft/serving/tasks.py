@@ -213,7 +213,8 @@ class Tasks:
                     if predictor is None:
                         task.generate([self._request(task, Conversation(((USER, "a"),)) if run.chats else "a", 1)])
                     else:
-                        self._together([EncodedRequest(task, [predictor.encode(_example(predictor))])])
+                        text = ("a", "a") if run.is_pair else "a"
+                        self._together([EncodedRequest(task, [predictor.encode(text)])])
                 except BaseException:
                     self._leave(task)
                     raise
@@ -459,11 +460,6 @@ class Tasks:
 def _predictor(task: Task) -> Predictor:
     assert task.predictor is not None  # only such a task is asked for scores
     return task.predictor
-
-
-def _example(predictor: Predictor) -> Any:
-    """A text as the run reads one."""
-    return ("a", "a") if predictor.run.is_pair else "a"
 
 
 def parse_runs(items: Iterable[str]) -> dict[str, str]:
