@@ -162,6 +162,8 @@ def _evaluate(
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `evaluate` gives, without the threshold; its warnings begin with `warnings`."""
+    generates = run.problem is NEXT_WORDS and max_new_tokens != 0
+    generator = TextGenerator(run, max_new_tokens) if generates else None  # refuses before anything is measured
     rows, cut = run.encoder.encode_counted(dev)
     run.encoder.warn_of_texts(dev, rows)
     cut_texts = result_warnings.of_cut_texts(cut, len(dev), len(dev) - len(rows), run.max_length)
@@ -170,8 +172,8 @@ def _evaluate(
     join = _padded if run.problem.per_token else np.stack
     outputs, labels = join(outputs_of(run, rows)), join([np.array(row["labels"]) for row in rows])
     measured, of_figures = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
-    if run.problem is NEXT_WORDS and max_new_tokens != 0:
-        measured |= measure_generations(TextGenerator(run, max_new_tokens), dev.texts)
+    if generator is not None:
+        measured |= measure_generations(generator, dev.texts)
     warnings = [*warnings, *of_figures, *cut_texts]
     result_warnings.tell(warnings)
     return {**measured, "dev_rows": len(rows), "warnings": warnings}

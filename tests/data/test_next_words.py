@@ -39,6 +39,7 @@ from fastpeft.data.examples import load_data, load_rows
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.next_words import completion, encode_counted, end_of_turn, end_tokens, opening, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
+from fastpeft.training import evaluation
 from fastpeft.training.evaluation import evaluate, evaluate_causal_lm
 from fastpeft.training.generation import TextGenerator, generate, measure_generations
 from fastpeft.training.loading import load_run
@@ -219,6 +220,14 @@ def test_a_decoder_is_measured_with_no_training(place: Path, config: TrainConfig
     said = CliRunner().invoke(app, [*command, "--max-new-tokens", "4"])
     assert said.exit_code == 0, said.output
     assert f"{found['loss']:.3f}" in said.output
+
+
+def test_too_many_new_tokens_are_refused_before_rows_are_measured(
+    place: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "outputs_of", lambda *_: pytest.fail("rows were measured"))
+    with pytest.raises(FastpeftError, match="max_new_tokens is 100000; it must be from 1 to"):
+        evaluate_causal_lm(str(config.model), str(place / "completions.jsonl"), max_new_tokens=100_000)
 
 
 def test_rows_of_a_file_are_gone_on_from(tmp_path: Path, place: Path, config: TrainConfig) -> None:
