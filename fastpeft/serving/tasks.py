@@ -298,11 +298,8 @@ class Tasks:
     def _encode(self, name: str, texts: Sequence[Any]) -> EncodedRequest:
         task = self[name]
         if task.predictor is None:
-            raise RefusedError(
-                f"the task {name!r} generates text and predicts no classes. Send it messages by POST "
-                "/v1/chat/completions.",
-                422,
-            )
+            how = "messages by POST /v1/chat/completions" if task.run.chats else "a prompt by POST /v1/completions"
+            raise RefusedError(f"the task {name!r} generates text and predicts no classes. Send it {how}.", 422)
         encoded = []
         for number, text in enumerate(texts, start=1):
             try:

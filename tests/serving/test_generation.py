@@ -517,3 +517,12 @@ def test_what_nobody_listens_to_is_not_said(
         assert begun.wait(30)
     assert ended.wait(40)
     assert left == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("chat", "messages by POST /v1/chat/completions"), ("e2e", "a prompt by POST /v1/completions")]
+)
+def test_a_task_that_is_asked_for_classes_says_what_it_takes(tasks: Tasks, name: str, how: str) -> None:
+    (refused,) = tasks.answer([(name, ["film"])])
+    assert isinstance(refused, RefusedError)
+    assert f"Send it {how}." in str(refused)
