@@ -39,11 +39,12 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
         raise FastpeftError(
             f"nothing follows the colon of {method!r}. Write a key and its value after it, as siva:rank=8, or none."
         )
-    if method not in (*METHODS, ZERO_SHOT):
+    known = (*METHODS, ZERO_SHOT)
+    if method not in known:
         raise FastpeftError(
-            f"unknown method {method!r}; allowed are {', '.join((*METHODS, ZERO_SHOT))}. Write a variant as siva or "
+            f"unknown method {method!r}; allowed are {', '.join(known)}. Write a variant as siva or "
             'siva:targets=query+value:rank=8, where + is a comma; put a value that has a comma itself in "".'
-            f"{did_you_mean(method, METHODS)}"
+            f"{did_you_mean(method, known)}"
         )
     if chain and ZERO_SHOT in (method, earlier.partition(":")[0]):
         raise FastpeftError(f"{ZERO_SHOT} trains nothing, so it cannot start from a run, and no run can start from it.")

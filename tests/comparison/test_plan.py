@@ -178,6 +178,7 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"seeds": 0}, "seeds is 0; it must be a whole number from 1"),
         ({"seeds": True}, "seeds is True"),
         ({"methods": ["siva", "adapterz"]}, "unknown method 'adapterz'; allowed are siva"),
+        ({"methods": ["siva", "zero_shot"]}, "Did you mean zero-shot?"),
         ({"methods": ["siva:rank"]}, "unknown method 'siva:rank'"),
         ({"methods": ["siva:rank="]}, "rank has no value"),
         ({"methods": ["siva:"]}, "nothing follows the colon of 'siva:'. Write a key and its value after it"),
