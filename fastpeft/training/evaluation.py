@@ -145,10 +145,7 @@ def evaluate_causal_lm(
         labels=[],
         is_pair=dev.is_pair,
         chats=dev.are_conversations,
-        prompt=None,
-        columns=(None, None),
         max_length=min(LONGEST_SAID, classifier.max_length),
-        threshold=None,
     )
     return _evaluate(untrained, dev, set(), None, max_new_tokens)
 

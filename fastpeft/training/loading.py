@@ -42,9 +42,9 @@ class FinishedRun:
         labels: names of the model's outputs: its classes or tags, or what its number is.
         is_pair: whether it reads two texts a row.
         chats: whether it learned conversations.
+        max_length: where texts are cut, in tokens.
         prompt: what texts are put into; None for the texts alone.
         columns: those of texts and of labels that it learned from; None where that is not known.
-        max_length: where texts are cut, in tokens.
         threshold: the probability above which the second of two classes, or labels, are answered; None: a half.
     """
 
@@ -54,10 +54,10 @@ class FinishedRun:
     labels: list[str]
     is_pair: bool
     chats: bool
-    prompt: Prompt | None
-    columns: tuple[str | None, str | None]
     max_length: int
-    threshold: float | None
+    prompt: Prompt | None = None
+    columns: tuple[str | None, str | None] = (None, None)
+    threshold: float | None = None
 
     @classmethod
     def of(cls, setup: RunSetup, metrics: Mapping[str, Any], classifier: Classifier) -> FinishedRun:
@@ -70,9 +70,9 @@ class FinishedRun:
             head.labels,
             is_pair=metrics["pairs"],
             chats=metrics.get("conversations", False),
+            max_length=metrics["max_length"],
             prompt=head.prompt,
             columns=tuple(metrics.get("columns") or (None, None)),
-            max_length=metrics["max_length"],
             threshold=metrics.get("threshold"),
         )
 
