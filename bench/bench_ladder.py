@@ -5,8 +5,9 @@ each step through pytest-benchmark. Text is random: only the shape of the batch 
 
 The forward pass of the backbone alone, without gradients, is the bound: no side network makes a step cheaper. The
 direct formulation is there with the backbone in evaluation mode, as the library keeps it, and with all of the model in
-training mode, as `transformers.Trainer` puts it. So a side network's backbone draws no dropout, as LoRA's model does;
-LoRA is there without it too, and with its frozen weights packed as `fastpeft train` packs them.
+training mode, as `transformers.Trainer` puts it. LoRA is there as PEFT has it, with its frozen weights packed as
+`fastpeft train` packs them and a side network its own, and so without dropout too, which a side network's backbone does
+not draw.
 
 `--dtype bfloat16` brings the base to bfloat16: for a side network by `backbone_dtype`, for LoRA all of it, as a
 base that was loaded so: PEFT's factors are float32. With `--dtype int8` the linear layers of side networks' backbones
@@ -39,12 +40,13 @@ RANK = 4
 DTYPES = ("float32", "bfloat16", "int8")
 FORWARD = "backbone forward"
 DIRECT_AS_TRAINED = "9-lst direct with backbone dropout"
-LORA_WITHOUT_DROPOUT = "lora packed without dropout"
+LORA_PACKED, LORA_WITHOUT_DROPOUT = "lora packed", "lora packed without dropout"
 ENTRIES = {  # of the registry, where a name here is none
     "9-lst": "k-lst",
     "9-lst direct": "k-lst-direct",
     DIRECT_AS_TRAINED: "k-lst-direct",
     "lst direct": "lst-direct",
+    LORA_PACKED: "lora",
     LORA_WITHOUT_DROPOUT: "lora",
 }
 
@@ -62,8 +64,9 @@ def prepared(model: str, method: str, dtype: str = "float32") -> nn.Module:
     ready = get_method(ENTRIES.get(method, method)).prepare(base, preparation).train()
     if method == DIRECT_AS_TRAINED:
         nn.Module.train(ready)  # the backbone too, which a LadderModel keeps in evaluation mode
-    elif method == LORA_WITHOUT_DROPOUT:
+    elif method in (LORA_PACKED, LORA_WITHOUT_DROPOUT):
         set_packing(ready)
+    if method == LORA_WITHOUT_DROPOUT:
         for module in ready.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -91,7 +94,7 @@ def backbone_forward(
     return run
 
 
-METHODS = ("9-lst", "lora", LORA_WITHOUT_DROPOUT, "lst", "lst direct", "9-lst direct", DIRECT_AS_TRAINED)
+METHODS = ("9-lst", "lora", LORA_PACKED, LORA_WITHOUT_DROPOUT, "lst", "lst direct", "9-lst direct", DIRECT_AS_TRAINED)
 
 
 def candidates(

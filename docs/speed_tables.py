@@ -115,6 +115,7 @@ LADDER_STEPS = {
     "9-lst": "**9-LST**",
     "lst": "LST",
     "lora": "LoRA, query and key",
+    "lora packed": "LoRA, packed",
     "lora packed without dropout": "LoRA, packed, without dropout",
     "lst direct": "LST, composed of PyTorch's layers",
     "9-lst direct": "9-LST, composed of PyTorch's layers",
