@@ -29,7 +29,7 @@ from fastpeft.data.conversations import Conversation, as_conversation, is_conver
 from fastpeft.data.names import DEMO
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, TAGGING, Problem, get_problem
 from fastpeft.data.splitting import STRATIFIED, Labelled, divide, shuffled, text_key
-from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
+from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables, is_one_table
 from fastpeft.data.values import (
     SEPARATOR,
     RowRef,
@@ -43,7 +43,6 @@ from fastpeft.data.values import (
     as_words,
 )
 from fastpeft.errors import FastpeftError, install
-from fastpeft.support.files import path_of
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +217,7 @@ def load_rows(
     trained_with: tuple[str | None, str | None] = (None, None),
     found: tuple[str | None, str | None] = (None, None),
 ) -> Examples:
-    """Load rows to measure a trained model on: all of a file, or the dev part of other data.
+    """Load rows to measure a trained model on: all of a file or saved part, or the dev part of other data.
 
     Args:
         data: as `load_data` takes it.
@@ -233,10 +232,10 @@ def load_rows(
     """
     data = str(data)
     tables = _find_tables(data, problem)
-    if len(tables) == 1 and not path_of(data).is_file():
+    if len(tables) == 1 and not is_one_table(data):
         raise FastpeftError(
             f"{data!r} has no dev.*, validation.*, val.* or valid.* part to measure on, only {tables[0].name}. Add "
-            "one, or give the file that is meant."
+            "one, or give the file that is meant, or the folder of a saved part."
         )
     known = labels if problem is MULTI_LABEL else ()
     table = tables[-1]

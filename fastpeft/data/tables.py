@@ -83,6 +83,12 @@ def find_tables(data: str, readers: Mapping[str, Reader]) -> list[Table]:
     return [Table(str(file), _read_rows(file, readers), _names_in(file)) for file in _find_files(path, readers)]
 
 
+def is_one_table(data: str) -> bool:
+    """Whether `data` is a file, or a folder that `datasets` saved one part into, and not several parts."""
+    path = path_of(data)
+    return path.is_file() or (path / "state.json").is_file()
+
+
 def check_there(data: str, readers: Mapping[str, Reader]) -> None:
     """Raise `FastpeftError` where `data` is no file or folder, nor named as a data set of the hub. Loads no library."""
     path = path_of(data)
@@ -121,16 +127,15 @@ def _load_parts(data: str, load: Callable[[], Any]) -> list[Table]:
             f"cannot load the data set {data!r}: {first_line(error)} Give the id of one on the hub, as "
             f"{_GLUE}:sst2, with a network or after it was loaded once; or the path of a {', '.join(READERS)} file."
         ) from error
-    if not isinstance(parts, dict):
-        parts = {_TRAIN[0]: parts}
-    chosen = [next((name for name in names if name in parts), None) for names in (_TRAIN, _DEV)]
-    if chosen[0] is None:
-        raise FastpeftError(f"the data set {data!r} has no part named train, only {', '.join(parts)}. Choose another.")
-    tables = [
-        Table(f"{data} ({name})", parts[name].to_list(), _names_of_features(parts[name].features))
-        for name in chosen
-        if name is not None
-    ]
+    named = {data: parts}  # what was saved as one part
+    if isinstance(parts, dict):
+        chosen = [next((name for name in names if name in parts), None) for names in (_TRAIN, _DEV)]
+        if chosen[0] is None:
+            raise FastpeftError(
+                f"the data set {data!r} has no part named train, only {', '.join(parts)}. Choose another."
+            )
+        named = {f"{data} ({name})": parts[name] for name in chosen if name is not None}
+    tables = [Table(name, part.to_list(), _names_of_features(part.features)) for name, part in named.items()]
     for table in tables:
         if not table.rows:
             raise FastpeftError(f"{table.name} is empty: it has no rows. Choose another data set.")

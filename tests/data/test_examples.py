@@ -591,3 +591,12 @@ def test_a_saved_data_set_is_a_folder_of_data(tmp_path: Path) -> None:
     assert (len(both.train), len(both.dev), both.labels) == (20, 4, ["negative", "positive"])
     assert (len(one.train), len(one.dev), one.labels) == (18, 2, ["negative", "positive"])
     assert load_rows(str(tmp_path / "both"), both.labels, CLASSIFICATION) == both.dev
+
+
+def test_a_saved_part_is_measured_as_a_whole(tmp_path: Path) -> None:
+    """It has no file that could be given instead."""
+    make_dataset(train=SENTENCES, test=SENTENCES[:4]).save_to_disk(tmp_path / "both")
+    with pytest.raises(FastpeftError, match=r"no dev\.\*.* only .*\(train\)\. .* the folder of a saved part"):
+        load_rows(str(tmp_path / "both"), ["negative", "positive"], CLASSIFICATION)
+    rows = load_rows(str(tmp_path / "both" / "test"), ["negative", "positive"], CLASSIFICATION)
+    assert rows.texts == [row["sentence"] for row in SENTENCES[:4]]
