@@ -109,6 +109,11 @@ def pick_columns(
     if not texts:
         raise _cannot_tell(table, "--text-column (for pairs two, joined by a comma)", problem)
     if not label and not texts_alone:
+        if not left:
+            raise FastpeftError(
+                f"{table.name} has no column beside {' and '.join(map(repr, texts))}, so no labels. Add a column with "
+                "the label of each text; a language model learns from texts alone, by --objective causal."
+            )
         raise _cannot_tell(table, "--label-column", problem)
     label = "" if texts_alone else label or ""
     if label in texts:

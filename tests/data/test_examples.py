@@ -257,6 +257,15 @@ def test_numbers_of_rows_are_no_labels(tmp_path: Path, name: str) -> None:
     assert load_data(file, label_column=name).labels == ["0", "1"]
 
 
+def test_texts_alone_have_no_column_to_name(tmp_path: Path) -> None:
+    file = str(write_csv(tmp_path / "rows.csv", [("a film",), ("a plot",)], ("text",)))
+    refused = pytest.raises(FastpeftError, match=r"no column beside 'text', so no labels\. Add a column .*causal\.$")
+    with refused:
+        load_data(file)
+    with refused:
+        load_rows(file, ["negative", "positive"], CLASSIFICATION)
+
+
 def test_rows_to_measure_on_take_names_or_indices(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "rows.csv", [("a", "1"), ("b", "0")])
     assert load_rows(str(file), ["negative", "positive"], CLASSIFICATION).labels == [1, 0]
