@@ -359,7 +359,7 @@ def _read_jsonl(file: Path) -> list[Numbered]:
             if "\\u" in line:  # an escape can write half of a character, which has no code
                 json.dumps(row, ensure_ascii=False).encode()
         except ValueError as error:
-            row = FastpeftError(f"line {number} of {file} is not JSON ({error}). Correct or remove it.")
+            row = FastpeftError(f"line {number} of {file} is not JSON ({error}). Write one object a line.")
         else:
             if not isinstance(row, dict):
                 row = FastpeftError(f"line {number} of {file} is not a JSON object. Write one object a line.")

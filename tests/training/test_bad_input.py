@@ -54,6 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "deep.jsonl").write_text("[" * 100_000)
     write_csv(place / "vast-number.csv", [("a", "1" * 400), ("b", "2")])
     (place / "broken.jsonl").write_text('{"text": "a", "label": 1}\n{"text": \n')
+    (place / "array.jsonl").write_text('[\n {"text": "a", "label": 1}\n]\n')
     write_csv(place / "texts.csv", [("a",), ("b",)], ("text",))
     (place / "list.jsonl").write_text("[1, 2]\n")
     (place / "number.jsonl").write_text('{"text": 5, "label": 1}\n{"text": "b", "label": 0}\n')
@@ -208,6 +209,7 @@ CASES = [
     (["--data", "latin.csv"], ["latin.csv is not UTF-8"]),
     (["--data", "twice.csv"], ["names a column twice"]),
     (["--data", "broken.jsonl"], ["line 2 of broken.jsonl"]),
+    (["--data", "array.jsonl"], ["line 1 of array.jsonl is not JSON", "Write one object a line."]),
     (["--data", "texts.csv"], ["texts.csv has no column beside 'text'", "--objective causal"]),
     (["--data", "list.jsonl"], ["line 1 of list.jsonl"]),
     (["--data", "number.jsonl"], ["row 1 of number.jsonl", "must be text"]),
