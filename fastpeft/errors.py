@@ -42,10 +42,10 @@ def first_line(error: Exception) -> str:
 
 
 def did_you_mean(given: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
-    """A sentence with the names that are close to a given one, after a space; nothing where none is."""
-    known = list(allowed)
+    """A sentence with the names that are close to a given one, in any case, after a space; nothing where none is."""
+    known, given = {name.lower(): name for name in allowed}, given.lower()
     close = [name for name in known if name.startswith(given)] or difflib.get_close_matches(given, known, 3, cutoff)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
+    return f" Did you mean {' or '.join(known[name] for name in close)}?" if close else ""
 
 
 def install(extra: str) -> str:

@@ -146,6 +146,7 @@ PROMPT = ("--prompt", "{text} the film is <mask>", *WORDS)
 CASES = [
     # methods and models
     (["--method", "sivva"], ["'sivva'", "siva, k-lst, lst, full"]),
+    (["--method", "SiVA"], ["--method is 'SiVA'", "Did you mean siva?"]),
     (["--method", "k-lst", "--window", "4"], ["window_size=4", "odd"]),
     (["--method", "k-lst", "--window", "17"], ["window_size=17", "at most 15"]),
     (["--method", "k-lst", "--window", "0"], ["--window is 0", "from 1"]),
