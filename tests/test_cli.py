@@ -361,6 +361,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     result = run(*TRAIN, "--method", "lora", "--dry-run")
     shown = result.stdout
     assert "trial steps 7/7" in result.stderr
+    assert "trial steps 0/0" not in result.stderr, "which a measurement before the first step reported"
     assert "training" not in result.stderr, "what a dry run says that it does not do"
     assert "texts from column" in result.stderr
     assert re.search(r"steps of the run +│ 4 ", shown)

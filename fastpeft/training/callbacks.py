@@ -193,7 +193,7 @@ class Reports(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
         names = {"loss": LOSS, "projected_grad": "projected_grad", f"eval_{self.metric}": self.metric}
         self.latest |= {told: logs[name] for name, told in names.items() if name in logs}
-        if self.measuring == "measuring":  # what was logged after the last step
+        if self.measuring == "measuring" and state.max_steps > 0:  # what was logged after the last step
             report(self.training, state.global_step, state.max_steps, **self.latest)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
