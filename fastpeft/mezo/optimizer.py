@@ -22,7 +22,7 @@ from fastpeft.mezo.journal_format import Kind, Record
 from fastpeft.mezo.perturbed_weights import PerturbedWeights, check_group
 from fastpeft.mezo.replay import describe_groups
 from fastpeft.mezo.saved_state import SavedState
-from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, names_of, reshard
+from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, names_of, refuse_fsdp1, reshard
 from fastpeft.ops.noise import NAMES
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.four_bits import keep_form
@@ -163,6 +163,7 @@ class MeZO(torch.optim.Optimizer):
             raise FastpeftError("MeZO: restore='exact' needs the model, to show its forward other weights: pass model.")
         params = list(model_or_params)
         if model is not None:
+            refuse_fsdp1(model)
             keep_form(model)
         # beside what the class's text names, `CapturedStep` reads ranks, weights and draw_seeds()
         self.ranks = Ranks(process_group)

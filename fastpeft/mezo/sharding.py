@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 
 if dist.is_available():  # some builds of torch come without
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
@@ -111,6 +111,19 @@ def check_sharding(params: Sequence[Tensor], restore: str, model: nn.Module | No
             "MeZO: parameters are sharded (DTensor), so each forward must gather them anew, for which MeZO needs the "
             "model: pass model."
         )
+
+
+def refuse_fsdp1(model: nn.Module) -> None:
+    """Raise a FastpeftError if FSDP1 shards parts of a model, whose pieces have no place in the noise."""
+    if not dist.is_available():
+        return
+    for module in model.modules():
+        # one that shards nothing, as in one process, leaves parameters whole
+        if isinstance(module, FullyShardedDataParallel) and module.sharding_strategy != ShardingStrategy.NO_SHARD:
+            raise FastpeftError(
+                "MeZO: FullyShardedDataParallel (FSDP1) cuts parameters into pieces that do not say where they belong. "
+                "Shard the model by fully_shard (FSDP2), or not at all: MeZO needs no memory for gradients."
+            )
 
 
 def reshard(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from mezo_networks import equal
 from mezo_trainer import config, language_model, rows
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import functional as F
@@ -196,6 +196,8 @@ def make(placement: str) -> None:
         fully_shard(model, mesh=mesh)
         options = {"model": model, "restore": "exact"} if placement == "exact" else {}
         MeZO(model.parameters(), lr=0.1, **options)
+    if placement == "fsdp1":
+        MeZO(FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")), lr=0.1)
     part = torch.ones(2 + dist.get_rank(), 3)
     placed = {
         "strided": lambda: DTensor.from_local(torch.ones(2, 3), mesh, [_StridedShard(0, split_factor=2)]),
@@ -511,6 +513,7 @@ def test_the_first_step_compares_them(ranks: Run) -> None:
         ("by hand", r"'w' of shape \(5, 3\) .* a part of shape \([23], 3\) here; .*cut as torch.chunk"),
         ("exact", "restore='exact' does not work with sharded parameters .* Use restore='in_place'"),
         ("no model", "pass model"),
+        ("fsdp1", r"FullyShardedDataParallel \(FSDP1\) cuts parameters .* by fully_shard \(FSDP2\)"),
     ],
 )
 def test_what_cannot_be_perturbed_is_refused(ranks: Run, placement: str, message: str) -> None:
