@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.support.fingerprints import evenly_spaced, fingerprint, fingerprints_agree
+from fastpeft.support.processes import is_held_by_fsdp
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,11 @@ def fingerprints(
 ) -> dict[str, str]:
     """Fingerprints of the embedding, the first and the last layer, without those whose weights are quantised.
 
-    Of the layers between them some entries of every weight stand for all, or each load would read the whole model. They
-    tell that a weight was trained or had an adapter merged into it, and not that a few of its entries were changed. A
-    module that is not a transformers model has one fingerprint, of all its frozen parameters and buffers. A backbone
-    that was converted to another dtype has the fingerprints of its weights before that.
+    What FSDP shards is left out too. Of the layers between them some entries of every weight stand for all, or each
+    load would read the whole model. They tell that a weight was trained or had an adapter merged into it, and not that
+    a few of its entries were changed. A module that is not a transformers model has one fingerprint, of all its frozen
+    parameters and buffers. A backbone that was converted to another dtype has the fingerprints of its weights before
+    that.
 
     Args:
         backbone: the model.
@@ -45,7 +47,8 @@ def fingerprints(
     if backbone.plain:
         kept = [tensor for tensor in frozen_tensors(backbone) if tensor.is_floating_point()]
         kept = [tensor for tensor in kept if id(tensor) not in changing]
-        return {"layers": fingerprint(_joined(kept))} if kept and not (skip_trained and changing) else {}
+        whole = kept and not any(map(is_held_by_fsdp, backbone.frozen))
+        return {"layers": fingerprint(_joined(kept))} if whole and not (skip_trained and changing) else {}
     parts: dict[str, Iterable[nn.Module]] = {
         "embedding": filter(None, [backbone.input_embeddings]),
         "first layer": [backbone.layers[0]],
@@ -53,7 +56,10 @@ def fingerprints(
         "last layer": [backbone.layers[-1]],
     }
     found = {}
-    for name, modules in parts.items():
+    for name, given in parts.items():
+        modules = list(given)
+        if any(is_held_by_fsdp(part) for module in modules for part in module.modules()):
+            continue  # its weights may be pieces here, or nothing
         weights = [p for module in modules for p in module.parameters()]
         kept = [p for p in weights if id(p) not in changing]
         if kept and not any(map(is_quantised, kept)) and not (skip_trained and len(kept) < len(weights)):

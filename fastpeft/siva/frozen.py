@@ -20,6 +20,7 @@ from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract
 from fastpeft.siva.four_bits import WeightIn4Bits, is_in_4_bits
 from fastpeft.support.fingerprints import fingerprint
+from fastpeft.support.processes import is_held_by_fsdp
 
 if dist.is_available():  # some builds of torch come without
     from torch.distributed.tensor import DTensor
@@ -166,8 +167,7 @@ def can_call_directly(x: Tensor, operands: Operands) -> bool:
 
 def is_sharded(layer: Any) -> bool:
     """Whether processes hold parts of the layer's weight: by tensor parallelism, or by FSDP, which may gather it."""
-    by_fsdp: bool = getattr(layer, "_is_fsdp_managed_module", False)  # FSDP1 and FSDP2 leave this word for the compiler
-    return by_fsdp or (dist.is_available() and isinstance(layer.weight, DTensor))
+    return is_held_by_fsdp(layer) or (dist.is_available() and isinstance(layer.weight, DTensor))
 
 
 def check_kind(base_layer: nn.Module, name: str) -> None:

@@ -42,6 +42,12 @@ def meet(timeout: float) -> None:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 
+def is_held_by_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP shards the parameters of a module itself, which it may have gathered; also before the first pass."""
+    held: bool = getattr(module, "_is_fsdp_managed_module", False)  # FSDP1 and FSDP2 leave this word for the compiler
+    return held
+
+
 def agreed(value: int, device: torch.device) -> int:
     """The `value` of the first process of the default group; all of them call this, with a device it can send from."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

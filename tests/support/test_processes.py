@@ -23,7 +23,8 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
@@ -244,6 +245,32 @@ def test_all_leave_out_the_same_blocks(ranks: Run, engine: str) -> None:
     assert_close(found, expected, "k-lst")
     none_left_out = train("k-lst", None)
     assert any((expected[name] - tensor).abs().max() > 1e-2 for name, tensor in none_left_out.items())
+
+
+def save_from_fsdp1(folder: Path) -> Tensor:
+    """What a side network says that was trained in FSDP1, and is saved."""
+    model = made("k-lst")
+    blocks = ModuleWrapPolicy({type(model.base.roberta.encoder.layer[0]), type(model.side.blocks[0])})
+    cpu = torch.device("cpu")
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu, auto_wrap_policy=blocks)
+    optimizer = torch.optim.SGD(trained(wrapped).values(), 0.3)
+    wrapped(**part(data(0), dist.get_rank(), dist.get_world_size())).loss.backward()
+    optimizer.step()
+    whole = FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
+    with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, whole):
+        state = wrapped.state_dict()
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
+    with torch.no_grad():
+        return wrapped.eval()(**data(1)).logits
+
+
+def test_a_side_network_saved_from_fsdp1_loads(ranks: Run, tmp_path: Path) -> None:
+    """Its backbone's weights are pieces there, by which no other backbone would be known."""
+    expected, *_ = ranks(save_from_fsdp1, tmp_path)
+    model = LadderModel.from_pretrained(tmp_path, base=made("mezo"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**data(1)).logits, expected)
 
 
 def agree(value: int) -> int:
