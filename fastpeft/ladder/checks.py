@@ -13,6 +13,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.fingerprints import is_quantised
 from fastpeft.ladder.saving import some
+from fastpeft.support.processes import is_held_by_fsdp
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,15 @@ def check_base(base: nn.Module, backbone: Backbone) -> None:
         raise FastpeftError(
             "the base is not the module that this LadderModel was made with. nn.DataParallel copies it: use one "
             "GPU, or a process per GPU by torchrun. If you replaced it, make a new LadderModel."
+        )
+
+
+def check_whole(base: nn.Module) -> None:
+    """Raise `FastpeftError` if FSDP shards the base: a pass would leave it weights that can no longer be frozen."""
+    if any(map(is_held_by_fsdp, base.modules())):
+        raise FastpeftError(
+            "the base is sharded by FSDP, so a side network can neither freeze its weights nor train its head. Make "
+            "the LadderModel of the whole base first, and shard it then."
         )
 
 

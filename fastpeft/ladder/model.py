@@ -30,6 +30,7 @@ from fastpeft.ladder.checks import (
     check_labels,
     check_mask,
     check_positions,
+    check_whole,
     warn_of_earlier_head,
     warn_of_no_gradient,
 )
@@ -141,6 +142,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         is_new = not config.base_fingerprints  # else this was found and told when the side network was made
         self._looks_for_other_ways = is_new  # by which a module's answer passes the side network
         if is_new:
+            check_whole(base)
             check_answers(backbone)
         else:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())

@@ -273,6 +273,22 @@ def test_a_side_network_saved_from_fsdp1_loads(ranks: Run, tmp_path: Path) -> No
         torch.testing.assert_close(model(**data(1)).logits, expected)
 
 
+def make_beside_shards(at_the_root: bool) -> None:
+    base = made("mezo")
+    for block in base.roberta.encoder.layer:
+        fully_shard(block)
+    if at_the_root:
+        fully_shard(base)
+    LadderModel(base, LadderConfig(window_size=3, reduction_factor=2))
+
+
+@pytest.mark.parametrize("at_the_root", [False, True])
+def test_a_side_network_is_made_before_fsdp_shards_its_backbone(ranks: Run, at_the_root: bool) -> None:
+    """Its embeddings would train, its head would not."""
+    for refused in ranks(make_beside_shards, at_the_root):
+        assert "Make the LadderModel of the whole base first, and shard it then" in str(refused)
+
+
 def agree(value: int) -> int:
     return processes.agreed(value + dist.get_rank(), torch.device("cpu"))
 
