@@ -9,6 +9,7 @@ import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
@@ -187,6 +188,11 @@ def check_kind(base_layer: nn.Module, name: str) -> None:
         raise FastpeftError(
             f"{name}: its weight is sharded among processes, and SiVA decomposes whole ones. Put the adapter on the "
             "model first and shard it then, by FSDP; tensor parallelism cannot be used."
+        )
+    if is_traceable_wrapper_subclass(base_layer._parameters.get("weight")):
+        raise FastpeftError(
+            f"{name} has a weight in the form of torchao ({type(base_layer.weight).__name__}), which SiVA does not "
+            "adapt. Load the model unquantised, with SivaConfig(residual_dtype='int8') or 'nf4' for fewer bits."
         )
     # accelerate's hooks replace the forward of an instance; they move x and the weight alone
     forward = kind.forward if hasattr(base_layer, "_hf_hook") else getattr(base_layer.forward, "__func__", None)

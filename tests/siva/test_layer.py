@@ -14,6 +14,7 @@ from siva_adapters import CLOSE, RESIDUALS, move
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -135,6 +136,14 @@ def test_weights_of_bitsandbytes_in_8_bits_are_refused() -> None:
     linear = type("Linear8bitLt", (nn.Linear,), {"forward": lambda layer, x: x})
     with pytest.raises(FastpeftError, match=r"8 bits of bitsandbytes.*residual_dtype='int8'"):
         SivaLinear(linear(20, 12))
+
+
+def test_weights_of_torchao_are_refused() -> None:
+    """A tensor that is made of others, as those are; PyTorch's own stands in for them."""
+    layer: Any = linear()
+    layer.weight = nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data))
+    with pytest.raises(FastpeftError, match=r"^q has a weight in the form of torchao \(TwoTensor\).*unquantised"):
+        SivaLinear(layer, name="q")
 
 
 def test_pefts_helper_finds_that_inputs_are_not_cast() -> None:
