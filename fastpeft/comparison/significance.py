@@ -91,9 +91,9 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
 
     With one seed of an accuracy, or several that all agree, McNemar's exact test: of the rows that only one answers
     rightly, half should be each method's. Else the t test of the mean difference, whose standard error is that of
-    `interval`. Fractions that differ by as much in every row, so that it is 0, have the sign test, but p = 1 where
-    those of each method are all equal. Where it is 0 for an accuracy or a sign test, the interval extends as far as
-    Wilson's of as many rows, all of them right.
+    `interval`. Fractions that differ by as much in every row, or in none, so that it is 0, have the sign test, but
+    p = 1 where those of each method are all equal. Where it is 0 for an accuracy or a sign test, the interval extends
+    as far as Wilson's of as many rows, all of them right.
 
     Args:
         first, second: `(seeds, rows)`.
@@ -108,7 +108,7 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     half = _half_width(error, df)
     answers = _are_answers(first) and _are_answers(second)
     vary = not answers and max(np.ptp(first), np.ptp(second)) > _ROUNDING
-    if (answers and seeds == 1) or (error == 0 and (answers or (vary and abs(mean) > _ROUNDING))):
+    if (answers and seeds == 1) or (error == 0 and (answers or vary)):
         half = half or 1 - _wilson(rows, rows)[0]
         # by the first seed: where the error is 0 the others have the same mean
         better, worse = (int((sign * differences[0] > _ROUNDING).sum()) for sign in (1, -1))

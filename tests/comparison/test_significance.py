@@ -204,7 +204,8 @@ def test_fractions_that_differ_alike_in_every_row_have_the_sign_test(rows: int) 
     assert found.mean == pytest.approx(0.4)
     assert (found.p, found.test) == (pytest.approx(2 / 2**rows), "a sign test over rows")
     assert found.low < found.mean < found.high
-    assert (compare_pair(high, high).mean, compare_pair(high, high).p) == (0.0, 1.0)
+    same, low = compare_pair(high, high), rows / (rows + 1.959964**2)  # Wilson's
+    assert (same.mean, same.low, same.high, same.p) == pytest.approx((0.0, low - 1, 1 - low, 1.0))
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
