@@ -176,6 +176,8 @@ def test_metrics_by_hand() -> None:
     assert scores["macro_f1"] == pytest.approx((4 / 5 + 2 / 3 + 1) / 3)
     assert scores["subset_accuracy"] == 0.75
     assert scores["ranking_precision"] == pytest.approx((1 + 1 / 2 + 1) / 3), "without the row that has no label"
+    none = MULTI_LABEL.score(outputs[2:3], labels[2:3], LABELS)
+    assert none == {"micro_f1": 0, "macro_f1": 0, "subset_accuracy": 1, "ranking_precision": 0}
     loss = torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(outputs), torch.tensor(labels))
     assert MULTI_LABEL.loss is not None
     assert MULTI_LABEL.loss(outputs, labels) == pytest.approx(loss.item(), rel=1e-12)
