@@ -47,7 +47,7 @@ def side_key(text: Any, problem: Problem) -> Hashable:
     It is the text, without the white space around it. Of a prompt and its completion it is the prompt. Of a
     conversation it is the beginning, up to the user's first turn: one row may continue another.
     """
-    if problem is NEXT_WORDS and isinstance(text, Conversation):
+    if isinstance(text, Conversation):
         roles = [role for role, _ in text.turns]
         return _stripped(text.turns[: roles.index(USER) + 1] if USER in roles else text.turns)
     return _stripped(prompt_key(text) if problem is NEXT_WORDS else text_key(text))

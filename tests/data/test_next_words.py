@@ -386,6 +386,7 @@ def test_a_conversation_is_on_the_side_of_those_that_it_goes_on_from(tmp_path: P
     for n in range(20):
         turns = [{"role": role, "content": f"{role} {n} {turn}"} for turn in range(3) for role in ("user", "assistant")]
         rows += [{"messages": [greeting, *turns[:length]]} for length in (2, 4, 6)]
+    rows.append({"messages": [greeting]})
     data = load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)), problem_type="next_words")
     trained, measured = ({turn for text in part.texts for turn in text.turns[1:]} for part in (data.train, data.dev))
     assert measured
