@@ -104,7 +104,7 @@ def test_a_turn_ends_by_a_special_token_without_a_name(tokenizer: Any, tmp_path:
     """As by Llama 3's `<|eot_id|>`, which its base's tokenizer holds among the added tokens alone."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([tokenizers.AddedToken("<|turn|>", special=True)], special_tokens=True)
-    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<|turn|>")
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<|turn|> film")  # ChatML has a line break there
     tokenizer.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     turn = tokenizer.convert_tokens_to_ids("<|turn|>")

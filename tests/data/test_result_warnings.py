@@ -51,6 +51,7 @@ def test_rows_that_were_trained_on_are_counted() -> None:
     assert seen_rows(["text 1", *(f"new {n}" for n in range(999))], trained_on)[0].startswith(
         "1 of 1,000 rows (below 1 %)"
     )
+    assert "(1 %)" in seen_rows(["text 1", *(f"new {n}" for n in range(99))], trained_on)[0]
     assert seen_rows(["new"], trained_on) == seen_rows(["text 1"], set()) == []
 
 
@@ -77,7 +78,8 @@ def test_numbers_that_are_far_off_are_told() -> None:
     prices = 8 * [25_000.5, 75_000.5]
     (said,) = said_of(REGRESSION, 8 * [[7.0], [7.1]], prices)
     assert said.startswith("The mean squared error, 3.12e+09, is above the 6.25e+08 that always answering the mean")
-    assert said_of(REGRESSION, [[0.9], [1.6], [1.4]], [1.0, 1.2, 1.4]) == [], "so few may be nearer to their mean"
+    assert said_of(REGRESSION, 8 * [[7.0], [7.1]], 8 * [0.2, 0.4])
+    assert said_of(REGRESSION, [[90.0], [160.0], [140.0]], [100.0, 120.0, 140.0]) == [], "of so few it may be chance"
     assert said_of(REGRESSION, [[26_000.0], [74_000.0]], [25_000.5, 75_000.5]) == []
     assert said_of(REGRESSION, [[0.0]], [3.0]) == [], "one row is its mean"
 
