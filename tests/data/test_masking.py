@@ -100,6 +100,8 @@ def test_what_is_hidden_depends_on_the_key_alone_and_is_never_nothing(tokenizer:
     hidden = [tuple(label != UNLABELLED for label in masked["labels"]) for masked in found]
     assert len(set(hidden)) >= 3
     assert all(any(places) and not places[0] and not places[-1] for places in hidden)
+    expected = 3 * SHARE + (1 - SHARE) ** 3  # of three words, and one where that is none
+    assert sum(map(sum, hidden)) == pytest.approx(81 * expected, abs=9)  # four standard errors
 
 
 def test_epochs_and_seeds_hide_other_words_and_dev_rows_always_the_same(config: TrainConfig, tokenizer: Any) -> None:
