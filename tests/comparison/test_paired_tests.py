@@ -379,6 +379,12 @@ def test_a_warning_of_some_seeds_names_them(tmp_path: Path) -> None:
     assert results.warnings(results.variants(plan.results)) == [f"head † (seeds 0 and 2): {CONSTANT}"]
 
 
+def test_a_mean_of_fewer_seeds_is_told(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"siva": 150, "head": 150}, seeds=3)
+    plan.results[0].folder.metrics_file.unlink()
+    assert [row[-1] for row in tables(plan)[0].rows] == ["seeds", "2 of 3", "3"]
+
+
 @pytest.mark.parametrize(("kind", "measured"), [("class", {}), ("tag", {"word_f1": 0.0})])
 def test_the_most_frequent_class_has_a_row(tmp_path: Path, kind: str, measured: dict[str, float]) -> None:
     always = {"class": "bad", "accuracy": 0.51, **measured}

@@ -150,15 +150,16 @@ def test_a_rate_at_the_edge_of_the_search_is_told(tmp_path: Path) -> None:
         assert text.count("| taken |") == 1
 
 
-def test_a_best_rate_at_the_edge_is_told_where_the_recipe_s_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("right", [(100, 10, 101), (100, 101, 10)], ids=["highest", "lowest"])
+def test_a_best_rate_at_the_edge_is_told_where_the_recipe_s_is_taken(tmp_path: Path, right: tuple[int, ...]) -> None:
+    """One row of 200 more than the recipe's has is no significant difference."""
     plan = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["siva"], protocol="full", seeds=1), "command")
     plan.save()
-    highest = max(cell.values["learning_rate"] for cell in plan.searches)
-    for cell in plan.searches:  # one row of 200 more is no significant difference
-        rate = cell.values["learning_rate"]
-        finish(cell, 101 if rate == highest else 100, 1.0, 1.0, learning_rate=rate)
+    for cell, rows in zip(plan.searches, right, strict=True):
+        finish(cell, rows, 1.0, 1.0, learning_rate=cell.values["learning_rate"])
     for cell in plan.results:
-        finish(plan.fill_in(cell), 190, 1.0, 1.0, learning_rate=0.001)
+        settled = plan.fill_in(cell)
+        finish(settled, 190, 1.0, 1.0, learning_rate=settled.values["learning_rate"])
     text = written(plan, whole=False)
     assert "| siva | 0.001 | 0.500 | taken |" in text
     assert "**1 of 1 did best at the lowest or the highest rate that was tried" in text
@@ -192,6 +193,16 @@ def test_without_an_allocator_the_peak_is_the_process(plan: Plan) -> None:
     text = written(plan, whole=False)
     assert "| variant | estimated, MB | resident peak of the process, MB |\n|---|---:|---:|\n" in text
     assert "| SiVA | 255 | 1,507 |\n" in text
+
+
+def test_the_baseline_has_a_cell_in_every_column(plan: Plan) -> None:
+    """In that of variants as written too, which a suite's table has."""
+    file = plan.results[0].folder.metrics_file
+    always = {"most_frequent_class": {"class": "bad", "accuracy": 0.5}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **always}))
+    table = next(part for part in sections.report(plan, pictures=False) if isinstance(part, Table))
+    assert table.rows[-1][0] == "baseline: most frequent class (bad)"
+    assert {len(row) for row in table.rows} == {len(table.rows[0])}
 
 
 def test_results_stand_beside_the_papers(plan: Plan) -> None:
