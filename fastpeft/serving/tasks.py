@@ -25,7 +25,7 @@ from fastpeft.prompts.model import PromptCollator, inside_prompt
 from fastpeft.serving.generation import GenerationRequest, generate_batch
 from fastpeft.support.files import path_of
 from fastpeft.support.stages import report
-from fastpeft.training.generation import eos_token_ids, generates_text
+from fastpeft.training.generation import eos_token_ids, generates_text, keeps_tokens
 from fastpeft.training.loading import EncodedText, FinishedRun, load_run
 from fastpeft.training.prediction import Predictor
 
@@ -119,7 +119,8 @@ class Task:
     def generate(self, requests: Sequence[GenerationRequest]) -> None:
         """Generate text for requests, of this task and of others on its backbone, until each has ended."""
         model, tokenizer = self.run.classifier.model, self.run.classifier.tokenizer
-        generate: Callable[..., Any] = lambda batch, **options: model.generate(**batch, **options)  # noqa: E731
+        uncached = {} if keeps_tokens(model) else {"use_cache": False}
+        generate: Callable[..., Any] = lambda batch, **options: model.generate(**batch, **uncached, **options)  # noqa: E731
         if self.shared is not None:
             requests = sorted(requests, key=lambda request: request.task.member)  # rows of a task follow each other
             generate = partial(self.shared.pool.generate, tasks=[request.task.member for request in requests])
@@ -233,6 +234,8 @@ class Tasks:
         ladder = inside_prompt(run.classifier.model)
         if not isinstance(ladder, LadderModel):
             return Task(name, run, predictor, None, f"{run.config.method} has no side network")
+        if predictor is None and not keeps_tokens(ladder):
+            return Task(name, run, predictor, None, f"beside a {ladder.backbone.class_name} no earlier tokens are kept")
         reason, member = "", f"{name} {next(self._numbers)}"
         here = {id(task.shared): task.shared for task in self if task.shared is not None}
         for shared in here.values():

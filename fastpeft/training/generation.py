@@ -18,6 +18,8 @@ from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.data.splitting import prompt_key
 from fastpeft.data.values import RowRef, refuse_empty
 from fastpeft.errors import FastpeftError, install
+from fastpeft.ladder import LadderModel
+from fastpeft.ladder.generation import keeps_keys
 from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
 from fastpeft.training.loading import EncodedText, FinishedRun, load_run
@@ -44,6 +46,11 @@ def tell_ends(model: Any, tokenizer: Any, *, chats: bool) -> None:
     """Name those tokens in the model's generation configuration, so that whoever loads what is saved stops there."""
     ends = sorted(eos_token_ids(model, tokenizer, chats=chats))
     model.generation_config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+
+
+def keeps_tokens(model: Any) -> bool:
+    """Whether what a model has read of a text is kept; where not, as of LST beside Mamba, give `use_cache=False`."""
+    return not isinstance(model, LadderModel) or keeps_keys(model.backbone)
 
 
 class TextGenerator:
@@ -113,6 +120,7 @@ class TextGenerator:
         """What the run generates from each text, greedily."""
         tokenizer, model = self.run.classifier.tokenizer, self.run.classifier.model
         ends = eos_token_ids(model, tokenizer, chats=self.run.chats)
+        uncached = {} if keeps_tokens(model) else {"use_cache": False}
         rows = [each.row for each in encoded]
         said: dict[int, str] = {}
         for chosen in by_length(rows, _BATCH_SIZE):
@@ -122,6 +130,7 @@ class TextGenerator:
             with self.run.autocast():
                 tokens = model.generate(
                     **batch,
+                    **uncached,
                     max_new_tokens=self.max_new_tokens,
                     do_sample=False,
                     num_beams=1,  # whatever the model's generation_config.json says
@@ -131,7 +140,7 @@ class TextGenerator:
             new = tokens[:, batch["input_ids"].shape[1] :]
             ended = torch.isin(new, new.new_tensor(sorted(ends))).any(1)
             self.cut += int((~ended).sum())
-            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             said |= {index: text.strip() for index, text in zip(chosen, texts)}
         return [said[index] for index in range(len(rows))]
 

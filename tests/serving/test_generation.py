@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from causal_models import causal_model
 from samples import chats, completions, reviews, save_tiny_decoder, write_csv, write_jsonl
 from served import Server
+from transformers import AutoTokenizer
 
 from fastpeft import LadderPool, TrainConfig, train
 from fastpeft.data.conversations import Conversation
@@ -138,6 +140,18 @@ def test_predict_is_greedy_whatever_the_model_says(place: Path, expected: dict[t
     generator = TextGenerator(load_run(place / "own"), 8)
     generator.run.classifier.model.generation_config.num_beams = 4
     assert said_by(generator) == [expected["own", text] for text in ASKED]
+
+
+def test_a_side_network_beside_a_decoder_that_keeps_no_keys_says_its_words(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    words = len(AutoTokenizer.from_pretrained(tmp_path / "model"))
+    causal_model("mamba", vocab_size=words, initializer_range=0.5).save_pretrained(tmp_path / "model")
+    values: dict[str, Any] = {"model": str(tmp_path / "model"), "data": str(place / "completions.jsonl")}
+    values |= {"objective": "causal", "method": "lst", "max_steps": 1, "max_length": 32, "bf16": False}
+    train(TrainConfig(output=str(tmp_path / "run"), **values))
+    expected, tasks = alone(tmp_path / "run"), Tasks({"run": tmp_path / "run"})
+    assert [said.strip() for said in answers(tasks, "run")] == expected
+    assert len(set(expected)) > 1
 
 
 def test_other_sampling_or_too_long_a_sum_is_another_batch(tasks: Tasks) -> None:
