@@ -26,6 +26,24 @@ ADAPTER_STEPS = {
 }
 
 
+TRAINING_STEPS = {
+    "siva-query-key": "**SiVA**, query and key",
+    "siva-key-value": "**SiVA**, key and value",
+    "siva-all-linear": "**SiVA**, all linear",
+    "lora-query-key": "LoRA, query and key",
+    "lora-key-value": "LoRA, key and value",
+    "lora-all-linear": "LoRA, all linear",
+    "pissa-query-key": "PiSSA, query and key",
+    "k-lst": "**9-LST**",
+    "lst": "LST",
+    "mezo": "**MeZO**",
+    "head": "head only",
+    "last-n": "last 3 layers",
+    "bitfit": "BitFit",
+    "full": "full fine-tuning",
+}
+
+
 def _adapters(targets: str) -> str:
     case = ("demo", targets, "float32")
     found = (row for row in rows("siva_training.csv") if (row["model"], row["targets"], row["dtype"]) == case)
@@ -47,6 +65,19 @@ def siva_speed_base() -> str:
         if (row["model"], row["dtype"], row["tokens"]) == ("base", "float32", "32"):
             body += [[row["targets"], *cells] for cells in _ratios([row], ADAPTER_STEPS)]
     return table(["layers", "one training step", "ms", "time over SiVA's"], body)
+
+
+def all_steps() -> str:
+    """Every method's step of the bundled model, and at RoBERTa-base's shapes."""
+    times: dict[str, list[str]] = {}
+    for model in ("demo", "base"):
+        for row in rows("training.csv"):
+            if row["model"] == model:
+                ends = f"{float(row['ratio_p20']):.2f} to {float(row['ratio_p80']):.2f}"
+                cells = [whole(row["ms_p50"]), f"{float(row['ratio_p50']):.2f} ({ends})"]
+                times.setdefault(row["candidate"], []).extend(cells)
+    heads = [f"{SHAPES[model]}: {what}" for model in ("demo", "base") for what in ("ms", "time over SiVA's")]
+    return table(["one training step", *heads], ([TRAINING_STEPS[name], *cells] for name, cells in times.items()))
 
 
 def siva_profile(targets: str) -> str:
@@ -127,7 +158,7 @@ def ladder_speed() -> str:
     body = []
     for row in rows("ladder.csv"):
         if row["candidate"] in LADDER_STEPS and row["dtype"] == "float32":
-            shapes = SHAPES[row["model"]] + (", AVX-512" if "AVX512" in row["card"] else "")
+            shapes = SHAPES[row["model"]] + (", AVX-512" if "AVX512" in row["card"] else ", AVX2")
             body += [[shapes, *cells] for cells in _ratios([row], LADDER_STEPS)]
     return table(["model", "one training step", "ms", "time over 9-LST's"], body)
 
@@ -356,7 +387,8 @@ def distributed_beyond() -> str:
     body = []
     for row in rows("memory.csv"):
         case = tuple(row[name] for name in CASE)
-        if case not in LARGE or row["tokens"] != "128" or row["residual_dtype"] or row["checkpointing"]:
+        others = row["residual_dtype"] or row["checkpointing"] or row["base_dtype"]
+        if case not in LARGE or row["tokens"] != "128" or others:
             continue
         weights, gradients, state, rest, peak = (
             float(row[f"{part}_mb"]) for part in ("weights", "gradients", "optimizer", "activations", "peak")

@@ -69,6 +69,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frozen-head": speed_tables.frozen_head,
     "frozen-head-memory": speed_tables.frozen_head_memory,
     "mezo-pass": speed_tables.mezo_pass,
+    "all-steps": speed_tables.all_steps,
     "mezo-step": speed_tables.mezo_step,
     "mezo-drift": accuracy_tables.mezo_drift,
     "distributed": speed_tables.distributed,

@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from fastpeft.training.generation import PLAIN
+
 STOP, LENGTH = "stop", "length"  # why a request has ended
 _LEAST_TEMPERATURE = 1e-3  # below it decoding is greedy: scores divided by less are not finite
-# one row for each request, one token a step, and no end but a request's own, whatever generation_config.json says
-_PLAIN = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None,
-    "max_time": None,
-}
 _REPLACEMENT = "\ufffd"  # what tokens of half a character are decoded to
 
 
@@ -130,7 +124,7 @@ def generate_batch(
     generate(
         dict(batch),
         max_new_tokens=max(request.max_tokens for request in requests),
-        **_PLAIN,
+        **PLAIN,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=None,  # each row has its own
         stopping_criteria=[RequestCriteria(requests)],

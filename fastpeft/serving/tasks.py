@@ -8,7 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fastpeft.prompts.model import PromptCollator, inside_prompt
 from fastpeft.serving.generation import GenerationRequest, generate_batch
 from fastpeft.support.files import path_of
 from fastpeft.support.stages import report
-from fastpeft.training.generation import eos_token_ids, generates_text, keeps_tokens
+from fastpeft.training.generation import eos_token_ids, generates_text, keeps_tokens, minds_padding
 from fastpeft.training.loading import EncodedText, FinishedRun, load_run
 from fastpeft.training.prediction import Predictor
 
@@ -115,6 +115,11 @@ class Task:
     shared: Shared | None
     reason: str = ""
     member: str = ""
+
+    @cached_property
+    def minds_padding(self) -> bool:
+        """Whether its model answers otherwise in a batch than alone."""
+        return minds_padding(self.run.classifier.model if self.shared is None else self.shared.pool.backbone.core)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> None:
         """Generate text for requests, of this task and of others on its backbone, until each has ended."""
@@ -432,7 +437,7 @@ class Tasks:
 
     def _batches(self, group: list[GenerationRequest]) -> Iterator[list[GenerationRequest]]:
         """Requests to answer together: no more than rows of a pass, and none that others would pad beyond its model."""
-        size = self._most_rows(group[0].task)
+        size = 1 if group[0].task.minds_padding else self._most_rows(group[0].task)
         limit = min(request.task.run.classifier.max_length for request in group)
         batch: list[GenerationRequest] = []
         for request in sorted(group, key=lambda request: len(request.tokens)):

@@ -6,10 +6,12 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastpeft.data.batches import by_length
 from fastpeft.data.conversations import USER, Conversation, as_conversation, is_conversation
@@ -29,6 +31,15 @@ logger = logging.getLogger(__name__)
 
 _MAX_NEW_TOKENS = 64
 _BATCH_SIZE = 16
+# one row for each text, one token a step, and no end but its own, whatever the model's generation_config.json says
+PLAIN = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "max_time": None,
+}
+_ROUNDING = 0.1  # the most that padding may change, beside tokens that are read
 
 
 def generates_text(folder: str | Path) -> bool:
@@ -51,6 +62,28 @@ def tell_ends(model: Any, tokenizer: Any, *, chats: bool) -> None:
 def keeps_tokens(model: Any) -> bool:
     """Whether what a model has read of a text is kept; where not, as of LST beside Mamba, give `use_cache=False`."""
     return not isinstance(model, LadderModel) or keeps_keys(model.backbone)
+
+
+@torch.inference_mode()
+def minds_padding(model: Any) -> bool:
+    """Whether padding before a text changes how a decoder goes on: RWKV reads it, those of BART's kind count it.
+
+    Such a one is given each text alone. (RWKV's cache is also wrong in a batch without padding, in transformers 5.24.)
+
+    Three passes tell: over a text alone, after padding, and after the same tokens as a part of it.
+    """
+    padding, text = [1] * 3, [2, 3, 4]
+
+    def logits(before: list[int], *, read: bool) -> Tensor:
+        tokens = torch.tensor([[*before, *text]], device=model.device)
+        mask = torch.tensor([[int(read)] * len(before) + [1] * len(text)], device=model.device)
+        one = {**PLAIN, "max_new_tokens": 1, "do_sample": False, "use_cache": False, "pad_token_id": 1}
+        found = model.generate(tokens, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **one)
+        return found.logits[0].float()
+
+    alone = logits([], read=True)
+    by_padding, by_text = (float((logits(padding, read=read) - alone).abs().max()) for read in (False, True))
+    return not by_padding <= _ROUNDING * by_text  # XLM's are no numbers
 
 
 class TextGenerator:
@@ -115,6 +148,10 @@ class TextGenerator:
             return Conversation(((USER, text),)) if self.run.chats else text
         raise FastpeftError(f"the run continues a text or a conversation; got {text!r}. Give one, in UTF-8.")
 
+    @cached_property
+    def _minds_padding(self) -> bool:
+        return minds_padding(self.run.classifier.model)
+
     @torch.inference_mode()
     def generate(self, encoded: Sequence[EncodedText]) -> list[str]:
         """What the run generates from each text, greedily."""
@@ -123,7 +160,7 @@ class TextGenerator:
         uncached = {} if keeps_tokens(model) else {"use_cache": False}
         rows = [each.row for each in encoded]
         said: dict[int, str] = {}
-        for chosen in by_length(rows, _BATCH_SIZE):
+        for chosen in by_length(rows, 1 if self._minds_padding else _BATCH_SIZE):
             report("answering", len(said), len(rows))
             given = [rows[index] for index in chosen]
             batch = tokenizer.pad(given, padding_side="left", return_tensors="pt").to(model.device)
@@ -133,7 +170,7 @@ class TextGenerator:
                     **uncached,
                     max_new_tokens=self.max_new_tokens,
                     do_sample=False,
-                    num_beams=1,  # whatever the model's generation_config.json says
+                    **PLAIN,
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=sorted(ends) or None,
                 )

@@ -21,7 +21,7 @@ from fastpeft import LadderPool, TrainConfig, train
 from fastpeft.data.conversations import Conversation
 from fastpeft.serving.generation import GenerationRequest, generate_batch
 from fastpeft.serving.tasks import RefusedError, Tasks
-from fastpeft.training.generation import TextGenerator
+from fastpeft.training.generation import TextGenerator, minds_padding
 from fastpeft.training.loading import load_run
 
 pytest.importorskip("fastapi")
@@ -152,6 +152,27 @@ def test_a_side_network_beside_a_decoder_that_keeps_no_keys_says_its_words(place
     expected, tasks = alone(tmp_path / "run"), Tasks({"run": tmp_path / "run"})
     assert [said.strip() for said in answers(tasks, "run")] == expected
     assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "minds"), [("rwkv", True), ("bart", True), ("mamba", False), ("llama", False), ("bloom", False)]
+)
+def test_whether_a_decoder_minds_padding(kind: str, minds: bool) -> None:
+    assert minds_padding(causal_model(kind, initializer_range=0.5).eval()) is minds
+
+
+def test_a_decoder_that_minds_padding_is_given_each_text_alone(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    words = len(AutoTokenizer.from_pretrained(tmp_path / "model"))
+    causal_model("rwkv", vocab_size=words).save_pretrained(tmp_path / "model")
+    values: dict[str, Any] = {"model": str(tmp_path / "model"), "data": str(place / "completions.jsonl")}
+    values |= {"objective": "causal", "method": "full", "max_steps": 1, "max_length": 32, "bf16": False}
+    train(TrainConfig(output=str(tmp_path / "run"), **values))
+    generator, tasks = TextGenerator(load_run(tmp_path / "run"), 8), Tasks({"run": tmp_path / "run"})
+    asked = [generator.encode("film " * length) for length in (1, 4, 1, 9)]
+    assert generator.generate(asked) == [generator.generate([each])[0] for each in asked]
+    requests = [request_to(tasks, "run", "film " * length) for length in (1, 4, 1, 9)]
+    assert [len(batch) for batch in tasks._batches(requests)] == [1, 1, 1, 1]
 
 
 def test_other_sampling_or_too_long_a_sum_is_another_batch(tasks: Tasks) -> None:
