@@ -44,12 +44,14 @@ POINTS = (
 EVIDENCE = (
     ("sst2/full", "full", "full fine-tuning"),
     ("sst2/lora-rank=4-targets=query+key", "lora-query-key", "LoRA"),
-    ("sst2/lora-rank=4-targets=key+value-learning_rate=4e-4", "lora-key-value", "LoRA, key and value at 0.0004"),
+    ("sst2/lora-rank=4-targets=key+value", "lora-key-value", "LoRA, key and value"),
     ("sst2/siva", "siva-query-key", "SiVA"),
     ("sst2/siva-targets=key+value", "siva-key-value", "SiVA, key and value"),
+    ("sst2/siva-targets=all-linear", "siva-all-linear", "SiVA, all linear"),
     ("sst2/k-lst-window=9", "k-lst", "9-LST"),
     ("sst2/lst", "lst", "LST"),
     ("sst2/last-n", "last-n", "last 3 layers"),
+    ("sst2/head", "head", "head only"),
     ("sst2-mezo/mezo-prompt=sst2-learning_rate=6e-6-epochs=5", "mezo", "MeZO, five epochs"),
 )
 OURS = ("siva", "k-lst", "lst", "mezo")
