@@ -180,7 +180,7 @@ _OTHER_RATES = (  # than the recipe's
     f"lora:rank=4:targets=key+value{_FOR_LARGE}",
     "last-n:learning_rate=1.8e-4",
 )
-_OTHER_LAYERS = ("lora:rank=4:targets=key+value", "siva:targets=all-linear", "lora")  # than the paper's; LoRA's own last
+_OTHER_LAYERS = ("lora:rank=4:targets=key+value", "siva:targets=all-linear")  # than the paper's
 _SST2 = {"epochs": 1, "bf16": False, "pack_weights": False}  # packs would make memory differ between processors
 _TAGGING = (  # by the recipes' rates adapters answer one tag throughout
     f"lora:{_ADAPTED}:learning_rate=4e-3",

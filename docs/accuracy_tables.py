@@ -168,7 +168,6 @@ MEZO = "mezo:prompt=sst2:learning_rate=6e-6:epochs=5"  # in the evidence
 SLOW_LORA = "LoRA, a third of its rate"  # RoBERTa-large's, which was LoRA's for every model before
 OTHERS = {  # that the paper does not have
     "lora:rank=4:targets=key+value": "LoRA key + value",
-    "lora": "LoRA of rank 8, query + value",
     "siva:targets=all-linear": "SiVA, all linear",
     f"{LORA}:learning_rate=4e-4": SLOW_LORA,
     "lora:rank=4:targets=key+value:learning_rate=4e-4": "LoRA key + value, a third of its rate",
