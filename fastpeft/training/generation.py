@@ -70,13 +70,14 @@ def minds_padding(model: Any) -> bool:
 
     Such a one is given each text alone. (RWKV's cache is also wrong in a batch without padding, in transformers 5.24.)
 
-    Three passes tell: over a text alone, after padding, and after the same tokens as a part of it.
+    Three passes tell: over a text alone, after padding, and after the same tokens as a part of it. Each has two rows:
+    in transformers 5.0 Mamba-2, LFM2 and others heed the mask only where there are several.
     """
     padding, text = [1] * 3, [2, 3, 4]
 
     def logits(before: list[int], *, read: bool) -> Tensor:
-        tokens = torch.tensor([[*before, *text]], device=model.device)
-        mask = torch.tensor([[int(read)] * len(before) + [1] * len(text)], device=model.device)
+        tokens = torch.tensor([[*before, *text]] * 2, device=model.device)
+        mask = torch.tensor([[int(read)] * len(before) + [1] * len(text)] * 2, device=model.device)
         one = {**PLAIN, "max_new_tokens": 1, "do_sample": False, "use_cache": False, "pad_token_id": 1}
         found = model.generate(tokens, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **one)
         return found.logits[0].float()
