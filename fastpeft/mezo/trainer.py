@@ -67,7 +67,7 @@ class MeZOConfig(TrainingArguments):
         save_weights: whether checkpoints hold the weights. If not, they hold a copy of the journal, and resuming
             repeats its steps on the base model, or on the newest checkpoint with weights.
         learning_rate, lr_scheduler_type, per_device_train_batch_size: as in `TrainingArguments`, with the defaults of
-            the method's recipe: 1e-6, constant, 16.
+            the method's recipe beside RoBERTa-large: 1e-6, constant, 16.
 
     Raises:
         FastpeftError: `fp16` or `neftune_noise_alpha` is set; `save_weights` is False without `journal`, or with

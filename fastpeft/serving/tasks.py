@@ -8,7 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ class Task:
         reason: why its backbone is its own; empty where others may share it.
         member: its name in the pool. No later task gets it, so that what was encoded for this one is never answered by
             another of the same name.
+        alone: whether each text is generated alone, see `fastpeft.training.generation.minds_padding`.
     """
 
     name: str
@@ -115,11 +116,7 @@ class Task:
     shared: Shared | None
     reason: str = ""
     member: str = ""
-
-    @cached_property
-    def minds_padding(self) -> bool:
-        """Whether its model answers otherwise in a batch than alone."""
-        return minds_padding(self.run.classifier.model if self.shared is None else self.shared.pool.backbone.core)
+    alone: bool = False
 
     def generate(self, requests: Sequence[GenerationRequest]) -> None:
         """Generate text for requests, of this task and of others on its backbone, until each has ended."""
@@ -213,8 +210,10 @@ class Tasks:
         try:
             predictor = None if generates_text(folder) else Predictor(folder, self._device, self._max_length)
             run = self._for_generation(load_run(folder, self._device)) if predictor is None else predictor.run
+            # asked before it shares a backbone, whose answers to others the passes would disturb
+            alone = predictor is None and minds_padding(run.classifier.model)
             with self._changing:
-                task = self._placed(name, run, predictor)
+                task = replace(self._placed(name, run, predictor), alone=alone)
                 try:
                     if predictor is None:
                         task.generate([self._request(task, Conversation(((USER, "a"),)) if run.chats else "a", 1)])
@@ -437,7 +436,7 @@ class Tasks:
 
     def _batches(self, group: list[GenerationRequest]) -> Iterator[list[GenerationRequest]]:
         """Requests to answer together: no more than rows of a pass, and none that others would pad beyond its model."""
-        size = 1 if group[0].task.minds_padding else self._most_rows(group[0].task)
+        size = 1 if group[0].task.alone else self._most_rows(group[0].task)
         limit = min(request.task.run.classifier.max_length for request in group)
         batch: list[GenerationRequest] = []
         for request in sorted(group, key=lambda request: len(request.tokens)):

@@ -193,7 +193,7 @@ def test_a_quantised_backbone_is_taken_with_a_warning(
     ladder(classifier(half_checkpoint)).save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, "fastpeft"):
         LadderModel.from_pretrained(tmp_path, base=quantise_a_layer(classifier(half_checkpoint)))
-    assert "quantised backbone cannot be compared" in caplog.text
+    assert "sharded weights cannot be compared" in caplog.text
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path, half_checkpoint: Path) -> None:
