@@ -79,9 +79,7 @@ def check_fingerprints(
             f"Load it on {source or 'the model it was trained on'}, unchanged and wrapped as it was there."
         )
     if expected.keys() - found.keys():
-        logger.warning(
-            "quantised or sharded weights cannot be compared; check that the backbone is %s", source
-        )
+        logger.warning("quantised or sharded weights cannot be compared; check that the backbone is %s", source)
 
 
 def frozen_tensors(backbone: Backbone) -> list[Tensor]:
