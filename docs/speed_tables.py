@@ -19,6 +19,8 @@ def _ratios(found: Iterable[Row], names: dict[str, str]) -> list[list[str]]:
 ADAPTER_STEPS = {
     "siva": "**SiVA**",
     "lora": "LoRA",
+    "siva-packed": "**SiVA**, all packed",
+    "lora-packed": "LoRA, all packed",
     "lora-compiled": "LoRA under `torch.compile`",
     "lora-dora": "DoRA",
     "pissa": "PiSSA",
@@ -169,8 +171,6 @@ SHAPES = {"demo": "bundled model", "base": "RoBERTa-base's shapes", "large": "Ro
 FROZEN_STEPS = {
     **ADAPTER_STEPS,
     **LADDER_STEPS,
-    "siva-packed": "**SiVA**, all packed",
-    "lora-packed": "LoRA, all packed",
 }
 
 
