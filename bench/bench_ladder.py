@@ -5,9 +5,8 @@ each step through pytest-benchmark. Text is random: only the shape of the batch 
 
 The forward pass of the backbone alone, without gradients, is the bound: no side network makes a step cheaper. The
 direct formulation is there with the backbone in evaluation mode, as the library keeps it, and with all of the model in
-training mode, as `transformers.Trainer` puts it. LoRA is there as PEFT has it, with its frozen weights packed as
-`fastpeft train` packs them and a side network its own, and so without dropout too, which a side network's backbone does
-not draw.
+training mode, as `transformers.Trainer` puts it. LoRA is there in three forms: as PEFT has it; with its frozen weights
+packed, as `fastpeft train` packs them; and packed without dropout, which a side network's backbone does not draw.
 
 `--dtype bfloat16` brings the base to bfloat16: for a side network by `backbone_dtype`, for LoRA all of it, as a
 base that was loaded so: PEFT's factors are float32. With `--dtype int8` the linear layers of side networks' backbones

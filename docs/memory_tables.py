@@ -27,16 +27,22 @@ CASE = ("method", "targets", "adapter_dtype", "residual_dtype", "optimizer", "la
 LENGTHS = ("64", "128", "512")
 
 
-def peaks(checkpointing: str = "", base_dtype: str = "") -> dict[str, dict[str, float]]:
-    """Peak memory of a RoBERTa-large, MB, by method and length.
+def large(checkpointing: str = "", base_dtype: str = "") -> Iterator[tuple[str, Row]]:
+    """The named cases of a RoBERTa-large, each with a row for each length, in the order of the file.
 
     With `checkpointing` "yes" steps checkpoint, and with `base_dtype` "float32" the model's weights are so.
     """
-    found: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
     for row in rows("memory.csv"):
         case = tuple(row[name] for name in CASE)
         if case in LARGE and (row["checkpointing"], row["base_dtype"]) == (checkpointing, base_dtype):
-            found[LARGE[case]][row["tokens"]] = float(row["peak_mb"])
+            yield LARGE[case], row
+
+
+def peaks(**way: str) -> dict[str, dict[str, float]]:
+    """Peak memory of a RoBERTa-large, MB, by method and length; `way` as for `large`."""
+    found: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
+    for name, row in large(**way):
+        found[name][row["tokens"]] = float(row["peak_mb"])
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from memory_tables import CASE, LARGE
+from memory_tables import large
 from table_rows import NAMES, Row, rows, table, whole
 
 
@@ -168,10 +168,7 @@ def ladder_speed() -> str:
 SHAPES = {"demo": "bundled model", "base": "RoBERTa-base's shapes", "large": "RoBERTa-large's shapes"}
 
 
-FROZEN_STEPS = {
-    **ADAPTER_STEPS,
-    **LADDER_STEPS,
-}
+FROZEN_STEPS = ADAPTER_STEPS | LADDER_STEPS
 
 
 def frozen_steps() -> str:
@@ -385,10 +382,8 @@ GIGABIT = 125.0  # MB a second
 def distributed_beyond() -> str:
     """A step of a RoBERTa-large, calculated: sums of what `memory.csv` has, divided and sent."""
     body = []
-    for row in rows("memory.csv"):
-        case = tuple(row[name] for name in CASE)
-        others = row["residual_dtype"] or row["checkpointing"] or row["base_dtype"]
-        if case not in LARGE or row["tokens"] != "128" or others:
+    for name, row in large():
+        if row["tokens"] != "128" or row["residual_dtype"]:
             continue
         weights, gradients, state, rest, peak = (
             float(row[f"{part}_mb"]) for part in ("weights", "gradients", "optimizer", "activations", "peak")
@@ -397,7 +392,7 @@ def distributed_beyond() -> str:
         sent = {n: 2 * 8e-6 * (n - 1) if is_mezo else 2 * (n - 1) / n * gradients for n in (2, 8, 64)}
         body.append(
             [
-                LARGE[case],
+                name,
                 *map(_two_digits, sent.values()),
                 f"{sent[64] / (10 * GIGABIT):.1g}",
                 f"{peak + gradients:,.0f}",

@@ -161,7 +161,8 @@ class TextGenerator:
         uncached = {} if keeps_tokens(model) else {"use_cache": False}
         rows = [each.row for each in encoded]
         said: dict[int, str] = {}
-        for chosen in by_length(rows, 1 if self._minds_padding else _BATCH_SIZE):
+        apart = len(rows) > 1 and self._minds_padding
+        for chosen in by_length(rows, 1 if apart else _BATCH_SIZE):
             report("answering", len(said), len(rows))
             given = [rows[index] for index in chosen]
             batch = tokenizer.pad(given, padding_side="left", return_tensors="pt").to(model.device)
