@@ -42,7 +42,6 @@ REFUSED = {
     "hrm_text": "the layers of HrmTextForCausalLM are not found",  # two stacks, which run in turn
     "hy_v4": "the feature of layer 0 has the shape",  # several streams
     "inkling2_text": r"not from the output of model\.layers\.2 alone",  # layers read those of all before
-    "llama4_text": "Llama4ForCausalLM has no head",  # its body has another name than its class says
     "longcat_flash": "the layers of LongcatFlashForCausalLM are not found",  # fewer than the configuration says
     "olmo_hybrid": "the layers of OlmoHybridForCausalLM are not found",  # of two classes
     "prophetnet": "the feature of layer 0 has the shape",  # several streams
