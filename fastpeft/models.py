@@ -1,4 +1,4 @@
-"""Base models: found by name, path or hub id, always loaded in float32, with a head for the problem."""
+"""Base models: found by name, path or hub id, loaded in a dtype that does not depend on the file's, with a head."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Classifier:
     """A model with the head of its problem, and its tokenizer.
 
     Attributes:
-        model: a `PreTrainedModel` in float32.
+        model: a `PreTrainedModel`.
         tokenizer: its tokenizer, which has a padding token.
         head: names of the modules that belong to the task or that the checkpoint did not hold.
         head_is_new: whether the checkpoint lacked (parts of) the head, so that it must be trained.
@@ -114,15 +114,18 @@ def _unloadable(model: str, error: Exception) -> FastpeftError:
     )
 
 
-def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Classifier:
+def load_classifier(
+    model: str, labels: Sequence[str], problem: Problem, dtype: torch.dtype = torch.float32
+) -> Classifier:
     """Load `model` with the head of `problem`; a head or pooler that its checkpoint lacks is drawn at random.
 
-    Weights are read from safetensors only and come in float32 whatever the file holds.
+    Weights are read from safetensors only and come in `dtype` whatever the file holds.
 
     Args:
         model: `"demo"`, a folder or a hub id.
         labels: names of the head's outputs.
         problem: what the head is for; its loss is the model's own.
+        dtype: of the weights, float32 or bfloat16.
 
     Raises:
         FastpeftError: the model is missing, broken, incomplete, or of a kind that has no such head.
@@ -133,6 +136,7 @@ def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Clas
         model,
         # byte-level tokenizers read a word by itself as they would read it after a space
         {"add_prefix_space": True} if problem.per_token else {},
+        dtype=dtype,
         id2label=id2label,
         label2id={label: index for index, label in id2label.items()},
         problem_type=None if problem.per_token else problem.name,
@@ -175,7 +179,7 @@ def _keep_float32(model: nn.Module) -> None:
             module.__class__ = _Float32Linear  # in place: names and copies of it stay as they are
 
 
-def load_language_model(model: str) -> tuple[Any, Any]:
+def load_language_model(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Load `model` with its head for masked words or, of a decoder, for next words, and its tokenizer.
 
     A decoder's tokenizer loses its mask token: by that a prompt knows a decoder.
@@ -185,19 +189,19 @@ def load_language_model(model: str) -> tuple[Any, Any]:
     """
     config = _config_of(model)
     if config is None or not is_causal_lm(config):
-        return load_masked_lm(model)
-    classifier = load_for_next_words(model)
+        return load_masked_lm(model, dtype)
+    classifier = load_for_next_words(model, dtype)
     classifier.tokenizer.mask_token = None
     return classifier.model, classifier.tokenizer
 
 
-def load_masked_lm(model: str) -> tuple[Any, Any]:
+def load_masked_lm(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Load `model` with its masked-word head, and its tokenizer; weights as `load_classifier` reads them.
 
     Raises:
         FastpeftError: the model is missing, broken or incomplete, or has no masked-word head.
     """
-    loaded, tokenizer, head_is_new = _load_masked_lm(model)
+    loaded, tokenizer, head_is_new = _load_masked_lm(model, dtype)
     if head_is_new:
         raise _without_words(
             model,
@@ -206,7 +210,7 @@ def load_masked_lm(model: str) -> tuple[Any, Any]:
     return loaded, tokenizer
 
 
-def _load_masked_lm(model: str) -> tuple[Any, Any, bool]:
+def _load_masked_lm(model: str, dtype: torch.dtype) -> tuple[Any, Any, bool]:
     """`load_masked_lm`, and whether the head, or a part of it, was drawn at random.
 
     Raises:
@@ -214,7 +218,7 @@ def _load_masked_lm(model: str) -> tuple[Any, Any, bool]:
     """
     config = _config_of(model)
     if config is None or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        loaded, tokenizer, info = _load(transformers.AutoModelForMaskedLM, model, {})
+        loaded, tokenizer, info = _load(transformers.AutoModelForMaskedLM, model, {}, dtype=dtype)
         return loaded, tokenizer, bool(_new_in_head(loaded, info))
     raise _without_words(model, "which label words and the objective mlm need, and its kind has none. Give")
 
@@ -227,7 +231,7 @@ def _without_words(model: str, what: str) -> FastpeftError:
     )
 
 
-def load_for_masked_words(model: str) -> Classifier:
+def load_for_masked_words(model: str, dtype: torch.dtype = torch.float32) -> Classifier:
     """Load `model` to predict masked words, with the head that it has or else a new one.
 
     The layer of the vocabulary is never new: it is the embeddings.
@@ -235,13 +239,13 @@ def load_for_masked_words(model: str) -> Classifier:
     Raises:
         FastpeftError: the model is missing, broken or incomplete, or is of a kind that predicts no masked words.
     """
-    loaded, tokenizer, head_is_new = _load_masked_lm(model)
+    loaded, tokenizer, head_is_new = _load_masked_lm(model, dtype)
     if head_is_new:
         logger.info("the model %r has no masked-word head; a new one is trained", model)
     return Classifier(loaded, tokenizer, masked_lm_head_layers(loaded, loaded), head_is_new)
 
 
-def load_for_next_words(model: str) -> Classifier:
+def load_for_next_words(model: str, dtype: torch.dtype = torch.float32) -> Classifier:
     """Load `model` to generate text, with the head that it has.
 
     Raises:
@@ -254,7 +258,7 @@ def load_for_next_words(model: str) -> Classifier:
             "decoder, such as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts "
             "by --objective mlm."
         )
-    loaded, tokenizer, info = _load(transformers.AutoModelForCausalLM, model, {})
+    loaded, tokenizer, info = _load(transformers.AutoModelForCausalLM, model, {}, dtype=dtype)
     if new := _new_in_head(loaded, info):
         raise FastpeftError(
             f"the model {model!r} has no LM head: its checkpoint lacks {new[0]}. Give a decoder's checkpoint."
@@ -293,6 +297,11 @@ def hidden_size(model: str) -> int | None:
     return None
 
 
+def is_stored_in_bfloat16(model: str) -> bool:
+    """Whether the weights in the files of `model` are in bfloat16, by its configuration."""
+    return getattr(_config_of(model), "dtype", None) is torch.bfloat16
+
+
 def is_causal_lm(config: Any) -> bool:
     """Whether a configuration is of a decoder; where a kind can be either, as BERT, its `is_decoder` decides."""
     kind = config.model_type
@@ -326,7 +335,6 @@ def _load(
     try:
         loaded, info = auto_class.from_pretrained(
             source,
-            dtype=torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
             output_loading_info=True,

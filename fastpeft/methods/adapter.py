@@ -37,6 +37,7 @@ class AdapterMethod(Method):
     four_bits: bool = False
 
     library = "peft"
+    keeps_weights = True
 
     def config_fields(self) -> dict[str, Any]:
         from fastpeft.methods.wrapping import settings

@@ -387,13 +387,13 @@ def holds_label_words(source: str) -> bool:
     return Prompt.from_values(files.read_json(Path(file))).head == "label_words"
 
 
-def load_prompted(model: str, prompt: Prompt) -> Classifier:
-    """Load `model` with its head for words in float32, as a classifier by the label words of `prompt`.
+def load_prompted(model: str, prompt: Prompt, dtype: torch.dtype = torch.float32) -> Classifier:
+    """Load `model` with its head for words in `dtype`, as a classifier by the label words of `prompt`.
 
     Raises:
         FastpeftError: as `load_language_model`, or a label word is not one token.
     """
-    prompted = PromptModel(*load_language_model(model), prompt)
+    prompted = PromptModel(*load_language_model(model, dtype), prompt)
     return Classifier(prompted, prompted.tokenizer, prompted.head_modules, head_is_new=False)
 
 

@@ -56,12 +56,14 @@ class Shared:
         pool: their side networks, by `Task.member`.
         tokenizer: of the first of them.
         bf16: whether they compute in bfloat16 where autocast does.
+        in_bfloat16: whether its weights are kept in bfloat16.
         generates_text: whether they learned next words.
     """
 
     pool: LadderPool
     tokenizer: Any
     bf16: bool
+    in_bfloat16: bool
     generates_text: bool
 
     def unlike(self, run: FinishedRun) -> str:
@@ -71,6 +73,8 @@ class Shared:
             return f"other runs generate {'text' if self.generates_text else 'no text'}"
         if self.bf16 != bool(run.config.bf16):
             return f"it computes in {'float32' if self.bf16 else 'bfloat16'}, and other runs do not"
+        if self.in_bfloat16 != run.config.in_bfloat16:
+            return f"it keeps weights in {'float32' if self.in_bfloat16 else 'bfloat16'}, and other runs do not"
         if (own.pad_token_id, own.padding_side) != (other.pad_token_id, other.padding_side):
             return "its tokenizer pads otherwise than that of other runs"
         core, model = self.pool.backbone.core, run.classifier.model
@@ -257,7 +261,13 @@ class Tasks:
             pool.add(member, run.classifier.model)
         except FastpeftError as error:  # as of an adapter that trained inside the backbone
             return Task(name, run, predictor, None, str(error).partition(". ")[0])
-        shared = Shared(pool, run.classifier.tokenizer, bool(run.config.bf16), run.problem is NEXT_WORDS)
+        shared = Shared(
+            pool,
+            run.classifier.tokenizer,
+            bool(run.config.bf16),
+            run.config.in_bfloat16,
+            run.problem is NEXT_WORDS,
+        )
         if shared.generates_text:  # the pool generates by its base's
             pool.backbone.core.generation_config = run.classifier.model.generation_config
         return Task(name, run, predictor, shared, reason, member)

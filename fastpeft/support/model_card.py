@@ -52,7 +52,7 @@ def loading_snippet(
         registered: whether PEFT knows the kind of adapter from this library alone.
         ladder: whether the model is a side network beside its base.
         chained: whether what was saved goes onto more than a model as its folder has it, as that of a run that started
-            from another; it is then found through its own folder.
+            from another or kept the model in bfloat16; it is then found through its own folder.
         labels: names of the classes, where there are some.
         problem_type: as transformers' configuration has it; an adapter keeps neither it nor the labels.
         prompt_head: head of the prompt that was saved too, None where there was none.

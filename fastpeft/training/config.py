@@ -300,6 +300,14 @@ class TrainConfig:
         unset=FEATURE_DTYPES[0],
         metavar="DTYPE",
     )
+    dtype: str | None = option(
+        TRAINING,
+        "Keep the model's frozen weights in this dtype. bfloat16 takes half the memory of float32 and computes by "
+        "`bf16`; weights that train stay in float32",
+        choices=("float32", "bfloat16"),
+        unset="float32, whatever the files hold",
+        metavar="DTYPE",
+    )
     bf16: bool | None = option(
         TRAINING,
         "Compute in bfloat16 by autocast; weights stay in float32",
@@ -385,6 +393,8 @@ class TrainConfig:
             )
         if self.cache_features is not None and (reason := self._why_not_cached(method)):
             self._refuse("cache_features", reason)
+        if self.in_bfloat16 and self.why_not_in_bfloat16:
+            self._refuse("dtype", self.why_not_in_bfloat16)
         for name in FOR_LABELS:
             if self.objective is not None and getattr(self, name) is not None:
                 self._refuse(
@@ -424,6 +434,28 @@ class TrainConfig:
         if self.objective == "mlm":
             return "the objective mlm hides other words in every epoch. Leave out either."
         return ""
+
+    @property
+    def why_not_in_bfloat16(self) -> str:
+        """Why the model's weights cannot be kept in bfloat16; empty where they can."""
+        method = get_method(self.method, self.settings)
+        if method.optimization.zeroth_order:
+            return "the two losses that MeZO compares differ by less than a rounding to bfloat16. Leave `dtype` out."
+        if not method.keeps_weights:
+            return (
+                f"the method {self.method!r} trains weights of the model itself, which in bfloat16 would lose small "
+                "steps. Leave `dtype` out, or choose a method that leaves them as they are, such as siva, lora or lst."
+            )
+        if self.init_from is not None:
+            return "a run that starts from another has its weights in float32. Leave `dtype` out."
+        if self.bf16 is False or self.settings.get("fp16"):
+            return "it takes `bf16`, which is off, or has fp16 in its place. Turn it on, or leave `dtype` out."
+        return ""
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the model's frozen weights are kept in bfloat16."""
+        return self.dtype == "bfloat16"
 
     @property
     def custom_loss(self) -> str:

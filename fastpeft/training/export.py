@@ -30,7 +30,7 @@ from fastpeft.support.model_card import ONNX_FILE, loading_snippet, model_card, 
 from fastpeft.support.stages import report
 from fastpeft.training.generation import tell_ends
 from fastpeft.training.lineage import check_places, check_start
-from fastpeft.training.loading import FinishedRun, assemble
+from fastpeft.training.loading import FinishedRun, assemble_in_float32
 from fastpeft.training.onnx_model import check_onnx, write_onnx
 from fastpeft.training.results import answers_in_words, chosen_by, results, settings
 from fastpeft.training.run_folder import RunFolder
@@ -128,7 +128,7 @@ def _load_run(source: RunFolder, output: Path, to: str, step: int | None) -> _Lo
     setup.method.check_export(to, f"the run in {str(source.path)!r}")
     if to == "onnx":
         _check_onnx(setup, source)
-    run = assemble(source) if step is None else _replay(source, setup, step)
+    run = assemble_in_float32(source) if step is None else _replay(source, setup, step)
     model = run.classifier.model
     if to == "lora" and setup.config.init_from is not None:
         logger.info("the LoRA goes onto the model of the run in %s: export that to merged", setup.config.init_from)

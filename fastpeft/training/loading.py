@@ -26,7 +26,7 @@ from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import Encoder
 from fastpeft.training.lineage import check_places, check_start, earlier_run
 from fastpeft.training.run_folder import RunFolder
-from fastpeft.training.setup import Head, RunSetup, setup_of_run
+from fastpeft.training.setup import RunSetup, setup_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -131,9 +131,17 @@ def assemble(folder: RunFolder) -> FinishedRun:
         check_start(folder)
         return load_start(setup)
 
-    classifier: Classifier = setup.method.load(folder.path, start, lambda: load_model(str(folder.path), setup.head))
+    classifier: Classifier = setup.method.load(folder.path, start, lambda: _load_model(str(folder.path), setup))
     classifier.model.eval()
     return FinishedRun.of(setup, metrics, classifier)
+
+
+def assemble_in_float32(folder: RunFolder) -> FinishedRun:
+    """The run in `folder` as `assemble` has it, its frozen weights in float32: a merge into bfloat16 would round it."""
+    run = assemble(folder)
+    if run.config.in_bfloat16:
+        run.classifier.model.float()
+    return run
 
 
 def load_start(setup: RunSetup) -> Classifier:
@@ -147,7 +155,7 @@ def load_start(setup: RunSetup) -> Classifier:
     """
     config = setup.config
     if config.init_from is None:
-        return load_model(config.model, setup.head)
+        return _load_model(config.model, setup)
     earlier, run = _earlier(setup)
     if config.values()["model"] != earlier.config.values()["model"]:
         raise FastpeftError(
@@ -188,24 +196,33 @@ def _earlier(setup: RunSetup) -> tuple[RunSetup, EarlierRun]:
     assert name is not None
     folder = earlier_run(name)
     earlier = setup_of_run(folder)
+    as_here = dataclasses.replace(earlier.config, dtype=setup.config.dtype)
     return earlier, EarlierRun(
         name=name,
         folder=folder.path,
         method=earlier.config.settings.get(OVER, earlier.config.method),
         preparation=earlier.preparation,
         same_head=setup.head.can_take_over(earlier.head),
-        start=lambda: load_start(dataclasses.replace(earlier, head=setup.head)),
-        result=lambda: assemble(folder).classifier.model,
-        pretrained=lambda: load_model(setup.config.model, setup.head),
+        start=lambda: load_start(dataclasses.replace(earlier, config=as_here, head=setup.head)),
+        result=lambda: assemble_in_float32(folder).classifier.model,
+        pretrained=lambda: _load_model(setup.config.model, setup),
     )
 
 
-def load_model(model: str, head: Head) -> Classifier:
-    """Load `model` with `head`: one of its own, that of masked or next words, or the label words of its prompt."""
+def _load_model(model: str, setup: RunSetup) -> Classifier:
+    """Load `model` in the dtype of a run, and its head in float32, since that trains.
+
+    The head is one of its own, that of masked or next words, or the label words of a prompt.
+    """
+    head, dtype = setup.head, torch.bfloat16 if setup.config.in_bfloat16 else torch.float32
     if head.problem is MASKED_WORDS:
-        return load_for_masked_words(model)
-    if head.problem is NEXT_WORDS:
-        return load_for_next_words(model)
-    if head.prompt is not None and head.by_words:
-        return load_prompted(model, head.prompt)
-    return load_classifier(model, head.labels, head.problem)
+        loaded = load_for_masked_words(model, dtype)
+    elif head.problem is NEXT_WORDS:
+        loaded = load_for_next_words(model, dtype)
+    elif head.prompt is not None and head.by_words:
+        loaded = load_prompted(model, head.prompt, dtype)
+    else:
+        loaded = load_classifier(model, head.labels, head.problem, dtype)
+    for name in loaded.head:
+        loaded.model.get_submodule(name).float()
+    return loaded

@@ -262,7 +262,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         method=task.method.title,
         snippet=task.method.loading_snippet(
             str(folder.path),
-            chained=config.init_from is not None,
+            chained=config.init_from is not None or config.in_bfloat16,
             base_model=resolve_model(config.model),
             task_type=problem.task_type,
             labels=task.data.labels,

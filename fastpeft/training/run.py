@@ -22,6 +22,7 @@ from fastpeft.data.names import DEMO, FEATURE_DTYPES, LOSS
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.mezo.journal import Journal
+from fastpeft.models import is_stored_in_bfloat16
 from fastpeft.ops.autotune import timings
 from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.prompts.model import inside_prompt
@@ -170,9 +171,14 @@ def _tell_of_task(task: Task, given: TrainConfig, trained_on: set[str]) -> None:
 
 
 def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
-    """Tell what is computed in bfloat16 though nobody asked for it, or though it is slow here."""
-    if given.bf16 is None and resolved.bf16:
+    """Tell what is computed in bfloat16 though nobody asked for it, or though it is slow here, and what could be."""
+    if given.bf16 is None and resolved.bf16 and not given.in_bfloat16:
         logger.info("computing in bfloat16, which this CPU supports; --no-bf16 (in Python bf16=False) turns it off")
+    if given.dtype is None and not given.why_not_in_bfloat16 and is_stored_in_bfloat16(given.model):
+        logger.info(
+            "the model is stored in bfloat16 and loaded in float32; --dtype bfloat16 keeps its weights as they are, in "
+            "half the memory"
+        )
     in_bfloat16 = resolved.bf16 or resolved.settings.get("backbone_dtype") == "bfloat16"
     if in_bfloat16 and best_device() == "cpu" and not has_bfloat16():
         logger.warning(

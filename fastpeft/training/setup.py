@@ -183,7 +183,7 @@ def resolve(config: TrainConfig) -> Setup:
                 f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
             )
     if config.bf16 is None:
-        config = dataclasses.replace(config, bf16=_bfloat16(method, arguments))
+        config = dataclasses.replace(config, bf16=config.in_bfloat16 or _bfloat16(method, arguments))
     setup = _setup(config, method, settings, arguments)
     method.check(setup.preparation)
     return setup

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from fastpeft.data import packed_rows, result_warnings
@@ -194,6 +195,13 @@ def prepare(start: Classifier, setup: RunSetup) -> Any:
         raise FastpeftError(
             f"the method {setup.method.name!r} finds nothing to train in the model {setup.config.model!r}, whose head "
             "or biases, if it has some, do not train. Choose another method, as siva or lora."
+        )
+    if rounded := [
+        name for name, each in model.named_parameters() if each.requires_grad and each.dtype is torch.bfloat16
+    ]:
+        raise FastpeftError(
+            f"{rounded[0]} would train in bfloat16, in which small steps are lost. Leave `dtype` out, or change the "
+            "setting by which it trains."
         )
     continue_earlier(model, setup)
     return model

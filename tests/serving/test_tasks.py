@@ -77,17 +77,23 @@ def test_it_is_told_what_shares_a_backbone_and_what_does_not(tasks: Tasks) -> No
     assert "head has no side network" in rest["number"]
 
 
-def in_bfloat16(run: Path, folder: Path) -> Path:
+def in_bfloat16(run: Path, folder: Path, **others: Any) -> Path:
     """A copy of a run that computes in bfloat16."""
     shutil.copytree(run, folder)
     file = folder / "run.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "bf16": True}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bf16": True, **others}))
     return folder
 
 
 def test_it_is_told_that_a_run_computes_in_another_precision(runs: Path, tmp_path: Path) -> None:
     tasks = Tasks({"a": runs / "a", "half": in_bfloat16(runs / "a", tmp_path / "half")})
     assert described(tasks)[1] == "half: a model of its own (it computes in bfloat16, and other runs do not)"
+
+
+def test_weights_of_another_dtype_are_not_shared(runs: Path, tmp_path: Path) -> None:
+    kept = in_bfloat16(runs / "a", tmp_path / "kept", dtype="bfloat16")
+    tasks = Tasks({"half": in_bfloat16(runs / "a", tmp_path / "half"), "kept": kept})
+    assert "it keeps weights in bfloat16, and other runs do not" in described(tasks)[1]
 
 
 def test_what_differs_from_the_most_alike_run_is_told(runs: Path, tmp_path: Path) -> None:
