@@ -22,7 +22,15 @@ from fastpeft.mezo.journal_format import Kind, Record
 from fastpeft.mezo.perturbed_weights import PerturbedWeights, check_group
 from fastpeft.mezo.replay import describe_groups
 from fastpeft.mezo.saved_state import SavedState
-from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, names_of, refuse_fsdp1, reshard
+from fastpeft.mezo.sharding import (
+    check_sharding,
+    digest,
+    fingerprints,
+    names_of,
+    refuse_fsdp1,
+    reshard,
+    without_parallel,
+)
 from fastpeft.ops.noise import NAMES
 from fastpeft.support.dropout import dropout_off
 from fastpeft.support.four_bits import keep_form
@@ -158,7 +166,7 @@ class MeZO(torch.optim.Optimizer):
             raise FastpeftError("MeZO got one tensor; pass a model, a list of parameters or a list of groups.")
         if isinstance(model_or_params, nn.Module):
             reshard(model_or_params)
-            model, model_or_params = model_or_params, model_or_params.named_parameters()
+            model, model_or_params = model_or_params, without_parallel(model_or_params).named_parameters()
         if restore == "exact" and model is None:
             raise FastpeftError("MeZO: restore='exact' needs the model, to show its forward other weights: pass model.")
         params = list(model_or_params)

@@ -13,7 +13,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.estimator import HOME, Estimator, moves, update
 from fastpeft.mezo.journal_format import Kind, Record
-from fastpeft.mezo.sharding import local_part, names_of, plain_name
+from fastpeft.mezo.sharding import local_part, names_of, plain_name, without_parallel
 
 _BLOCK = 2**16  # elements: 256 KiB in float32 stay in cache while all steps are repeated on them
 
@@ -40,7 +40,7 @@ def described_params(
     """
     described = [each for group in groups for each in group["parameters"]]
     if isinstance(model, nn.Module):
-        named = {plain_name(name): param for name, param in model.named_parameters()}
+        named = {plain_name(name): param for name, param in without_parallel(model).named_parameters()}
         missing = [each["name"] for each in described if each["name"] not in named]
         if missing and missing[0].isdecimal():
             raise FastpeftError(

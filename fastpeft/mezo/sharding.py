@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fastpeft.errors import FastpeftError
 
@@ -75,6 +76,16 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
 def plain_name(name: str) -> str:
     """A parameter's name without what `torch.compile` puts into it."""
     return name.replace("_orig_mod.", "")
+
+
+def without_parallel(model: nn.Module) -> nn.Module:
+    """The model that DistributedDataParallel or DataParallel wraps, in which parameters have the names of one process.
+
+    Any other model is given back.
+    """
+    outermost: Any = getattr(model, "_orig_mod", model)  # of a model that torch.compile wraps
+    wraps = isinstance(outermost, (DataParallel, DistributedDataParallel))
+    return without_parallel(outermost.module) if wraps else model
 
 
 def digest(params: Sequence[Tensor]) -> str:

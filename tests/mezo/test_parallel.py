@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from fastpeft import FastpeftError, MeZO, MeZOTrainer
 from fastpeft.mezo import Journal
@@ -126,6 +127,16 @@ def train_alone() -> Any:
     optimizer = MeZO(model, lr=0.1, seed=3, process_group=groups[dist.get_rank()])
     losses = [optimizer.step(lambda s=s: loss_of(model, s, own_rows())) for s in range(STEPS)]
     return outcome(model, optimizer, losses)
+
+
+def train_in_ddp(journal: Path) -> Any:
+    """A user's loop that wraps the model before it makes the optimizer."""
+    wrapped = DistributedDataParallel(network())
+    optimizer = MeZO(wrapped, lr=0.1, seed=3)
+    optimizer.record(journal)
+    for step in range(STEPS):
+        optimizer.step(lambda step=step: loss_of(wrapped, step, own_rows()))
+    return weights(wrapped.module), optimizer.state_dict()
 
 
 def train_by_accelerate() -> Any:
@@ -377,6 +388,17 @@ def test_a_journal_that_one_cannot_read_stops_all(ranks: Run, tmp_path: Path, sh
     for result in ranks(resume_what_one_cannot_read, sharding, tmp_path / "run"):
         assert isinstance(result, FastpeftError)
         assert "cannot read the journal" in str(result)
+
+
+def test_what_ddp_wrapped_goes_on_without_it(ranks: Run, tmp_path: Path) -> None:
+    """Its journal and its state name the parameters as the model does."""
+    (trained, state), _ = ranks(train_in_ddp, tmp_path / "mezo.journal")
+    model = network()
+    Journal.open(tmp_path / "mezo.journal").replay(model)
+    assert equal(weights(model), trained)
+    optimizer = MeZO(model, lr=0.1)
+    optimizer.load_state_dict(state)
+    assert optimizer.steps_done == STEPS
 
 
 def test_a_journal_that_one_cannot_write_stops_all(ranks: Run, tmp_path: Path) -> None:
