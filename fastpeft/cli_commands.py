@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 from fastpeft.cli_options import HELP, typed
 from fastpeft.errors import FastpeftError
 from fastpeft.support.interrupts import signals_interrupt
+from fastpeft.support.launcher import refuse_several
 
 _UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it
 
@@ -49,6 +50,11 @@ class Command(TyperCommand):
         # a paragraph is broken where the terminal ends, not where the source's line does
         paragraphs = (help or "").split("\n\n")
         super().__init__(*args, help="\n\n".join(" ".join(part.split()) for part in paragraphs), **others)
+
+    def invoke(self, ctx: Any) -> Any:
+        if self.name != "train":  # each process would do the whole work, and show it
+            refuse_several(f"`fastpeft {self.name}`")
+        return super().invoke(ctx)
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))

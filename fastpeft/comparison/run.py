@@ -29,8 +29,7 @@ from fastpeft.models import check_model
 from fastpeft.prompts.named import AUTO
 from fastpeft.support import files
 from fastpeft.support.interrupts import interrupted_once, uninterrupted
-from fastpeft.support.launcher import import_path
-from fastpeft.support.processes import refuse_several
+from fastpeft.support.launcher import import_path, refuse_several
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, estimate, process_seconds
 from fastpeft.training.run_folder import ROWS_KEY

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from fastpeft.errors import FastpeftError
+
 JOBS = "FASTPEFT_JOBS"  # a comparison tells its processes by it how many of them a machine may run at once
 
 
@@ -17,6 +19,15 @@ def launched() -> int:
     """How many processes a launcher started, by what it tells each of them."""
     size = os.environ.get("WORLD_SIZE", "1")
     return int(size) if size.isdigit() else 1
+
+
+def refuse_several(what: str) -> None:
+    """Raise `FastpeftError` where a launcher started several processes for `what`, which has one."""
+    if launched() > 1:
+        raise FastpeftError(
+            f"{what} runs in one process, but a launcher such as torchrun started {launched()}. Start it without the "
+            "launcher; only `fastpeft train` shares the rows of a run among processes."
+        )
 
 
 def is_first() -> bool:

@@ -20,15 +20,6 @@ T = TypeVar("T")
 _OF_GLOO = re.compile("gloo|pair closure|(closed|reset) by peer")  # the place in its sources, or what its sockets say
 
 
-def refuse_several(what: str) -> None:
-    """Raise `FastpeftError` where a launcher started several processes for `what`, which has one."""
-    if launched() > 1:
-        raise FastpeftError(
-            f"{what} runs in one process, but a launcher such as torchrun started {launched()}. Start it without the "
-            "launcher; only `fastpeft train` shares the rows of a run among processes."
-        )
-
-
 def meet(timeout: float) -> None:
     """Join the processes of the launcher, if there are several, in a default group for CPUs.
 

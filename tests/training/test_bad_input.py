@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, TrainerCallback, TrainingArgument
 from typer.testing import CliRunner
 from unprivileged import bound_by_modes
 
-from fastpeft import FastpeftError, TrainConfig, compare, train
+from fastpeft import CompareConfig, FastpeftError, TrainConfig, compare, train
 from fastpeft.cli import app
 from fastpeft.training.estimates import plan
 
@@ -548,18 +548,33 @@ def test_a_run_in_several_processes(
     assert snapshot(place) == before
 
 
-def test_a_comparison_in_several_processes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "--model", "model", "--data", "good.csv", "--methods", "head", "--output", "new"],
+        ["eval", "run"],
+        ["predict", "run", "a lovely film", "--output", "new.csv"],
+        ["export", "run", "new"],
+        ["serve", "run"],
+    ],
+)
+def test_a_launcher_is_for_training_alone(place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    """Each process would answer the same texts, and all would write into one file."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = snapshot(place)
-    result = CliRunner().invoke(
-        app, ["compare", "--model", "model", "--data", "good.csv", "--methods", "head", "--output", "new"]
-    )
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert "a comparison runs in one process, but a launcher such as torchrun started 2" in re.sub(
+    assert f"`fastpeft {arguments[0]}` runs in one process, but a launcher such as torchrun started 2" in re.sub(
         r"\s+", " ", result.stderr
     )
     assert snapshot(place) == before
+
+
+def test_a_comparison_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(FastpeftError, match="a comparison runs in one process, but a launcher such as torchrun"):
+        compare(CompareConfig(output="new", methods=["head"]))
 
 
 @pytest.mark.parametrize("output", ["good.csv/run", "bound", "bound/deep/run", "/proc/run"])
