@@ -133,10 +133,12 @@ class RunTrainer(Trainer):
         self.model_accepts_loss_kwargs = divides and vars(self)["model_accepts_loss_kwargs"]
         parts = self.args.gradient_accumulation_steps * self.ranks.size
         if self.problem.of_texts_alone and parts > 1 and not self.model_accepts_loss_kwargs:
+            alone = self.ranks.size == 1  # processes share a batch of any size
             logger.warning(
                 "each of the %d micro-batches of a step has the same weight, however many tokens count in its loss; "
-                "with a larger batch_size instead, every token has the same weight",
+                "%s, every token has the same weight",
                 parts,
+                "with a larger batch_size instead" if alone else "in one process without gradient accumulation",
             )
 
     def warnings_of_head(self) -> list[str]:

@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.data.examples import load_data
-from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, TAGGING, best_threshold
+from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, MULTI_LABEL, TAGGING, best_threshold
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.losses import TrainingLoss, balanced, training_loss
 from fastpeft.training.prediction import Predictor, predict
 from fastpeft.training.task import data_for
+from fastpeft.training.trainer import RunTrainer
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(7, 3, generator=GENERATOR, dtype=torch.float64)
@@ -156,6 +157,23 @@ def test_accumulated_batches_are_one_batch(config: TrainConfig, tmp_path: Path, 
     assert losses[2].found == pytest.approx(losses[8].found, abs=1e-5)
     # a class has half of the loss, be it of 6 rows or of 2: a model that knows nothing has log 2
     assert losses[8].found[0] == pytest.approx(np.log(2), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "processes", "instead"),
+    [(2, 1, "with a larger batch_size instead"), (1, 2, "in one process without gradient accumulation")],
+)
+def test_a_warning_says_how_all_tokens_get_the_same_weight(
+    caplog: pytest.LogCaptureFixture, accumulated: int, processes: int, instead: str
+) -> None:
+    """Processes share a batch of any size, and each has the mean of its part."""
+    trainer = RunTrainer.__new__(RunTrainer)
+    trainer.args = SimpleNamespace(gradient_accumulation_steps=accumulated)
+    trainer.ranks, trainer.problem = SimpleNamespace(size=processes), MASKED_WORDS
+    trainer.model_accepts_loss_kwargs = True
+    trainer._weigh_tokens(zeroth_order=False)
+    assert "each of the 2 micro-batches of a step has the same weight" in caplog.text
+    assert f"{instead}, every token has the same weight" in caplog.text
 
 
 def test_tags_take_weights(config: TrainConfig, place: Path) -> None:
