@@ -498,7 +498,10 @@ class MeZO(torch.optim.Optimizer):
     def _finish(self) -> None:
         """The second half of a step: restore and update, at once or with the first pass of the next step."""
         if not self._points_seen or self._slopes is None:
-            raise FastpeftError("MeZO.step needs a closure that returns the loss, or a call of estimate before it.")
+            raise FastpeftError(
+                "MeZO.step needs a closure that returns the loss, or a call of estimate before it. For checkpoints "
+                "take its own state_dict(): get_state_dict of torch.distributed.checkpoint makes such a step."
+            )
         owed = self.weights.update(self._slopes, self.draw_seeds())
         if not self._skip and not all(abs(scale) <= _LARGEST for each in owed for scale in each.scales):
             self._give_up(f"the update is not finite (projected gradient {self.projected_grad:g})")

@@ -24,6 +24,8 @@ from accelerate import Accelerator
 from mezo_networks import equal
 from mezo_trainer import config, language_model, rows
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -137,6 +139,26 @@ def train_in_ddp(journal: Path) -> Any:
     for step in range(STEPS):
         optimizer.step(lambda step=step: loss_of(wrapped, step, own_rows()))
     return weights(wrapped.module), optimizer.state_dict()
+
+
+def go_on_from_shards(folder: Path) -> list[Any]:
+    """What a run comes to, and another that goes on from its checkpoint after two steps."""
+    found = []
+    for begin in (0, 2):
+        model = network(sharding="rows")
+        optimizer = MeZO(model, lr=0.1, seed=3)
+        for step in range(begin, STEPS):
+            if step == 2:
+                state = {"model": get_model_state_dict(model), "optimizer": optimizer.state_dict()}
+                if begin:
+                    checkpoint.load(state, checkpoint_id=folder)
+                    set_model_state_dict(model, state["model"])
+                    optimizer.load_state_dict(state["optimizer"])
+                else:
+                    checkpoint.save(state, checkpoint_id=folder)
+            optimizer.step(lambda model=model, step=step: loss_of(model, step, own_rows()))
+        found.append(outcome(model, optimizer, []))
+    return found
 
 
 def train_by_accelerate() -> Any:
@@ -399,6 +421,12 @@ def test_what_ddp_wrapped_goes_on_without_it(ranks: Run, tmp_path: Path) -> None
     optimizer = MeZO(model, lr=0.1)
     optimizer.load_state_dict(state)
     assert optimizer.steps_done == STEPS
+
+
+def test_a_run_goes_on_from_shards_that_torch_saved(ranks: Run, tmp_path: Path) -> None:
+    for whole, resumed in ranks(go_on_from_shards, tmp_path):
+        assert equal(resumed.pop("weights"), whole.pop("weights"))
+        assert resumed == whole
 
 
 def test_a_journal_that_one_cannot_write_stops_all(ranks: Run, tmp_path: Path) -> None:
