@@ -200,8 +200,9 @@ class LoadableLinear(AdaptedLinear):
         initial = self._initial(name)
         if not initial.u.any():  # s is 0 of a weight of zeros too
             raise FastpeftError(
-                f"{self.name}: adapter {name!r} was made with init_weights='saved' and holds nothing yet. Load a "
-                "saved adapter into it, or create it with init_weights=True."
+                f"{self.name}: adapter {name!r} was made with init_weights='saved' and holds nothing yet: nothing "
+                "was loaded, or a file that names this layer otherwise. Load a saved adapter into it "
+                "(PeftModel.from_pretrained takes other names by key_mapping), or create it with init_weights=True."
             )
         if not self._starts_from(name, initial):
             self._prepare_for(name, initial)

@@ -196,6 +196,10 @@ def test_a_base_whose_layers_have_other_names_is_loaded_by_a_mapping(tmp_path: P
     model = move(peft.get_peft_model(tiny(), SivaConfig(r=3)).eval())
     model.save_pretrained(tmp_path)
     mapping = {"^roberta": "0.roberta"}
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        unmapped = peft.PeftModel.from_pretrained(nn.Sequential(tiny()), tmp_path)
+    with pytest.raises(FastpeftError, match=r"names this layer otherwise.* by key_mapping"):
+        unmapped(token_ids())
     loaded = peft.PeftModel.from_pretrained(nn.Sequential(tiny()), tmp_path, key_mapping=mapping).eval()
     assert loaded(token_ids()).logits.equal(model(token_ids()).logits)
 
