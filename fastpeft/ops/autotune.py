@@ -29,7 +29,7 @@ VARIABLE = "FASTPEFT_MEASURE"
 TUNED = Path(__file__).parent / "tuned"  # a file for each architecture of GPUs
 _WAIT = 1_000_000  # of a GPU's cycles, about half a millisecond
 _CPU = torch.device("cpu")
-_CLEARLY = 0.97  # of the fixed candidate's time: what takes more does not replace it
+_CLEARLY = 0.97  # of a candidate's time: what takes more does not replace it
 
 Times = dict[str, float]  # milliseconds by candidate
 Candidates = Mapping[str, Callable[[], object]]
@@ -59,6 +59,8 @@ class Timings:
         fixed: str,
         candidates: Callable[[], Candidates] | None,
         device: torch.device = _CPU,
+        clearly: float = _CLEARLY,
+        untimed: str | None = None,
     ) -> str:
         """The name of the fastest candidate.
 
@@ -67,17 +69,19 @@ class Timings:
             fixed: the candidate to take unless another is clearly faster.
             candidates: makes what is called to time each; None where nothing can be timed.
             device: where they run. On a GPU the time is its own, without the launch.
+            clearly: which part of the fixed candidate's time another may take to be clearly faster.
+            untimed: what to take where nothing is timed. None: the fixed candidate.
         """
         if torch.are_deterministic_algorithms_enabled():
-            return fixed
+            return untimed or fixed
         key = (*question, torch.get_num_threads()) if device.type == "cpu" else question
         found = self._answers.get(key)
         if found is None:
             times = self._times(_in_words(question, device), candidates, device)
             if times is None:
-                return fixed
+                return untimed or fixed
             best = min(times, key=times.__getitem__)
-            found = self._answers[key] = best if times[best] < _CLEARLY * times.get(fixed, float("inf")) else fixed
+            found = self._answers[key] = best if times[best] < clearly * times.get(fixed, float("inf")) else fixed
         return found
 
     @property

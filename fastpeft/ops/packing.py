@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fastpeft.ops.autotune import Candidates, is_captured, timings
 
 _MOST_TIMED = 1 << 26  # entries of a weight: 128 rows then take a second
+_GAINS = 0.9  # of the plain product's time: a pack takes memory, and what is around it 0.1 to 0.3 ms a layer
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals itself as an integer
@@ -132,11 +133,13 @@ def is_token(x: Tensor, weight: Tensor) -> bool:
 def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
     """Whether a product of so many rows is faster by the pack, for a weight in the dtype of the product.
 
-    Timed for 1, 16 and 128 rows, which stand for less and for more. Where it is not timed, as for a weight that is fake
-    or takes seconds, from two rows on: one row in float32 reads the whole weight once for little work, and the product
-    by a pack takes longer to begin.
+    Timed for 1, 16, 128 and 512 rows, which stand for less, and the last for more: with AVX2 a pack may gain a third at
+    128 rows and lose a tenth at 512. What it must gain is in `_GAINS`. Where it is not timed, as for a weight that
+    is fake or takes seconds, it counts as faster from two rows on: one row in float32 reads the whole weight once for
+    little work, and the product by a pack takes longer to begin.
     """
-    rows = 1 if rows <= 1 else 16 if rows <= 16 else 128
+    most = 512 if weight.numel() <= _MOST_TIMED // 4 else 128
+    rows = next((each for each in (1, 16, 128) if rows <= each), most)
     n, k = weight.shape
     dtype = weight.dtype
     is_timed = weight.numel() <= _MOST_TIMED and not isinstance(weight, FakeTensor)
@@ -148,10 +151,11 @@ def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
         plain = partial(torch.mm, x, frozen) if transposed else partial(F.linear, x, frozen)
         return {"packed": partial(packed_linear, x, packed, None), "plain": plain}
 
-    fixed = "plain" if rows == 1 and dtype is torch.float32 else "packed"
+    untimed = "plain" if rows == 1 and dtype is torch.float32 else "packed"
     product = "rows times weight" if transposed else "frozen product"
     question = product, dtype, n, "x", k, "rows", rows
-    return timings.answer(question, fixed, candidates if is_timed else None) == "packed"
+    asked = candidates if is_timed else None
+    return timings.answer(question, "plain", asked, clearly=_GAINS, untimed=untimed) == "packed"
 
 
 class Packs:

@@ -170,6 +170,34 @@ def test_a_weight_is_packed_where_that_is_fastest(
     torch.testing.assert_close(found, x @ (weight if transposed else weight.t()))
 
 
+@pytest.mark.parametrize(("rows", "timed"), [(1, 1), (9, 16), (16, 16), (100, 128), (129, 512), (4000, 512)])
+def test_products_are_timed_by_their_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: int, timed: int
+) -> None:
+    """A pack that is fast with 128 rows may be slow with more."""
+    monkeypatch.setattr(packing, "timings", Timings(tmp_path / "times.json"))
+    packing.operand(torch.randn(40, 24), packing.Packs(), torch.randn(rows, 24))
+    (question,) = packing.timings.used
+    assert f"rows {timed}," in question
+    monkeypatch.setattr(packing, "_MOST_TIMED", 40 * 24)
+    packing.operand(torch.randn(40, 24), packing.Packs(), torch.randn(rows, 24))
+    assert f"rows {min(timed, 128)}," in [*packing.timings.used][-1]  # of a large weight more would take seconds
+
+
+@pytest.mark.parametrize(("packed", "is_taken"), [(0.88, True), (0.92, False)])
+def test_a_pack_must_be_worth_its_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packed: float, is_taken: bool
+) -> None:
+    monkeypatch.setattr(packing, "timings", Timings(tmp_path / "times.json"))
+    weight, x, packs = torch.randn(40, 24), torch.randn(600, 24), packing.Packs()
+    packing.operand(weight, packs, x)
+    (question,) = packing.timings.used
+    packing.timings.begin({question: {"packed": packed, "plain": 1.0}})
+    packs.drop()
+    assert packing.operand(weight, packs, x).is_mkldnn is is_taken
+    assert bool(packs.nbytes) is is_taken
+
+
 def test_times_are_told_fastest_first() -> None:
     assert in_words({"packed": 2.04, "plain": 1.0}) == "plain 1 ms, packed 2.04 ms"
 
