@@ -396,9 +396,11 @@ def _in_one_precision(cell: Cell, earlier: Sequence[Cell]) -> Cell:
 
 
 def _trains_alike(cell: Cell, other: Cell) -> bool:
-    """Whether two cells both train by gradients or both without, and neither says itself what it computes in."""
-    zeroth = [METHODS[each.method].optimization.zeroth_order for each in (cell, other)]
-    return zeroth[0] == zeroth[1] and "bf16" not in parse_variant(cell.variant)[1]
+    """Whether two cells both train by gradients or both without, with weights in one dtype, and the first does not say
+    itself what it computes in.
+    """
+    kinds = [(METHODS[each.method].optimization.zeroth_order, each.values.get("dtype")) for each in (cell, other)]
+    return kinds[0] == kinds[1] and "bf16" not in parse_variant(cell.variant)[1]
 
 
 def _filled_in(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:

@@ -523,3 +523,13 @@ def test_cells_compute_in_what_is_given_for_all(tmp_path: Path, monkeypatch: pyt
     _machine(monkeypatch, True)
     made = Plan.make(config("siva", "mezo", output=str(tmp_path / "out"), common={"bf16": False}), "command")
     assert _precisions(made) == {"siva-seed0": False, "mezo-seed0": False}
+
+
+def test_cells_with_weights_in_bfloat16_compute_in_it_beside_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _machine(monkeypatch, False)
+    output = str(tmp_path / "out")
+    Plan.make(config("siva", output=output), "first").save()
+    added = Plan.make(config("siva:dtype=bfloat16", "lora", output=output), "second")
+    assert _precisions(added) == {"siva-seed0": False, "siva-dtype=bfloat16-seed0": True, "lora-seed0": False}
