@@ -165,6 +165,7 @@ _METHODS = (  # what the goal compares comes first, what takes longest last
     "qlora",
     "full",
     f"lora:{_ADAPTED}:learning_rate=1.2e-3:bf16=false",
+    "siva:targets=key+value:bf16=false",
 )
 _SIDE_RATE = ":learning_rate=6e-4"
 _MEZO = "mezo:prompt=sst2:learning_rate=6e-6:epochs=5"
@@ -195,6 +196,7 @@ _TAGGING = (  # by the recipes' rates adapters answer one tag throughout
     "last-n:learning_rate=1e-4",
     "qlora:learning_rate=1e-3",
     "full:learning_rate=5e-5",
+    "siva:targets=key+value:learning_rate=3e-3:bf16=false",
 )
 _WIDE = ":rank=8:targets=all-linear"
 _LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"
