@@ -7,6 +7,8 @@ import re
 import shlex
 from collections.abc import Callable, Iterable
 
+_OF_MEMORY = re.compile("out of memory|DefaultCPUAllocator|ALLOC_FAILED")  # the last from cuBLAS and cuDNN
+
 
 class FastpeftError(ValueError):
     """Raised when what was given cannot be used.
@@ -34,6 +36,16 @@ class NotFiniteError(FastpeftError):
 
 class LostProcessError(FastpeftError):
     """Raised when a process that trains with this one has ended or does not answer."""
+
+
+class NotEnoughMemoryError(FastpeftError):
+    """Raised when the memory of a GPU, or of the machine, is not enough for what was given."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or a library says so that memory is not enough; of those on CPUs PyTorch has no type."""
+    said = isinstance(error, RuntimeError) and _OF_MEMORY.search(str(error)) is not None
+    return said or isinstance(error, MemoryError)
 
 
 def first_line(error: Exception) -> str:

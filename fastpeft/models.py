@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fastpeft.data.names import DEMO, DEMO_FOLDER
 from fastpeft.data.problems import REGRESSION, Problem
-from fastpeft.errors import FastpeftError, first_line
+from fastpeft.errors import FastpeftError, NotEnoughMemoryError, first_line, is_out_of_memory
 from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.four_bits import keep_form
@@ -108,6 +108,11 @@ def check_model(model: str) -> None:
 
 
 def _unloadable(model: str, error: Exception) -> FastpeftError:
+    if is_out_of_memory(error):
+        return NotEnoughMemoryError(
+            f"memory is not enough to load the model {model!r} ({first_line(error).rstrip('.')}). Free some, or "
+            "choose a smaller model."
+        )
     return FastpeftError(
         f"cannot load the model {model!r}: {first_line(error)} Give {DEMO!r}, a folder with config.json, "
         "model.safetensors and a tokenizer, or a hub id."

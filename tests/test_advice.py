@@ -24,7 +24,14 @@ from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.model import SivaModel
 from fastpeft.training.config import options
 
-RAISED = ("FastpeftError", "NotFiniteError", "LostProcessError", "ValueError", "KeyboardInterrupt")
+RAISED = (
+    "FastpeftError",
+    "NotFiniteError",
+    "LostProcessError",
+    "NotEnoughMemoryError",
+    "ValueError",
+    "KeyboardInterrupt",
+)
 
 
 def messages() -> Iterator[tuple[str, str]]:

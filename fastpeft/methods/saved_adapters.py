@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fastpeft.errors import FastpeftError, first_line
+from fastpeft.errors import FastpeftError, first_line, is_out_of_memory
 from fastpeft.siva.loading import current_keys
 from fastpeft.support import files
 from fastpeft.support.adapter_files import CONFIG, WEIGHTS, check_adapter
@@ -72,6 +72,8 @@ def put_onto(base: Any, folder: Path) -> PeftModel:
     except FastpeftError as error:
         raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error}") from error
     except Exception as error:  # a broken file surfaces as almost any type
+        if is_out_of_memory(error):
+            raise
         raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error} Train it anew.") from error
     check_weights(model, folder)
     return model

@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper, constants
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft.errors import FastpeftError, install
+from fastpeft.errors import FastpeftError, install, is_out_of_memory
 from fastpeft.ladder.backbone import POOLER
 from fastpeft.methods.preparation import Preparation, Targets
 from fastpeft.ops.quantised_linear import BLOCK
@@ -76,6 +76,8 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
     except FastpeftError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:  # PEFT raises any
+        if is_out_of_memory(error):
+            raise
         names = endings(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         reason = str(error).strip().rstrip(".")
         raise FastpeftError(

@@ -20,7 +20,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft.data.batches import by_length
 from fastpeft.data.examples import TokenRow
-from fastpeft.errors import FastpeftError, first_line
+from fastpeft.errors import FastpeftError, first_line, is_out_of_memory
 from fastpeft.models import Classifier, is_causal_lm, load_language_model, longest_input, masked_lm_head_layers
 from fastpeft.ops.dtypes import keeping_dtypes
 from fastpeft.prompts.core import core_for, find_core
@@ -357,6 +357,8 @@ class PromptModel(PreTrainedModel):
         except FastpeftError:
             raise
         except Exception as error:  # a broken file surfaces as almost any type
+            if is_out_of_memory(error):
+                raise
             raise FastpeftError(
                 f"cannot load a prompted model from {source!r}: {first_line(error)} Give a folder or hub id that "
                 "PromptModel.save_pretrained wrote."

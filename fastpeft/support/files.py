@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from fastpeft.errors import FastpeftError, first_line
+from fastpeft.errors import FastpeftError, first_line, is_out_of_memory
 
 try:
     import fcntl
@@ -77,6 +77,8 @@ def saving(what: str, remedy: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # the third from torch.save; and tokenizers raise what has no type of its own
         if not isinstance(error, (OSError, SafetensorError, RuntimeError)) and type(error) is not Exception:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.utils import is_liger_kernel_available
 
 from fastpeft.data.batches import eval_batch_size
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, NotEnoughMemoryError, first_line, is_out_of_memory
 from fastpeft.ladder.model import LadderModel
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import processes
@@ -174,6 +175,38 @@ def refusing(task: Task) -> Iterator[None]:
         raise FastpeftError(
             f"the Trainer cannot take the settings {dict(task.setup.arguments) or 'of this run'}: {reason}. "
             "Correct them, or leave them out."
+        ) from error
+
+
+@contextmanager
+def noticing_lack_of_memory(task: Task) -> Iterator[None]:
+    """Let a lack of memory be one error, which says what would need less of it.
+
+    Raises:
+        NotEnoughMemoryError: memory is not enough for what the block does.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        config, given = task.config, task.setup.arguments
+        measured = given.get("per_device_eval_batch_size", eval_batch_size(task.data.problem, config.batch_size))
+        keeps = not (task.method.optimization.zeroth_order or given.get("gradient_checkpointing"))
+        more = "" if config.optimizer_in_backward else " (for the same steps with more gradient_accumulation_steps)"
+        ways = {
+            f"a smaller `batch_size`{more}": config.batch_size > 1,
+            "a smaller `max_length`": True,
+            "--set per_device_eval_batch_size=N for measuring": measured > 1,
+            "--set gradient_checkpointing=true": keeps and _supports_checkpointing(task.model),
+            "`dtype` bfloat16": not (config.in_bfloat16 or replace(config, bf16=None).why_not_in_bfloat16),
+        }
+        reason, advice = first_line(error).rstrip("."), ", or ".join(filter(ways.get, ways))
+        longest = max(len(row["input_ids"]) for row in (*task.train_rows, *task.dev_rows))
+        raise NotEnoughMemoryError(
+            f"memory is not enough for `batch_size` {config.batch_size}, or for measuring {measured} rows at once, "
+            f"with rows of up to {longest} tokens ({reason}). Give {advice}; --dry-run with that tells what a step "
+            "would take."
         ) from error
 
 

@@ -20,7 +20,14 @@ from fastpeft.data import result_warnings
 from fastpeft.data.examples import labels_in_words
 from fastpeft.data.names import DEMO, FEATURE_DTYPES, LOSS
 from fastpeft.data.splitting import digest
-from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
+from fastpeft.errors import (
+    FastpeftError,
+    LostProcessError,
+    NotEnoughMemoryError,
+    NotFiniteError,
+    first_line,
+    is_out_of_memory,
+)
 from fastpeft.mezo.journal import Journal
 from fastpeft.models import is_stored_in_bfloat16
 from fastpeft.ops.autotune import timings
@@ -33,7 +40,7 @@ from fastpeft.support.launcher import is_first, launched
 from fastpeft.support.nonfinite import is_finite
 from fastpeft.support.processes import Ranks, noticing_lost_processes
 from fastpeft.support.processor import has_bfloat16
-from fastpeft.training.arguments import recipe_used, refusing, training_arguments
+from fastpeft.training.arguments import noticing_lack_of_memory, recipe_used, refusing, training_arguments
 from fastpeft.training.config import TrainConfig, check_config
 from fastpeft.training.lineage import check_output, earlier_run
 from fastpeft.training.outcome import Beginning, finish, of_classes, save_model
@@ -76,8 +83,8 @@ def train(
 
     Raises:
         FastpeftError: something given cannot be used; then nothing was written. Or the loss or a gradient was not
-            finite; then the weights before that step are kept in the folder. Or the disk is full, or one of several
-            processes was lost; then the error says what is kept.
+            finite; then the weights before that step are kept in the folder. Or the disk is full, memory is not enough,
+            or one of several processes was lost; then the error says what is kept.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP came. The step under way was made and a checkpoint saved, from
             which `resume` leads to the bits of an uninterrupted run; a second one does not wait. The message says how
             to go on. Where somebody has set a handler of such a signal, that one runs.
@@ -126,11 +133,16 @@ def train(
             with refusing(task):
                 trainer.begin_reports(task.config.report_to)
         try:
-            with noting_stops(trainer.stop, _NOTICE), noticing_lost_processes():
+            with noting_stops(trainer.stop, _NOTICE), noticing_lost_processes(), noticing_lack_of_memory(task):
                 _run(trainer, task, resume)
                 metrics = finish(trainer, task, before)
         except LostProcessError as error:
             raise LostProcessError(f"{error} {folder.going_on()}") from error
+        except NotEnoughMemoryError as error:
+            raise NotEnoughMemoryError(
+                f"{error.args[0]} A run that has begun keeps its options: give others with --overwrite, or go on where "
+                f"there is more memory. {folder.going_on()}"
+            ) from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Interrupted. {folder.going_on()}") from None
     if is_first():
@@ -207,7 +219,7 @@ def _prepare(
             ranks.check_same({**config.values(), **_on_disk(task, folder)})
         if resume and folder.finished:
             return None
-        with refusing(task), noticing_lost_processes():
+        with refusing(task), noticing_lost_processes(), noticing_lack_of_memory(task):
             trainer = trainer_class(task)(task, arguments, folder, callbacks)
             trainer.create_optimizer()
             return trainer, trainer.measure(task.dev_rows)
@@ -256,7 +268,7 @@ def _run(trainer: RunTrainer, task: Task, resume: bool) -> None:
     except FastpeftError:
         raise
     except Exception as error:
-        if checkpoint is None or trainer.samples_seen:
+        if checkpoint is None or trainer.samples_seen or is_out_of_memory(error):
             raise
         # a broken file surfaces as almost any type
         raise FastpeftError(

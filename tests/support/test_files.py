@@ -98,7 +98,11 @@ def test_what_cannot_be_written_is_one_message(error: Exception, reason: str) ->
     assert str(raised.value) == f"cannot write it ({reason}). Make room."
 
 
-@pytest.mark.parametrize("error", [FastpeftError("no rank"), KeyError("name"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [FastpeftError("no rank"), KeyError("name"), KeyboardInterrupt(), RuntimeError("CUDA out of memory.")],
+    ids=repr,
+)
 def test_what_is_wrong_otherwise_passes(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised, files.saving("it", lambda: "Make room."):
         raise error

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from transformers.models.roberta.modeling_roberta import RobertaPreTrainedModel
 
 from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.errors import NotEnoughMemoryError
 from fastpeft.methods.registry import get_method
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
@@ -36,6 +37,86 @@ def test_a_run_whose_last_step_destroys_the_weights_does_not_finish(config: Trai
     with pytest.raises(FastpeftError, match=r"not finite after step 1.*peak is 1e\+30.*No checkpoint was saved before"):
         train(replace(config, max_steps=1, learning_rate=1e30))
     assert not Path(config.output, "metrics.json").exists()
+
+
+LACKS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
+
+
+def run_out(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", LACKS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["prediction_step", "training_step"])
+def test_a_lack_of_memory_is_one_message(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
+) -> None:
+    monkeypatch.setattr(f"transformers.Trainer.{where}", run_out(error))
+    with pytest.raises(NotEnoughMemoryError) as found:
+        train(replace(config, settings={"per_device_eval_batch_size": 5}))
+    message, cause = str(found.value), found.value.__cause__
+    assert "not enough for batch_size 8, or for measuring 5 rows at once, with rows of up to " in message
+    assert f"({str(error).rstrip('.') or 'MemoryError'}). Give a smaller batch_size" in message
+    assert "smaller max_length, or --set per_device_eval_batch_size=N for measuring, or --set grad" in message
+    assert "or dtype bfloat16; --dry-run" in message
+    assert ("Nothing of the run is saved; start it again with" in message) is (where == "training_step")
+    assert error in (cause, cause and cause.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [
+        ({"method": "mezo"}, ("checkpointing", "bfloat16")),
+        ({"settings": {"gradient_checkpointing": True}}, ("checkpointing",)),
+        ({"batch_size": 1, "dtype": "bfloat16"}, ("smaller batch_size", "bfloat16")),
+        ({"method": "full", "optimizer_in_backward": True}, ("accumulation", "bfloat16")),
+    ],
+    ids=str,
+)
+def test_what_cannot_save_memory_is_not_advised(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], left_out: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("transformers.Trainer.prediction_step", run_out(LACKS[0]))
+    with pytest.raises(NotEnoughMemoryError, match="smaller max_length") as found:
+        train(replace(config, **changes))
+    assert [words for words in left_out if words in str(found.value)] == []
+
+
+def test_a_lack_of_memory_is_not_laid_to_the_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config, save_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(3)])
+    monkeypatch.setattr("transformers.Trainer._load_from_checkpoint", run_out(LACKS[0]))
+    with pytest.raises(NotEnoughMemoryError, match=r"The newest checkpoint is .*checkpoint-2; resume with") as found:
+        train(config, resume=True)
+    assert "Delete" not in str(found.value)
+
+
+@pytest.mark.parametrize("error", LACKS[:2], ids=lambda error: type(error).__name__)
+def test_a_lack_of_memory_is_not_laid_to_what_is_loaded(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    folder = train(replace(config, max_steps=1)).folder
+    for where in ("peft.PeftModel.from_pretrained", "torch.nn.Module.__call__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, run_out(error))
+            with pytest.raises(type(error)) as found:
+                predict(folder, ["a dull plot"])
+        assert found.value is error
+    monkeypatch.setattr("peft.get_peft_model", run_out(error))
+    with pytest.raises(type(error)):
+        train(replace(config, output="again"))
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", run_out(error))
+    with pytest.raises(NotEnoughMemoryError, match=r"to load the model .* choose a smaller model"):
+        predict(folder, ["a dull plot"])
 
 
 @pytest.mark.long(but="head")
