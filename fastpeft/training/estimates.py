@@ -25,6 +25,7 @@ from fastpeft.training.arguments import (
     ADAMW,
     ADAMW_8BIT,
     compute_dtype,
+    noticing_lack_of_memory,
     recipe_used,
     refusing,
     total_steps,
@@ -195,14 +196,15 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
             task = dataclasses.replace(task, setup=dataclasses.replace(task.setup, config=short))
             clock = _LaterSteps()
             arguments = training_arguments(task, elsewhere)
-            with refusing(task):
+            with refusing(task), noticing_lack_of_memory(task):
                 trainer = trainer_class(task)(task, arguments, RunFolder(elsewhere), [clock])
-                trainer.reports.training = "trial steps"  # for a plan trains nothing
+                trainer.reports.training = "trial steps"  # for a plan keeps nothing of them
                 trainer.reports.measuring = "measuring"
                 loaded = time.perf_counter()
                 trainer.measure(task.dev_rows[:_ROWS])
             measured = (time.perf_counter() - loaded) / len(task.dev_rows[:_ROWS])
-            trainer.train()
+            with noticing_lack_of_memory(task):
+                trainer.train()
         except FastpeftError as error:
             return Estimate(memory, error=str(error))
     rows = len(task.dev_rows)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from samples import reviews, save_tiny_model, write_csv
 from typer.testing import CliRunner
 
@@ -78,6 +79,21 @@ def test_a_plan_loads_and_simulates_once(config: CompareConfig, monkeypatch: pyt
     assert calls == ["load", "peak"] * 2
     assert timed.steps == 8, "of 54 rows in batches of 16, for two epochs"
     assert timed.estimate.seconds(10) is not None
+
+
+@pytest.mark.parametrize("place", ["prediction_step", "training_step"])
+def test_a_trial_that_runs_out_of_memory_leaves_the_estimate(
+    config: CompareConfig, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"transformers.Trainer.{place}", fail)
+    head = config.cells()[0].config
+    found = plan(head, timed=True)
+    assert found.peak_memory_mb == plan(head).peak_memory_mb
+    assert "memory is not enough for batch_size 16" in (found.estimate.error or "")
+    assert found.estimate.seconds(10) is None
 
 
 @pytest.mark.parametrize(
