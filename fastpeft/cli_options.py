@@ -63,8 +63,8 @@ BUDGET = panel_option(
     None,
     panel=OUTPUT,
     metavar="MB",
-    help="With --dry-run: show whether the estimated peak of a step fits into this many MB; on a CPU the process takes "
-    "more.",
+    help="With --dry-run: show whether the tensors of a step, at their estimated peak, fit into this many MB; the "
+    "process takes more.",
 )
 
 

@@ -155,7 +155,7 @@ def run_plan(config: TrainConfig, budget_mb: float | None) -> TrainPlan:
 
 
 def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None) -> None:
-    """Print what a run would do and take, and whether its step fits into a budget."""
+    """Print what a run would do and take, and whether the tensors of a step fit into a budget."""
     known, peak = what.estimate, what.peak_memory_mb
     seconds = known.seconds(what.rows)
     rows = [
@@ -165,7 +165,7 @@ def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None)
     if seconds is not None and (resident := peak_rss_mb()) is not None and not torch.accelerator.is_available():
         rows.append(("peak resident memory", f"{resident:,.0f} MB (the whole process)"))
     if budget_mb is not None:
-        rows.append((f"a step fits into {budget_mb:,.0f} MB", _fits(known, budget_mb)))
+        rows.append((f"tensors of a step fit into {budget_mb:,.0f} MB", _fits(known, budget_mb)))
     rows += [
         ("estimated time", known.error or _time(known, seconds, budget_mb)),
         ("steps of the run", f"{what.steps:,}"),
@@ -174,7 +174,7 @@ def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None)
         ("compute dtype", what.compute_dtype),
         *((name.replace("_", " "), f"{value}") for name, value in what.recipe.items()),
     ]
-    show_table(f"{config.method} on {config.data}: nothing was trained or written", rows)
+    show_table(f"{config.method} on {config.data}: nothing was written", rows)
 
 
 def _fits(known: Estimate, budget_mb: float) -> str:
@@ -202,7 +202,7 @@ def show_plan(comparison: Comparison, known: Mapping[str, Estimate], budget_mb: 
         Why variants would fail, by the variant.
     """
     cells = comparison.plan.wanted
-    table = Table("cell", "state", "memory, MB", *(["fits"] if budget_mb else []), "time")
+    table = Table("cell", "state", "memory, MB", *(["tensors fit"] if budget_mb else []), "time")
     timed: dict[str, float] = {}
     for cell in cells:
         if cell.state == "finished":

@@ -375,7 +375,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
         "linear",
     ]
     shown = run(*TRAIN, "--method", "lst", "--cache-features", "kept", "--dry-run", "--memory-budget", "0.01").stdout
-    assert re.search(r"a step fits into 0 MB +│ no", shown)
+    assert re.search(r"tensors of a step fit into 0 MB +│ no", shown)
     assert "resident" not in shown
     assert re.search(r"estimated time +│ not timed: does not fit", shown), "no step is run of what does not fit"
     run(*TRAIN, "--method", "lst", "--cache-features", "kept", "--dry-run", "--memory-budget", "500")
