@@ -167,12 +167,20 @@ def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
 
 
 def digest_words(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of every token the loss and whether the most likely word is the hidden one: `(B, T, 2)`, float32."""
+    """Of every token the loss and whether the most likely word is the hidden one: `(B, T, 2)`, float32.
+
+    Tokens without a label get 0. Copies, and logits that a fused head has not made, are those of some tokens at a time.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
-    losses = cross_entropy(logits.float().mT, labels, ignore_index=UNLABELLED, reduction="none")
-    return torch.stack([losses, (logits.argmax(-1) == labels).float()], dim=-1)
+    from fastpeft.ops.fused_head import logits_in_chunks
+
+    found = labels.new_zeros(*labels.shape, 2, dtype=torch.float32)
+    for tokens, some in logits_in_chunks(logits, (labels != UNLABELLED).nonzero(as_tuple=True)):
+        losses = cross_entropy(some.float(), labels[tokens], reduction="none")
+        found[tokens] = torch.stack([losses, (some.argmax(-1) == labels[tokens]).float()], dim=-1)
+    return found
 
 
 def digest_next_words(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import autocast_dtype, compute_dtype, no_autocast
-from fastpeft.ops.frozen_head_cross_entropy import loss_of_head
+from fastpeft.ops.frozen_head_cross_entropy import loss_of_head, tokens_of_chunk
 from fastpeft.ops.frozen_linear import PackedLinear, unpack_frozen
 from fastpeft.ops.packing import version_of
 
@@ -133,6 +134,29 @@ class LazyLogits(Tensor):
         return unmade
 
 
+def logits_in_chunks(logits: Tensor, tokens: tuple[Tensor, ...]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """The indices of some tokens and their logits `(n, V)`, of not many at a time.
+
+    Of logits that are not made only these are, and not kept.
+
+    Args:
+        logits: `(*, V)`.
+        tokens: their indices in each dimension of `*`, as `nonzero` gives them.
+    """
+    size = tokens_of_chunk(logits.shape[-1], logits.device)
+    chunks = zip(*(of_dimension.split(size) for of_dimension in tokens))
+    if not isinstance(logits, LazyLogits) or logits.is_made():
+        yield from ((chunk, logits[chunk]) for chunk in chunks)
+        return
+    logits.use("logits_in_chunks")
+    dtype = logits.hidden.dtype
+    weight, bias = logits.weight.to(dtype), None if logits.bias is None else logits.bias.to(dtype)
+    for chunk in chunks:
+        with no_autocast(logits.device):
+            made = F.linear(logits.hidden[chunk], weight, bias).to(logits.dtype)
+        yield chunk, made
+
+
 def _with_made(value: Any, name: str) -> Any:
     """An argument with the logits that it holds made."""
     if isinstance(value, LazyLogits):
@@ -219,12 +243,14 @@ class FusedLinear(nn.Linear):
 
     Attributes:
         is_labelled: whether the model that runs now was given labels.
+        is_asked: whether nobody may want all logits without labels either, see `making_no_logits`.
         is_told: whether the log has said that logits are made.
         uses: what was done with the last logits.
         handles: of the hooks on the model.
     """
 
     is_labelled: bool
+    is_asked: bool
     is_told: bool
     uses: list[str]
     handles: list[RemovableHandle]
@@ -235,7 +261,7 @@ class FusedLinear(nn.Linear):
         is_hooked = self._forward_hooks or self._forward_pre_hooks  # which may lend other weights, or read the logits
         dtype = compute_dtype(input, self.weight)
         castable = dtype is input.dtype or autocast_dtype(input.device) is not None
-        if not self.is_labelled or trains or is_traced or is_hooked or not castable:
+        if not (self.is_labelled or self.is_asked) or trains or is_traced or is_hooked or not castable:
             return super().forward(input)
         return LazyLogits(input.to(dtype), self.weight, self.bias, dtype, self.uses)
 
@@ -282,6 +308,20 @@ def fuse_any_head(model: nn.Module) -> None:
     """`fuse_head` of a model that it takes; any other stays as it is."""
     if any(type(decoder) in (nn.Linear, PackedLinear, FusedLinear) for _, decoder in _decoders(model)):
         fuse_head(model)
+
+
+@contextmanager
+def making_no_logits(model: nn.Module) -> Iterator[None]:
+    """Let a model whose head can be fused answer with `LazyLogits` without labels too; its head stays fused."""
+    fuse_any_head(model)
+    heads = [module for module in model.modules() if isinstance(module, FusedLinear)]
+    for head in heads:
+        head.is_asked = True
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.is_asked = False
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -332,7 +372,7 @@ def fuse_head(model: Model) -> Model:
             owner.register_forward_pre_hook(_before, with_kwargs=True),
             owner.register_forward_hook(_after, always_call=True),
         ]
-        decoder.__dict__.update(is_labelled=False, is_told=False, uses=[], handles=handles)
+        decoder.__dict__.update(is_labelled=False, is_asked=False, is_told=False, uses=[], handles=handles)
         decoder.__class__ = FusedLinear
     return model
 
@@ -343,7 +383,7 @@ def unfuse_head(model: Model) -> Model:
         if isinstance(decoder, FusedLinear):
             for handle in decoder.handles:
                 handle.remove()
-            for name in ("is_labelled", "is_told", "uses", "handles"):
+            for name in ("is_labelled", "is_asked", "is_told", "uses", "handles"):
                 del decoder.__dict__[name]
             decoder.__class__ = nn.Linear  # type: ignore[assignment]
     return model

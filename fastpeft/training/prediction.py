@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION
 from fastpeft.data.values import refuse_empty
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.fused_head import making_no_logits
 from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
 from fastpeft.training.encoding import collator
@@ -194,19 +196,20 @@ def outputs_of(run: FinishedRun, rows: Sequence[TokenRow]) -> list[np.ndarray]:
     collate = collator(run.classifier.tokenizer, run.problem)
     model = run.classifier.model
     found: dict[int, np.ndarray] = {}
-    for chosen in by_length(rows, eval_batch_size(run.problem, run.config.batch_size)):
-        report("answering", len(found), len(rows))
-        batch = collate([rows[i] for i in chosen]).to(model.device)
-        labels = batch.pop("labels")
-        with run.autocast():
-            logits = model(**batch).logits
-        if run.problem.digest is not None:
-            logits = run.problem.digest(logits, labels)
-        outputs = logits.float().cpu().numpy()
-        masks = batch["attention_mask"].bool().cpu().numpy()
-        found |= {
-            i: output[mask] if run.problem.per_token else output for i, output, mask in zip(chosen, outputs, masks)
-        }
+    with making_no_logits(model) if run.problem.digest is not None else nullcontext():
+        for chosen in by_length(rows, eval_batch_size(run.problem, run.config.batch_size)):
+            report("answering", len(found), len(rows))
+            batch = collate([rows[i] for i in chosen]).to(model.device)
+            labels = batch.pop("labels")
+            with run.autocast():
+                logits = model(**batch).logits
+            if run.problem.digest is not None:
+                logits = run.problem.digest(logits, labels)
+            outputs = logits.float().cpu().numpy()
+            masks = batch["attention_mask"].bool().cpu().numpy()
+            found |= {
+                i: output[mask] if run.problem.per_token else output for i, output, mask in zip(chosen, outputs, masks)
+            }
     _check_finite(found.values(), run)
     return [found[i] for i in range(len(rows))]
 

@@ -109,7 +109,7 @@ class RunTrainer(Trainer):
             processing_class=task.tokenizer,
             data_collator=collator(task.tokenizer, self.problem, multiple),
             compute_metrics=self._score,
-            preprocess_logits_for_metrics=self.problem.digest or _logits_alone,
+            preprocess_logits_for_metrics=_logits_alone,
             callbacks=[
                 EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
                 *self._measuring(len(curve_rows), task.config.patience),
@@ -294,6 +294,9 @@ class RunTrainer(Trainer):
         if self.custom_loss is None or return_outputs:
             with self._without_label_smoothing() if return_outputs else nullcontext():
                 found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if return_outputs and self.problem.digest is not None:
+                loss, outputs = found  # the Trainer would detach the logits, and so make those that are not made
+                found = loss, {"logits": self.problem.digest(outputs["logits"], inputs["labels"])}
         else:
             labels = inputs.pop("labels")
             found = self.custom_loss(model(**inputs).logits, labels)

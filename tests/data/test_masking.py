@@ -16,11 +16,12 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from fastpeft import FastpeftError, LadderModel, TrainConfig, train
 from fastpeft.comparison.plan import CompareConfig
 from fastpeft.comparison.run import Comparison
+from fastpeft.data import scores
 from fastpeft.data.examples import Examples, load_data
 from fastpeft.data.masking import SHARE, MaskedRows, Masker
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import MASKED_WORDS
-from fastpeft.ops.fused_head import FusedLinear
+from fastpeft.ops.fused_head import FusedLinear, LazyLogits
 from fastpeft.training.encoding import Encoder
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
@@ -65,6 +66,21 @@ def test_the_loss_of_a_run_makes_no_logits(config: TrainConfig, method: str) -> 
     task = Task.load(replace(config, method=method, **changes))
     cores = [module for module in task.model.modules() if hasattr(module, "lm_head")]
     assert type(cores[-1].get_output_embeddings()) is FusedLinear
+
+
+def test_nothing_that_a_run_measures_makes_logits(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(logits: LazyLogits, name: str) -> Any:
+        raise AssertionError(f"{name} makes all logits")
+
+    kinds: list[Any] = []
+    digest = scores.digest_words
+    monkeypatch.setattr(
+        scores, "digest_words", lambda logits, *others: kinds.append(type(logits)) or digest(logits, *others)
+    )
+    monkeypatch.setattr(LazyLogits, "make", make)
+    metrics = train(replace(config, method="siva", window=None)).metrics
+    assert evaluate(config.output)["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
+    assert {*kinds} == {LazyLogits}
 
 
 # -- which words ---------------------------------------------------------------------------------------------------

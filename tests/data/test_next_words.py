@@ -34,11 +34,13 @@ from typer.testing import CliRunner
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
+from fastpeft.data import scores
 from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import load_data, load_rows
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.next_words import completion, encode_counted, end_of_turn, end_tokens, opening, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
+from fastpeft.ops.fused_head import LazyLogits
 from fastpeft.training import evaluation
 from fastpeft.training.evaluation import evaluate, evaluate_causal_lm
 from fastpeft.training.generation import TextGenerator, generate, measure_generations
@@ -220,6 +222,21 @@ def test_a_decoder_is_measured_with_no_training(place: Path, config: TrainConfig
     said = CliRunner().invoke(app, [*command, "--max-new-tokens", "4"])
     assert said.exit_code == 0, said.output
     assert f"{found['loss']:.3f}" in said.output
+
+
+def test_nothing_that_is_measured_makes_logits(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(logits: LazyLogits, name: str) -> Any:
+        raise AssertionError(f"{name} makes all logits")
+
+    monkeypatch.setattr(LazyLogits, "make", make)
+    kinds: list[Any] = []
+    digest = scores.digest_next_words
+    monkeypatch.setattr(
+        scores, "digest_next_words", lambda logits, *others: kinds.append(type(logits)) or digest(logits, *others)
+    )
+    metrics = train(replace(config, method="lora", learning_rate=1e-3)).metrics
+    assert evaluate(config.output)["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
+    assert {*kinds} == {LazyLogits}
 
 
 def test_too_many_new_tokens_are_refused_before_rows_are_measured(

@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from transformers import Trainer
 
 import fastpeft
 from fastpeft import fuse_head, unfuse_head
-from fastpeft.ops.fused_head import FusedLinear, LazyLogits, fuse_any_head
+from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS
+from fastpeft.ops.fused_head import FusedLinear, LazyLogits, fuse_any_head, making_no_logits
 from fastpeft.training.memory import MemoryTracker, simulate_training_step
 
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -276,9 +278,14 @@ def test_metrics_of_an_evaluation_get_their_logits(tmp_path: Path) -> None:
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_has_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def chunks_of_8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastpeft.ops.frozen_head_cross_entropy.CHUNK", 0)
     monkeypatch.setattr("fastpeft.ops.frozen_head_cross_entropy.FEWEST_TOKENS", {"cpu": 8})
+
+
+@pytest.mark.usefixtures("chunks_of_8")
+def test_a_step_has_no_logits() -> None:
     model = frozen(causal_model("llama", vocab_size=5000))
     ids = torch.randint(3, 5000, (4, 64))
     logits = 4 * 64 * 5000 * 4
@@ -294,6 +301,42 @@ def test_a_step_has_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         for change in (unfuse_head, fuse_head)
     ]
     assert simulated[0] - simulated[1] > 2.9 * logits
+
+
+@pytest.mark.usefixtures("chunks_of_8")
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("problem", [NEXT_WORDS, MASKED_WORDS], ids=lambda problem: problem.short)
+def test_what_is_measured_is_that_of_all_logits(problem: Any, autocast: bool, fused: bool) -> None:
+    model = frozen(causal_model("gpt2") if problem is NEXT_WORDS else tiny("Bert", "ForMaskedLM"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        all_logits = model(input_ids=IDS).logits.float()
+        with making_no_logits(model) if fused else nullcontext():
+            logits = model(input_ids=IDS).logits
+        assert is_unmade(logits) is fused
+        found = problem.digest(logits, LABELS)
+        assert is_unmade(logits) is fused
+    shift = int(problem is NEXT_WORDS)
+    asked, labels = all_logits[:, : 7 - shift], LABELS[:, shift:]
+    losses = F.cross_entropy(asked.mT, labels, reduction="none")
+    expected = F.pad(torch.stack([losses, (asked.argmax(-1) == labels).float()], -1), (0, 0, shift, 0))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not is_unmade(model(input_ids=IDS).logits)
+    nothing = problem.digest(logits, torch.full_like(LABELS, -100))
+    assert nothing.count_nonzero() == 0
+
+
+@pytest.mark.usefixtures("chunks_of_8")
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_to_measure_takes_the_memory_of_a_few_tokens(fused: bool) -> None:
+    model = frozen(causal_model("llama", vocab_size=5000))
+    ids = torch.randint(3, 5000, (4, 64))
+    with torch.no_grad(), making_no_logits(model) if fused else nullcontext():
+        logits = model(input_ids=ids).logits
+        with MemoryTracker() as tracker:
+            NEXT_WORDS.digest(logits, ids)
+    held = 4 * (5000 * model.config.hidden_size if fused else 4 * 64 * 5000)  # views of it let the tracker see it
+    assert tracker.peak - held < 3 * (4 * 8 * 5000)
 
 
 # -- logits that are not made ----------------------------------------------------------------------------------------
