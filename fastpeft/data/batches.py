@@ -7,12 +7,17 @@ from typing import Any
 
 from fastpeft.data.problems import Problem
 
-_EVALUATED = 64
+EVALUATED = (64, 64 * 128)  # rows, and tokens with their padding
 
 
-def eval_batch_size(problem: Problem, trained: int) -> int:
-    """How many rows are evaluated together: of outputs over the whole vocabulary as many as are `trained` on."""
-    return _EVALUATED if problem.digest is None else trained
+def eval_limits(problem: Problem, trained: int) -> tuple[int, int | None]:
+    """How many rows, and tokens, are evaluated together: of a language model as many rows as are `trained` on."""
+    return EVALUATED if problem.digest is None else (trained, None)
+
+
+def most_rows(length: int, size: int, tokens: int | None) -> int:
+    """How many rows as long as this are at most `size` and, unless there is but one, have at most so many tokens."""
+    return size if tokens is None else min(size, max(1, tokens // max(1, length)))
 
 
 def order_by_length(rows: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -20,8 +25,13 @@ def order_by_length(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     return sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
 
 
-def by_length(rows: Sequence[Mapping[str, Any]], size: int) -> Iterator[list[int]]:
-    """The places of `order_by_length`, at most `size` at a time."""
-    order = order_by_length(rows)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+def by_length(rows: Sequence[Mapping[str, Any]], size: int, tokens: int | None = None) -> Iterator[list[int]]:
+    """The places of `order_by_length`, at a time as many as `most_rows` says of the longest of them."""
+    batch: list[int] = []
+    for place in order_by_length(rows):
+        if len(batch) >= most_rows(len(rows[place]["input_ids"]), size, tokens):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch

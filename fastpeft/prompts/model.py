@@ -247,14 +247,14 @@ class PromptModel(PreTrainedModel):
         return self.logits_of(self.prompt.encode(self.tokenizer, texts, max_length=limit), batch_size)
 
     @torch.no_grad()
-    def logits_of(self, rows: Sequence[TokenRow], batch_size: int = 64) -> Tensor:
-        """As `predict_logits`, of texts that the prompt has encoded."""
+    def logits_of(self, rows: Sequence[TokenRow], batch_size: int = 64, tokens: int | None = None) -> Tensor:
+        """As `predict_logits`, of texts that the prompt has encoded, at most so many `tokens` together."""
         if batch_size < 1:
             raise FastpeftError(f"batch_size is {batch_size}; allowed is 1 or more.")
         collate = PromptCollator(self.tokenizer)
         logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
         with dropout_off(self.modules()):
-            for chosen in by_length(rows, batch_size):
+            for chosen in by_length(rows, batch_size, tokens):
                 logits[chosen] = self(**collate([rows[index] for index in chosen]).to(self.device)).logits
         return logits
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
-from fastpeft.data.batches import eval_batch_size
+from fastpeft.data.batches import eval_limits
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError, NotEnoughMemoryError, first_line, is_out_of_memory
 from fastpeft.ladder.model import LadderModel
@@ -72,7 +72,7 @@ def _values(task: Task, output: str) -> dict[str, Any]:
     return {
         "output_dir": output,
         "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": eval_batch_size(task.data.problem, config.batch_size),
+        "per_device_eval_batch_size": eval_limits(task.data.problem, config.batch_size)[0],
         "learning_rate": learning_rate,
         "weight_decay": recipe.weight_decay,
         **schedule,

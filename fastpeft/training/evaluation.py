@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fastpeft.data import result_warnings
+from fastpeft.data.batches import EVALUATED
 from fastpeft.data.examples import Examples, TextData, load_data, load_rows, texts_in_words
 from fastpeft.data.masking import Masker
 from fastpeft.data.names import LOSS, UNLABELLED
@@ -254,7 +255,7 @@ def answer_zero_shot(
     encoder = Encoder(classifier.tokenizer, limit, prompt, problem)
     rows, cut = encoder.encode_counted(dev)
     encoder.warn_of_texts(dev, rows)
-    outputs = prompted.logits_of(rows).cpu().numpy()
+    outputs = prompted.logits_of(rows, *EVALUATED).cpu().numpy()
     labels, frequent = np.array(dev.labels), most_frequent(texts.train.labels, problem)
     measured, of_figures = _measure(problem, dev, set(), outputs, labels, texts.labels, frequent)
     warnings = [*of_figures, *result_warnings.of_cut_texts(cut, len(dev), 0, limit)]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastpeft.data import result_warnings
-from fastpeft.data.batches import by_length, eval_batch_size
+from fastpeft.data.batches import by_length, eval_limits
 from fastpeft.data.examples import Examples, TokenRow
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION
@@ -197,7 +197,7 @@ def outputs_of(run: FinishedRun, rows: Sequence[TokenRow]) -> list[np.ndarray]:
     model = run.classifier.model
     found: dict[int, np.ndarray] = {}
     with making_no_logits(model) if run.problem.digest is not None else nullcontext():
-        for chosen in by_length(rows, eval_batch_size(run.problem, run.config.batch_size)):
+        for chosen in by_length(rows, *eval_limits(run.problem, run.config.batch_size)):
             report("answering", len(found), len(rows))
             batch = collate([rows[i] for i in chosen]).to(model.device)
             labels = batch.pop("labels")

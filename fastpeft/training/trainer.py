@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-from fastpeft.data.batches import order_by_length
+from fastpeft.data.batches import by_length, eval_limits, most_rows, order_by_length
 from fastpeft.data.examples import TokenRow
 from fastpeft.data.masking import MaskedRows
 from fastpeft.data.names import LOSS, UNLABELLED
@@ -67,6 +67,7 @@ class RunTrainer(Trainer):
         ranks: the processes that train together.
         samples_seen: rows trained on since the start of this process, by all of them.
         longest_seen: tokens of the longest batch among them.
+        evaluated_tokens: the most that a process evaluates together, with their padding; None where rows alone count.
         chosen_by: the metric by which the best checkpoint is kept, None where none is.
         starts_from_a_run: whether an earlier run trained the model, and its head.
         custom_loss: what training lowers in place of the model's own loss, None where it lowers that.
@@ -93,6 +94,8 @@ class RunTrainer(Trainer):
         self.stopping = Stopping(self.stop, self.ranks)
         self.steps_in_backward = task.config.optimizer_in_backward
         self.problem, self.labels = task.data.problem, task.data.labels
+        is_given = "per_device_eval_batch_size" in task.setup.arguments
+        self.evaluated_tokens = None if is_given else eval_limits(self.problem, task.config.batch_size)[1]
         self.chosen_by = task.config.metric
         self.starts_from_a_run = task.config.init_from is not None
         self.custom_loss = training_loss(task.config, task.data) if task.config.custom_loss else None
@@ -176,14 +179,23 @@ class RunTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         # the Trainer's own goes on with the first rows that were ever measured, where workers persist, and a signal to
         # all ends its workers
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         return self.accelerator.prepare(
             DataLoader(
-                self.eval_dataset if eval_dataset is None else eval_dataset,
-                batch_size=self.args.eval_batch_size,
+                rows,
+                **self._eval_batches(rows),
                 collate_fn=self.data_collator,
                 **{**loader_options(self.args), "persistent_workers": False},
             )
         )
+
+    def _eval_batches(self, rows: list[TokenRow]) -> dict[str, Any]:
+        """What a DataLoader of `rows`, which are in the order of their lengths, is told of its batches."""
+        size, tokens, ranks = self.args.eval_batch_size, self.evaluated_tokens, self.ranks.size
+        if ranks == 1:
+            return {"batch_sampler": list(by_length(rows, size, tokens))}
+        longest = max(len(row["input_ids"]) for row in rows)  # accelerate divides batches of one size only
+        return {"batch_size": ranks * most_rows(longest, size // ranks, tokens)}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # its loader draws from the stream that dropout draws from: how often a run is measured would change its weights
