@@ -191,7 +191,7 @@ def noticing_lack_of_memory(task: Task) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         config, given = task.config, task.setup.arguments
-        measured = given.get("per_device_eval_batch_size", eval_batch_size(task.data.problem, config.batch_size))
+        measured = given.get("per_device_eval_batch_size", eval_limits(task.data.problem, config.batch_size)[0])
         keeps = not (task.method.optimization.zeroth_order or given.get("gradient_checkpointing"))
         more = "" if config.optimizer_in_backward else " (for the same steps with more gradient_accumulation_steps)"
         ways = {
