@@ -43,6 +43,9 @@ class Group(TyperGroup):
             raise typer.Exit(130) from None
 
 
+_IN_ONE_PROCESS = ("eval", "predict", "serve", "export", "compare")  # of several each would do the whole work
+
+
 class Command(TyperCommand):
     """A command, whose `--help` is below its other options."""
 
@@ -52,7 +55,7 @@ class Command(TyperCommand):
         super().__init__(*args, help="\n\n".join(" ".join(part.split()) for part in paragraphs), **others)
 
     def invoke(self, ctx: Any) -> Any:
-        if self.name != "train":  # each process would do the whole work, and show it
+        if self.name in _IN_ONE_PROCESS:
             refuse_several(f"`fastpeft {self.name}`")
         return super().invoke(ctx)
 

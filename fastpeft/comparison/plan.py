@@ -399,7 +399,10 @@ def _trains_alike(cell: Cell, other: Cell) -> bool:
     """Whether two cells both train by gradients or both without, with weights in one dtype, and the first does not say
     itself what it computes in.
     """
-    kinds = [(METHODS[each.method].optimization.zeroth_order, each.values.get("dtype")) for each in (cell, other)]
+    kinds = [
+        (METHODS[each.method].optimization.zeroth_order, each.values.get("dtype") == "bfloat16")
+        for each in (cell, other)
+    ]
     return kinds[0] == kinds[1] and "bf16" not in parse_variant(cell.variant)[1]
 
 

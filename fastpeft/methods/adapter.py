@@ -37,7 +37,7 @@ class AdapterMethod(Method):
     four_bits: bool = False
 
     library = "peft"
-    keeps_weights = True
+    saves_model = False
 
     def config_fields(self) -> dict[str, Any]:
         from fastpeft.methods.wrapping import settings

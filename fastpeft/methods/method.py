@@ -82,7 +82,7 @@ class Method(ABC):
 
     library: ClassVar[str] = "transformers"  # which loads what it saves
     frozen_features: ClassVar[bool] = False  # whether the backbone's features stay the same while it trains
-    keeps_weights: ClassVar[bool] = False  # whether it leaves the model's weights as they are, and saves others alone
+    saves_model: ClassVar[bool] = True  # whether it saves the whole model, and not what it trained alone
 
     def recipe_for(self, model: str, *, causal_lm: bool = False, hidden_size: int | None = None) -> Recipe:
         """How it trains `model` by default, see `Recipe.for_model`."""

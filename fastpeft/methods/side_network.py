@@ -39,7 +39,7 @@ class SideNetworkMethod(Method):
     options: tuple[str, ...] = ("window", "reduction", *OF_SIVA)
 
     frozen_features = True
-    keeps_weights = True
+    saves_model = False
 
     def config_fields(self) -> dict[str, Any]:
         from fastpeft.ladder import LadderConfig

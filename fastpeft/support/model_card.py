@@ -119,6 +119,7 @@ def _chained_snippet(folder: str, prompt_head: str | None) -> str:
         "",
         f"run = load_run({folder!r})  # with the models that it was trained on",
         "model, tokenizer = run.classifier.model, run.classifier.tokenizer",
+        "# with run.autocast(): the model computes as it did in training",
     ]
     if prompt_head is not None:
         lines.append("prompt = run.prompt  # prompt.encode(tokenizer, texts) makes the model's inputs")

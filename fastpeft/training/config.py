@@ -310,7 +310,7 @@ class TrainConfig:
     )
     bf16: bool | None = option(
         TRAINING,
-        "Compute in bfloat16 by autocast; weights stay in float32",
+        "Compute in bfloat16 by autocast; weights that train stay in float32",
         unset="on when computing on a CPU with bfloat16 instructions, except by MeZO; else off",
     )
     pack_weights: bool = option(
@@ -441,13 +441,13 @@ class TrainConfig:
         method = get_method(self.method, self.settings)
         if method.optimization.zeroth_order:
             return "the two losses that MeZO compares differ by less than a rounding to bfloat16. Leave `dtype` out."
-        if not method.keeps_weights:
+        if method.saves_model:
             return (
-                f"the method {self.method!r} trains weights of the model itself, which in bfloat16 would lose small "
-                "steps. Leave `dtype` out, or choose a method that leaves them as they are, such as siva, lora or lst."
+                f"the method {self.method!r} saves the whole model, which stays in float32. Leave `dtype` out, or "
+                "choose a method that saves what it trained alone, such as siva, lora or lst."
             )
         if self.init_from is not None:
-            return "a run that starts from another has its weights in float32. Leave `dtype` out."
+            return "the run that it starts from is merged into weights in float32. Leave `dtype` out."
         if self.bf16 is False or self.settings.get("fp16"):
             return "it takes `bf16`, which is off, or has fp16 in its place. Turn it on, or leave `dtype` out."
         return ""

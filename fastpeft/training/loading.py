@@ -196,14 +196,14 @@ def _earlier(setup: RunSetup) -> tuple[RunSetup, EarlierRun]:
     assert name is not None
     folder = earlier_run(name)
     earlier = setup_of_run(folder)
-    as_here = dataclasses.replace(earlier.config, dtype=setup.config.dtype)
+    in_float32 = dataclasses.replace(earlier.config, dtype=None)
     return earlier, EarlierRun(
         name=name,
         folder=folder.path,
         method=earlier.config.settings.get(OVER, earlier.config.method),
         preparation=earlier.preparation,
         same_head=setup.head.can_take_over(earlier.head),
-        start=lambda: load_start(dataclasses.replace(earlier, config=as_here, head=setup.head)),
+        start=lambda: load_start(dataclasses.replace(earlier, config=in_float32, head=setup.head)),
         result=lambda: assemble_in_float32(folder).classifier.model,
         pretrained=lambda: _load_model(setup.config.model, setup),
     )

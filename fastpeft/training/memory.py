@@ -308,6 +308,7 @@ def simulate_training_step(
             if optimizer is not None:
                 optimizer.step()
     finally:
+        _put_back(model, real)
         for module, training in modes:
             module.training = training
     return MemoryEstimate(
@@ -358,6 +359,19 @@ def _loss(output: Any) -> Tensor:
             "or a model that returns its loss."
         )
     return loss
+
+
+def _put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model its own tensors again.
+
+    `functional_call` leaves its last ones where two modules share a dictionary of parameters, as PEFT's of tied tokens.
+    """
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        for held in (module._parameters, module._buffers):
+            if key in held:
+                held[key] = tensor  # type: ignore[assignment]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -188,8 +188,8 @@ def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
         logger.info("computing in bfloat16, which this CPU supports; --no-bf16 (in Python bf16=False) turns it off")
     if given.dtype is None and not given.why_not_in_bfloat16 and is_stored_in_bfloat16(given.model):
         logger.info(
-            "the model is stored in bfloat16 and loaded in float32; --dtype bfloat16 keeps its weights as they are, in "
-            "half the memory"
+            "the model is stored in bfloat16 and loaded in float32; --dtype bfloat16 (in Python dtype='bfloat16') "
+            "keeps its weights as they are, in half the memory"
         )
     in_bfloat16 = resolved.bf16 or resolved.settings.get("backbone_dtype") == "bfloat16"
     if in_bfloat16 and best_device() == "cpu" and not has_bfloat16():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import Interrupt, reviews, save_tiny_model, write_csv
+from samples import Interrupt, completions, reviews, save_tiny_decoder, save_tiny_model, write_csv, write_jsonl
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from fastpeft import FastpeftError, TrainConfig, train
@@ -121,8 +121,8 @@ def test_a_later_run_has_float32(config: TrainConfig, tmp_path: Path, first: str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "full"}, "trains weights of the model itself.*such as siva, lora or lst"),
-        ({"method": "bitfit"}, "trains weights of the model itself"),
+        ({"method": "full"}, "saves the whole model.*such as siva, lora or lst"),
+        ({"method": "head"}, "saves the whole model"),
         ({"method": "mezo", "settings": {"over": "lora"}}, "less than a rounding to bfloat16"),
         ({"bf16": False}, "takes bf16, which is off"),
         ({"settings": {"fp16": True}}, "fp16 in its place"),
@@ -145,7 +145,18 @@ def test_a_model_that_is_stored_so_is_told(
     model.save_pretrained(config.model)
     with caplog.at_level(logging.INFO, "fastpeft"):
         train(replace(config, max_steps=1, **changes))
-    assert ("--dtype bfloat16 keeps its weights as they are" in caplog.text) is told
+    assert ("keeps its weights as they are" in caplog.text) is told
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_of_a_tied_decoder_train_and_are_saved(tmp_path: Path, dtype: str) -> None:
+    model = save_tiny_decoder(tmp_path / "model", tie_word_embeddings=True)
+    data = write_jsonl(tmp_path / "rows.jsonl", completions(24))
+    given = {"model": str(model), "data": str(data), "output": str(tmp_path / "run")}
+    settings = {"trainable_token_indices": [5, 6]}
+    config = TrainConfig(**given, method="siva", objective="causal", max_steps=2, dtype=dtype, settings=settings)
+    result = train(config)
+    assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"], rel=1e-6)
 
 
 def test_biases_that_would_train_in_bfloat16_are_refused(config: TrainConfig) -> None:
@@ -155,5 +166,5 @@ def test_biases_that_would_train_in_bfloat16_are_refused(config: TrainConfig) ->
 
 def test_a_start_from_another_run_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     train(config)
-    with pytest.raises(FastpeftError, match="starts from another has its weights in float32"):
+    with pytest.raises(FastpeftError, match="is merged into weights in float32"):
         replace(config, init_from=config.output, output=str(tmp_path / "later"))

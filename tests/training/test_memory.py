@@ -371,3 +371,14 @@ def test_eight_bit_state_of_embeddings_is_whole_in_the_trainer(tmp_path):
         found.append(sum(x.nbytes for x in state if x.shape != (256,)))
     assert found[0] == found[1] > 2 * 4 * 500 * 64, "two moments in float32 for each word"
     assert len(embeddings_in_float(models[1])) == 3
+
+
+def test_dictionaries_of_parameters_that_modules_share_are_given_back() -> None:
+    """As PEFT's of tokens whose embeddings are tied to the head."""
+    model = nn.Module()
+    model.up, model.down = Mlp(), Mlp()
+    model.shared = model.up.shared = nn.ParameterDict({"delta": nn.Parameter(torch.ones(4))})
+    model.forward = lambda x: model.up(x) + (model.shared["delta"] * model.up.shared["delta"]).sum()
+    before = {name: id(each) for name, each in model.named_parameters(remove_duplicate=False)}
+    simulate_training_step(model, {"x": torch.randn(8, 16)}, fused_adamw)
+    assert {name: id(each) for name, each in model.named_parameters(remove_duplicate=False)} == before
