@@ -196,7 +196,7 @@ _TAGGING = (  # by the recipes' rates adapters answer one tag throughout
     "last-n:learning_rate=1e-4",
     "qlora:learning_rate=1e-3",
     "full:learning_rate=5e-5",
-    "siva:targets=key+value:learning_rate=3e-3:bf16=false",
+    *(f"siva:targets=key+value:learning_rate={rate}:bf16=false" for rate in ("3e-3", "1.5e-3")),
 )
 _WIDE = ":rank=8:targets=all-linear"
 _LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"

@@ -224,6 +224,7 @@ TAGGING = {  # variants of WNUT17's evidence
     "siva:learning_rate=3e-3": "**SiVA**",
     "siva:residual_dtype=nf4:learning_rate=3e-3": "**SiVA** in nf4",
     "siva:targets=key+value:learning_rate=3e-3:bf16=false": "**SiVA**, key and value, in float32",
+    "siva:targets=key+value:learning_rate=1.5e-3:bf16=false": "**SiVA**, key and value, half that rate",
     "bitfit:learning_rate=4e-3": "BitFit",
     "last-n:learning_rate=1e-4": "last 3 layers",
     "head:learning_rate=5e-3": "head only",
