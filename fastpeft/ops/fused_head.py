@@ -108,9 +108,13 @@ class LazyLogits(Tensor):
                     self.made, self.source = change(logits.make(name)), None
                 else:
                     self.use(name)
-                    bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
-                    self.made = F.linear(self.hidden, self.weight.to(self.hidden.dtype), bias).to(self.dtype)
+                    self.made = F.linear(self.hidden, *self.operands()).to(self.dtype)
         return self.made
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in the dtype that the product computes in."""
+        dtype = self.hidden.dtype
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def is_made(self) -> bool:
         """Whether these logits are computed, or their source is, which may have been changed in place since."""
@@ -149,11 +153,10 @@ def logits_in_chunks(logits: Tensor, tokens: tuple[Tensor, ...]) -> Iterator[tup
         yield from ((chunk, logits[chunk]) for chunk in chunks)
         return
     logits.use("logits_in_chunks")
-    dtype = logits.hidden.dtype
-    weight, bias = logits.weight.to(dtype), None if logits.bias is None else logits.bias.to(dtype)
+    operands = logits.operands()
     for chunk in chunks:
         with no_autocast(logits.device):
-            made = F.linear(logits.hidden[chunk], weight, bias).to(logits.dtype)
+            made = F.linear(logits.hidden[chunk], *operands).to(logits.dtype)
         yield chunk, made
 
 

@@ -393,8 +393,8 @@ class TrainConfig:
             )
         if self.cache_features is not None and (reason := self._why_not_cached(method)):
             self._refuse("cache_features", reason)
-        if self.in_bfloat16 and self.why_not_in_bfloat16:
-            self._refuse("dtype", self.why_not_in_bfloat16)
+        if self.in_bfloat16 and (reason := self.why_not_in_bfloat16):
+            self._refuse("dtype", reason)
         for name in FOR_LABELS:
             if self.objective is not None and getattr(self, name) is not None:
                 self._refuse(
