@@ -72,11 +72,11 @@ class AdaptedLinear(BaseWeightLayer):
             initial = self._blank(r)
         elif config.residual_dtype is not None:
             initial, quantised = decompose_quantised(
-                weight, r, config.residual_dtype, config.quant_iterations, self.name
+                weight, r, config.residual_dtype, config.quant_iterations, self.name, config.svd_niter
             )
             self._hold(quantised)
         else:
-            initial, rest = decompose(weight, r, d, self.name)
+            initial, rest = decompose(weight, r, d, self.name, config.svd_niter)
             if config.residual == "frozen":
                 self._weight = rest
         if waits:

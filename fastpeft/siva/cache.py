@@ -26,12 +26,13 @@ VARIABLE = "FASTPEFT_CACHE"
 _FORMAT = 1  # raise it when the same weight gives other factors than before
 
 
-def entry(weight: Tensor, r: int) -> Path | None:
-    """The file for the top r triplets of `weight`; None if the cache is off."""
+def entry(weight: Tensor, r: int, niter: int | None = None) -> Path | None:
+    """The file for the top r triplets of `weight`, by so many power iterations; None if the cache is off."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         return None
-    identity = f"{_FORMAT} {r} {fingerprint(weight)}"
+    near = "" if niter is None else f" {niter}"
+    identity = f"{_FORMAT} {r}{near} {fingerprint(weight)}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:32]
     return files.path_of(folder) / f"siva-{name}.safetensors"
 

@@ -86,6 +86,10 @@ class SivaConfig(PeftConfig):
             weight. Rounding loses the pretrained weight: merging works, `unload()` is refused.
         quant_iterations: With `residual_dtype`, how often the factors are fitted again to what quantising lost.
             0 takes the weight's own triplets, as QPiSSA does.
+        svd_niter: None decomposes exactly: to float32, which takes long beside a language model of billions of
+            weights. A number decomposes nearly, by that many power iterations, in a small part of the time, as PEFT's
+            `pissa_niter_4` does. The model computes what it computed before all the same. With `quant_iterations`,
+            whose turns are short, None is 4.
         pack_weights: Whether a layer on a CPU keeps its frozen weight a second time, in the layout that its product
             reads fastest, and a third time, transposed, once a gradient flows through it. Under autocast the copies are
             in autocast's dtype, and nothing is cast at each call; on a GPU there is one then, and none without
@@ -114,9 +118,9 @@ class SivaConfig(PeftConfig):
 
     Raises:
         FastpeftError: r below 1, an unknown residual, residual_dtype, scaling or bias, biases with a PEFT before 0.21,
-            d or residual_dtype with `residual="implicit"`, d with residual_dtype, nf4 without bitsandbytes,
-            layers_to_transform with a regular expression, layers_pattern without layers_to_transform, or one of LoRA's
-            fields that are refused.
+            d or residual_dtype with `residual="implicit"`, d with residual_dtype or svd_niter, nf4 without
+            bitsandbytes, layers_to_transform with a regular expression, layers_pattern without layers_to_transform, or
+            one of LoRA's fields that are refused.
 
     Example:
         >>> import fastpeft, peft
@@ -129,6 +133,7 @@ class SivaConfig(PeftConfig):
     residual: Residual = "frozen"
     residual_dtype: Format | None = None
     quant_iterations: int = ITERATIONS
+    svd_niter: int | None = None
     pack_weights: bool = True
     scaling: Scaling = "spectral"
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -165,6 +170,13 @@ class SivaConfig(PeftConfig):
         check_residual(self.residual, self.d, self.residual_dtype)
         if type(self.quant_iterations) is not int or self.quant_iterations < 0:
             raise FastpeftError(f"quant_iterations={self.quant_iterations!r}; give a whole number from 0.")
+        if self.svd_niter is not None and (type(self.svd_niter) is not int or self.svd_niter < 0):
+            raise FastpeftError(f"svd_niter={self.svd_niter!r}; give a whole number from 0, or None.")
+        if self.svd_niter is not None and self.d is not None:
+            raise FastpeftError(
+                f"svd_niter={self.svd_niter} with d={self.d}: a lower d drops triplets, which must be known exactly. "
+                "Leave out either."
+            )
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is None or isinstance(value, str):

@@ -4,6 +4,8 @@ Only the top r singular triplets of a weight are needed. They come from the Gram
 by a randomised block Krylov method (Halko, Martinsson, Shkolnisky, Tygert 2011): the space grows from a seeded start
 until the leading singular vectors in it are known to `_ACCURACY`. Where the singular values lie too close for that, all
 eigenvectors are computed. `bench/data/siva_init.csv` has the measurements behind these choices.
+
+Nearly these triplets come from a few power iterations, in a small part of the time.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ _BLOCK = 8  # vectors that the Krylov space grows by; fewer waste products, more
 _BLOCKS_A_CHECK = 4
 _LARGEST_SHARE = 0.25  # of all directions; a Krylov space beyond it costs as much as all eigenvectors
 _SMALL = 512  # shorter sides below it have all eigenvectors computed in a few hundredths of a second
+_NEAR = 8  # vectors beyond r that power iterations carry along
 _SEED = 0
 
 
@@ -46,7 +49,9 @@ class Decomposition(NamedTuple):
     residual: Tensor
 
 
-def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight") -> Decomposition:
+def decompose(
+    weight: Tensor, r: int, d: int | None = None, name: str = "weight", niter: int | None = None
+) -> Decomposition:
     r"""Split `weight` into its top-r singular triplets and the rest.
 
     `W0 = U0 diag(S0) V0`; the triplets 1..r become the factors. With `d` None the rest is `W0 - (U0 * s) V0`,
@@ -57,6 +62,8 @@ def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight"
         r: 1 to min(N, K).
         d: r to min(N, K), or None for the full rank.
         name: what error messages call the weight.
+        niter: None computes the triplets to the precision of float32. A number computes them nearly, by that many power
+            iterations (Halko, Martinsson, Tropp 2011); d is None then.
 
     Returns:
         Factors in float32, ordered by singular value, the largest-magnitude entry of each column of u positive;
@@ -81,20 +88,46 @@ def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight"
         rest = (u[:, r:] * s[r:]) @ v[r:]
         factors = _fix_signs(u[:, :r], s[:r], v[:r], weight.device)
         return Decomposition(factors, rest.to(weight.dtype).to(weight.device))
-    factors = top_triplets(weight, r, name)
+    factors = top_triplets(weight, r, name, niter)
     return Decomposition(factors, subtract(weight, factors))
 
 
-def top_triplets(weight: Tensor, r: int, name: str = "weight") -> Factors:
+def top_triplets(weight: Tensor, r: int, name: str = "weight", niter: int | None = None) -> Factors:
     """The factors that `decompose` gives for a weight of full rank, without the rest."""
-    entry = cache.entry(weight, r)
+    entry = cache.entry(weight, r, niter)
     held = None if entry is None else cache.read(entry)
     if held is not None:
         return Factors(**{part: tensor.to(weight.device) for part, tensor in held.items()})
-    factors = _fix_signs(*_triplets(weight, r, name), weight.device)
+    if niter is None:
+        factors = _fix_signs(*_triplets(weight, r, name), weight.device)
+    else:
+        generator = torch.Generator().manual_seed(_SEED)
+        start = torch.randn(weight.shape[1], min(r + _NEAR, *weight.shape), generator=generator)
+        factors = near_triplets(weight, r, start, niter)
     if entry is not None:
         cache.write(entry, factors._asdict())
     return factors
+
+
+def near_triplets(weight: Tensor, r: int, start: Tensor, niter: int = 0) -> Factors:
+    """Nearly the top-r triplets, by power iterations from the span of the columns of `start` `(K, r or more)`.
+
+    They are triplets of what the iterations found of the weight, so `U^T W = diag(s) V` holds to rounding, and
+    `W V^T = U diag(s)` nearly.
+    """
+    matrix = exact(_where_solvable(weight).float())
+    basis = start.to(matrix)
+    for _ in range(niter + 1):
+        q = torch.linalg.qr(matrix @ basis).Q
+        found = q.t() @ matrix
+        basis = found.t()
+    u, s, v = torch.linalg.svd(found, full_matrices=False)
+    return _fix_signs((q @ u)[:, :r], s[:r], v[:r], weight.device)
+
+
+def _where_solvable(weight: Tensor) -> Tensor:
+    """The weight, on the CPU where its device has neither float64 nor all of `torch.linalg`."""
+    return weight.cpu() if weight.device.type == "mps" else weight
 
 
 def _triplets(weight: Tensor, count: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +136,7 @@ def _triplets(weight: Tensor, count: int, name: str) -> tuple[Tensor, Tensor, Te
     They are computed in the span of the leading singular vectors of the shorter side, so u and v are orthonormal even
     where singular values are 0.
     """
-    matrix = (weight.cpu() if weight.device.type == "mps" else weight).double()
+    matrix = _where_solvable(weight).double()
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.t() if wide else matrix
     basis = _leading_eigenvectors(tall.t() @ tall, count, name)
@@ -179,10 +212,15 @@ def add(weight: Tensor, factors: Factors) -> Tensor:
 
 
 def belongs(weight: Tensor, factors: Factors) -> bool:
-    """Whether `factors` are singular triplets of `weight`, `W V^T = U diag(s)`, to the precision of its dtype."""
+    """Whether `factors` were made of `weight`, to the precision of its dtype."""
+    s = factors.s.to(weight.device, torch.float32)
+    return bool(mismatch(weight, factors) <= max(1e-4, 4 * torch.finfo(weight.dtype).eps) * torch.linalg.vector_norm(s))
+
+
+def mismatch(weight: Tensor, factors: Factors) -> Tensor:
+    """`|U^T W - diag(s) V|`, which is 0 to rounding for the weight that the factors were made of, also nearly."""
     u, s, v = (part.to(weight.device, torch.float32) for part in factors)
-    error = torch.linalg.matrix_norm(exact(weight.float()) @ exact(v).t() - u * s)
-    return bool(error <= max(1e-4, 4 * torch.finfo(weight.dtype).eps) * torch.linalg.vector_norm(s))
+    return torch.linalg.matrix_norm(exact(u).t() @ exact(weight.float()) - s[:, None] * v)
 
 
 def check_decomposable(weight: Tensor, r: int, d: int | None, name: str) -> None:

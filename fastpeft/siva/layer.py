@@ -24,7 +24,7 @@ from fastpeft.siva.quantise import quantised_siva_linear
 from fastpeft.siva.rows import AdapterRows
 
 # the fields of SivaConfig that concern a layer by itself, beside r
-_OF_ONE_LAYER = ("d", "residual", "residual_dtype", "quant_iterations", "init_weights", "pack_weights")
+_OF_ONE_LAYER = ("d", "residual", "residual_dtype", "quant_iterations", "svd_niter", "init_weights", "pack_weights")
 
 
 class SivaLinear(LoadableLinear):
@@ -43,8 +43,9 @@ class SivaLinear(LoadableLinear):
         base_layer: `nn.Linear` or transformers' `Conv1D`. It is taken over: its weight changes in place.
         adapter_name: Name of the first adapter.
         r: Number of singular triplets that train. None: that of `config`.
-        config: What of `SivaConfig` concerns one layer: r, d, residual, residual_dtype, quant_iterations, init_weights
-            (`"saved"` leaves the factors to `load_state_dict`) and pack_weights. None: the defaults of `SivaConfig`.
+        config: What of `SivaConfig` concerns one layer: r, d, residual, residual_dtype, quant_iterations, svd_niter,
+            init_weights (`"saved"` leaves the factors to `load_state_dict`) and pack_weights. None: the defaults of
+            `SivaConfig`.
         step: How far each triplet's part of the weight moves, in the spectral norm and as a share of the weight's, when
             an optimizer moves every trained entry by 1, see `fastpeft.siva.change.scales`. None: in proportion to the
             triplet's singular value.

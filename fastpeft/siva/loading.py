@@ -14,7 +14,7 @@ from fastpeft.ops.dtypes import HALVES
 from fastpeft.ops.quantise import QuantisedWeight
 from fastpeft.siva.adapters import AdaptedLinear
 from fastpeft.siva.change import plus, weight_of
-from fastpeft.siva.decompose import Factors, add, belongs, exact
+from fastpeft.siva.decompose import Factors, add, belongs, mismatch
 
 T = TypeVar("T")
 
@@ -126,7 +126,7 @@ class LoadableLinear(AdaptedLinear):
             residual = (residual.t() if self.fan_in_fan_out else residual).float()
             return min(float((each - residual).norm()) for each in (weight, weight - product))
         wholes = (weight, weight + product) if self.residual[adapter] == "frozen" else (weight,)
-        return min(float((exact(whole) @ exact(initial.v).t() - initial.u * initial.s).norm()) for whole in wholes)
+        return min(float(mismatch(whole, initial)) for whole in wholes)
 
     def _arrives_whole(self, weight: Tensor, loaded: dict[str, Factors]) -> str | None:
         """The adapter whose triplets must be subtracted from a weight that is being loaded; None: it is W_r already.

@@ -16,14 +16,15 @@ from fastpeft import functional  # noqa: F401  (registers the ops)
 from fastpeft.ops.dtypes import factors_dtype
 from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.ops.quantised_linear import SivaLinearQuantised
-from fastpeft.siva.decompose import Factors, decompose, subtract, top_triplets
+from fastpeft.siva.decompose import Factors, decompose, near_triplets, subtract
 from fastpeft.siva.four_bits import WeightIn4Bits
 
 ITERATIONS = 5
+_FIRST = 4  # power iterations
 
 
 def decompose_quantised(
-    weight: Tensor, r: int, kind: Format, iterations: int = ITERATIONS, name: str = "weight"
+    weight: Tensor, r: int, kind: Format, iterations: int = ITERATIONS, name: str = "weight", niter: int | None = None
 ) -> tuple[Factors, QuantisedWeight]:
     """Split `weight` into factors of rank r that train and a quantised rest.
 
@@ -34,6 +35,7 @@ def decompose_quantised(
         iterations: how often the factors are made again from the weight less the quantised rest. 0: they are the top
             triplets of the weight.
         name: what error messages call the weight.
+        niter: as `decompose` has it, of the first factors. None is 4 where others follow: the last are as good then.
 
     Returns:
         Factors in float32, and the rest `quant(W0 - (U * s) V)`.
@@ -41,11 +43,13 @@ def decompose_quantised(
     Raises:
         FastpeftError: as `decompose` does.
     """
-    factors = decompose(weight, r, name=name).factors
+    niter = _FIRST if niter is None and iterations else niter
+    factors = decompose(weight, r, name=name, niter=niter).factors
     exact = weight.detach().float()
     rest = QuantisedWeight(subtract(exact, factors), kind)
     for _ in range(iterations if weight.device.type != "meta" else 0):
-        factors = top_triplets(exact - rest.dequantise(torch.float32), r, name)
+        # one multiplication: the factors of the turn before are near, and the turns converge together
+        factors = near_triplets(exact - rest.dequantise(torch.float32), r, start=factors.v.t())
         rest = QuantisedWeight(subtract(exact, factors), kind)
     return factors, rest
 

@@ -43,7 +43,8 @@ def test_entries_differ_by_weight_rank_and_dtype(folder: Path) -> None:
     changed = WEIGHT.clone()
     changed[3, 3] += 1e-6
     entries = {cache.entry(WEIGHT, 2), cache.entry(WEIGHT, 3), cache.entry(changed, 2), cache.entry(WEIGHT.half(), 2)}
-    assert len(entries) == 4
+    entries |= {cache.entry(WEIGHT, 2, niter=4), cache.entry(WEIGHT, 2, niter=0)}
+    assert len(entries) == 6
     decompose(WEIGHT, 2, d=8)  # what leaves out a part on purpose is not kept
     assert not folder.exists()
 

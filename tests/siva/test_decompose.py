@@ -94,6 +94,27 @@ def test_where_the_gap_is_too_small_all_are_computed(caplog: pytest.LogCaptureFi
     torch.testing.assert_close(factors.s.double(), values[:4], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (9, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_power_iterations_come_near_and_lose_nothing(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    w = weight(*shape, dtype)
+    best = decompose(w, 5)
+    error = {}
+    for niter in (0, 2, 8):
+        factors, rest = decompose(w, 5, niter=niter)
+        assert all(part.dtype == torch.float32 for part in factors)
+        assert rest.equal(subtract(w, factors))
+        assert belongs(w, factors)
+        assert not belongs(rest, factors)
+        assert not belongs(weight(*shape, dtype, seed=1), factors)
+        for part in (factors.u.t() @ factors.u, factors.v @ factors.v.t()):
+            torch.testing.assert_close(part, torch.eye(5), rtol=0, atol=1e-5)
+        error[niter] = float((w.float() - factors.product()).norm() / (w.float() - best.factors.product()).norm())
+        assert all(a.equal(b) for a, b in zip(factors, decompose(w, 5, niter=niter).factors))
+    assert 1 - 1e-6 < error[8] <= error[2] + 1e-6 <= error[0] + 2e-6
+    assert error[8] < 1.002
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("size", [20, 520])
 def test_weights_of_low_rank_have_orthonormal_factors(size: int, rank: int) -> None:

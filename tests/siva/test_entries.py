@@ -58,6 +58,24 @@ def test_any_other_name_will_do(tmp_path: Path, name: str) -> None:
     assert answers(loaded).equal(answers(model))
 
 
+# -- decomposed nearly -----------------------------------------------------------------------------------------------
+
+
+@RESIDUALS
+def test_made_by_power_iterations_it_starts_as_its_base_and_loads_on_that_alone(tmp_path: Path, residual: str) -> None:
+    fresh = peft.get_peft_model(tiny(), config(svd_niter=1, residual=residual)).eval()
+    torch.testing.assert_close(answers(fresh), answers(tiny()), **CLOSE)
+    model = move(fresh)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
+    torch.testing.assert_close(answers(loaded), answers(model), **CLOSE)
+    loaded.load_adapter(tmp_path, "default")  # once more, into an adapter that is there: W0 is restored for it
+    torch.testing.assert_close(answers(loaded.merge_and_unload()), answers(model), **CLOSE)
+    exact = peft.get_peft_model(tiny(), config(residual=residual)).eval()
+    exact.load_state_dict(model.state_dict())  # a checkpoint, into layers that were decomposed otherwise
+    torch.testing.assert_close(answers(exact), answers(model), **CLOSE)
+
+
 # -- targets ---------------------------------------------------------------------------------------------------------
 
 SELF = "roberta.encoder.layer.{}.attention.self.{}"

@@ -150,6 +150,21 @@ def test_each_iteration_fits_better_and_none_takes_the_weights_own_triplets(kind
     assert decompose_quantised(weight, 8, kind, 0)[0].u.equal(decompose(weight, 8).factors.u)
 
 
+@KINDS
+def test_factors_that_follow_each_other_fit_as_those_of_whole_decompositions(kind: Any) -> None:
+    weight = matrix(128, 96)
+    factors, rest = decompose_quantised(weight, 8, kind, 5)
+    best = decompose(weight, 8).factors
+    for _ in range(5):
+        best = decompose(weight - QuantisedWeight(weight - best.product(), kind).dequantise(torch.float32), 8).factors
+    best_rest = QuantisedWeight(weight - best.product(), kind)
+    found, least = (
+        relative(held.dequantise(torch.float32) + parts.product(), weight)
+        for held, parts in ((rest, factors), (best_rest, best))
+    )
+    assert found < 1.05 * least
+
+
 # -- the layer ---------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +390,9 @@ def test_nf4_without_its_library_says_what_to_install(monkeypatch: pytest.Monkey
         ({"residual_dtype": "int8", "d": 8}, "with d=8"),
         ({"quant_iterations": -1}, "quant_iterations=-1; give a whole number from 0"),
         ({"quant_iterations": True}, "quant_iterations=True"),
+        ({"svd_niter": -1}, "svd_niter=-1; give a whole number from 0, or None"),
+        ({"svd_niter": True}, "svd_niter=True"),
+        ({"svd_niter": 4, "d": 8}, "svd_niter=4 with d=8: a lower d drops triplets"),
     ],
     ids=str,
 )

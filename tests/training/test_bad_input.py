@@ -263,6 +263,7 @@ CASES = [
     (["--method", "siva", "--set", "residual=odd"], ["'odd'", "'frozen'", "'implicit'"]),
     (["--method", "siva", "--set", "residual_dtype=int3"], ["'int3'", "'int8'", "'nf4'"]),
     (["--method", "siva", "--set", "quant_iterations=-1"], ["-1", "from 0"]),
+    (["--method", "siva", "--set", "svd_niter=-1"], ["-1", "from 0"]),
     (["--targets", "nothing"], ["nothing", "query"]),
     (["--method", "siva", "--targets", "nothing"], ["nothing", "query"]),
     (["--targets", "(query"], ["'(query'", "regular expression"]),
