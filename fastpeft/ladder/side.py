@@ -249,15 +249,7 @@ class SideNetwork(nn.Module):
             )
         widest = max(self.feature_sizes)
         self.width = _divide("reduction_factor", config.reduction_factor, "the backbone's width", widest)
-        side_heads = config.side_heads or max(1, self.width // _HEAD_WIDTH)
-        _divide("num_heads", config.num_heads, "the side network's width", self.width)
-        if config.side_heads is not None:
-            _divide("side_heads", config.side_heads, "the side network's width", self.width)
-        elif self.width % side_heads:
-            raise FastpeftError(
-                f"the side network is {self.width} wide, which its {side_heads} heads (one per {_HEAD_WIDTH}) do not "
-                "divide. Give side_heads."
-            )
+        side_heads = self._side_heads()
         step = config.step(num_layers)
         if step > num_layers:
             raise FastpeftError(
@@ -267,17 +259,7 @@ class SideNetwork(nn.Module):
         windows = self._place_windows(config.window_size)
         gated = config.fusion == "gated"  # a gate has no position vectors, so its projection keeps a bias
         self.down = nn.Linear(self.feature_sizes[0], self.width)
-        # one layer is read by slots that are `step` apart
-        slots = sorted({slot for window in windows.values() for slot in window}, key=lambda slot: (slot % step, -slot))
-        self._shared_rows = {slot: row * self.width for row, slot in enumerate(slots)}  # slot -> its first row
-        self.shared_projection: nn.Linear | None = None
-        self.projections = nn.ModuleDict()
-        if config.share_projections:
-            self.shared_projection = nn.Linear(widest, len(slots) * self.width, bias=gated)
-        else:
-            for layer, readers in sorted(self.readers.items()):
-                rows = len(readers) * self.width
-                self.projections[str(layer)] = nn.Linear(self.feature_sizes[layer], rows, bias=gated)
+        self._make_projections(step, bias=gated)
         self.blocks = nn.ModuleList(
             SideBlock(
                 GatedFusion(config) if gated else WindowFusion(config, self.width, block, windows[block], causal),
@@ -294,6 +276,36 @@ class SideNetwork(nn.Module):
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
         self.register_state_dict_post_hook(_detach_from_stack)
+
+    def _side_heads(self) -> int:
+        """The heads of a block's self-attention, as configured or by their width; refuses heads that do not divide."""
+        config, width = self.config, "the side network's width"
+        _divide("num_heads", config.num_heads, width, self.width)
+        if config.side_heads is not None:
+            _divide("side_heads", config.side_heads, width, self.width)
+            return config.side_heads
+        heads = max(1, self.width // _HEAD_WIDTH)
+        if self.width % heads:
+            raise FastpeftError(
+                f"the side network is {self.width} wide, which its {heads} heads (one per {_HEAD_WIDTH}) do not "
+                "divide. Give side_heads."
+            )
+        return heads
+
+    def _make_projections(self, step: int, bias: bool) -> None:
+        """Make `projections`, or `shared_projection` in their place."""
+        # one layer is read by slots that are `step` apart
+        slots = {slot for readers in self.readers.values() for _, slot in readers}
+        in_order = sorted(slots, key=lambda slot: (slot % step, -slot))
+        self._shared_rows = {slot: row * self.width for row, slot in enumerate(in_order)}  # slot -> its first row
+        self.shared_projection: nn.Linear | None = None
+        self.projections = nn.ModuleDict()
+        if self.config.share_projections:
+            self.shared_projection = nn.Linear(self.feature_sizes[0], len(slots) * self.width, bias=bias)
+            return
+        for layer, readers in sorted(self.readers.items()):
+            rows = len(readers) * self.width
+            self.projections[str(layer)] = nn.Linear(self.feature_sizes[layer], rows, bias=bias)
 
     def _place_windows(self, window_size: int) -> dict[int, list[int]]:
         """Find `readers` and `completes`, and for each block its slots inside the backbone."""
