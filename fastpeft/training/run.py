@@ -132,19 +132,14 @@ def train(
         if task.config.report_to is not None:
             with refusing(task):
                 trainer.begin_reports(task.config.report_to)
-        try:
-            with noting_stops(trainer.stop, _NOTICE), noticing_lost_processes(), noticing_lack_of_memory(task):
-                _run(trainer, task, resume)
-                metrics = finish(trainer, task, before)
-        except LostProcessError as error:
-            raise LostProcessError(f"{error} {folder.going_on()}") from error
-        except NotEnoughMemoryError as error:
-            raise NotEnoughMemoryError(
-                f"{error.args[0]} A run that has begun keeps its options: give others with --overwrite, or go on where "
-                f"there is more memory. {folder.going_on()}"
-            ) from error
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"Interrupted. {folder.going_on()}") from None
+        with (
+            _telling_how_to_go_on(folder),
+            noting_stops(trainer.stop, _NOTICE),
+            noticing_lost_processes(),
+            noticing_lack_of_memory(task),
+        ):
+            _run(trainer, task, resume)
+            metrics = finish(trainer, task, before)
     if is_first():
         result_warnings.tell(metrics["warnings"])
     if trainer.stop.asked:
@@ -277,6 +272,22 @@ def _run(trainer: RunTrainer, task: Task, resume: bool) -> None:
         ) from error
     if trainer.stopping.stopped:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _telling_how_to_go_on(folder: RunFolder) -> Iterator[None]:
+    """Run the block; what ends it from outside, with a checkpoint kept, also says how to go on."""
+    try:
+        yield
+    except LostProcessError as error:
+        raise LostProcessError(f"{error} {folder.going_on()}") from error
+    except NotEnoughMemoryError as error:
+        raise NotEnoughMemoryError(
+            f"{error.args[0]} A run that has begun keeps its options: give others with --overwrite, or go on where "
+            f"there is more memory. {folder.going_on()}"
+        ) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Interrupted. {folder.going_on()}") from None
 
 
 def _keep_last_good(trainer: RunTrainer, task: Task) -> str:
