@@ -167,7 +167,8 @@ class LadderConfig(PretrainedConfig):
         self.base_class = base_class
         self.base_activation = base_activation
         self.base_fingerprints = dict(base_fingerprints or {})
-        self._check()
+        self._check_each()
+        self._check_together()
         super().__init__(**kwargs)
 
     @property
@@ -180,7 +181,8 @@ class LadderConfig(PretrainedConfig):
         """Layers of the backbone for each side block, with None resolved for a backbone of so many layers."""
         return self.layers_per_block or math.ceil(num_layers / _MOST_BLOCKS)
 
-    def _check(self) -> None:
+    def _check_each(self) -> None:
+        """Refuse values that a field cannot have."""
         for name in ("window_size", "reduction_factor", "layers_per_block", "num_heads", "side_heads"):
             value = getattr(self, name)
             decided = value is None and name in ("layers_per_block", "side_heads")
@@ -201,35 +203,43 @@ class LadderConfig(PretrainedConfig):
         for name, values in (("fusion", get_args(Fusion)), ("init", get_args(Init))):
             if getattr(self, name) not in values:
                 raise FastpeftError(f"{name}={getattr(self, name)!r}; allowed are {' and '.join(map(repr, values))}.")
+        for name, word in (("output_mix", "add"), ("residual", STATE)):
+            value = getattr(self, name)
+            if value is not None and not (value == word or isinstance(value, bool)):
+                raise FastpeftError(f"{name}={value!r}; allowed are {word!r}, True and False, or None.")
+        check_format("backbone_dtype", self.backbone_dtype, "bfloat16")
+        sizes, tokens, names = self.feature_sizes, self.context, self.feature_modules
+        if sizes is not None and not (_is_list_of(int, sizes) and min(sizes) > 0):
+            raise FastpeftError(f"feature_sizes={sizes!r}; give a list of whole numbers from 1, or None.")
+        if tokens is not None and not _is_list_of(int, tokens):
+            raise FastpeftError(f"context={tokens!r}; give a list of token ids, at least one, or None.")
+        if names is not None and not _is_list_of(str, names):
+            raise FastpeftError(
+                f"feature_modules={names!r}; give a list with the names of the backbone's layers, or None to find them."
+            )
+
+    def _check_together(self) -> None:
+        """Refuse fields that exclude each other."""
         if self.fusion == "gated" and (self.window_size != 1 or self.num_heads != 1 or self.residual):
             raise FastpeftError(
                 f"fusion='gated' with window_size={self.window_size}, num_heads={self.num_heads} and "
                 f"residual={self.residual}: a gate mixes one feature, without attention. Give window_size=1 and leave "
                 "num_heads and residual out, or use fusion='cross_attention'."
             )
-        for name, word in (("output_mix", "add"), ("residual", STATE)):
-            value = getattr(self, name)
-            if value is not None and not (value == word or isinstance(value, bool)):
-                raise FastpeftError(f"{name}={value!r}; allowed are {word!r}, True and False, or None.")
-        check_format("backbone_dtype", self.backbone_dtype, "bfloat16")
         if self.backbone_dtype is not None and self.train_adapters:
             raise FastpeftError(
                 f"backbone_dtype={self.backbone_dtype!r} with train_adapters=True (siva_layers): an adapter trains on "
                 "the weights it was made for. Leave out either; the base itself may be loaded in bfloat16."
             )
-        sizes = self.feature_sizes
-        if sizes is not None and not (isinstance(sizes, list) and all(type(n) is int and n > 0 for n in sizes)):
-            raise FastpeftError(f"feature_sizes={sizes!r}; give a list of whole numbers from 1, or None.")
-        tokens = self.context
-        if tokens is not None and not (isinstance(tokens, list) and tokens and all(type(n) is int for n in tokens)):
-            raise FastpeftError(f"context={tokens!r}; give a list of token ids, at least one, or None.")
-        names = self.feature_modules
-        if names is not None and not (
-            isinstance(names, list) and names and all(isinstance(each, str) for each in names)
-        ):
-            raise FastpeftError(
-                f"feature_modules={names!r}; give a list with the names of the backbone's layers, or None to find them."
-            )
+
+
+def _is_list_of(kind: type, given: Any) -> bool:
+    """Whether it is a list of one or more of that kind; a bool is no int here."""
+    return (
+        isinstance(given, list)
+        and bool(given)
+        and all(isinstance(each, kind) and not isinstance(each, bool) for each in given)
+    )
 
 
 def _copied(given: Any) -> Any:
