@@ -13,7 +13,7 @@ import torch
 from transformers import set_seed
 
 from fastpeft.data import packed_rows, result_warnings
-from fastpeft.data.examples import Examples, TextData, TokenRow, load_data
+from fastpeft.data.examples import TextData, TokenRow, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.next_words import end_of_turn
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, OBJECTIVES
@@ -86,15 +86,7 @@ class Task:
         max_length = _max_length(config, usual, classifier.max_length, own_tokens)
         report("encoding texts")
         encoder = Encoder(classifier.tokenizer, max_length, setup.prompt, data.problem)
-        encoded = [encoder.encode_counted(part) for part in data.parts]
-        train_rows, dev_rows, *kept = [rows for rows, _ in encoded]
-        for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
-            encoder.warn_of_texts(part, rows)
-        warnings = _warnings(data.parts, encoded, max_length, classifier.max_length - own_tokens)
-        if data.train.are_conversations and not end_of_turn(classifier.tokenizer):
-            warnings += result_warnings.of_endless_turns()
-        for warning in warnings:  # while there is time to stop
-            logger.warning("%s", warning)
+        (train_rows, dev_rows, *kept), warnings = _encode(data, encoder, classifier.max_length - own_tokens)
         context = earlier_context(config)
         if context is None and (count := setup.method.examples(setup.preparation)):
             context, train_rows = _take_examples(train_rows, count, config.seed)
@@ -131,14 +123,21 @@ class Task:
         return self.config.metric or self.data.problem.primary
 
 
-def _warnings(
-    parts: Sequence[Examples], encoded: Sequence[tuple[list[TokenRow], int]], max_length: int, model_reads: int
-) -> list[str]:
-    """The warnings about the texts in all parts, given what `Encoder.encode_counted` made of each."""
-    texts, cut = sum(map(len, parts)), sum(count for _, count in encoded)
-    lost = texts - sum(len(rows) for rows, _ in encoded)
-    read = dict.fromkeys(warning for part in parts for warning in part.warnings)  # of all parts once
-    return [*read, *result_warnings.of_cut_texts(cut, texts, lost, max_length, model_reads)]
+def _encode(data: TextData, encoder: Encoder, model_reads: int) -> tuple[list[list[TokenRow]], list[str]]:
+    """The rows of each part of `data`, and the warnings about its texts, which are told too."""
+    rows, counts = zip(*map(encoder.encode_counted, data.parts))
+    for part, of_part in zip((data.train, data.dev), rows):
+        encoder.warn_of_texts(part, of_part)
+    texts = sum(map(len, data.parts))
+    warnings = list(dict.fromkeys(warning for part in data.parts for warning in part.warnings))  # of all parts once
+    warnings += result_warnings.of_cut_texts(
+        sum(counts), texts, texts - sum(map(len, rows)), encoder.max_length, model_reads
+    )
+    if data.train.are_conversations and not end_of_turn(encoder.tokenizer):
+        warnings += result_warnings.of_endless_turns()
+    for warning in warnings:  # while there is time to stop
+        logger.warning("%s", warning)
+    return list(rows), warnings
 
 
 def _check_room(context: Sequence[int], rows: Sequence[TokenRow], model: str, model_reads: int) -> None:
