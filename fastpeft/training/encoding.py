@@ -21,7 +21,7 @@ from fastpeft.prompts.template import Prompt
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 128  # tokens
-LONGEST_SAID = 512  # tokens, by default, of what a decoder learns to say: prompts and turns are in it
+DEFAULT_MAX_LENGTH_CAUSAL = 512  # tokens, where a decoder learns next words: prompts and turns are in it
 _CHUNK = 1_000  # texts that are encoded again at one time
 
 

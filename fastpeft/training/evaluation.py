@@ -25,7 +25,7 @@ from fastpeft.prompts.template import Prompt
 from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, Encoder
+from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH_CAUSAL, Encoder
 from fastpeft.training.generation import TextGenerator, measure_generations
 from fastpeft.training.loading import FinishedRun, load_run
 from fastpeft.training.prediction import outputs_of
@@ -146,7 +146,7 @@ def evaluate_causal_lm(
         labels=[],
         is_pair=dev.is_pair,
         chats=dev.are_conversations,
-        max_length=min(LONGEST_SAID, classifier.max_length),
+        max_length=min(DEFAULT_MAX_LENGTH_CAUSAL, classifier.max_length),
     )
     return _evaluate(untrained, dev, set(), None, max_new_tokens)
 

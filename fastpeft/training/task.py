@@ -25,7 +25,7 @@ from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, Encoder
+from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH_CAUSAL, Encoder
 from fastpeft.training.loading import continue_earlier, earlier_context, load_start
 from fastpeft.training.prompt_search import search_prompt
 from fastpeft.training.setup import RunSetup, check_reporter, resolve
@@ -81,7 +81,7 @@ class Task:
             setup = dataclasses.replace(plan, config=found).for_data(data)
         report("loading the model")
         classifier = draw_start(setup)
-        usual = LONGEST_SAID if data.problem is NEXT_WORDS else DEFAULT_MAX_LENGTH
+        usual = DEFAULT_MAX_LENGTH_CAUSAL if data.problem is NEXT_WORDS else DEFAULT_MAX_LENGTH
         own_tokens = setup.method.own_tokens(setup.preparation)
         max_length = _max_length(config, usual, classifier.max_length, own_tokens)
         report("encoding texts")
