@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 LEVEL = 0.05  # of significance; intervals have the level 1 - LEVEL
+LAG_LEVELS = 20
 _ROUNDING = 1e-10  # scores of rows differ by more, or only in how they were rounded
 
 SEEN, REVERSED, UNDECIDED = "seen", "reversed", "undecided"  # reversed: the opposite order is seen
@@ -212,7 +213,7 @@ def verdict_of_ranges(first: Sequence[float], second: Sequence[float], margin: f
     return REVERSED if min(second) > (1 + margin) * max(first) else UNDECIDED
 
 
-def lag(slow: Sequence[tuple[int, float]], fast: Sequence[tuple[int, float]], levels: int = 20) -> float | None:
+def lag(slow: Sequence[tuple[int, float]], fast: Sequence[tuple[int, float]], levels: int = LAG_LEVELS) -> float | None:
     """How many steps later the rising curve `slow` reaches a level than `fast`: the median over evenly spaced levels.
 
     Between two points a curve is a straight line; it reaches a level where it first comes up to it.

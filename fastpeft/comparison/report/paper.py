@@ -168,8 +168,8 @@ def lags(compared: Sequence[Variant]) -> Iterator[Block]:
     yield Heading("LoRA's lag")
     yield Text(
         f"How many steps, of {steps:,}, LoRA needs more than the other method to reach the same level of the curve: "
-        "the median over 20 levels that both curves of the first seed pass. Below 0 LoRA is ahead; - means that the "
-        "curves share no level."
+        f"the median over {significance.LAG_LEVELS} levels that both curves of the first seed pass. Below 0 LoRA is "
+        "ahead; - means that the curves share no level."
     )
     yield Table(rows, range(1, 1 + len(measures)), "LoRA's lag")
 
