@@ -144,6 +144,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         if is_new:
             check_whole(base)
             check_answers(backbone)
+            warn_of_earlier_head(backbone)
         else:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())
         if config.base_activation is None:
@@ -152,8 +153,6 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), config.base_activation, causal)
         head = backbone.head_parameters()
         check_head(backbone, head)
-        if is_new:
-            warn_of_earlier_head(backbone)
         if config.context is not None:
             if adapters:
                 raise FastpeftError(
