@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastpeft.errors import FastpeftError
@@ -63,30 +65,37 @@ class Body:
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        source = input_ids if input_ids is not None else inputs_embeds
-        if source is None:
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
             raise FastpeftError("a pass needs input_ids or inputs_embeds. Give one.")
-        check_mask(attention_mask, (source.shape[0], source.shape[1]))
+        check_mask(attention_mask, (tokens.shape[0], tokens.shape[1]))
         check_positions(position_ids, attention_mask)
         inputs = backbone.inputs(given)
         run = ladder.new_side_run(attention_mask, keep_states=False)
         read = LadderPass(backbone, run, inputs, ladder.gradients_from)
         called = backbone.after_context(inputs)
-        states: list[Tensor] = []
-
-        def take(_decoder: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            states.extend(args)
-            return tuple(each[:, :0] for each in args)  # so no logits are made
-
-        handle = ladder.get_output_embeddings().register_forward_pre_hook(take)
-        try:
-            with read.around_base(choose_source(ladder.feature_cache, inputs)):
-                ladder.base(**called, return_dict=True)
-        finally:
-            handle.remove()
+        source = choose_source(ladder.feature_cache, inputs)
+        with _taking_inputs(ladder.get_output_embeddings()) as states, read.around_base(source):
+            ladder.base(**called, return_dict=True)
         if not states:
             raise FastpeftError(
                 f"the {backbone.class_name} does not call its layer of all words as a module with one argument, so it "
                 "cannot be told what that layer reads. Train it by transformers' Trainer or fastpeft train."
             )
         return BaseModelOutput(last_hidden_state=states[-1])
+
+
+@contextmanager
+def _taking_inputs(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """While the block runs, take what the layer is given, in the list, and let it compute of no token."""
+    taken: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.extend(args)
+        return tuple(each[:, :0] for each in args)
+
+    handle = layer.register_forward_pre_hook(take)
+    try:
+        yield taken
+    finally:
+        handle.remove()
