@@ -54,6 +54,29 @@ def pack(backbone: Backbone) -> None:
 
 def _convert(backbone: Backbone, dtype: BackboneDtype | None, is_read: bool) -> None:
     """`convert` to a dtype that the model does not have."""
+    tensors, linears = _convertible(backbone, dtype, is_read)
+    assert dtype is not None
+    core = backbone.core
+    before_conversion = fingerprints(backbone)
+    if dtype == "bfloat16":
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.bfloat16()
+    else:
+        replaced = {linear: QuantisedLinear(linear, dtype).eval() for linear in linears}
+        for module in list(core.modules()):
+            for name, child in list(module._modules.items()):
+                if child in replaced:
+                    setattr(module, name, replaced[child])
+        backbone.layers = [replaced.get(layer, layer) for layer in backbone.layers]
+    setattr(core, BEFORE_CONVERSION, before_conversion)
+    setattr(core, _DTYPE, dtype)
+
+
+def _convertible(
+    backbone: Backbone, dtype: BackboneDtype | None, is_read: bool
+) -> tuple[list[Tensor], list[nn.Module]]:
+    """The frozen tensors and linear layers of a model that may be converted, as `convert` says."""
     core = backbone.core
     kind, before = backbone.class_name, converted_to(core)
     if before is not None:
@@ -61,7 +84,6 @@ def _convert(backbone: Backbone, dtype: BackboneDtype | None, is_read: bool) -> 
             f"backbone_dtype={dtype!r}, but another side network brought this {kind} to {before!r}. Give "
             f"backbone_dtype={before!r}, or load the model once more."
         )
-    assert dtype is not None
     if is_read:
         raise FastpeftError(
             f"backbone_dtype={dtype!r}, but another side network or a pool reads this {kind} as it is, and would find "
@@ -86,17 +108,4 @@ def _convert(backbone: Backbone, dtype: BackboneDtype | None, is_read: bool) -> 
             f"backbone_dtype={dtype!r} is for linear layers, of which the backbone, a {kind}, has none. Use "
             "backbone_dtype='bfloat16'."
         )
-    before_conversion = fingerprints(backbone)
-    if dtype == "bfloat16":
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.bfloat16()
-    else:
-        replaced = {linear: QuantisedLinear(linear, dtype).eval() for linear in linears}
-        for module in list(core.modules()):
-            for name, child in list(module._modules.items()):
-                if child in replaced:
-                    setattr(module, name, replaced[child])
-        backbone.layers = [replaced.get(layer, layer) for layer in backbone.layers]
-    setattr(core, BEFORE_CONVERSION, before_conversion)
-    setattr(core, _DTYPE, dtype)
+    return tensors, linears
