@@ -290,13 +290,7 @@ def simulate_training_step(
             weights = tracker.current
             optimizer, gradients, optimizer_state = None, 0, 0
             if optimizer_factory is not None:
-                optimizer = optimizer_factory(trained)
-                for parameter in trained:
-                    parameter.grad = torch.empty_like(parameter)
-                gradients = tracker.current - weights
-                optimizer.step()  # a first step makes the optimizer's state
-                optimizer.zero_grad()
-                optimizer_state = tracker.current - weights
+                optimizer, gradients, optimizer_state = _make_optimizer(optimizer_factory, trained, tracker)
                 if optimizer_in_backward:
                     gradients = 0
                     StepsInBackward(optimizer)
@@ -320,6 +314,20 @@ def simulate_training_step(
         trained_dtype=_dtypes(trained),
         activation_dtype=_dtypes(frozen or trained) if autocast_dtype is None else _name(autocast_dtype),
     )
+
+
+def _make_optimizer(
+    factory: OptimizerFactory, trained: list[Tensor], tracker: MemoryTracker
+) -> tuple[torch.optim.Optimizer, int, int]:
+    """An optimizer that has made a step, and the bytes of the gradients and of its state."""
+    before = tracker.current
+    optimizer = factory(trained)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    gradients = tracker.current - before
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer, gradients, tracker.current - before
 
 
 class _Pass(nn.Module):
