@@ -9,14 +9,12 @@ theta + position * eps * z_draw. A term (draw, scale) is one addition, theta <- 
 from __future__ import annotations
 
 import math
-import numbers
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.noise import NOISE, ROUNDINGS
 
 Number = Any  # a float, or a tensor that has one
 Point = tuple[int, int]
@@ -24,18 +22,7 @@ Term = tuple[int, float]
 
 HOME: Point = (0, 0)  # theta itself
 ESTIMATORS = ("spsa", "fzoo")
-CHOICES = {
-    "noise": tuple(NOISE),
-    "on_nonfinite": ("stop", "skip"),
-    "restore": ("in_place", "exact"),
-    "rounding": ROUNDINGS,
-}
 _MASK = 2**64 - 1
-
-
-def is_number(value: Any) -> bool:
-    """Whether a setting is a real number; True and False are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def step_seed(seed: int, draw: int) -> int:

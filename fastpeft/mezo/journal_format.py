@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import FastpeftError
-from fastpeft.mezo.estimator import CHOICES, Estimator
+from fastpeft.mezo.estimator import Estimator
+from fastpeft.mezo.settings import CHOICES
 from fastpeft.ops.noise import NAMES
 from fastpeft.support import files
 

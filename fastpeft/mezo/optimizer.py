@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError, NotFiniteError
 from fastpeft.mezo.closure import check_repeated, loss_of, warn_of_gradients
-from fastpeft.mezo.estimator import CHOICES, HOME, Estimator, Point, is_number
+from fastpeft.mezo.estimator import HOME, Estimator, Point
 from fastpeft.mezo.journal import Journal
 from fastpeft.mezo.journal_format import Kind, Record
-from fastpeft.mezo.perturbed_weights import PerturbedWeights, check_group
+from fastpeft.mezo.perturbed_weights import PerturbedWeights
 from fastpeft.mezo.replay import describe_groups
 from fastpeft.mezo.saved_state import SavedState
+from fastpeft.mezo.settings import check_group, check_settings
 from fastpeft.mezo.sharding import (
     check_sharding,
     digest,
@@ -148,18 +149,9 @@ class MeZO(torch.optim.Optimizer):
         model: nn.Module | None = None,
         process_group: Any = None,
     ) -> None:
-        if type(seed) is not int or not 0 <= seed < 2**63:
-            raise FastpeftError(f"MeZO: seed is {seed!r}; allowed are whole numbers from 0 to 2^63 - 1.")
-        given = {"noise": noise, "on_nonfinite": on_nonfinite, "restore": restore, "rounding": rounding}
-        for name, value in given.items():
-            if value not in CHOICES[name]:
-                raise FastpeftError(f"MeZO: {name} is {value!r}; allowed are {', '.join(CHOICES[name])}.")
+        choices = {"noise": noise, "on_nonfinite": on_nonfinite, "restore": restore, "rounding": rounding}
+        check_settings(seed, max_projected_grad, **choices)
         self.estimator = Estimator(estimator, num_estimates)
-        if max_projected_grad is not None and not (is_number(max_projected_grad) and max_projected_grad > 0):
-            raise FastpeftError(
-                f"MeZO: max_projected_grad is {max_projected_grad!r}; allowed are a number above 0 and None, which "
-                "sets no limit."
-            )
         if not (model is None or isinstance(model, nn.Module)):
             raise FastpeftError(f"MeZO: model is a {type(model).__name__}; pass the module that has the parameters.")
         if isinstance(model_or_params, Tensor):

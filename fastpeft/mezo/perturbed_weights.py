@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
-from fastpeft.mezo.estimator import HOME, Point, Term, is_number, moves, update
+from fastpeft.mezo.estimator import HOME, Point, Term, moves, update
 from fastpeft.mezo.scratch_weights import ScratchWeights
 from fastpeft.mezo.sharding import check_sharding, is_sharded, local_part, local_parts, reshard
 
@@ -168,17 +166,3 @@ class PerturbedWeights:
         """Make what the optimizer changes what the next forward sees."""
         if self.model is not None and is_sharded(self.params()):
             reshard(self.model)
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise a FastpeftError unless the settings of a group are numbers in their ranges."""
-    for name, allowed, fits in (
-        ("lr", "0 or more", operator.ge),
-        ("eps", "above 0", operator.gt),
-        ("weight_decay", "0 or more", operator.ge),
-    ):
-        value = group[name]
-        if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:  # as torch allows
-            value = value.item()
-        if not (is_number(value) and fits(value, 0) and math.isfinite(value)):
-            raise FastpeftError(f"MeZO: {name} is {value!r}; allowed is a finite number, {allowed}.")
