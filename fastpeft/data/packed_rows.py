@@ -16,7 +16,7 @@ from transformers import DataCollatorForTokenClassification
 
 from fastpeft.data.names import UNLABELLED
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.support.dropout import dropout_off
+from fastpeft.support.eval_mode import in_eval_mode
 
 POSITIONS = "position_ids"
 _TOKENS = 8  # of each of the two texts that are tried
@@ -118,7 +118,7 @@ def prepare_for_joined_rows(model: Any, rows: Sequence[Mapping[str, list[int]]],
         return found[0, -len(second) :].float()
 
     try:
-        with dropout_off(model.modules()):
+        with in_eval_mode(model.modules()):
             positions = {POSITIONS: torch.tensor([[*range(len(first)), *range(len(second))]], device=device)}
             apart, after_other = (logits(before + second, **positions) for before in (first, other))
             alone, seeing = logits(second), logits(first + second)

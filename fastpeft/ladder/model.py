@@ -61,7 +61,7 @@ from fastpeft.ladder.side_step import run_of
 from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.ops.quantise import count_parameters
-from fastpeft.support.dropout import dropout_off
+from fastpeft.support.eval_mode import in_eval_mode
 from fastpeft.support.four_bits import keep_form
 from fastpeft.support.processes import agreed
 
@@ -473,7 +473,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         if self.side_run is not SideRun:  # one that keeps nothing
             kwargs.setdefault("use_cache", False)
         kwargs = with_cache(partial(LadderCache, self.backbone), kwargs, generation_config, self.generation_config)
-        with dropout_off(self.modules()):
+        with in_eval_mode(self.modules()):
             return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(

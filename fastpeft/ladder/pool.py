@@ -40,7 +40,7 @@ from fastpeft.ladder.probes import decide_causal
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ops.quantise import check_format
 from fastpeft.prompts.model import inside_prompt
-from fastpeft.support.dropout import dropout_off
+from fastpeft.support.eval_mode import in_eval_mode
 from fastpeft.support.four_bits import keep_form
 
 _MASKS = "mask_positions"  # an input of members with a prompt only
@@ -224,7 +224,7 @@ class LadderPool:
         parts = (self.backbone.body, *(part for ladder in ladders for part in (ladder, ladder.side, ladder.base)))
         # one in training says so itself: to ask every module of every member would take a tenth of a small call
         modules = (module for part in parts if part.training for module in part.modules())
-        with self._passing, dropout_off(modules):
+        with self._passing, in_eval_mode(modules):
             encoded = self._encode(members, batch, rows)
             answers: list[Any] = [None] * len(tasks)
             for name, output in encoded.items():
@@ -417,7 +417,7 @@ class LadderPool:
         distinct = {id(batch): self._check_batch(batch) for batch in batches.values()}
         joined, places = join(distinct, getattr(self.backbone.core.config, "pad_token_id", None) or 0)
         body = self.backbone.body
-        with self._passing, torch.no_grad(), dropout_off(body.modules() if body.training else ()):
+        with self._passing, torch.no_grad(), in_eval_mode(body.modules() if body.training else ()):
             features = None if self.feature_cache is None else self.feature_cache.features(joined)
             if features is None:
                 features = features_of(self.backbone, joined)

@@ -25,7 +25,7 @@ from fastpeft.ladder.generation import CACHE, LadderCache, given_cache, prepare_
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
-from fastpeft.support.dropout import dropout_off
+from fastpeft.support.eval_mode import in_eval_mode
 from fastpeft.support.generation import option
 
 TaskRows: TypeAlias = slice | Tensor  # of a batch, those of one task: a slice where they follow each other
@@ -149,7 +149,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
             "cache_position": cache_position,
             "logits_to_keep": logits_to_keep,
         }
-        with self._lock, dropout_off(self._parts):
+        with self._lock, in_eval_mode(self._parts):
             return self._pass(text, attention_mask, cache, self.backbone.arguments(arguments))
 
     def _pass(self, text: Tensor, attention_mask: Tensor | None, cache: Any, arguments: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone, parameters_of
 from fastpeft.ladder.backbone_passes import IdleLayersError, features_of, listen
-from fastpeft.support.dropout import dropout_off
+from fastpeft.support.eval_mode import in_eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ def _leaving_no_trace(backbone: Backbone) -> Iterator[None]:
     sparse = [(module, module.attention_type) for module in core.modules() if hasattr(module, "set_attention_type")]
     with torch.random.fork_rng(devices):
         try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), dropout_off(core.modules()):
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), in_eval_mode(core.modules()):
                 yield
         finally:
             for module, attention in sparse:  # on a short text BigBird changes to full attention for good

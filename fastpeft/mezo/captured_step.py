@@ -12,7 +12,7 @@ from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.estimator import HOME, Number, Term, moves, update
 from fastpeft.mezo.optimizer import MeZO
 from fastpeft.mezo.sharding import is_sharded
-from fastpeft.support.dropout import dropout_off
+from fastpeft.support.eval_mode import in_eval_mode
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -118,7 +118,7 @@ class CapturedStep:
         weights, estimator = self._weights, self._optimizer.estimator
         epses = weights.epses()
         losses: list[Tensor] = []
-        with dropout_off(weights.modules()):
+        with in_eval_mode(weights.modules()):
             for point in estimator.points:
                 terms = moves(weights.point, point)
                 each = [[(draw, scale * eps) for draw, scale in terms] for eps in epses]

@@ -33,7 +33,7 @@ from fastpeft.mezo.sharding import (
     without_parallel,
 )
 from fastpeft.ops.noise import NAMES
-from fastpeft.support.dropout import dropout_off
+from fastpeft.support.eval_mode import in_eval_mode
 from fastpeft.support.four_bits import keep_form
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.support.processes import Ranks
@@ -267,7 +267,7 @@ class MeZO(torch.optim.Optimizer):
             self.check_same()
         try:
             watch = not self._checked or self.steps_done % _WATCH_EVERY == 0 or not any(self._slopes or ())
-            with dropout_off(self.weights.modules()):
+            with in_eval_mode(self.weights.modules()):
                 self.weights.show(watch)
                 for point in self.estimator.points:
                     self._go(point)

@@ -27,7 +27,7 @@ from fastpeft.prompts.core import core_for, find_core
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
 from fastpeft.support.adapter_files import WEIGHTS, check_adapter
-from fastpeft.support.dropout import dropout_off
+from fastpeft.support.eval_mode import in_eval_mode
 from fastpeft.support.hub import HUB_ARGUMENTS, OWN_ATTENTION, source_options
 
 _CALIBRATION = "calibration"  # its name in state dicts
@@ -253,7 +253,7 @@ class PromptModel(PreTrainedModel):
             raise FastpeftError(f"batch_size is {batch_size}; allowed is 1 or more.")
         collate = PromptCollator(self.tokenizer)
         logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
-        with dropout_off(self.modules()):
+        with in_eval_mode(self.modules()):
             for chosen in by_length(rows, batch_size, tokens):
                 logits[chosen] = self(**collate([rows[index] for index in chosen]).to(self.device)).logits
         return logits

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from fastpeft.errors import FastpeftError, first_line, install
 from fastpeft.ops import decompositions
 from fastpeft.ops.quantise import QuantisedWeight
-from fastpeft.support.dropout import dropout_off
+from fastpeft.support.eval_mode import in_eval_mode
 from fastpeft.support.logs import at_least
 
 Batch = Mapping[str, Tensor]
@@ -73,7 +73,7 @@ def trace(model: nn.Module, batch: Batch) -> ExportedProgram:
             "library. Train without backbone_dtype or residual_dtype, or load it by PyTorch instead."
         )
     try:
-        with torch.no_grad(), dropout_off(model.modules()):
+        with torch.no_grad(), in_eval_mode(model.modules()):
             program = torch.export.export(
                 _Outputs(model),
                 (dict(batch),),
@@ -120,7 +120,7 @@ def write_onnx(model: nn.Module, batches: Sequence[Batch], file: str | Path) -> 
             f"the {type(model).__name__} cannot become an ONNX model: {first_line(error)} Load it by PyTorch instead."
         ) from error
     differences = []
-    with torch.no_grad(), dropout_off(model.modules()):
+    with torch.no_grad(), in_eval_mode(model.modules()):
         for batch, outputs in zip(batches, found):
             for name, expected in _Outputs(model)(dict(batch)).items():
                 largest = (torch.from_numpy(outputs[name]) - expected).abs().max()

@@ -11,7 +11,7 @@ from fastpeft.support.interrupts import uninterrupted
 
 
 @contextmanager
-def dropout_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put each of these modules, not those inside it, in eval mode; afterwards each is as it was.
 
     Give `model.modules()` for a whole model.
