@@ -170,46 +170,53 @@ def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
 
 def _rates(plan: Plan) -> Iterator[Block]:
     """The learning rates that were tried, and which of the best are the lowest or the highest of them."""
-    results = {variant.cells[0].variant: variant for variant in variants(plan.results)}
-    searched, rows, at_the_edge = variants(plan.searches), [], []
-    is_tested = True
+    searched = variants(plan.searches)
+    if not searched:
+        return
+    taken = {variant.cells[0].variant: variant.values("learning_rate") for variant in variants(plan.results)}
+    rows, at_the_edge = [], []
     for variant in searched:
-        taken = set(results[variant.cells[0].variant].values("learning_rate"))
-        tried = [cell.values["learning_rate"] for cell in variant.cells]
-        edges = {min(tried): "taken, the lowest tried", max(tried): "taken, the highest tried"}
-        scores: list[tuple[float, float]] = []
-        for cell in variant.cells:
-            metrics, rate = cell.metrics(), cell.values["learning_rate"]
-            shown = cell.state
-            if metrics is not None:
-                problem = get_problem(metrics["problem_type"])
-                is_tested = is_tested and problem.tested is not None
-                shown = f"{metrics[problem.chosen_by]:.3f}"
-                scores.append((rate, metrics[problem.chosen_by]))
-            rows.append([cell.variant, f"{rate:g}", shown, edges.get(rate, "taken") if rate in taken else ""])
-        best = {best_of(scores, problem.chosen_by)} if len(scores) == len(tried) else set()  # taken or not
-        if (taken | best) & edges.keys():
-            at_the_edge.append(cell.variant)
-    if rows:
-        yield Heading("Learning rates")
-        yield Text(
-            "Trained on a slice of the training rows, and measured on another slice of them. The dev rows had no part. "
-            + (
-                "The best rate is taken where it beats the recipe's, the first, by a paired test (p corrected for the "
-                "number of other rates); else the recipe's."
-                if is_tested
-                else "The best rate is taken, untested: numbers have no paired test."
-            )
+        name = variant.cells[0].variant
+        tried, is_at_the_edge = _tried(variant, taken[name])
+        rows += tried
+        if is_at_the_edge:
+            at_the_edge.append(name)
+    problems = {metrics["problem_type"] for variant in searched for metrics in variant.runs}
+    yield Heading("Learning rates")
+    yield Text(
+        "Trained on a slice of the training rows, and measured on another slice of them. The dev rows had no part. "
+        + (
+            "The best rate is taken where it beats the recipe's, the first, by a paired test (p corrected for the "
+            "number of other rates); else the recipe's."
+            if all(get_problem(name).tested is not None for name in problems)
+            else "The best rate is taken, untested: numbers have no paired test."
         )
-        if at_the_edge:
-            yield Strong(
-                f"{len(at_the_edge)} of {len(searched)} did best at the lowest or the highest rate that was tried, so "
-                "a better rate may lie beyond, and the method may reach more than is shown here: "
-                f"{', '.join(at_the_edge)}."
-            )
-        yield Table(
-            [["variant", "learning rate", "on the slice", ""], *rows], range(1, 3), "Learning rates that were tried"
+    )
+    if at_the_edge:
+        yield Strong(
+            f"{len(at_the_edge)} of {len(searched)} did best at the lowest or the highest rate that was tried, so "
+            "a better rate may lie beyond, and the method may reach more than is shown here: "
+            f"{', '.join(at_the_edge)}."
         )
+    yield Table(
+        [["variant", "learning rate", "on the slice", ""], *rows], range(1, 3), "Learning rates that were tried"
+    )
+
+
+def _tried(variant: Variant, taken: Sequence[float]) -> tuple[list[list[str]], bool]:
+    """A row for each rate that a variant tried, and whether the best, or one taken, is the lowest or the highest."""
+    tried = [cell.values["learning_rate"] for cell in variant.cells]
+    edges = {min(tried): "taken, the lowest tried", max(tried): "taken, the highest tried"}
+    rows, scores = [], []
+    for cell, rate in zip(variant.cells, tried):
+        shown = cell.state
+        if metrics := cell.metrics():
+            chosen_by = get_problem(metrics["problem_type"]).chosen_by
+            scores.append((rate, metrics[chosen_by]))
+            shown = f"{metrics[chosen_by]:.3f}"
+        rows.append([cell.variant, f"{rate:g}", shown, edges.get(rate, "taken") if rate in taken else ""])
+    best = {best_of(scores, chosen_by)} if len(scores) == len(tried) else set()
+    return rows, not edges.keys().isdisjoint(best.union(taken))
 
 
 def _estimates(compared: Sequence[Variant]) -> Iterator[Block]:
