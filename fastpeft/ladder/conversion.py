@@ -64,10 +64,9 @@ def _convert(backbone: Backbone, dtype: BackboneDtype | None, is_read: bool) -> 
                 tensor.data = tensor.data.bfloat16()
     else:
         replaced = {linear: QuantisedLinear(linear, dtype).eval() for linear in linears}
-        for module in list(core.modules()):
-            for name, child in list(module._modules.items()):
-                if child in replaced:
-                    setattr(module, name, replaced[child])
+        for name, module in list(core.named_modules(remove_duplicate=False)):
+            if module in replaced:
+                core.set_submodule(name, replaced[module])
         backbone.layers = [replaced.get(layer, layer) for layer in backbone.layers]
     setattr(core, BEFORE_CONVERSION, before_conversion)
     setattr(core, _DTYPE, dtype)
