@@ -97,17 +97,17 @@ def create_app(
         redoc_url=None,
     )
     app.add_middleware(Guard, metrics=metrics, max_bytes=limits.body, seconds=limits.seconds)
-    _refuse_in_words(app)
-    _tell_health(app, tasks, batcher, generation)
-    _describe_all(app, tasks, metrics)
-    _let_predict(app, tasks, batcher, metrics)
+    _add_exception_handlers(app)
+    _add_health_routes(app, tasks, batcher, generation)
+    _add_description_routes(app, tasks, metrics)
+    _add_prediction_route(app, tasks, batcher, metrics)
     add_openai_routes(app, tasks, generation, lambda name: metrics.texts.labels(name).inc())
     if runs is not None:
-        _let_change(app, tasks, runs.resolve(), loading)
+        _add_loading_routes(app, tasks, runs.resolve(), loading)
     return app
 
 
-def _tell_health(app: FastAPI, tasks: Tasks, batcher: Batcher, generation: Batcher) -> None:
+def _add_health_routes(app: FastAPI, tasks: Tasks, batcher: Batcher, generation: Batcher) -> None:
     """Let whoever starts servers ask how this one is."""
 
     def check_worker() -> None:
@@ -133,7 +133,7 @@ def _tell_health(app: FastAPI, tasks: Tasks, batcher: Batcher, generation: Batch
         return {"status": "alive"}
 
 
-def _describe_all(app: FastAPI, tasks: Tasks, metrics: Metrics) -> None:
+def _add_description_routes(app: FastAPI, tasks: Tasks, metrics: Metrics) -> None:
     """Let whoever asks see the server's metrics, its addresses and its tasks."""
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -151,7 +151,7 @@ def _describe_all(app: FastAPI, tasks: Tasks, metrics: Metrics) -> None:
         return [describe(task, tasks.beside(task)) for task in tasks]
 
 
-def _let_predict(app: FastAPI, tasks: Tasks, batcher: Batcher, metrics: Metrics) -> None:
+def _add_prediction_route(app: FastAPI, tasks: Tasks, batcher: Batcher, metrics: Metrics) -> None:
     """Let clients ask what runs say of texts."""
 
     @app.post("/predict", responses=_refusals(400, 404, 408, 413, 415, 422, 503))
@@ -169,7 +169,7 @@ def _let_predict(app: FastAPI, tasks: Tasks, batcher: Batcher, metrics: Metrics)
         return answer_of(encoded, scores)
 
 
-def _let_change(app: FastAPI, tasks: Tasks, runs: Path, loading: ThreadPoolExecutor) -> None:
+def _add_loading_routes(app: FastAPI, tasks: Tasks, runs: Path, loading: ThreadPoolExecutor) -> None:
     """Let clients add and remove tasks."""
 
     @app.put("/tasks/{name}", status_code=201, responses=_refusals(400, 404, 408, 409, 413, 415, 422))
@@ -201,7 +201,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Refusal} for status in statuses}
 
 
-def _refuse_in_words(app: FastAPI) -> None:
+def _add_exception_handlers(app: FastAPI) -> None:
     """Make each refusal one short message in UTF-8, in the form of its address, whatever it repeats of a request."""
 
     def refusal(request: fastapi.Request, status: int, detail: str, *named: str | None) -> JSONResponse:
