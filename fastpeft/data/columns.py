@@ -89,7 +89,7 @@ def pick_columns(
         raise FastpeftError(f"`label_column` is {label_column!r}, but no labels are read. Leave it out.")
     texts = _named_texts(text_column, columns)
     if problem is NEXT_WORDS and not texts:
-        texts = _find_said(table)
+        texts = _find_prompts(table)
     flags = named_columns(label_column, columns) if label_column else ()
     if label_column is None and known and {*known} <= {*columns}:
         flags = tuple(known)
@@ -128,7 +128,7 @@ def _cannot_tell(table: Table, option: str, problem: Problem | None) -> Fastpeft
     left = _left(table.columns, ())
     pair = _completion(left)
     said = beside = ""
-    if (problem is None or not problem.of_texts_alone) and (pair or _find_said(table)):
+    if (problem is None or not problem.of_texts_alone) and (pair or _find_prompts(table)):
         said = "; or, to train a language model on these texts, give --objective causal"
     elif problem is NEXT_WORDS and pair:
         others = " and ".join(repr(left[name]) for name in _BESIDE_PROMPTS if name in left)
@@ -238,17 +238,17 @@ def prompt_columns(table: Table, text_column: str | None) -> tuple[str, ...]:
     """
     named = _named_texts(text_column, table.columns)[:1]  # of a prompt and its completion the first
     alone = _first_of([pair[0] for pair in COMPLETION_COLUMNS], _left(table.columns, ()))
-    if not named and alone and not _find_said(table):
+    if not named and alone and not _find_prompts(table):
         named = (alone,)
     return pick_columns(table, NEXT_WORDS, named[0] if named else None, None).texts[:1]
 
 
-def _find_said(table: Table) -> tuple[str, ...]:
+def _find_prompts(table: Table) -> tuple[str, ...]:
     """The column of conversations, or those of prompts and completions; empty where there are none."""
     left = _left(table.columns, ())
-    said = _first_of(CONVERSATION_COLUMNS, left)
-    if said and any(is_conversation(row.get(said)) for row in table.rows):
-        return (said,)
+    column = _first_of(CONVERSATION_COLUMNS, left)
+    if column and any(is_conversation(row.get(column)) for row in table.rows):
+        return (column,)
     if not left.keys().isdisjoint(_BESIDE_PROMPTS):  # what an answer depends on too, which would be lost
         return ()
     return _completion(left)

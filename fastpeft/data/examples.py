@@ -35,8 +35,8 @@ from fastpeft.data.values import (
     RowRef,
     as_class,
     as_flag,
+    as_joined_text,
     as_labels,
-    as_said,
     as_score,
     as_tags,
     as_text,
@@ -390,7 +390,7 @@ def _read_plain(table: Table, columns: Sequence[str], problem: Problem) -> list[
     texts: list[Any] = []
     for number, row in enumerate(table.rows, start=1):
         at = RowRef(table.name, number)
-        parts = [as_said(row.get(name), name, at) for name in columns]
+        parts = [as_joined_text(row.get(name), name, at) for name in columns]
         if problem is NEXT_WORDS and len(parts) == 2:
             for name, part in zip(columns, parts):
                 if not part.strip():

@@ -39,7 +39,7 @@ def as_text(value: Any, column: str, at: RowRef) -> str:
     return value
 
 
-def as_said(value: Any, column: str, at: RowRef) -> str:
+def as_joined_text(value: Any, column: str, at: RowRef) -> str:
     """A text, or a list of words as one."""
     return " ".join(as_words(value, column, at)) if isinstance(value, list) else as_text(value, column, at)
 

@@ -294,7 +294,7 @@ class _Completion:
         known = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
         return {**known, "choices": choices, **others}
 
-    def _piece(self, content: dict[str, Any], ended: str | None = None) -> dict[str, Any]:
+    def _chunk(self, content: dict[str, Any], ended: str | None = None) -> dict[str, Any]:
         return self._with(self.part_object, [_choice(content, ended)])
 
     @property
@@ -309,11 +309,11 @@ class _Completion:
 
     def part(self, text: str) -> dict[str, Any]:
         """A part of it."""
-        return self._piece(self._part(text))
+        return self._chunk(self._part(text))
 
     def end(self, generation: GenerationRequest) -> dict[str, Any]:
         """The part that says why it ended."""
-        return self._piece(self._part(""), generation.finish_reason)
+        return self._chunk(self._part(""), generation.finish_reason)
 
     def counted(self, generation: GenerationRequest) -> dict[str, Any]:
         """The part that counts its tokens."""
@@ -332,7 +332,7 @@ class _Chat(_Completion):
 
     @property
     def beginning(self) -> list[dict[str, Any]]:
-        return [self._piece({"delta": {"role": ASSISTANT, "content": ""}})]
+        return [self._chunk({"delta": {"role": ASSISTANT, "content": ""}})]
 
     def _whole(self, text: str) -> dict[str, Any]:
         return {"message": {"role": ASSISTANT, "content": text}}

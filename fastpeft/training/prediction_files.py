@@ -23,7 +23,7 @@ from fastpeft.data.columns import named_columns, own_columns, pick_columns, prom
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation, is_written
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION, TAGGING
 from fastpeft.data.tables import Record, Table, read_apart
-from fastpeft.data.values import SEPARATOR, RowRef, as_said, as_text, as_words
+from fastpeft.data.values import SEPARATOR, RowRef, as_joined_text, as_text, as_words
 from fastpeft.errors import EmptyTextError, FastpeftError
 from fastpeft.prompts.template import refuse_one_text
 from fastpeft.support.files import path_of, publish, saving, unfinished
@@ -165,7 +165,7 @@ class Predictions:
             return as_conversation(value, name, at, answered=False)
         if isinstance(value, list) and self._predictor.run.problem is TAGGING:
             return as_words(value, name, at)
-        read = as_said if self._generates else as_text  # as in training
+        read = as_joined_text if self._generates else as_text  # as in training
         texts = tuple(read(row.get(name), name, at) for name in self._names)
         for name, text in zip(self._names, texts):
             if not text.strip():

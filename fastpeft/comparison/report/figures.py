@@ -311,7 +311,7 @@ def _place(names: Sequence[str], spots: Sequence[tuple[float, float, float]], pl
         for gap in (3, 16, 32, 48):
             centres = ((x + a * (radius + gap + wide / 2), y + b * (radius + gap + high / 2)) for a, b in directions)
             boxes = [(cx - wide / 2, cy - high / 2, cx + wide / 2, cy + high / 2) for cx, cy in centres]
-            free = [box for box in boxes if _inside(box, plot) and not any(_meet(box, other) for other in taken)]
+            free = [box for box in boxes if _inside(box, plot) and not any(_overlap(box, other) for other in taken)]
             if free:
                 left, top, right, bottom = free[0]
                 taken.append(free[0])
@@ -326,5 +326,5 @@ def _inside(box: _Box, other: _Box) -> bool:
     return box[0] >= other[0] and box[1] >= other[1] and box[2] <= other[2] and box[3] <= other[3]
 
 
-def _meet(box: _Box, other: _Box) -> bool:
+def _overlap(box: _Box, other: _Box) -> bool:
     return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
