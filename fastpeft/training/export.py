@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import DataCollatorWithPadding
 
 from fastpeft.data.examples import Examples
-from fastpeft.data.names import DEMO
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
@@ -32,7 +31,7 @@ from fastpeft.training.generation import tell_ends
 from fastpeft.training.lineage import check_places, check_start
 from fastpeft.training.loading import FinishedRun, assemble_in_float32
 from fastpeft.training.onnx_model import check_onnx, write_onnx
-from fastpeft.training.results import answers_in_words, chosen_by, results, settings
+from fastpeft.training.results import card_fields
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import RunSetup, setup_of_run
 from fastpeft.training.task import draw_start, prepare
@@ -215,7 +214,7 @@ def _card_of_run(
     config, adapter = run.config, to == "lora"
     start = config.init_from if adapter else None  # the run whose model a LoRA goes onto
     steps = metrics["steps"] if step is None else f"{step} of {metrics['steps']}"
-    used = {"learning_rate": metrics["learning_rate"], "steps": steps, "max_length": run.max_length}
+    recipe = {"learning_rate": metrics["learning_rate"], "steps": steps}
     if to == "onnx":
         snippet = onnx_snippet(str(output), max_length=run.max_length, pairs=run.is_pair, words=run.problem.per_token)
     else:
@@ -233,18 +232,11 @@ def _card_of_run(
             tokenizer=run.problem is NEXT_WORDS,
         )
     return model_card(
-        base_model=config.model,
-        on_hub=config.model != DEMO,
         method=f"{title}, as a LoRA" if adapter else title,
         snippet=snippet,
         library={"lora": "peft", "merged": "transformers"}.get(to, to),
         data=Path(config.data).name if Path(config.data).is_absolute() else config.data,
-        labels=run.labels,
-        labels_are=run.problem.labels,
-        answers=answers_in_words(metrics if step is None else {**metrics, "threshold": None}),
-        chosen_by=chosen_by(metrics) if step is None else None,
-        metrics=results(metrics) if step is None else None,
-        settings={**used, **settings(config)},
+        **card_fields(config, metrics, recipe, measured=step is None),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from fastpeft.data import result_warnings
 from fastpeft.data.examples import count_labels
-from fastpeft.data.names import DEMO, LOSS
+from fastpeft.data.names import LOSS
 from fastpeft.data.problems import (
     CLASSIFICATION,
     MASKED_WORDS,
@@ -38,7 +38,7 @@ from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import simulated_peak_mb
 from fastpeft.training.generation import tell_ends
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
-from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, results, settings
+from fastpeft.training.results import SIMULATED, card_fields
 from fastpeft.training.run_folder import CURVES, PREDICTIONS, ROW_SCORES, TRAINED_ON, RunFolder
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer
@@ -257,8 +257,6 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
     """The model card of the run."""
     config, problem, prompt = task.config, task.data.problem, task.setup.prompt
     return model_card(
-        base_model=config.model,
-        on_hub=config.model != DEMO,
         method=task.method.title,
         snippet=task.method.loading_snippet(
             str(folder.path),
@@ -274,10 +272,5 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         ),
         library=task.method.library,
         data=task.data.description,
-        labels=task.data.labels,
-        labels_are=problem.labels,
-        answers=answers_in_words(metrics),
-        chosen_by=chosen_by(metrics),
-        metrics=results(metrics),
-        settings={**recipe, "max_length": task.max_length, **settings(config)},
+        **card_fields(config, metrics, recipe),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastpeft.data.names import DEMO
 from fastpeft.data.problems import MULTI_LABEL, TAGGING, TITLES, get_problem, title_of
 from fastpeft.training.config import TrainConfig
 
@@ -15,6 +16,29 @@ _ON_THE_CARD = (  # fields of a `TrainConfig`
     *("targets", "rank", "window", "reduction", "cache_dtype", "batch_size", "seed", "dtype", "bf16"),
 )
 SIMULATED = "simulated"  # as `metrics.json` calls where a peak comes from
+
+
+def card_fields(
+    config: TrainConfig, metrics: Mapping[str, Any], recipe: Mapping[str, Any], *, measured: bool = True
+) -> dict[str, Any]:
+    """What the card of a run tells of it, as arguments of `model_card`.
+
+    Args:
+        config: its configuration.
+        metrics: its `metrics.json`.
+        recipe: rates and schedule, the first of its settings.
+        measured: whether the weights are those that the metrics are of, not some from within the run.
+    """
+    return {
+        "base_model": config.model,
+        "on_hub": config.model != DEMO,
+        "labels": metrics["labels"],
+        "labels_are": get_problem(metrics["problem_type"]).labels,
+        "answers": _answers_in_words(metrics if measured else {**metrics, "threshold": None}),
+        "chosen_by": _chosen_by(metrics) if measured else None,
+        "metrics": _results(metrics) if measured else None,
+        "settings": {**recipe, "max_length": metrics["max_length"], **_settings(config)},
+    }
 
 
 def memory(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -36,7 +60,7 @@ def baseline(always: Mapping[str, Any]) -> str:
     return f"baseline: most frequent {'tag' if 'word_f1' in always else 'labels' if 'micro_f1' in always else 'class'}"
 
 
-def results(metrics: Mapping[str, Any]) -> dict[str, str]:
+def _results(metrics: Mapping[str, Any]) -> dict[str, str]:
     """What a card shows of the values of a `metrics.json`."""
     problem = get_problem(metrics["problem_type"])
     title, always = TITLES[problem.primary], metrics.get("most_frequent_class", {})
@@ -57,7 +81,7 @@ def threshold_in_words(metrics: Mapping[str, Any]) -> str | None:
     return None if threshold is None else f"{threshold:.3f}, chosen on {rows:,} training rows that were kept apart"
 
 
-def answers_in_words(metrics: Mapping[str, Any]) -> str | None:
+def _answers_in_words(metrics: Mapping[str, Any]) -> str | None:
     """How answers follow from the model's outputs, for a card; None where the most likely class is the answer."""
     threshold, problem = threshold_in_words(metrics), get_problem(metrics["problem_type"])
     if problem is TAGGING:
@@ -86,12 +110,12 @@ def class_scores(metrics: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def chosen_by(metrics: Mapping[str, Any]) -> str | None:
+def _chosen_by(metrics: Mapping[str, Any]) -> str | None:
     """The metric by which the checkpoint of a `metrics.json` was chosen, in words; None where it is the last."""
     return None if metrics["best_step"] is None else title_of(metrics["metric"])
 
 
-def settings(config: TrainConfig) -> dict[str, Any]:
+def _settings(config: TrainConfig) -> dict[str, Any]:
     """What a card shows of a run's configuration; of a prompt that was found, what it is and how it was found."""
     shown = {name: value for name, value in config.values().items() if name in _ON_THE_CARD and value is not None}
     if (found := config.found_prompt) is not None:
