@@ -109,18 +109,7 @@ class SivaModel(BaseTuner):
         _maybe_include_all_linear_layers(peft_config, model)
         if all_linear and peft_config.layers_to_transform is not None:
             peft_config.target_modules = in_chosen_blocks(peft_config, peft_config.target_modules)
-        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        modules = {name: module for name, module in model.named_modules() if not name.startswith(adapted)}
-        targets = {
-            name: module
-            for name, module in modules.items()
-            if name and self._check_target_module_exists(peft_config, name)
-        }
-        linear = [
-            name
-            for name, module in modules.items()
-            if isinstance(module, (nn.Linear, Conv1D, SivaLinear)) and not self._is_head(name)
-        ]
+        targets, linear = self._find_targets(peft_config, model)
         if not targets:
             raise no_target(peft_config, linear, model)
         if peft_config.init_weights != "saved" and self._pissa is None:  # what a file says was given to another model
@@ -143,6 +132,22 @@ class SivaModel(BaseTuner):
         layers = (layer for layer in targets.values() if isinstance(layer, SivaLinear))
         _warn_of_rounding(layer for layer in layers if layer.is_last(self._adding))  # it is replaced
         self._number_of_targets, self._number_made, self._warned_of_bases = len(targets), 0, False
+
+    def _find_targets(self, peft_config: SivaConfig, model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+        """The modules that are to be adapted, by name, and the names of all linear layers outside heads."""
+        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        modules = {name: module for name, module in model.named_modules() if not name.startswith(adapted)}
+        targets = {
+            name: module
+            for name, module in modules.items()
+            if name and self._check_target_module_exists(peft_config, name)
+        }
+        linear = [
+            name
+            for name, module in modules.items()
+            if isinstance(module, (nn.Linear, Conv1D, SivaLinear)) and not self._is_head(name)
+        ]
+        return targets, linear
 
     def _is_head(self, key: str) -> bool:
         return key.partition(".")[0] in self._heads or key in self._heads
