@@ -63,15 +63,8 @@ def listen(
         nonlocal tokens
         ran.add(layer)
         found = _as_tokens(feature, layer)
-        may_be = feature.ndim == 3 and rows is not None and not backbone.rows_first
-        if may_be and feature.shape[0] != rows == feature.shape[1]:
-            raise FastpeftError(
-                f"the feature of layer {layer} has the shape {tuple(feature.shape)} in a pass over {rows} rows: it is "
-                "(T, B, d), and a side network reads (B, T, d): it would mix the rows up. Make layers that take rows "
-                "first, as those of torch do with batch_first=True."
-            )
-        if may_be and feature.shape[1] != rows and not torch.compiler.is_compiling():
-            backbone.rows_first = True
+        if feature.ndim == 3 and rows is not None and not backbone.rows_first:
+            _check_rows_first(backbone, layer, feature, rows)
         tokens = found.shape[:2] if tokens is None else tokens
         expected = (*tokens, backbone.feature_sizes[layer])
         if found.shape != expected:
@@ -105,6 +98,18 @@ def listen(
     # else the base's own output would be returned as if a side network had made it
     if idle := [layer for layer in range(1, len(backbone.layers) + 1) if layer not in ran]:
         raise IdleLayersError(_did_not_run(backbone, idle))
+
+
+def _check_rows_first(backbone: Backbone, layer: int, feature: Tensor, rows: int) -> None:
+    """Raise `FastpeftError` if a feature is `(T, B, d)`; once a shape shows that none is, no more are looked at."""
+    if feature.shape[0] != rows == feature.shape[1]:
+        raise FastpeftError(
+            f"the feature of layer {layer} has the shape {tuple(feature.shape)} in a pass over {rows} rows: it is "
+            "(T, B, d), and a side network reads (B, T, d): it would mix the rows up. Make layers that take rows "
+            "first, as those of torch do with batch_first=True."
+        )
+    if feature.shape[1] != rows and not torch.compiler.is_compiling():
+        backbone.rows_first = True
 
 
 @contextlib.contextmanager
