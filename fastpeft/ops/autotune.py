@@ -77,7 +77,7 @@ class Timings:
         key = (*question, torch.get_num_threads()) if device.type == "cpu" else question
         found = self._answers.get(key)
         if found is None:
-            times = self._times(_in_words(question, device), candidates, device)
+            times = self._times(_question_in_words(question, device), candidates, device)
             if times is None:
                 return untimed or fixed
             best = min(times, key=times.__getitem__)
@@ -171,7 +171,7 @@ def _readable(times: Mapping[str, Any]) -> dict[str, Times]:
     }
 
 
-def _in_words(question: tuple[Hashable, ...], device: torch.device) -> str:
+def _question_in_words(question: tuple[Hashable, ...], device: torch.device) -> str:
     words = " ".join(str(part).removeprefix("torch.") for part in question)
     return f"{words}, threads {torch.get_num_threads()}" if device.type == "cpu" else words
 
