@@ -189,7 +189,7 @@ class FeatureCache:
 
     def _current_store(self) -> RecordStore:
         """The store for the backbone as it is now: its weights or active adapters may have changed."""
-        stamp = _stamp(self._backbone)
+        stamp = stamp_of(self._backbone)
         if stamp == self._stamp:
             return self._store
         self._stamp = stamp
@@ -293,7 +293,7 @@ def _identity(backbone: Backbone) -> str:
     return digest.hexdigest()[:32]
 
 
-def _stamp(backbone: Backbone) -> list[Any]:
+def stamp_of(backbone: Backbone) -> list[Any]:
     """A cheap value that changes when `_identity` may have changed; a write to a tensor's `.data` is not noticed."""
     stamp: list[Any] = []
     for name, module in backbone.body.named_modules():

@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.cache import stamp_of
 from fastpeft.ladder.generation import CACHE, GrowingLayer, keeps_keys
+from fastpeft.ops.define import is_transformed
 
 _RELATIVE = ("bloom", "roformer")  # of models that take no positions, those whose distances do not count padding
 
@@ -93,6 +96,7 @@ class Context:
         self.tokens = tuple(tokens)
         self._backbone = backbone
         self._states: list[tuple[Tensor, Tensor]] = []
+        self._stamp: list[Any] | None = None  # of the backbone that made them
 
     def layers(self, *, keep: bool) -> list[ContextLayer]:
         """New layers of a cache, one for each of the backbone's, that begin with the context."""
@@ -120,9 +124,14 @@ class Context:
         return found
 
     def _read(self) -> list[tuple[Tensor, Tensor]]:
-        """The keys and values of each layer, in the backbone's own dtype."""
+        """The keys and values of each layer, in the backbone's own dtype, as its weights and active adapters are."""
         weight = self._backbone.core.get_input_embeddings().weight
-        if self._states and (self._states[0][0].device, self._states[0][0].dtype) == (weight.device, weight.dtype):
+        # weights of a graph, of a transform or of a simulation are not looked at
+        looks = not (torch.compiler.is_compiling() or is_transformed() or isinstance(weight, FakeTensor))
+        stamp = stamp_of(self._backbone) if looks else None
+        keys = self._states[0][0] if self._states else None
+        fits = keys is not None and (keys.device, keys.dtype) == (weight.device, weight.dtype)
+        if fits and stamp in (None, self._stamp):
             return self._states
         tokens = torch.tensor([self.tokens], device=weight.device)
         # not under inference mode, whose tensors later passes with gradients could not read
@@ -136,5 +145,5 @@ class Context:
             )
         states = [(layer.keys, layer.values) for layer in cache.layers]
         if type(states[0][0]) is Tensor:  # a fake one is of its simulation alone
-            self._states = states
+            self._states, self._stamp = states, stamp
         return states

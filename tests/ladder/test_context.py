@@ -46,6 +46,22 @@ def test_a_ladder_starts_as_its_base_after_the_context(kind: str) -> None:
 
 
 @torch.no_grad()
+def test_a_backbone_that_has_changed_reads_the_context_anew() -> None:
+    """By other weights, or without an adapter that was active."""
+    adapted = get_peft_model(causal_model("llama"), SivaConfig(r=2, init_weights=False))
+    model = ladder(adapted, context=CONTEXT).eval()
+    before = logits(model)
+    with adapted.disable_adapter():
+        expected = logits(ladder(causal_model("llama"), context=CONTEXT).eval())
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model), before)
+    for parameter in adapted.parameters():
+        parameter.mul_(1.5)
+    expected = logits(ladder(copy.deepcopy(adapted), context=CONTEXT).eval())
+    torch.testing.assert_close(logits(model), expected)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_padding_changes_nothing_where_no_positions_are_given(kind: str) -> None:
     model = moved(causal_model(kind), context=CONTEXT).eval()
