@@ -18,6 +18,7 @@ from torch.optim import optimizer as optimizers
 
 from fastpeft import FastpeftError, MeZO, SivaConfig, SivaLinear
 from fastpeft.methods.saved_adapters import check_weights
+from fastpeft.siva.change import scales
 from fastpeft.siva.decompose import decompose
 from fastpeft.siva.model import SPECTRAL_STEP
 
@@ -292,6 +293,15 @@ def test_a_step_is_as_large_for_every_triplet_of_every_layer() -> None:
                 moved = torch.linalg.matrix_norm(layer.get_delta_weight("default"), ord=2)
                 assert moved.item() == pytest.approx(1e-4 * SPECTRAL_STEP / 12 * size, rel=1e-3)
             change.weight.data.zero_()
+
+
+def test_of_small_singular_values_a_tenth_of_the_largest_counts() -> None:
+    """Of the largest of the same weight, however large that is."""
+    for size in (0.02, 5.0):
+        s = size * torch.tensor([1.0, 0.5, 0.1, 0.01])
+        of_u, of_v = scales(s, torch.diag(s), step=1.0)
+        for scale in (of_u, of_v[:, 0]):
+            torch.testing.assert_close(scale / scale[0], torch.tensor([1.0, 2.0, 10.0, 10.0]))
 
 
 def test_the_plain_form_moves_a_triplet_in_proportion_to_its_singular_value() -> None:

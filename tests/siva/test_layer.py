@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import FastpeftError, SivaConfig, SivaLinear, pack_frozen
 from fastpeft.functional import siva_linear_group
+from fastpeft.siva.decompose import decompose
 
 
 def linear(kind: str = "linear", bias: bool = True) -> nn.Module:
@@ -427,6 +428,17 @@ def test_an_empty_adapter_beside_another_says_so(residual: str) -> None:
     layer.set_adapter("default")
     layer.delete_adapter("second")
     assert layer(inputs()).equal(expected)
+
+
+@RESIDUALS
+def test_an_adapter_beside_an_empty_one_starts_from_the_weight(residual: str) -> None:
+    base = linear()
+    expected, factors = base(inputs()), decompose(base.weight, 4).factors
+    layer = SivaLinear.from_linear(base, 4, residual=residual, init_weights="saved")
+    layer.update_layer("second", 4, SivaConfig(residual=residual))
+    layer.set_adapter("second")
+    assert layer.siva_s["second"].equal(factors.s)
+    torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
 
 
 def test_the_rank_of_a_configuration_is_taken() -> None:

@@ -198,6 +198,19 @@ def test_gradients_are_those_of_the_dequantised_layer(kind: Any) -> None:
 
 
 @KINDS
+def test_each_of_several_active_adapters_gets_its_gradients(kind: Any) -> None:
+    layer = move(quantised(kind), size=0.1)
+    layer.update_layer("second", 4, SivaConfig(residual_dtype=kind))
+    layer.set_adapter(["default", "second"])
+    changes = [change.weight for name in layer.active_adapters for change in layer._changes(name)]
+    outputs = layer(inputs()), nn.functional.linear(inputs(), layer.weight, layer.bias)
+    weights = torch.randn(outputs[0].shape)
+    found, expected = (torch.autograd.grad((output * weights).sum(), changes) for output in outputs)
+    for gradient, same in zip(found, expected):
+        torch.testing.assert_close(gradient, same, rtol=1e-4, atol=1e-4)
+
+
+@KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_evaluated_is_what_trains(kind: Any, dtype: torch.dtype) -> None:
     """Also where the processor would multiply int8 codes as they are, with activations in 8 bits."""
