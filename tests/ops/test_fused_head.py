@@ -408,6 +408,10 @@ def test_views_stay_unmade(pair: tuple[LazyLogits, Tensor], name: str) -> None:
         len(expected),
         expected.numel(),
     )
+    labels = torch.arange(expected.numel() // 9) % 9
+    losses = [F.cross_entropy(logits.reshape(-1, 9), labels) for logits in (found, expected)]
+    torch.testing.assert_close(*losses, check_dtype=False)  # in the dtype of the states
+    assert is_unmade(found)
     torch.testing.assert_close(found + 0, expected)
 
 

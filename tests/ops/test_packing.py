@@ -16,7 +16,7 @@ from fastpeft.functional import siva_linear, siva_linear_group, siva_linear_mixe
 from fastpeft.ops import aten
 from fastpeft.ops import packing as packing_module
 from fastpeft.ops.frozen_linear import frozen_linear, pack_layer
-from fastpeft.ops.packing import Packs, can_pack, dense, operand, pack, packed_linear
+from fastpeft.ops.packing import Packs, can_pack, dense, operand, pack, packed_linear, quantise_rows
 
 packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 
@@ -121,6 +121,16 @@ def test_a_change_of_the_weight_is_noticed(change: Callable[[Tensor], None]) -> 
     assert after is not before
     torch.testing.assert_close(dense(after), weight.detach(), rtol=0, atol=0, equal_nan=True)
     assert packs.of(weight, torch.float32) is after  # NaN is no change
+
+
+@pytest.mark.parametrize("change", [add_to_data, add_in_place, replace_data, transpose_data])
+def test_a_change_of_the_weight_makes_other_codes(change: Callable[[Tensor], None]) -> None:
+    weight, packs = weight_of(9, 9), Packs()
+    before = packs.codes(weight)
+    assert packs.codes(weight) is before
+    change(weight)
+    for found, expected in zip(packs.codes(weight), quantise_rows(weight.detach())):
+        assert torch.equal(found, expected)
 
 
 @packing

@@ -175,6 +175,14 @@ def test_autocast_computes_in_half_precision_and_returns_float32_gradients() -> 
     assert u.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_as_it_is() -> None:
+    """As PyTorch's linear layers do."""
+    given = operands((4,), 8, 6, 2, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = siva_linear(*given)
+    assert found.equal(siva_linear(*given))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_autocast_with_packs_casts_a_weight_once_and_keeps_no_copy_for_backward(training: bool) -> None:
     x, weight, u, s, v, b = operands((4,), 8, 6, 2, torch.float32)
