@@ -79,6 +79,16 @@ def test_steps_are_those_of_perturbed_copies(settings: dict[str, Any]) -> None:
     assert not equal(weights(ours), weights(language_model()))
 
 
+def test_groups_have_their_own_eps() -> None:
+    ours, theirs = network(), network()
+    for model, restore in ((ours, "exact"), (theirs, "in_place")):
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "eps": 10 * EPS}]
+        optimizer = MeZO(groups, lr=1e-2, eps=EPS, restore=restore, model=model)
+        for step in range(3):
+            optimizer.step(fit(model, step))
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-6)
+
+
 def test_fzoo_and_deferring() -> None:
     ours, theirs = language_model(), language_model()
     for model, defer in ((ours, True), (theirs, False)):

@@ -34,8 +34,10 @@ SETTINGS = [
 
 
 def optimizer_of(model: nn.Module, **settings: Any) -> MeZO:
-    groups = [{"params": model[0].named_parameters("0")}, {"params": model[2].named_parameters("2"), "eps": 2e-3}]
-    return MeZO(groups, **{"lr": 1e-2, **settings})
+    settings = {"lr": 1e-2, **settings}
+    own = {"eps": 2e-3, "lr": settings["lr"] / 2}
+    groups = [{"params": model[0].named_parameters("0")}, {"params": model[2].named_parameters("2"), **own}]
+    return MeZO(groups, **settings)
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
@@ -182,6 +184,9 @@ def test_a_journal_may_begin_after_a_dropped_estimate(tmp_path: Path) -> None:
     optimizer = optimizer_of(model)
     interrupted(optimizer, model)
     before, state = copy.deepcopy(model), optimizer.state_dict()
+    loaded = optimizer_of(model)
+    loaded.load_state_dict(state)
+    assert loaded.state_dict() == state
     optimizer.record(tmp_path / "run")
     interrupted(optimizer, model)
     optimizer.step(fit(model, 0))
@@ -255,7 +260,7 @@ def test_twenty_thousand_steps_are_under_a_megabyte(tmp_path: Path) -> None:
     assert per_step == 44  # two groups; 36 with one
     assert before + 20_000 * per_step < 2**20
     record = list(Journal.open(tmp_path / "run").records())[-1]
-    assert (record.step, record.points, record.rates) == (2, 2, (1e-2 * 0.9**2,) * 2)
+    assert (record.step, record.points, record.rates) == (2, 2, (1e-2 * 0.9**2, 5e-3 * 0.9**2))
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------
