@@ -63,6 +63,24 @@ def logits(model: Any, cache: Any = None, lengths: tuple[int, ...] = (6, 7, 8, 1
     return torch.stack(found)
 
 
+@torch.no_grad()
+def test_a_cache_that_is_kept_while_weights_change_goes_on_by_the_new_ones() -> None:
+    """As between the turns of a chat: the one token that follows a turn is read by the weights that read the turn."""
+    first = moved(causal_model("llama")).eval()
+    models, found = (first, copy.deepcopy(first)), []
+    for model, lengths in zip(models, ((8, 9), (9,))):
+        cache = model(input_ids=WORDS[:, :5], use_cache=True)[CACHE]
+        cache = model(input_ids=WORDS[:, 5:6], past_key_values=cache, use_cache=True)[CACHE]
+        for parameter in model.side.parameters():
+            parameter.mul_(1.5)
+        before = 6
+        for length in lengths:
+            output = model(input_ids=WORDS[:, before:length], past_key_values=cache, use_cache=True)
+            before = length
+        found.append(output.logits[:, -1])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     model = ladder(tiny(head="ForMaskedLM"))
     model.print_trainable_parameters()

@@ -272,6 +272,19 @@ def test_the_side_network_may_be_on_another_device(monkeypatch: pytest.MonkeyPat
         assert {state.device.type for state in output.hidden_states} == {"cpu"}
 
 
+@pytest.mark.parametrize("config", [{"feature_dropout": 0.3}, {"layer_drop": 0.5}], ids=str)
+def test_passes_in_training_drop_what_torchs_random_state_says(config: dict[str, Any]) -> None:
+    model = ladder(**config).train()
+
+    def states() -> set[float]:
+        torch.manual_seed(0)
+        passes = [model(IDS, attention_mask=MASK, output_hidden_states=True) for _ in range(8)]
+        return {each.hidden_states[-1].double().sum().item() for each in passes}
+
+    assert len(states()) > 3
+    assert states() == states()
+
+
 def test_a_training_step_can_be_simulated() -> None:
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
     estimate = simulate_training_step(ladder(feature_dropout=0.1).train(), batch)

@@ -328,6 +328,15 @@ def test_feature_dropout_follows_its_seed_in_training_only() -> None:
     assert not first.allclose(evaluated)
 
 
+def test_each_block_drops_other_features() -> None:
+    config = LadderConfig(window_size=3, feature_dropout=0.3)
+    first, second = (WindowFusion(config, NARROW, block, [0, 1, 2], causal=False) for block in (1, 2))
+    second.load_state_dict(first.state_dict())
+    given = torch.randn(2, 5, NARROW), torch.randn(2, 3, 5, NARROW), None, None, 7, None
+    assert first(*given).equal(first(*given))
+    assert not first(*given).allclose(second(*given))
+
+
 def test_options_are_settings_of_the_command_line() -> None:
     written = {"init": "pruned", "layer_drop": "0.1", "share_projections": "true", "output_mix": "true"}
     given = {name: parse_value(text) for name, text in written.items()}
