@@ -175,6 +175,7 @@ def test_rows_are_cut_and_those_with_nothing_to_learn_left_out(tokenizer: Any) -
     rows, cut = encode_counted(tokenizer, [("film " * 9, "plot"), ("film", "plot " * 9), ("film", "plot")], 6)
     assert [len(row["input_ids"]) for row in rows] == [6, 4]
     assert cut == 2
+    assert encode_counted(tokenizer, [("film", "plot")], 4)[1] == 0, "it has four tokens, and all of them are there"
     with pytest.raises(FastpeftError, match="no row has anything to learn within its first 2 tokens"):
         encode_counted(tokenizer, [("film plot", "plot")], 2)
 

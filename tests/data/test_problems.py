@@ -250,6 +250,8 @@ def test_metrics_of_tags_leave_out_what_is_outside() -> None:
         "entity_f1": pytest.approx(2 / 3),
         "accuracy": pytest.approx(0.8),
     }
+    told = TAGGING.score(np.eye(3)[[[0, 2]]], np.array([[0, 1]]), names)
+    assert told["word_f1"] == 0.5, "a tag that no word has, told of one, counts"
     nothing = TAGGING.score(np.eye(3)[[[1, 1]]], np.array([[1, 1]]), names)
     assert nothing == {"word_f1": 0, "entity_f1": 0, "accuracy": 1}
     numbered = TAGGING.score(np.eye(3)[guesses], labels, ["0", "1", "2"])
