@@ -216,6 +216,8 @@ def read_apart(file: str | Path, kind: str | None = None) -> tuple[str, str, lis
         FastpeftError: the file cannot be read at all, or it has no rows.
     """
     path = STDIN if file == "-" else path_of(file)
+    if path is not STDIN and path.is_dir():
+        raise FastpeftError(f"{path} is a folder. Give a file: write what the library datasets saved as parquet first.")
     allowed = [name for name in _APART if path is not STDIN or name != "parquet"]
     kind = kind or path.suffix[1:].lower() or "txt"
     if kind not in allowed:

@@ -443,6 +443,7 @@ CASES = [
     (["predict", "empty-metrics", "a text"], ["does not hold 'labels'"]),
     (["predict", "run", "--file", "nowhere.txt"], ["nowhere.txt"]),
     (["predict", "run", "--file", "blank.txt"], ["blank.txt holds no text"]),
+    (["predict", "run", "--file", "train-only"], ["train-only is a folder. Give a file", "parquet"]),
     (["predict", "run", "--file", "good.xlsx"], ["good.xlsx is of the kind 'xlsx'", "csv, tsv, jsonl, parquet, txt"]),
     (["predict", "run", "--file", "-", "--format", "parquet"], ["standard input is of the kind 'parquet'"]),
     (["predict", "run", "a text", "--format", "csv"], ["--format is 'csv', but there is no --file"]),
