@@ -34,6 +34,7 @@ from fastpeft.siva.targets import (
     query_and_key,
     rank_of,
     tied_parameters,
+    warn_of_a_long_start,
     warn_of_stacks,
     warn_of_strangers,
 )
@@ -129,6 +130,8 @@ class SivaModel(BaseTuner):
         check_not_held_aside(model, targets)
         if self._pissa is not None:
             self._pissa.check_targets(targets)
+        elif peft_config.init_weights != "saved":
+            warn_of_a_long_start(peft_config, targets)
         layers = (layer for layer in targets.values() if isinstance(layer, SivaLinear))
         _warn_of_rounding(layer for layer in layers if layer.is_last(self._adding))  # it is replaced
         self._number_of_targets, self._number_made, self._warned_of_bases = len(targets), 0, False

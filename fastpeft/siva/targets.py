@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -17,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError, did_you_mean
-from fastpeft.siva import grouping
+from fastpeft.siva import cache, grouping
 from fastpeft.siva.config import SivaConfig
 from fastpeft.siva.decompose import check_decomposable
 from fastpeft.siva.frozen import check_kind, matrix, original_fingerprint
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 # Projections that hold query, key and value in one matrix.
 FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
+# Of min(N, K)^2 (N + K), as the Gram matrix of the shorter side and its eigenvectors take: half a minute to five
+# minutes on two cores, by how the singular values lie.
+_LONG = 1e12
 
 
 def query_and_key(model: nn.Module) -> set[str]:
@@ -176,9 +180,9 @@ def limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
     """Give layers that "all-linear" found and that are smaller than r their full rank."""
     limited = {}
     for name, module in targets.items():
-        shape = (module.out_features, module.in_features) if hasattr(module, "in_features") else module.weight.shape
-        if get_pattern_key(list(peft_config.rank_pattern), name) == name and min(shape) < peft_config.r:
-            limited[name] = min(shape)
+        full = min(_shape_of(module))
+        if get_pattern_key(list(peft_config.rank_pattern), name) == name and full < peft_config.r:
+            limited[name] = full
     if limited:
         shown = ", ".join(f"{name} ({rank})" for name, rank in limited.items())
         logger.warning("all-linear with r=%d: layers that are smaller get their full rank: %s", peft_config.r, shown)
@@ -224,6 +228,27 @@ def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool], names: Iter
             f"{joined.total():,}",
             ", ".join(joined),
         )
+
+
+def warn_of_a_long_start(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
+    """Warn where decomposing the targets exactly keeps a CPU for a minute or more, and nothing keeps their factors."""
+    near = peft_config.svd_niter is not None or (peft_config.residual_dtype and peft_config.quant_iterations)
+    if near or os.environ.get(cache.VARIABLE):
+        return
+    made = [module for module in targets.values() if not isinstance(module, SivaLinear)]
+    shapes = [_shape_of(module) for module in made if module.weight.device.type == "cpu"]
+    if sum(min(shape) ** 2 * sum(shape) for shape in shapes) > _LONG:
+        logger.warning(
+            "decomposing %d weights exactly may take minutes on a CPU. svd_niter=4 decomposes nearly, in seconds, and "
+            "the model starts the same; %s=FOLDER keeps the factors for the next time",
+            len(shapes),
+            cache.VARIABLE,
+        )
+
+
+def _shape_of(layer: Any) -> tuple[int, int]:
+    """The shape of a layer's matrix, also where it is stored in 4 bits."""
+    return (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.shape)
 
 
 def tied_parameters(model: nn.Module) -> set[int]:

@@ -196,6 +196,27 @@ def test_experts_beside_layers_of_their_names_are_told(
     assert re.search(message, "".join(found))
 
 
+def test_a_long_start_is_told_unless_it_is_short_or_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("FASTPEFT_CACHE", raising=False)
+
+    def told(device: str = "cpu", **given: Any) -> str:
+        caplog.clear()
+        peft.get_peft_model(tiny("Llama", "ForCausalLM").to(device), SivaConfig(r=2, **given))
+        return caplog.text
+
+    assert not told()
+    monkeypatch.setattr("fastpeft.siva.targets._LONG", 4 * 16**2 * (16 + 16) - 1)  # four layers, all of this shape
+    assert "decomposing 4 weights exactly may take minutes" in told()
+    assert "svd_niter=4" in caplog.text
+    assert told(residual_dtype="int8", quant_iterations=0)
+    for given in ({"svd_niter": 4}, {"residual_dtype": "int8"}, {"device": "meta"}):
+        assert not told(**given)
+    monkeypatch.setenv("FASTPEFT_CACHE", str(tmp_path))
+    assert not told()
+
+
 # -- heads -------------------------------------------------------------------------------------------------------
 
 BART_SIZES = {
