@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frozen-accuracy": accuracy_tables.frozen_accuracy,
     "backbone-dtype": accuracy_tables.backbone_dtype,
     "siva-rates": accuracy_tables.siva_rates,
+    "siva-init": speed_tables.siva_init,
     "quantised": accuracy_tables.quantised,
     "quantised-weights": accuracy_tables.quantised_weights,
     "quantised-steps": speed_tables.quantised_steps,
