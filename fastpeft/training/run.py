@@ -187,10 +187,16 @@ def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
             "keeps its weights as they are, in half the memory"
         )
     in_bfloat16 = resolved.bf16 or resolved.settings.get("backbone_dtype") == "bfloat16"
-    if in_bfloat16 and best_device() == "cpu" and not has_bfloat16():
+    device = torch.device(best_device()).type
+    if in_bfloat16 and device == "cpu" and not has_bfloat16():
         logger.warning(
             "this CPU has no bfloat16 instructions: frozen layers compute in float32, and trained layers take several "
             "times as long as in float32"
+        )
+    if in_bfloat16 and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        logger.warning(
+            "this GPU has no bfloat16 instructions, which it emulates slowly: --no-bf16 without --dtype computes in "
+            "float32, and --set fp16=true in float16, both beside weights in float32"
         )
 
 

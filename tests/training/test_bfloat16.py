@@ -21,6 +21,7 @@ from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
 from fastpeft.training.prediction import Predictor
+from fastpeft.training.run import _tell_precision
 from fastpeft.training.setup import RunSetup, resolve
 from fastpeft.training.task import Task
 
@@ -101,6 +102,19 @@ def test_that_it_is_slow_is_said(
     monkeypatch.setattr("fastpeft.training.run.has_bfloat16", lambda: has)
     train(replace(config, max_steps=1, **changes))
     assert ("no bfloat16 instructions" in caplog.text) is (slow and not has)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_gpu_that_emulates_it_is_told(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: bool
+) -> None:
+    monkeypatch.setattr("fastpeft.training.run.best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has or including_emulation)
+    for bf16 in (True, False):
+        caplog.clear()
+        given = replace(config, bf16=bf16)
+        _tell_precision(given, given)
+        assert ("emulates slowly" in caplog.text) is (bf16 and not has)
 
 
 @pytest.mark.parametrize("has", [True, False])
