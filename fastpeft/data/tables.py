@@ -192,7 +192,7 @@ def _read_rows(file: Path, readers: Mapping[str, Reader]) -> list[Record]:
     """Every row of a file as a dictionary of its columns."""
     reader = readers.get(file.suffix[1:].lower())
     if reader is None:
-        raise FastpeftError(f"{file} is of an unknown kind; allowed are {', '.join(readers)}. Convert or rename it.")
+        raise FastpeftError(f"{file} is of an unknown kind; allowed are {', '.join(readers)}. Give one of these.")
     rows = reader(file)
     if not rows:
         what = "a text" if "txt" in readers else "a text and a class"

@@ -70,6 +70,11 @@ def steps_of(
         )
     if not isinstance(data, Mapping):
         for batch in itertools.chain.from_iterable(itertools.repeat(data, epochs)):
+            if batch and {*batch} <= {*names}:
+                raise FastpeftError(
+                    f"a batch has the tasks {', '.join(map(repr, batch))} in place of tensors. Give each task its "
+                    "batches: {task: [batch, ...]}."
+                )
             active = [name for name in names if name not in stopped]
             if not active:
                 return
@@ -186,10 +191,17 @@ class MemberTrainer:
         """A step on the loss of the output that `compute` returns.
 
         Raises:
-            FastpeftError: there is no loss, or it is not finite. No step is made then.
+            FastpeftError: there is no loss, or it is not finite, or the head has no such class. No step is made then.
         """
         with self._stream:
-            loss = compute().loss
+            try:
+                loss = compute().loss
+            except IndexError as error:  # on a CPU; a GPU stops the process
+                config: Any = self.model.config
+                raise FastpeftError(
+                    f"a batch for {self.name!r}, whose head has {config.num_labels} classes: {error}. Where "
+                    "tasks differ in their classes, give each its batches: {task: [batch, ...]}."
+                ) from error
             if loss is None:
                 raise FastpeftError(f"a batch for {self.name!r} has no labels. Give {', '.join(LABELS)}.")
             loss.backward()

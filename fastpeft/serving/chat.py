@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import fastapi
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from fastpeft.data.conversations import ASSISTANT, SYSTEM, Conversation, check_conversation
 from fastpeft.errors import FastpeftError
@@ -54,11 +54,18 @@ class Part(OpenAISent):
     text: Text
 
 
+def _check_parts(content: Any) -> Any:
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise ValueError(f"it has a part of the type {part['type']!r}, and only text is read")
+    return content
+
+
 class Message(OpenAISent):
     """A turn of a conversation."""
 
     role: str = Field(description="system or developer, which comes first or not at all, user, assistant or tool.")
-    content: Text | Annotated[list[Part], Field(fail_fast=True)]
+    content: Annotated[Text | Annotated[list[Part], Field(fail_fast=True)], BeforeValidator(_check_parts)]
     name: str | None = Field(None, description="Ignored.")
     tool_call_id: str | None = Field(None, description="Ignored; OpenAI's client sends it with the role tool.")
 

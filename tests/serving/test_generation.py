@@ -404,8 +404,8 @@ REFUSED = {
     "a number": Refusal({**CHAT, "messages": [{"role": "user", "content": 1}]}, "body.messages.0.content"),
     "surrogate": Refusal({**CHAT, "messages": turns("a\ud800")}, "lone surrogate"),
     "an image": Refusal(
-        {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]},
-        "Input should be 'text'",
+        {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
+        "body.messages.0.content: it has a part of the type 'image_url', and only text is read.",
     ),
     "too long": Refusal(
         {**CHAT, "messages": turns("film " * 40)},
