@@ -222,6 +222,7 @@ _SPEAKING = (
     "full",
     f"pissa{_WIDE}",
     f"siva{_WIDE}:residual_dtype=nf4",
+    f"siva{_WIDE}:svd_niter=4",
     f"qlora{_WIDE}",
     f"lora{_WIDE}:learning_rate=1.2e-3:bf16=false",
     "mezo",

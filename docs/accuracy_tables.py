@@ -277,6 +277,7 @@ SPEAKING = {  # variants of E2E's evidence
     "last-n": "last 3 layers",
     "full": "full fine-tuning",
     "pissa:rank=8:targets=all-linear": "PiSSA, all linear",
+    "siva:rank=8:targets=all-linear:svd_niter=4": "SiVA, all linear, decomposed nearly",
     "siva:rank=8:targets=all-linear:residual_dtype=nf4": "SiVA in nf4, all linear",
     "qlora:rank=8:targets=all-linear": "QLoRA, all linear",
     "mezo": "**MeZO**",
