@@ -46,8 +46,6 @@ from fastpeft.errors import FastpeftError, install
 
 logger = logging.getLogger(__name__)
 
-TokenRow = dict[str, Any]  # one text as token ids
-
 _DEMO_SOURCE = "rotten_tomatoes"
 _DEMO_DEV_ROWS = 1_000
 _DEMO_SPLIT_SEED = 0

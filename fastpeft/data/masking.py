@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import DataCollatorForLanguageModeling
 
-from fastpeft.data.examples import TokenRow
 from fastpeft.data.names import UNLABELLED
+from fastpeft.data.token_rows import TokenRow, TokenRows
 from fastpeft.errors import FastpeftError
 
 SHARE = 0.15  # of a text's tokens, of which 80 % become the mask, 10 % another word, and 10 % stay as they are
@@ -50,9 +50,9 @@ class Masker:
             masked[0, place], labels[0, place] = self._mask_id, tokens[0, place]
         return {**row, "input_ids": masked[0].tolist(), "labels": labels[0].tolist()}
 
-    def fixed(self, rows: Sequence[TokenRow]) -> list[TokenRow]:
+    def fixed(self, rows: Sequence[TokenRow]) -> TokenRows:
         """Rows to measure on: whatever the seed of a run, the same words of each are hidden."""
-        return [self(row, "fixed", index) for index, row in enumerate(rows)]
+        return TokenRows(self(row, "fixed", index) for index, row in enumerate(rows))
 
 
 class MaskedRows(Dataset[TokenRow]):

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastpeft.data.conversations import ASSISTANT, USER, Conversation
 from fastpeft.data.names import UNLABELLED
+from fastpeft.data.token_rows import TokenRows
 from fastpeft.errors import FastpeftError, first_line
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ _CONTEXT = 100  # characters: more than any special token has
 _ANSWERED = Conversation(((USER, "?"), (ASSISTANT, "!")))  # shows what a template writes around "!"
 
 
-def encode_counted(tokenizer: Any, texts: Sequence[Any], max_length: int) -> tuple[list[dict[str, Any]], int]:
+def encode_counted(tokenizer: Any, texts: Sequence[Any], max_length: int) -> tuple[TokenRows, int]:
     """Texts as rows of `input_ids`, `attention_mask` and `labels`, and how many were cut at `max_length` tokens.
 
     They are not padded. A row with nothing to learn is left out.
@@ -39,7 +40,7 @@ def encode_counted(tokenizer: Any, texts: Sequence[Any], max_length: int) -> tup
         FastpeftError: the tokenizer has no chat template for conversations, or one that does not fit them; or no row
             has a token to learn.
     """
-    rows, cut = [], 0
+    rows, cut = TokenRows(), 0
     for text in texts:
         pieces = _pieces(tokenizer, text)
         tokens = [token for piece, _ in pieces for token in piece]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DataCollatorForTokenClassification
 
 from fastpeft.data.names import UNLABELLED
+from fastpeft.data.token_rows import TokenRow, TokenRows
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.support.eval_mode import in_eval_mode
 
@@ -26,7 +27,7 @@ _UNSEEN = 1e-5
 _AT_ITS_PLACE = 0.1  # of what other positions would change
 
 
-def pack(rows: Sequence[Mapping[str, list[int]]], max_length: int) -> list[dict[str, Any]]:
+def pack(rows: Sequence[TokenRow], max_length: int) -> TokenRows:
     """The texts of `rows`, each whole in one joined row of at most `max_length` tokens.
 
     Each goes, the longest first, where it leaves the least room (best fit by decreasing length).
@@ -40,10 +41,11 @@ def pack(rows: Sequence[Mapping[str, list[int]]], max_length: int) -> list[dict[
         >>> [row["position_ids"] for row in pack(rows, 6)]
         [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
     """
-    joined: list[list[Mapping[str, list[int]]]] = []
+    joined: list[list[int]] = []  # places of rows
     left: list[tuple[int, int]] = []  # how many tokens still fit, and in which joined row, in order
-    for row in sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True):
-        length = len(row["input_ids"])
+    lengths = [len(row["input_ids"]) for row in rows]
+    for row in sorted(range(len(rows)), key=lengths.__getitem__, reverse=True):
+        length = lengths[row]
         found = bisect.bisect_left(left, (length, 0))
         if found < len(left):
             room, place = left.pop(found)
@@ -53,13 +55,14 @@ def pack(rows: Sequence[Mapping[str, list[int]]], max_length: int) -> list[dict[
         joined[place].append(row)
         if room > length:
             bisect.insort(left, (room - length, place))
-    return [
-        {
-            **{name: [token for row in texts for token in row[name]] for name in ("input_ids", "labels")},
-            POSITIONS: [position for row in texts for position in range(len(row["input_ids"]))],
-        }
-        for texts in joined
-    ]
+    return TokenRows(_join([rows[row] for row in texts]) for texts in joined)
+
+
+def _join(texts: Sequence[TokenRow]) -> TokenRow:
+    return {
+        **{name: [token for row in texts for token in row[name]] for name in ("input_ids", "labels")},
+        POSITIONS: [position for row in texts for position in range(len(row["input_ids"]))],
+    }
 
 
 def texts_of(row: Mapping[str, Any]) -> int:
@@ -109,7 +112,7 @@ def prepare_for_joined_rows(model: Any, rows: Sequence[Mapping[str, list[int]]],
         FastpeftError: one of the two does not hold.
     """
     model.config.use_cache = False
-    first, second = (row["input_ids"][:_TOKENS] for row in (*rows, *rows)[:2])
+    first, second = (rows[place]["input_ids"][:_TOKENS] for place in (0, min(1, len(rows) - 1)))
     other = [token + 1 if token == min(first) else token - 1 for token in first]  # all of them tokens
     device = next(model.parameters()).device
 

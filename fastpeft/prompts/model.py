@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft.data.batches import by_length
-from fastpeft.data.examples import TokenRow
+from fastpeft.data.token_rows import TokenRow
 from fastpeft.errors import FastpeftError, first_line, is_out_of_memory
 from fastpeft.models import Classifier, is_causal_lm, load_language_model, longest_input, masked_lm_head_layers
 from fastpeft.ops.dtypes import keeping_dtypes

@@ -20,7 +20,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from fastpeft.data.examples import TokenRow
+from fastpeft.data.token_rows import TokenRow
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def noticing_lack_of_memory(task: Task) -> Iterator[None]:
             "`dtype` bfloat16": not (config.in_bfloat16 or replace(config, bf16=None).why_not_in_bfloat16),
         }
         reason, advice = first_line(error).rstrip("."), ", or ".join(filter(ways.get, ways))
-        longest = max(len(row["input_ids"]) for row in (*task.train_rows, *task.dev_rows))
+        longest = max(len(row["input_ids"]) for row in chain(task.train_rows, task.dev_rows))
         raise NotEnoughMemoryError(
             f"memory is not enough for `batch_size` {config.batch_size}, or for measuring {measured} rows at once, "
             f"with rows of up to {longest} tokens ({reason}). Give {advice}; --dry-run with that tells what a step "

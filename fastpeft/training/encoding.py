@@ -10,10 +10,11 @@ from typing import Any
 from transformers import DataCollatorForTokenClassification
 
 from fastpeft.data import next_words
-from fastpeft.data.examples import Examples, TokenRow
+from fastpeft.data.examples import Examples
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.packed_rows import PackedCollator
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, Problem
+from fastpeft.data.token_rows import TokenRow, TokenRows
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.model import PromptCollator
 from fastpeft.prompts.template import Prompt
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 128  # tokens
 DEFAULT_MAX_LENGTH_CAUSAL = 512  # tokens, where a decoder learns next words: prompts and turns are in it
-_CHUNK = 1_000  # texts that are encoded again at one time
+_CHUNK = 1_000  # texts that are encoded at one time: a tokenizer keeps far more of each than its tokens
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Encoder:
     prompt: Prompt | None
     problem: Problem
 
-    def encode_counted(self, examples: Examples) -> tuple[list[TokenRow], int]:
+    def encode_counted(self, examples: Examples) -> tuple[TokenRows, int]:
         """Examples as rows that are learned or measured, as `encode` makes them, and how many texts were cut.
 
         Of masked words and tags, rows without a word that has a token are left out: their loss would be the mean of
@@ -52,8 +53,19 @@ class Encoder:
         """
         if self.prompt is None and self.problem is NEXT_WORDS:
             return next_words.encode_counted(self.tokenizer, examples.texts, self.max_length)
-        rows = self.encode(examples)
-        return self._worth_learning(rows), self.count_cut(examples, rows)
+        kept, cut = TokenRows(), 0
+        for start in range(0, len(examples), _CHUNK):
+            some = examples.take(range(len(examples))[start : start + _CHUNK])
+            rows = self.encode(some)
+            cut += self.count_cut(some, rows)
+            for row in filter(self._is_worth_learning, rows):
+                kept.append(row)
+        if not kept:
+            raise FastpeftError(
+                f"no text has a word among its first {self.max_length} tokens. Give longer texts or a larger "
+                "`max_length`."
+            )
+        return kept, cut
 
     def encode(self, examples: Examples) -> list[TokenRow]:
         """Each example as a row of token ids with its label or labels, cut at `max_length` tokens and not padded.
@@ -84,11 +96,8 @@ class Encoder:
         """How many texts were cut, given the row of each; of next words see `encode_counted`."""
         one_longer = replace(self, max_length=self.max_length + 1)
         full = [index for index, row in enumerate(rows) if len(row["input_ids"]) == self.max_length]
-        cut = 0
-        for start in range(0, len(full), _CHUNK):
-            longer = one_longer.encode(examples.take(full[start : start + _CHUNK]))
-            cut += sum(len(row["input_ids"]) > self.max_length for row in longer)
-        return cut
+        longer = one_longer.encode(examples.take(full)) if full else []
+        return sum(len(row["input_ids"]) > self.max_length for row in longer)
 
     def warn_of_texts(self, examples: Examples, rows: Sequence[TokenRow]) -> None:
         """Warn of empty texts, and of words without a token in their rows, which are not learned or measured."""
@@ -110,18 +119,11 @@ class Encoder:
                 self.max_length,
             )
 
-    def _worth_learning(self, rows: list[TokenRow]) -> list[TokenRow]:
-        """Of masked words the rows that have a word to hide, of tags those with a word that has a token; else all."""
+    def _is_worth_learning(self, row: TokenRow) -> bool:
+        """Of masked words a row that has a word to hide, of tags one with a word that has a token; else any."""
         if self.problem is MASKED_WORDS:
-            rows = [row for row in rows if 0 in row["special_tokens_mask"]]
-        elif self.problem.per_token:
-            rows = [row for row in rows if {*row["labels"]} != {UNLABELLED}]
-        if not rows:
-            raise FastpeftError(
-                f"no text has a word among its first {self.max_length} tokens. Give longer texts or a larger "
-                "`max_length`."
-            )
-        return rows
+            return 0 in row["special_tokens_mask"]
+        return not self.problem.per_token or {*row["labels"]} != {UNLABELLED}
 
 
 def _first_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:

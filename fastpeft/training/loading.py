@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastpeft.data.examples import TokenRow
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, Problem
+from fastpeft.data.token_rows import TokenRow
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import OVER, EarlierRun
 from fastpeft.models import Classifier, load_classifier, load_for_masked_words, load_for_next_words

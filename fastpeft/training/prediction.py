@@ -13,9 +13,10 @@ import torch
 
 from fastpeft.data import result_warnings
 from fastpeft.data.batches import by_length, eval_limits
-from fastpeft.data.examples import Examples, TokenRow
+from fastpeft.data.examples import Examples
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION
+from fastpeft.data.token_rows import TokenRow
 from fastpeft.data.values import refuse_empty
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.fused_head import making_no_logits

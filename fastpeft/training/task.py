@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from transformers import set_seed
 
 from fastpeft.data import packed_rows, result_warnings
-from fastpeft.data.examples import TextData, TokenRow, load_data
+from fastpeft.data.examples import TextData, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.next_words import end_of_turn
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, OBJECTIVES
+from fastpeft.data.token_rows import TokenRow, TokenRows
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
 from fastpeft.models import Classifier
@@ -53,9 +55,9 @@ class Task:
     model: Any
     tokenizer: Any
     data: TextData
-    train_rows: list[TokenRow]
-    dev_rows: list[TokenRow]
-    threshold_rows: list[TokenRow]
+    train_rows: TokenRows
+    dev_rows: TokenRows
+    threshold_rows: TokenRows
     max_length: int
     warnings: list[str]
 
@@ -91,7 +93,7 @@ class Task:
         if context is None and (count := setup.method.examples(setup.preparation)):
             context, train_rows = _take_examples(train_rows, count, config.seed)
         if context is not None:
-            _check_room(context, (*train_rows, *dev_rows), config.model, classifier.max_length)
+            _check_room(context, chain(train_rows, dev_rows), config.model, classifier.max_length)
             max_length = min(max_length, classifier.max_length - len(context))
             setup = setup.after(context)
         if data.problem is MASKED_WORDS:
@@ -105,7 +107,7 @@ class Task:
             fuse_any_head(model)
         if best_device() == "cpu" or not config.pack_weights:
             set_packing(model, config.pack_weights)
-        threshold_rows = kept[0] if kept else []
+        threshold_rows = kept[0] if kept else TokenRows()
         return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, threshold_rows, max_length, warnings)
 
     @property
@@ -123,7 +125,7 @@ class Task:
         return self.config.metric or self.data.problem.primary
 
 
-def _encode(data: TextData, encoder: Encoder, model_reads: int) -> tuple[list[list[TokenRow]], list[str]]:
+def _encode(data: TextData, encoder: Encoder, model_reads: int) -> tuple[list[TokenRows], list[str]]:
     """The rows of each part of `data`, and the warnings about its texts, which are told too."""
     rows, counts = zip(*map(encoder.encode_counted, data.parts))
     for part, of_part in zip((data.train, data.dev), rows):
@@ -140,7 +142,7 @@ def _encode(data: TextData, encoder: Encoder, model_reads: int) -> tuple[list[li
     return list(rows), warnings
 
 
-def _check_room(context: Sequence[int], rows: Sequence[TokenRow], model: str, model_reads: int) -> None:
+def _check_room(context: Sequence[int], rows: Iterable[TokenRow], model: str, model_reads: int) -> None:
     """Raise `FastpeftError` where the model cannot read the longest row after `context`."""
     longest = max(len(row["input_ids"]) for row in rows)
     if len(context) + longest > model_reads:
@@ -150,13 +152,14 @@ def _check_room(context: Sequence[int], rows: Sequence[TokenRow], model: str, mo
         )
 
 
-def _take_examples(rows: list[TokenRow], count: int, seed: int) -> tuple[list[int], list[TokenRow]]:
+def _take_examples(rows: TokenRows, count: int, seed: int) -> tuple[list[int], TokenRows]:
     """The tokens of some rows, drawn by `seed`, one row after the other; and the rows that are left."""
     if count >= len(rows):
         raise FastpeftError(f"examples is {count}, but there are {len(rows)} rows to train on. Give fewer.")
     chosen = random.Random(seed).sample(range(len(rows)), count)
     left = set(range(len(rows))).difference(chosen)
-    return [token for row in chosen for token in rows[row]["input_ids"]], [rows[row] for row in sorted(left)]
+    tokens = [token for row in chosen for token in rows[row]["input_ids"]]
+    return tokens, TokenRows(rows[row] for row in sorted(left))
 
 
 def data_for(config: TrainConfig) -> TextData:

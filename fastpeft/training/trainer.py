@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from fastpeft.data.batches import by_length, eval_limits, most_rows, order_by_length
-from fastpeft.data.examples import TokenRow
 from fastpeft.data.masking import MaskedRows
 from fastpeft.data.names import LOSS, UNLABELLED
 from fastpeft.data.packed_rows import texts_of
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS
+from fastpeft.data.token_rows import TokenRow, TokenRows
 from fastpeft.errors import FastpeftError, NotFiniteError
 from fastpeft.methods.method import Optimization
 from fastpeft.mezo.loop import MeZOLoop
@@ -99,7 +99,7 @@ class RunTrainer(Trainer):
         self.chosen_by = task.config.metric
         self.starts_from_a_run = task.config.init_from is not None
         self.custom_loss = training_loss(task.config, task.data) if task.config.custom_loss else None
-        curve_rows = task.dev_rows
+        curve_rows: Sequence[TokenRow] = task.dev_rows
         if self.chosen_by is None:
             curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), CURVE_ROWS))
         self.reports = Reports(self.clock, self.problem.primary, task.method.optimization.zeroth_order)
@@ -189,7 +189,7 @@ class RunTrainer(Trainer):
             )
         )
 
-    def _eval_batches(self, rows: list[TokenRow]) -> dict[str, Any]:
+    def _eval_batches(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
         """What a DataLoader of `rows`, which are in the order of their lengths, is told of its batches."""
         size, tokens, ranks = self.args.eval_batch_size, self.evaluated_tokens, self.ranks.size
         if ranks == 1:
@@ -202,7 +202,7 @@ class RunTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
 
-    def measure(self, rows: list[TokenRow]) -> dict[str, float]:
+    def measure(self, rows: Sequence[TokenRow]) -> dict[str, float]:
         """Loss and metrics on `rows`, by their names in `metrics.json`."""
         measured = self.evaluate(_by_length(rows))
         # accelerate marks what was evaluated first as prepared, and would not wrap it for training: each of several
@@ -210,11 +210,11 @@ class RunTrainer(Trainer):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
 
-    def classes(self, rows: list[TokenRow], threshold: float | None) -> list[int]:
+    def classes(self, rows: Sequence[TokenRow], threshold: float | None) -> list[int]:
         """The class that is answered for each of `rows`, which were measured last, by a threshold or the likeliest."""
         return _as_given(rows, self.problem.answers(self.problem.decided(self._outputs, threshold)))
 
-    def parts(self, rows: list[TokenRow], threshold: float | None) -> list[list[int]]:
+    def parts(self, rows: Sequence[TokenRow], threshold: float | None) -> list[list[int]]:
         """The `parts` of the problem's tested metric of each of `rows`, which were measured last."""
         assert self.problem.parts is not None  # which is so where the problem has a tested metric
         outputs = self.problem.decided(self._outputs, threshold)
@@ -392,12 +392,12 @@ def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def _by_length(rows: list[TokenRow]) -> list[TokenRow]:
+def _by_length(rows: Sequence[TokenRow]) -> TokenRows:
     """Rows in an order that pads little."""
-    return [rows[place] for place in order_by_length(rows)]
+    return TokenRows(rows[place] for place in order_by_length(rows))
 
 
-def _as_given(rows: list[TokenRow], values: np.ndarray) -> list[Any]:
+def _as_given(rows: Sequence[TokenRow], values: np.ndarray) -> list[Any]:
     """Values `(N, ...)` of rows in the order of `_by_length`, in that of the rows."""
     found: list[Any] = values[np.argsort(order_by_length(rows))].tolist()
     return found
