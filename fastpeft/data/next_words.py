@@ -15,10 +15,12 @@ from fastpeft.data.conversations import ASSISTANT, USER, Conversation
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.token_rows import TokenRows
 from fastpeft.errors import FastpeftError, first_line
+from fastpeft.support.stages import report
 
 logger = logging.getLogger(__name__)
 
 Piece = tuple[list[int], bool]  # tokens, and whether they are learned
+_REPORT_EVERY = 1_000  # texts
 _CONTEXT = 100  # characters: more than any special token has
 _ANSWERED = Conversation(((USER, "?"), (ASSISTANT, "!")))  # shows what a template writes around "!"
 
@@ -41,7 +43,9 @@ def encode_counted(tokenizer: Any, texts: Sequence[Any], max_length: int) -> tup
             has a token to learn.
     """
     rows, cut = TokenRows(), 0
-    for text in texts:
+    for number, text in enumerate(texts):
+        if number and number % _REPORT_EVERY == 0:
+            report("encoding texts", number, len(texts))
         pieces = _pieces(tokenizer, text)
         tokens = [token for piece, _ in pieces for token in piece]
         labels = [token if learned else UNLABELLED for piece, learned in pieces for token in piece]

@@ -18,6 +18,7 @@ from fastpeft.data.token_rows import TokenRow, TokenRows
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.model import PromptCollator
 from fastpeft.prompts.template import Prompt
+from fastpeft.support.stages import report
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Encoder:
             return next_words.encode_counted(self.tokenizer, examples.texts, self.max_length)
         kept, cut = TokenRows(), 0
         for start in range(0, len(examples), _CHUNK):
+            if start:
+                report("encoding texts", start, len(examples))
             some = examples.take(range(len(examples))[start : start + _CHUNK])
             rows = self.encode(some)
             cut += self.count_cut(some, rows)
