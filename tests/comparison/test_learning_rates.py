@@ -33,6 +33,7 @@ def test_dev_rows_stay_or_are_other_training_rows(tmp_path: Path) -> None:
     write_rows(take_slice(whole, rows=8, dev_rows=6), tmp_path / "other")
     other = load_data(str(tmp_path / "other"))
     assert other.train == own.train
+    assert take_slice(whole, rows=8, seed=1).train != take_slice(whole, rows=8).train
     assert len(set(other.dev.texts) & set(whole.train.texts)) == 6
     assert not set(other.dev.texts) & set(other.train.texts)
     pairs = dict(zip(whole.train.texts, whole.train.labels))

@@ -270,6 +270,9 @@ def test_rows_on_which_variants_differ(tmp_path: Path, caplog: pytest.LogCapture
     told = f"On {len(differ)} of {ROWS} dev rows some variants predict the true label and others do not. "
     assert text.text.startswith(told)
     assert len(table.rows) == 1 + min(20, len(differ))
+    # the largest differences first, and of these the rows that about half of the variants answer rightly
+    order = [(min(each) - max(each), abs(sum(each) - 3)) for each in shares]
+    assert [order[int(number) - 1] for number, *_ in table.rows[1:]] == sorted(order[row] for row in differ)[:20]
     for number, shown, label, *marks in table.rows[1:]:
         row = int(number) - 1
         assert shown == f"dev {row} {BAD}"

@@ -224,7 +224,7 @@ def test_classes_have_their_scores(tmp_path: Path) -> None:
         for number, cell in enumerate(made.results):
             shutil.rmtree(cell.folder.path, ignore_errors=True)
             scores = {
-                name: {"precision": 0.5, "recall": 0.25, "f1": (place + number % 2) / 8, "support": 7}
+                name: {"precision": 0.5, "recall": 1 - place / 8, "f1": (place + number % 2) / 8, "support": 7}
                 for place, name in enumerate(names)
             }
             finish(cell, 150, 1.0, 1.0, per_class=scores)
@@ -233,10 +233,10 @@ def test_classes_have_their_scores(tmp_path: Path) -> None:
     few = write(["bad", "good"])
     assert "## Scores by class" in few
     assert "| method | bad (7) | good (7) |\n" in few
-    assert "| siva | 0.062 (0.250) | 0.188 (0.250) |\n" in few
+    assert "| siva | 0.062 (1.000) | 0.188 (0.875) |\n" in few
     many = write([f"class {number}" for number in range(7)])
     assert "Of 7 classes, the 5 of the lowest F1 of each variant." in many
-    assert "| siva | class 0 0.062 (0.250) | class 1 0.188 (0.250) |" in many
+    assert "| siva | class 0 0.062 (1.000) | class 1 0.188 (0.875) |" in many
     assert "class 5" not in many
 
 
@@ -249,14 +249,20 @@ def test_a_threshold_is_not_that_of_the_curves(tmp_path: Path) -> None:
 
 
 def test_loras_lag_is_told_in_steps(plan: Plan) -> None:
+    """By a loss, which falls, as by an accuracy that rises as much."""
+    for cell in plan.results:
+        file = cell.folder.path / "curves.json"
+        curves = json.loads(file.read_text())
+        curves["dev loss"] = [(step, 1 - value) for step, value in curves["dev accuracy"]]
+        file.write_text(json.dumps(curves))
     (table,) = [
         part
         for part in sections.report(plan, pictures=False)
         if isinstance(part, Table) and part.rows[0][0] == "LoRA behind"
     ]
-    assert table.rows[0] == ["LoRA behind", "by dev accuracy, steps"]
-    lags = {row[0]: row[1] for row in table.rows[1:]}
-    assert lags["9-LST"] == "+21", "40 steps at the end, and in the middle of 20 levels half of them"
+    assert table.rows[0] == ["LoRA behind", "by dev accuracy, steps", "by dev loss, steps"]
+    lags = {name: steps for name, *steps in table.rows[1:]}
+    assert lags["9-LST"] == ["+21", "+21"], "40 steps at the end, and in the middle of 20 levels half of them"
     assert set(lags) == {"full fine-tuning", "SiVA", "9-LST"}
 
 

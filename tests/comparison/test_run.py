@@ -30,8 +30,10 @@ from fastpeft.comparison.executors import Local
 from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, TextData, load_data
 from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS, PROBLEMS, REGRESSION, Problem
+from fastpeft.prompts.template import Prompt
 from fastpeft.support import interrupts
 from fastpeft.training.config import TrainConfig
+from fastpeft.training.evaluation import evaluate_zero_shot
 from fastpeft.training.task import data_for
 
 
@@ -412,6 +414,10 @@ def test_real_cells_are_not_repeated(place: Path) -> None:
     assert (trained["steps"], asked["steps"]) == ("2", "")
     assert (trained["threads"], asked["threads"]) == ("1", "")
     assert asked["trainable_parameters"] == "0"
+    prompt = Prompt("{text} it is <mask>", ["awful", "lovely"])
+    (calibrated,) = (place / "out" / "cells").glob("zero-shot*/metrics.json")
+    expected = evaluate_zero_shot("model", prompt, load_data("reviews.csv"), calibrate=True)["loss"]
+    assert json.loads(calibrated.read_text())["loss"] == pytest.approx(expected)
     assert trained["problem_type"] == asked["problem_type"] == CLASSIFICATION.name
     (other,) = (place / "out" / "method_comparison").iterdir()  # zero-shot is no run
     found = json.loads(other.read_text())

@@ -111,8 +111,10 @@ def test_a_plan_and_a_comparison_count_the_same_rows(
 ) -> None:
     cell = config.cells()[0]
     assert plan(replace(cell.config, **changes)).rows == rows
-    values = {**cell.values, **changes}
-    assert Comparison(config).rows_trained(replace(cell, values=values)) == rows
+    comparison, values = Comparison(config), {**cell.values, **changes}
+    assert comparison.rows_trained(replace(cell, values=values)) == rows
+    tried = replace(cell, values=values, search=True)  # it learns from two thirds of the training rows
+    assert comparison.rows_trained(tried) == (rows if "max_steps" in changes else rows * 2 / 3)
 
 
 def test_the_time_of_a_dry_run_is_of_all_rows(config: CompareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
