@@ -23,6 +23,7 @@ from fastpeft.data.result_warnings import of_dev_rows, of_names, of_train_rows
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.export import export
 from fastpeft.training.prediction import predict
+from fastpeft.training.task import data_for
 
 LABELS = ["mixed", "negative", "positive"]
 ROWS = labelled(96)
@@ -161,7 +162,10 @@ def test_a_slice_may_lack_a_label(tmp_path: Path) -> None:
         part.labels[:] = [[*label, 0.0] for label in part.labels]
     data.train.labels[-1][2] = 1.0
     for seed in range(5):
-        write_rows(take_slice(data, 8, 8, seed), tmp_path / str(seed))
+        found = take_slice(data, 8, 8, seed)
+        counts = np.sum(found.train.labels, axis=0)
+        assert not np.sum(found.dev.labels, axis=0)[counts == 0].any(), "what nothing is learned of is not measured"
+        write_rows(found, tmp_path / str(seed))
         assert load_data(str(tmp_path / str(seed))).labels[:2] == ["a", "b"]
 
 
@@ -250,10 +254,18 @@ def test_what_was_never_told_is_warned_of() -> None:
 def test_every_method_is_measured_as_it_was_trained(place: Path, tmp_path: Path, method: str) -> None:
     given: dict[str, Any] = {"model": str(place / "model"), "data": str(place / "flags.csv")}
     given |= {"label_column": ",".join(LABELS), "max_steps": 2, "learning_rate": 1e-3, "batch_size": 8}
-    result = train(TrainConfig(output=str(tmp_path / "run"), method=method, **given))
+    config = TrainConfig(output=str(tmp_path / "run"), method=method, threshold="auto", **given)
+    result = train(config)
     found = evaluate(result.folder)
     names = (*MULTI_LABEL.metrics, "loss")
     assert {n: result.metrics[n] for n in names} == pytest.approx({n: found[n] for n in names}, abs=1e-4)
+    # for paired tests: by row, and by the threshold
+    dev = data_for(config).dev
+    said = [{name for name, _ in labels} for labels in predict(result.folder, dev.texts)]
+    true = [{name for name, has in zip(LABELS, row) if has} for row in dev.labels]
+    kept = json.loads((result.folder / "row_scores.json").read_text())
+    assert kept["above"] == [2 * len(one & other) for one, other in zip(said, true)]
+    assert kept["below"] == [len(one) + len(other) for one, other in zip(said, true)]
     assert result.metrics["problem_type"] == "multi_label_classification"
     assert result.metrics["peak_memory_mb"] > 0
 

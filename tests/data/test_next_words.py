@@ -293,8 +293,11 @@ class Told:
 
 
 def test_said_words_are_measured_by_the_completions_of_their_prompt_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """By hand: of 4 and 2 words said 5 and 7 were expected, so BLEU's brevity penalty is exp(1 - 12 / 6)."""
-    rows = [("a", "one two three four five"), ("a", "one two three four five"), ("b", "six seven eight nine ten x y")]
+    """By hand: of 4 and 2 words said 5 and 7 were expected, so BLEU's brevity penalty is exp(1 - 12 / 6).
+
+    Of two completions the nearer counts, here the first.
+    """
+    rows = [("a", "one two three four five"), ("a", "not this one at all"), ("b", "six seven eight nine ten x y")]
     told: Any = Told(["one two three four", "six seven"])
     measured = measure_generations(told, [*rows, ("long", "z"), Conversation((("assistant", "z"),))])
     precisions = 6 / 6, 4 / 4, 2 / 2, 1 / 1

@@ -174,6 +174,8 @@ def test_lora_has_a_rate_of_its_own_beside_a_narrow_model(width: int | None, rat
 @pytest.mark.parametrize(("width", "rate"), [(768, 6e-6), (1_024, 1e-6), (None, 1e-6)])
 def test_mezo_has_a_rate_of_its_own_beside_a_narrow_model(width: int | None, rate: float) -> None:
     assert METHODS["mezo"].recipe_for("elsewhere", hidden_size=width).learning_rate == rate
+    over = get_method("mezo", {"over": "lora"}).recipe_for("elsewhere", hidden_size=width)
+    assert over.learning_rate == rate, "whatever trains"
     assert METHODS["mezo"].recipe_for("elsewhere", causal_lm=True, hidden_size=width).learning_rate == 1e-6
 
 

@@ -187,12 +187,17 @@ def test_a_decoder_that_minds_padding_is_given_each_text_alone(place: Path, tmp_
     assert [len(batch) for batch in tasks._batches(requests)] == [1, 1, 1, 1]
 
 
-def test_other_sampling_or_too_long_a_sum_is_another_batch(tasks: Tasks) -> None:
+def test_other_sampling_or_too_long_a_sum_is_another_batch(tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
     chat, own = tasks["chat"], tasks["own"]
     long = [request_to(tasks, "chat", "film " * length, most) for length, most in ((1, 30), (24, 4))]
     assert [len(batch) for batch in tasks._batches(long)] == [1, 1]
     short = [request_to(tasks, "chat", "film", 4) for _ in range(20)]
     assert [len(batch) for batch in tasks._batches(short)] == [16, 4]
+    drawn = tasks.generation_request("chat", Conversation((("user", "film"),)), 4, sampling=(0.7, 0.9))
+    together: list[list[Any]] = []
+    monkeypatch.setattr(tasks, "_generate", lambda batch: together.append(batch) or {})
+    tasks.generate([("chat", [short[0], drawn]), ("chat", short[1:2])])
+    assert together == [short[:2], [drawn]]
     assert chat.shared is not None
     assert own.shared is None
 

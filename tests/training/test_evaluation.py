@@ -16,11 +16,14 @@ from fastpeft.training.prediction import predict
 
 
 def test_tags_are_measured_row_by_row_by_every_command(config: TrainConfig, tmp_path: Path) -> None:
-    """Where a row ends with a tag and the next begins with it, these are two entities."""
+    """Where a row ends with a tag and the next begins with it, these are two entities; and the loss is of all words,
+    however many a batch has.
+    """
     words = [line.split()[: 2 + number % 5] for number, (line, _) in enumerate(reviews(60))]
     rows = [{"tokens": each, "tags": ["O", *["PER"] * (len(each) - 1)][:: 1 - 2 * (len(each) % 2)]} for each in words]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    trained = train(replace(config, data=str(file), batch_size=4))
+    settings = {"per_device_eval_batch_size": 5}
+    trained = train(replace(config, data=str(file), batch_size=4, settings=settings))
     found = evaluate(trained.folder)
     for name in ("entity_f1", "word_f1", "accuracy", "loss"):
         assert found[name] == pytest.approx(trained.metrics[name], abs=1e-5), name
@@ -65,12 +68,15 @@ def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path:
     labels = ("negative", "positive", "mixed")
     folder = tmp_path / "data"
     folder.mkdir()
-    write_csv(folder / "train.csv", reviews(30, labels))
-    write_csv(folder / "dev.csv", reviews(12, labels, seed=1))
+    write_csv(folder / "train.csv", [*reviews(30, labels), *reviews(3, ("positive",), seed=2)])
+    write_csv(folder / "dev.csv", [*reviews(12, labels, seed=1), *reviews(2, ("negative",), seed=3)])
     result = train(replace(config, method="siva", data=str(folder), max_steps=3))
     assert result.metrics["labels"] == ["mixed", "negative", "positive"]
-    assert evaluate(result.folder)["dev_rows"] == 12
-    assert evaluate(result.folder, str(folder / "train.csv"))["dev_rows"] == 30
+    found = evaluate(result.folder)
+    assert found["dev_rows"] == 14
+    for measured in (result.metrics, found):
+        assert measured["most_frequent_class"]["class"] == "positive", "that of the training rows"
+    assert evaluate(result.folder, str(folder / "train.csv"))["dev_rows"] == 33
 
 
 @pytest.mark.long(but="('a', 'b', 'c')")
@@ -121,6 +127,14 @@ def test_curves_are_of_dev_rows_alone_and_of_steps_in_order(config: TrainConfig,
         assert steps[-1] == 4
     if "metric" not in given:
         assert points_of(result.folder, "dev loss")[-1] == (4, result.metrics["loss"])
+
+
+def test_the_best_checkpoint_is_chosen_by_all_dev_rows(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the sample of them that is behind a curve alone."""
+    monkeypatch.setattr("fastpeft.training.trainer.CURVE_ROWS", 2)
+    result = train(replace(config, metric="accuracy", save_steps=1))
+    losses = dict(points_of(result.folder, "dev loss"))
+    assert losses[result.metrics["best_step"]] == pytest.approx(result.metrics["loss"])
 
 
 @pytest.mark.parametrize(("every", "steps"), [(3, [0, 3, 6, 8]), (0.25, [0, 2, 4, 6, 8]), (0.3, [0, 3, 6, 8])])

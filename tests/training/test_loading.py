@@ -220,7 +220,8 @@ def test_the_model_is_that_of_the_earlier_run(config: TrainConfig, caplog: pytes
 
 def test_a_recipe_gives_what_nobody_else_does(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, method="k-lst", learning_rate=None, max_steps=None)
-    arguments = training_arguments(Task.load(config), str(tmp_path))
+    task = Task.load(config)
+    arguments = training_arguments(task, str(tmp_path))
     steps = 5 * math.ceil(54 / 16)
     assert recipe_used(arguments) == {
         "learning_rate": 2e-4,
@@ -231,6 +232,8 @@ def test_a_recipe_gives_what_nobody_else_does(config: TrainConfig, tmp_path: Pat
         "weight_decay": 0.0,
         "epochs": 5,
     }
+    lower = replace(task, setup=replace(task.setup, config=replace(config, learning_rate=2e-5)))
+    assert recipe_used(training_arguments(lower, str(tmp_path)))["lr_end"] == pytest.approx(2e-7), "in proportion"
     own = {"lr_scheduler_type": "linear", "weight_decay": 0.5, "warmup_steps": 3}
     changed = replace(config, learning_rate=1e-6, epochs=1, settings=own)
     assert recipe_used(training_arguments(Task.load(changed), str(tmp_path))) == {

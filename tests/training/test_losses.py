@@ -23,8 +23,9 @@ from fastpeft.cli import app
 from fastpeft.data.examples import load_data
 from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, MULTI_LABEL, TAGGING, best_threshold
 from fastpeft.training.evaluation import evaluate
+from fastpeft.training.loading import load_run
 from fastpeft.training.losses import TrainingLoss, balanced, training_loss
-from fastpeft.training.prediction import Predictor, predict
+from fastpeft.training.prediction import Predictor, outputs_of, predict
 from fastpeft.training.task import data_for
 from fastpeft.training.trainer import RunTrainer
 
@@ -255,18 +256,29 @@ def test_a_threshold_is_chosen_on_rows_apart_by_processes_that_persist(config: T
     assert [found[name] for name in ("threshold", "loss")] == [expected[name] for name in ("threshold", "loss")]
 
 
-def test_a_threshold_is_chosen_on_rows_apart_and_used_after(config: TrainConfig) -> None:
-    config = replace(config, threshold="auto", max_steps=2, learning_rate=1e-4)
+def test_a_threshold_is_chosen_on_rows_apart_and_used_after(config: TrainConfig, tmp_path: Path) -> None:
+    # a model that answers each text otherwise
+    shape = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = str(save_tiny_model(tmp_path / "model", initializer_range=0.3, **shape))
+    config = replace(config, model=model, threshold="auto", max_steps=2, learning_rate=3e-3)
     result = train(config)
     metrics, data = result.metrics, data_for(config)
     assert data.threshold_data is not None
     assert not set(data.threshold_data.texts) & {*data.train.texts, *data.dev.texts}
     assert (metrics["train_rows"], metrics["threshold_rows"]) == (len(data.train), len(data.threshold_data))
     assert len(data.train) + len(data.threshold_data) == len(load_data(config.data).train.texts)
+    run, apart = load_run(result.folder), data.threshold_data
+    outputs = np.stack(outputs_of(run, run.encoder.encode(apart)))
+    chosen = best_threshold(CLASSIFICATION, outputs, np.array(apart.labels))
+    assert metrics["threshold"] == pytest.approx(chosen, abs=1e-4), "by these rows alone"
     assert metrics["threshold"] != 0.5
     found = evaluate(result.folder)
     for name in ("accuracy", "f1", "loss", "threshold"):
         assert metrics[name] == pytest.approx(found[name], abs=1e-4)
+    answers = json.loads((result.folder / "predictions.json").read_text())
+    said = [data.labels.index(name) for name, _ in predict(result.folder, data.dev.texts)]
+    assert answers == {"labels": data.dev.labels, "predictions": said}, "for paired tests: by row, and the threshold"
+    assert {*said} == {0, 1}
     few = [[text for text in each["warnings"] if "threshold" in text] for each in (metrics, found)]
     assert few[0] == few[1] != []
     # a text is answered by the threshold, not by what is likelier

@@ -211,10 +211,18 @@ def test_failed_overwrite_leaves_the_old_run(config: TrainConfig) -> None:
     assert tree(folder) == before
 
 
+class Draws(TrainerCallback):
+    """Draws a random number before the first step."""
+
+    def on_init_end(self, *_: Any, **__: Any) -> None:
+        torch.rand(1)
+
+
 def test_equal_runs_are_equal_to_the_bit(config: TrainConfig, tmp_path: Path) -> None:
+    """Dropout starts alike, whatever was computed before."""
     config = replace(config, method="siva", max_steps=6, deterministic=True)
     first = train(config)
-    again = train(replace(config, output=str(tmp_path / "again")))
+    again = train(replace(config, output=str(tmp_path / "again")), callbacks=[Draws()])
     other = train(replace(config, output=str(tmp_path / "other"), seed=1))
     one, same, different = (weights_of(run.folder) for run in (first, again, other))
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -373,13 +381,15 @@ def test_settings_reach_the_loader_of_training_rows(config: TrainConfig) -> None
 
 @pytest.mark.long
 def test_a_plan_tells_what_training_does_and_writes_nothing(config: TrainConfig, tmp_path: Path) -> None:
-    config = replace(config, method="siva", epochs=1.5)
+    settings = {"gradient_accumulation_steps": 5}  # of 81 rows 11 batches, and of these 3 steps an epoch
+    config = replace(config, method="siva", epochs=1.5, settings=settings)
     before = tree(tmp_path)
     told = plan(config)
     assert tree(tmp_path) == before
     done = train(config).metrics
     assert (told.trainable_parameters, told.parameters) == (done["trainable_parameters"], done["parameters"])
-    assert (told.steps, told.train_rows, told.dev_rows) == (done["steps"], done["train_rows"], done["dev_rows"])
+    assert (told.steps, told.train_rows, told.dev_rows) == (5, 81, 9)
+    assert (done["steps"], done["train_rows"], done["dev_rows"]) == (5, 81, 9)
     assert told.peak_memory_mb == done["peak_memory_mb"]
 
 
