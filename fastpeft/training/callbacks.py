@@ -24,7 +24,7 @@ from fastpeft.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-CURVE_POINTS = 5  # of the metric's curve, with its last
+_CURVE_POINTS = 5  # of the metric's curve, with its last
 
 
 def logged(state: TrainerState, name: str) -> list[tuple[int, float]]:
@@ -54,13 +54,20 @@ class CurvePoints(TrainerCallback):
         self.rows = rows
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        rows_a_step = args.train_batch_size * args.gradient_accumulation_steps
+        if state.global_step % self._every(args, state.max_steps) == 0 and state.global_step < state.max_steps:
+            control.should_evaluate = True
+
+    def count(self, args: Any, steps: int) -> int:
+        """How many inner points a run of so many steps has."""
+        return (steps - 1) // self._every(args, steps)
+
+    def _every(self, args: Any, steps: int) -> int:
+        """Steps from one point to the next."""
         given = args.eval_steps or 0
         if given < 1:  # a share of all steps
-            given = math.ceil(state.max_steps * given)
-        every = given or max(math.ceil(state.max_steps / CURVE_POINTS), math.ceil(self.rows / rows_a_step))
-        if state.global_step % every == 0 and state.global_step < state.max_steps:
-            control.should_evaluate = True
+            given = math.ceil(steps * given)
+        rows_a_step = args.train_batch_size * args.gradient_accumulation_steps
+        return int(given or max(math.ceil(steps / _CURVE_POINTS), math.ceil(self.rows / rows_a_step)))
 
 
 class MeasuredCheckpoints(TrainerCallback):

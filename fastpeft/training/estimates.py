@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from fastpeft.training.arguments import (
     total_steps,
     training_arguments,
 )
-from fastpeft.training.callbacks import CURVE_POINTS, Clock
+from fastpeft.training.callbacks import Clock, CurvePoints
 from fastpeft.training.config import TrainConfig, check_config
 from fastpeft.training.memory import (
     MEBIBYTE,
@@ -187,6 +188,8 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
     memory = simulated_peak_mb(task, arguments, _longest(task))
     if budget_mb is not None and (memory is None or memory > budget_mb):
         return Estimate(memory)
+    rows = len(task.dev_rows)
+    read = 2 * rows + _measured_between(task, arguments)  # before and after, and between
     with tempfile.TemporaryDirectory() as elsewhere:
         # no checkpoint and no cache of features, which would be written, and no report of it
         unmeasured: dict[str, Any] = {"save_steps": None, "metric": None, "patience": None}
@@ -196,6 +199,7 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
             task = dataclasses.replace(task, setup=dataclasses.replace(task.setup, config=short))
             clock = _LaterSteps()
             arguments = training_arguments(task, elsewhere)
+            arguments.eval_steps = short.max_steps  # the last, at which nothing is measured between
             with refusing(task), noticing_lack_of_memory(task):
                 trainer = trainer_class(task)(task, arguments, RunFolder(elsewhere), [clock])
                 trainer.reports.training = "trial steps"  # for a plan keeps nothing of them
@@ -207,12 +211,19 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
                 trainer.train()
         except FastpeftError as error:
             return Estimate(memory, error=str(error))
-    rows = len(task.dev_rows)
-    read = 2 * rows + (CURVE_POINTS - 1) * min(rows, CURVE_ROWS)  # before and after, and for the curve
     steps = _padded_tokens(trainer.order, trainer.args.gradient_accumulation_steps)
     timed = sum(steps[index % len(steps)] for index in range(1, 1 + clock.steps))
     row_seconds = clock.seconds / timed * sum(steps) / task.num_train_texts
     return Estimate(memory, loaded - begin + read * measured, row_seconds)
+
+
+def _measured_between(task: Task, arguments: TrainingArguments) -> int:
+    """How many rows a run measures between its first and its last step: for checkpoints, or for the curve."""
+    rows, steps = len(task.dev_rows), total_steps(arguments, len(task.train_rows))
+    if task.config.metric is not None and task.config.save_steps is not None:
+        return rows * math.ceil(steps / task.config.save_steps)
+    rows = min(rows, CURVE_ROWS)
+    return rows * CurvePoints(rows).count(arguments, steps)
 
 
 def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> float | None:

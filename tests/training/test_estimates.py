@@ -16,13 +16,15 @@ import torch
 from samples import reviews, save_tiny_model, write_csv
 from typer.testing import CliRunner
 
-from fastpeft import CompareConfig
+from fastpeft import CompareConfig, train
 from fastpeft.cli import app
 from fastpeft.comparison.run import Comparison
 from fastpeft.training import estimates
+from fastpeft.training.arguments import training_arguments
 from fastpeft.training.estimates import Estimate, _padded_tokens, estimate, plan
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.task import Task
+from fastpeft.training.trainer import RunTrainer
 
 
 @pytest.fixture
@@ -125,6 +127,37 @@ def test_the_time_of_a_dry_run_is_of_all_rows(config: CompareConfig, monkeypatch
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 0, shown.output
     assert re.search(r"estimated time\W+40 min", shown.stdout), "3 steps of 50 batches of 16 rows, each a second"
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({"max_steps": 2}, 0),
+        ({"max_steps": 12}, 3 * 6),
+        ({"max_steps": 12, "settings": {"eval_steps": 2}}, 5 * 6),
+        ({"max_steps": 5, "save_steps": 2, "metric": "loss"}, 3 * 6),
+    ],
+    ids=str,
+)
+def test_the_time_counts_the_rows_that_a_run_measures(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], rows: int
+) -> None:
+    measured: list[int] = []
+    evaluate = RunTrainer.evaluate
+
+    def counted(self: RunTrainer, rows: Any = None, **kwargs: Any) -> dict[str, float]:
+        measured.append(len(self.eval_dataset if rows is None else rows))
+        return evaluate(self, rows, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "evaluate", counted)
+    head = replace(config.cells()[0].config, output=str(tmp_path / "run"), batch_size=2, **changes)
+    task = Task.load(head)
+    assert estimates._measured_between(task, training_arguments(task, str(tmp_path))) == rows
+    train(head)
+    assert sum(measured) == 6 + rows + 6, "before, between and after"
+    measured.clear()
+    plan(head, timed=True)
+    assert measured == [6], "the trial measures once"
 
 
 def test_a_dry_run_of_masked_words(config: CompareConfig) -> None:
