@@ -100,4 +100,5 @@ def _sample(weight: Tensor) -> Tensor:
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """All values in one vector, in the least precise of their dtypes, so that a cast of some stays comparable."""
     dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
-    return torch.cat([tensor.detach().flatten().to(dtype) for tensor in tensors])
+    flat = [tensor.detach().flatten().to(dtype) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)  # an embedding is large: it is not copied

@@ -34,7 +34,7 @@ def fingerprint(weight: Tensor, *, in_4_bits: bool = False) -> str:
     """
     weight = weight.detach()
     stored = weight.cpu().contiguous()
-    digest = hashlib.sha256(stored.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(stored.flatten().view(torch.uint8).numpy().data).hexdigest()[:16]
     sample = stored.flatten()[evenly_spaced(stored.numel(), _SAMPLE_SIZE)].to(torch.float32)
     encoded = base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode()
     shape = "x".join(str(size) for size in stored.shape)

@@ -23,6 +23,8 @@ from backbones import (
 from safetensors.torch import load_file
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, SivaConfig
+from fastpeft.ladder.fingerprints import fingerprints
+from fastpeft.training.memory import MemoryTracker
 
 
 @pytest.mark.parametrize("config", [{}, {"window_size": 1, "fusion": "gated"}, {"num_heads": 2, "residual": True}])
@@ -117,6 +119,14 @@ def test_auto_classes_and_pipelines(tmp_path: Path, half_checkpoint: Path) -> No
         pipeline = transformers.pipeline("text-classification", model=source, tokenizer=tokenizer, device="cpu")
         found = {answer["label"]: answer["score"] for answer in pipeline(text, top_k=None)}
         assert found == pytest.approx(dict(zip(("bad", "so-so", "good"), expected)), abs=1e-6)
+
+
+def test_the_fingerprint_of_a_large_embedding_copies_nothing() -> None:
+    base = tiny(vocab_size=20_000)
+    embedding = base.get_input_embeddings().weight
+    with MemoryTracker() as tracker:
+        assert "embedding" in fingerprints(ladder(base).backbone)
+    assert tracker.peak < 1.5 * embedding.nbytes, "the embedding itself counts"
 
 
 def test_another_backbone_is_refused(tmp_path: Path, half_checkpoint: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import torch
 
@@ -48,6 +50,18 @@ def test_small_and_empty_weights() -> None:
         w = torch.ones(shape)
         assert fingerprints_agree(fingerprint(w), fingerprint(w.clone()))
         assert fingerprints_agree(fingerprint(w), fingerprint(w.half()))
+
+
+def test_the_digest_copies_nothing() -> None:
+    w = torch.zeros(1024, 256)
+    fingerprint(w)
+    tracemalloc.start()
+    try:
+        fingerprint(w)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < w.nbytes / 4
 
 
 def in_4_bits(w: torch.Tensor) -> torch.Tensor:
