@@ -29,7 +29,7 @@ from fastpeft.support.model_card import ONNX_FILE, loading_snippet, model_card, 
 from fastpeft.support.stages import report
 from fastpeft.training.generation import tell_ends
 from fastpeft.training.lineage import check_places, check_start
-from fastpeft.training.loading import FinishedRun, assemble_in_float32
+from fastpeft.training.loading import FinishedRun, assemble, assemble_in_float32
 from fastpeft.training.onnx_model import check_onnx, write_onnx
 from fastpeft.training.results import card_fields
 from fastpeft.training.run_folder import RunFolder
@@ -127,7 +127,8 @@ def _load_run(source: RunFolder, output: Path, to: str, step: int | None) -> _Lo
     setup.method.check_export(to, f"the run in {str(source.path)!r}")
     if to == "onnx":
         _check_onnx(setup, source)
-    run = assemble_in_float32(source) if step is None else _replay(source, setup, step)
+    load = assemble if to == "lora" else assemble_in_float32  # a LoRA is made of the adapter alone
+    run = load(source) if step is None else _replay(source, setup, step)
     model = run.classifier.model
     if to == "lora" and setup.config.init_from is not None:
         logger.info("the LoRA goes onto the model of the run in %s: export that to merged", setup.config.init_from)

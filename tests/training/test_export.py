@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file
 from samples import PROMPT, Interrupt, chats, pairs, sampled, save_tiny_decoder, scores, tagged, write_jsonl
 from transformers import (
     AutoConfig,
@@ -25,6 +26,7 @@ from fastpeft import FastpeftError, Prompt, PromptModel, TrainConfig, train
 from fastpeft.methods.registry import METHODS
 from fastpeft.mezo import Journal
 from fastpeft.prompts.template import HEADS
+from fastpeft.siva.export import save_as_lora
 from fastpeft.training.export import export
 from fastpeft.training.loading import load_run
 
@@ -175,6 +177,20 @@ def test_siva_to_lora(config: TrainConfig, tmp_path: Path, place: Path, prompt: 
     agree(model, run, folder)
     agree(by_the_card(folder), run, folder)
     assert "registers" not in (folder / "README.md").read_text(), "it needs PEFT alone"
+
+
+def test_a_lora_leaves_the_base_in_bfloat16(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(replace(config, method="siva", rank=2, dtype="bfloat16")).folder
+    monkeypatch.setattr(PeftModel, "float", lambda _: pytest.fail("the base was converted whole"), raising=False)
+    export(run, tmp_path / "lora", "lora")
+    monkeypatch.undo()
+    model = load_run(run).classifier.model
+    save_as_lora(model.float(), tmp_path / "float32")
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "float32"))
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in found)
 
 
 def test_a_lora_of_a_chain_says_what_it_goes_onto(
