@@ -13,6 +13,7 @@ from fastpeft.ladder.config import BackboneDtype
 from fastpeft.ladder.fingerprints import BEFORE_CONVERSION, fingerprints, frozen_tensors, is_quantised
 from fastpeft.ops.frozen_linear import PackedConv1D, PackedLinear, pack_layer
 from fastpeft.ops.quantise import QuantisedLinear
+from fastpeft.support.stages import report
 
 _DTYPE = "fastpeft_backbone_dtype"  # an attribute of a converted model, which a copy of the model has too
 
@@ -63,7 +64,10 @@ def _convert(backbone: Backbone, dtype: BackboneDtype | None, is_read: bool) -> 
             if tensor.is_floating_point():
                 tensor.data = tensor.data.bfloat16()
     else:
-        replaced = {linear: QuantisedLinear(linear, dtype).eval() for linear in linears}
+        replaced: dict[nn.Module, nn.Module] = {}
+        for linear in linears:
+            replaced[linear] = QuantisedLinear(linear, dtype).eval()
+            report("converting layers", len(replaced), len(linears))
         for name, module in list(core.named_modules(remove_duplicate=False)):
             if module in replaced:
                 core.set_submodule(name, replaced[module])

@@ -22,6 +22,7 @@ from fastpeft.ladder.backbone_passes import listen
 from fastpeft.ladder.cache import _identity
 from fastpeft.ops.quantise import QuantisedLinear
 from fastpeft.support.processor import has_int8
+from fastpeft.support.stages import listening
 from fastpeft.training.memory import simulate_training_step
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -41,6 +42,14 @@ def last_feature(model: LadderModel) -> Tensor:
     with torch.no_grad(), listen(model.backbone, lambda _, feature: seen.append(feature), lambda feature: feature):
         model.backbone.body(IDS, attention_mask=MASK)
     return seen[-1]
+
+
+def test_it_tells_how_far_it_is() -> None:
+    told: list[tuple[str, int, int | None]] = []
+    with listening(lambda stage, done, total, _: told.append((stage, done, total))):
+        model = ladder(tiny(), backbone_dtype="int8")
+    number = sum(isinstance(module, QuantisedLinear) for module in model.modules())
+    assert told == [("converting layers", done, number) for done in range(1, number + 1)]
 
 
 # -- what it does ------------------------------------------------------------------------------------------------
