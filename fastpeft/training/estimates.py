@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from fastpeft.data.batches import by_length, eval_limits
 from fastpeft.data.packed_rows import POSITIONS
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.packing import Packs
 from fastpeft.ops.quantise import count_parameters
 from fastpeft.support.launcher import import_path, launched
 from fastpeft.support.processes import Ranks
@@ -239,15 +241,34 @@ def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> 
         if optimizer is None:
             return None
     batch = _batch(task, config.batch_size // Ranks().size, tokens)
+    measured = _batch(task, *_most_measured(task, arguments)) if _packs_by_rows(model) else None
     try:
         if arguments.gradient_checkpointing:
             _checkpoint_activations(model, arguments)
         autocast_dtype = torch.bfloat16 if config.bf16 else None
-        step = simulate_training_step(model, batch, optimizer, autocast_dtype, config.optimizer_in_backward)
+        step = simulate_training_step(
+            model, batch, optimizer, autocast_dtype, config.optimizer_in_backward, measured=measured
+        )
     except Exception as error:  # a model whose forward reads data cannot be simulated; that must not end a run
         logger.warning("peak memory cannot be simulated for this model: %s", error)
         return None
     return round(step.peak / MEBIBYTE, 1)
+
+
+def _packs_by_rows(model: torch.nn.Module) -> bool:
+    """Whether layers may keep a pack that only a batch of many rows asks for."""
+    packs = (getattr(module, "packs", None) for module in model.modules())
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return on_cpu and any(isinstance(each, Packs) and each.enabled for each in packs)
+
+
+def _most_measured(task: Task, arguments: TrainingArguments) -> tuple[int, int]:
+    """Rows and tokens a row of the largest batch of dev rows that is measured."""
+    is_given = "per_device_eval_batch_size" in task.setup.arguments
+    tokens = None if is_given else eval_limits(task.data.problem, task.config.batch_size)[1]
+    batches = by_length(task.dev_rows, arguments.eval_batch_size, tokens)  # the longest row is the last of each
+    shapes = [(len(batch), len(task.dev_rows[batch[-1]]["input_ids"])) for batch in batches]
+    return max(shapes, key=math.prod)
 
 
 def _batch(task: Task, rows: int, tokens: int) -> dict[str, torch.Tensor]:

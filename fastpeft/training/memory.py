@@ -233,6 +233,7 @@ def simulate_training_step(
     autocast_dtype: torch.dtype | None = None,
     optimizer_in_backward: bool = False,
     estimate_inside: bool = True,
+    measured: Mapping[str, Any] | None = None,
 ) -> MemoryEstimate:
     """Memory of one steady training step (forward, loss, backward, optimizer step) of `model`, without running it.
 
@@ -247,6 +248,8 @@ def simulate_training_step(
         estimate_inside: whether to add what the library's own ops and bitsandbytes' products make inside themselves, as
             on a GPU: a chunk of the loss, a weight of few bits as numbers. `MemoryTracker` sees none of it in a step
             that runs.
+        measured: the keyword arguments of a forward pass in evaluation mode that comes before the step. Its own peak
+            does not count, but what it leaves does: packs of frozen weights, which fewer rows may not ask for.
 
     Returns:
         The estimate, as a `MemoryEstimate`.
@@ -294,10 +297,15 @@ def simulate_training_step(
                 if optimizer_in_backward:
                     gradients = 0
                     StepsInBackward(optimizer)
+            autocast = torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None)
+            if measured is not None:
+                given = tree_map_only(Tensor, fakes.from_tensor, dict(measured))
+                model.eval()
+                torch.func.functional_call(_Pass(model, autocast, False), put_in, kwargs=given)
+                model.train(optimizer is not None)
             fake_batch = tree_map_only(Tensor, fakes.from_tensor, dict(batch))
             tracker.add(leaf for leaf in tree_leaves(fake_batch) if isinstance(leaf, Tensor))
             tracker.reset_peak()
-            autocast = torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None)
             torch.func.functional_call(_Pass(model, autocast, optimizer is not None), put_in, kwargs=fake_batch)
             if optimizer is not None:
                 optimizer.step()

@@ -393,6 +393,9 @@ def test_a_simulated_step_counts_the_packs() -> None:
     before = simulate_training_step(model, {"x": torch.zeros(4, 512)}).peak
     after = simulate_training_step(pack_frozen(model), {"x": torch.zeros(4, 512)}).peak
     assert 2.9 * matrix < after - before < 3.1 * matrix
+    one = {"x": torch.zeros(1, 512)}
+    alone, with_more = (simulate_training_step(model, one, measured=m).peak for m in (None, {"x": torch.zeros(4, 512)}))
+    assert 1.9 * matrix < with_more - alone < 2.1 * matrix, "what only more rows ask for stays"
 
 
 def test_a_tracker_counts_the_packs() -> None:

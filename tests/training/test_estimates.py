@@ -184,6 +184,20 @@ def test_activations_that_are_computed_again_take_less(config: CompareConfig, us
     assert again < 0.8 * kept
 
 
+def test_packs_that_measuring_leaves_are_counted(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny_model(tmp_path / "larger", hidden_size=256, intermediate_size=1024)
+    lora = replace(config.cells()[0].config, method="lora", model=str(model), batch_size=1, bf16=False)
+
+    def peak(least: int) -> float:
+        monkeypatch.setattr("fastpeft.ops.packing._is_faster_packed", lambda weight, transposed, rows: rows >= least)
+        return plan(lora).peak_memory_mb or math.nan
+
+    longest = plan(lora).longest_row
+    assert peak(longest + 1) > peak(10**6) + 256 * 1024 * 4 / 2**20, "of six dev rows together, and of no training row"
+
+
 def test_the_state_is_that_of_the_optimizer(config: CompareConfig, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "larger", hidden_size=256, intermediate_size=1024)
     full = replace(config.cells()[0].config, method="full", model=str(model), batch_size=1)
