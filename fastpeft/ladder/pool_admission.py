@@ -18,6 +18,7 @@ from fastpeft.ladder.config import BackboneDtype, LadderConfig
 from fastpeft.ladder.model import LadderModel
 from fastpeft.ladder.saving import read_config, task_fields
 from fastpeft.ops.frozen_linear import bring_back
+from fastpeft.ops.packing import Packs
 from fastpeft.prompts.model import PromptModel, holds_label_words, inside_prompt
 
 
@@ -167,6 +168,8 @@ def _replace_parameters(base: nn.Module, replaced: Mapping[int, nn.Parameter]) -
         for key, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in replaced:
                 setattr(module, key, replaced[id(parameter)])
+                if isinstance(packs := getattr(module, "packs", None), Packs):
+                    packs.drop()  # they hold the parameter that was there, too
 
 
 def check_dtypes(model: LadderModel, backbone: Backbone) -> None:

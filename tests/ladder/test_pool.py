@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,20 @@ def test_saved_members_come_back_with_their_classes(tmp_path: Path) -> None:
         torch.testing.assert_close(rows[row].logits, logits(alone)[row], **ROUNDING)
         assert pool[str(classes)].base.config.num_labels == classes
     assert all(tensor.equal(before[name]) for name, tensor in base.state_dict().items())
+
+
+@pytest.mark.skipif(not multiplies_in(torch.float32), reason="needs packs")
+def test_a_member_that_was_used_before_leaves_nothing_of_its_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastpeft.ops.packing._is_faster_packed", lambda *_: True)
+    pool, model = LadderPool(tiny()), ladder()
+    logits(model)
+    layer = model.backbone.layers[0].attention.self.query
+    storages = [weakref.ref(layer.weight.untyped_storage())]
+    assert layer.packs.nbytes > 0
+    pool.add("used", model)
+    assert layer.packs.nbytes == 0
+    assert [storage() for storage in storages] == [None], "which the packs would hold"
+    assert_answers_are_the_models(pool, BATCH, ["used"] * 3)
 
 
 def test_members_share_the_backbones_weights_and_nothing_else() -> None:
