@@ -210,7 +210,7 @@ def test_results_stand_beside_the_papers(plan: Plan) -> None:
     assert "| SiVA | 96.56 | 95.00 | 96.63 | 50.00 | 4,529 | 232 | 73.3 | 100.0 |" in text
     assert "| method | accuracy | F1 | samples/s | CUDA allocator peak, MB |" in text
     assert "\n|---|---:|---:|---:|---:|---:|---:|---|\n" in text
-    assert "| SiVA | 0.950 (0.910 to 0.973) | 0.500 | 100 | 232 | 12 | 0.001 | siva |" in text
+    assert "| SiVA | 0.950 (0.910 to 0.973) | 0.500 | 100.0 | 232 | 12 | 0.001 | siva |" in text
     assert "RoBERTa-large, SST-2, batch 16" in text
     assert "+10.0% on average, at most +10.0%" in text
     assert "| SiVA | 255 | 232 | +10.0% |" in text

@@ -42,7 +42,7 @@ COLUMNS = (
     Column(
         "samples_per_second",
         "samples/s",
-        ".0f",
+        ".1f",
         "rows per second of training steps; other work on the machine slows them",
     ),
     Column(
