@@ -235,7 +235,15 @@ TASKS = {
     ),
     "sst2-all": Evidence(
         partial(sst2, rows=None),
-        {"methods": (f"lora:{_ADAPTED}{_FOR_LARGE}", "siva", "full", "k-lst:window=9")},
+        {
+            "methods": (
+                *(f"lora:{_ADAPTED}{rate}" for rate in ("", _FOR_LARGE)),
+                "siva",
+                *(f"{method}:targets=key+value" for method in ("lora:rank=4", "siva")),
+                "full",
+                "k-lst:window=9",
+            )
+        },
         {"epochs": 1},
     ),
     "sst2-mezo": Evidence(sst2, {"methods": (_MEZO, *_AFTER_MEZO)}, {**_SST2, "eval_steps": 2_000}),
