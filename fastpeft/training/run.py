@@ -110,6 +110,7 @@ def train(
         config = _as_begun(config, folder)
     timings.begin(folder.timings() if resume and (folder.path / TIMINGS).is_file() else None)
     with _determinism(config.deterministic), ExitStack() as held:
+        _tell_dtype(config)
         task = Task.load(config)
         if resume and folder.started:
             folder.check_rows(task.data.fingerprint)
@@ -177,15 +178,19 @@ def _tell_of_task(task: Task, given: TrainConfig, trained_on: set[str]) -> None:
             logger.warning("%s", warning)
 
 
-def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
-    """Tell what is computed in bfloat16 though nobody asked for it, or though it is slow here, and what could be."""
-    if given.bf16 is None and resolved.bf16 and not given.in_bfloat16:
-        logger.info("computing in bfloat16, which this CPU supports; --no-bf16 (in Python bf16=False) turns it off")
-    if given.dtype is None and not given.why_not_in_bfloat16 and is_stored_in_bfloat16(given.model):
+def _tell_dtype(config: TrainConfig) -> None:
+    """Tell of a model that will take twice its file's memory, before it is loaded."""
+    if config.dtype is None and not config.why_not_in_bfloat16 and is_stored_in_bfloat16(config.model):
         logger.info(
             "the model is stored in bfloat16 and loaded in float32; --dtype bfloat16 (in Python dtype='bfloat16') "
             "keeps its weights as they are, in half the memory"
         )
+
+
+def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
+    """Tell what is computed in bfloat16 though nobody asked for it, or though it is slow here."""
+    if given.bf16 is None and resolved.bf16 and not given.in_bfloat16:
+        logger.info("computing in bfloat16, which this CPU supports; --no-bf16 (in Python bf16=False) turns it off")
     in_bfloat16 = resolved.bf16 or resolved.settings.get("backbone_dtype") == "bfloat16"
     device = torch.device(best_device()).type
     if in_bfloat16 and device == "cpu" and not has_bfloat16():
