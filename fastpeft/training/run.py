@@ -200,8 +200,8 @@ def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
         )
     if in_bfloat16 and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         logger.warning(
-            "this GPU has no bfloat16 instructions, which it emulates slowly: --no-bf16 without --dtype computes in "
-            "float32, and --set fp16=true in float16, both beside weights in float32"
+            "this GPU has no bfloat16 instructions, which it emulates slowly: without --bf16 and --dtype it computes in "
+            "float32, with --set fp16=true in float16, beside weights in float32"
         )
 
 
