@@ -12,7 +12,8 @@ TokenRow = dict[str, Any]  # one text as token ids
 class TokenRows(Sequence[TokenRow]):
     """Rows of tokens as a few arrays: a number takes 4 bytes, where it takes 8 to 36 in a list.
 
-    A row is made when it is read. So changing one changes nothing here. All rows have the names of the first.
+    A row is made when it is read. So changing one changes nothing here. All rows have the names of the first, and
+    lists of whole numbers where it has some.
 
     Example:
         >>> rows = TokenRows([{"input_ids": [5, 6], "labels": 1}, {"input_ids": [7], "labels": 0}])

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import INPUTS
 
 LABELS = ("labels", "start_positions", "end_positions")
@@ -70,7 +70,7 @@ def steps_of(
         )
     if not isinstance(data, Mapping):
         for batch in itertools.chain.from_iterable(itertools.repeat(data, epochs)):
-            if batch and {*batch} <= {*names}:
+            if isinstance(batch, Mapping) and batch and {*batch} <= {*names}:
                 raise FastpeftError(
                     f"a batch has the tasks {', '.join(map(repr, batch))} in place of tensors. Give each task its "
                     "batches: {task: [batch, ...]}."
@@ -199,8 +199,9 @@ class MemberTrainer:
             except IndexError as error:  # on a CPU; a GPU stops the process
                 config: Any = self.model.config
                 raise FastpeftError(
-                    f"a batch for {self.name!r}, whose head has {config.num_labels} classes: {error}. Where "
-                    "tasks differ in their classes, give each its batches: {task: [batch, ...]}."
+                    f"a batch for {self.name!r}, whose head has {config.num_labels} classes: "
+                    f"{first_line(error).rstrip('.')}. Give labels below that, and tasks of other classes batches of "
+                    "their own: {task: [batch, ...]}."
                 ) from error
             if loss is None:
                 raise FastpeftError(f"a batch for {self.name!r} has no labels. Give {', '.join(LABELS)}.")

@@ -239,8 +239,8 @@ def warn_of_a_long_start(peft_config: SivaConfig, targets: Mapping[str, Any]) ->
     shapes = [_shape_of(module) for module in made if module.weight.device.type == "cpu"]
     if sum(min(shape) ** 2 * sum(shape) for shape in shapes) > _LONG:
         logger.warning(
-            "decomposing %d weights exactly may take minutes on a CPU. svd_niter=4 decomposes nearly, in seconds, and "
-            "the model starts the same; %s=FOLDER keeps the factors for the next time",
+            "decomposing %d weights exactly may take minutes on a CPU. svd_niter=4 decomposes nearly, in a small "
+            "part of the time, and the model starts the same; %s=FOLDER keeps the factors for the next time",
             len(shapes),
             cache.VARIABLE,
         )

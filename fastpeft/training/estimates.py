@@ -263,10 +263,12 @@ def _packs_by_rows(model: torch.nn.Module) -> bool:
 
 
 def _most_measured(task: Task, arguments: TrainingArguments) -> tuple[int, int]:
-    """Rows and tokens a row of the largest batch of dev rows that is measured."""
+    """Rows and tokens a row of the largest batch of dev rows that a process measures."""
     is_given = "per_device_eval_batch_size" in task.setup.arguments
     tokens = None if is_given else eval_limits(task.data.problem, task.config.batch_size)[1]
-    batches = by_length(task.dev_rows, arguments.eval_batch_size, tokens)  # the longest row is the last of each
+    batches = by_length(
+        task.dev_rows, arguments.eval_batch_size // Ranks().size, tokens
+    )  # the longest row is the last of each
     shapes = [(len(batch), len(task.dev_rows[batch[-1]]["input_ids"])) for batch in batches]
     return max(shapes, key=math.prod)
 

@@ -200,8 +200,8 @@ def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
         )
     if in_bfloat16 and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         logger.warning(
-            "this GPU has no bfloat16 instructions, which it emulates slowly: without --bf16 and --dtype it computes in "
-            "float32, with --set fp16=true in float16, beside weights in float32"
+            "this GPU has no bfloat16 instructions and emulates them slowly: float32 is faster (leave out --bf16, "
+            "--dtype and backbone_dtype), and float16 where the method takes it (--set fp16=true)"
         )
 
 

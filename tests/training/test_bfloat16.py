@@ -114,7 +114,7 @@ def test_a_gpu_that_emulates_it_is_told(
         caplog.clear()
         given = replace(config, bf16=bf16)
         _tell_precision(given, given)
-        assert ("emulates slowly" in caplog.text) is (bf16 and not has)
+        assert ("emulates them slowly" in caplog.text) is (bf16 and not has)
 
 
 @pytest.mark.parametrize("has", [True, False])
