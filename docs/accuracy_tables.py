@@ -493,8 +493,9 @@ def siva_rates() -> str:
 def quantised() -> str:
     ways = {"plain": "the weight alone", "loftq": "LoftQ's loop", "qpissa": "PiSSA", "siva": "**SiVA**"}
     found = (row for row in rows("siva_quantised.csv") if row["model"] == "demo" and row["r"] in ("", "16"))
-    body = ([row["format"], ways[row["way"]], f"{100 * float(row['logit_error']):.1f} %"] for row in found)
-    return table(["format", "factors fitted by", "error of the logits"], body)
+    errors = "weight_error", "logit_error"
+    body = ([row["format"], ways[row["way"]], *(f"{100 * float(row[each]):.1f} %" for each in errors)] for row in found)
+    return table(["format", "factors fitted by", "error of the weights", "of the logits"], body)
 
 
 def quantised_weights() -> str:
