@@ -242,6 +242,7 @@ TASKS = {
                 *(f"{method}:targets=key+value" for method in ("lora:rank=4", "siva")),
                 "full",
                 "k-lst:window=9",
+                "lst",
             )
         },
         {"epochs": 1},
