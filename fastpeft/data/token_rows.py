@@ -40,10 +40,10 @@ class TokenRows(Sequence[TokenRow]):
     @overload
     def __getitem__(self, place: int) -> TokenRow: ...
     @overload
-    def __getitem__(self, place: slice) -> TokenRows: ...
-    def __getitem__(self, place: int | slice) -> TokenRow | TokenRows:
+    def __getitem__(self, place: slice) -> list[TokenRow]: ...
+    def __getitem__(self, place: int | slice) -> TokenRow | list[TokenRow]:
         if isinstance(place, slice):
-            return TokenRows(self[each] for each in range(self._number)[place])
+            return [self[each] for each in range(self._number)[place]]
         at = range(self._number)[place]
         return {name: column[at] for name, column in self._columns.items()}
 

@@ -21,7 +21,7 @@ def test_rows_come_back() -> None:
     rows = TokenRows(ROWS)
     assert [*rows] == ROWS
     assert rows[-1] == ROWS[-1]
-    assert [*rows[:2]] == ROWS[:2]
+    assert rows[:2] == ROWS[:2]
     assert [*pickle.loads(pickle.dumps(rows))] == ROWS
     with pytest.raises(IndexError):
         rows[3]
