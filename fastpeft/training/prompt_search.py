@@ -239,9 +239,8 @@ class _Search:
         logits, favour = self._logits(template, tokens, rows)
         labels = torch.tensor(rows.labels)
         width = max(_LEAST_WORDS, _WORDS // len(self.labels))
-        likely = logits.log_softmax(-1)
         candidates = [
-            likely[labels == index].mean(0).argsort(descending=True, stable=True)[:width]
+            logits[labels == index].mean(0).argsort(descending=True, stable=True)[:width]
             for index in range(len(self.labels))
         ]
         best = best_words(logits - favour, labels, candidates, width)[:_KEPT_WORDS]
