@@ -28,7 +28,7 @@ from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate, evaluate_zero_shot
 from fastpeft.training.export import export
 from fastpeft.training.prediction import predict
-from fastpeft.training.prompt_search import best_words, find_prompt, score, templates, whole_words
+from fastpeft.training.prompt_search import best_words, draw_rows, find_prompt, score, templates, whole_words
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,7 @@ def test_more_right_rows_beat_a_lower_loss() -> None:
     assert 3 < score(barely, labels) < 4
     assert 2 < score(mostly, labels) < 3
     assert score(10 * barely, labels) > score(barely, labels)
+    assert -1 < score(torch.zeros_like(barely), labels) < 0, "words that are as likely tell nothing"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,9 +129,10 @@ def test_the_grammar_has_valid_templates_once_each(is_pair: bool) -> None:
 
 
 def test_planted_answers_are_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that only in one template expects `dull` and `lovely` where they are meant."""
+    """A model that only in one template expects `dull` and `lovely` where they are meant, calibrated."""
     data = load_data(str(place / "reviews.csv"))
     planted = "It is about <mask>. {text}"
+    favoured = dict(zip(["dull", "lovely"], [4.0, -4.0]))
 
     def logits(search: Any, template: str, tokens: list[int], rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
         words = [search._words(template)[token] for token in tokens]
@@ -139,8 +141,9 @@ def test_planted_answers_are_found(place: Path, monkeypatch: pytest.MonkeyPatch)
         if template == planted:
             for row, text in enumerate(rows.texts):
                 opinion = "lovely" if {*text.split()} & {*WORDS["positive"]} else "dull"
-                made[row, words.index(opinion)] += 9
-        return made, torch.zeros(len(tokens), dtype=torch.float64)
+                made[row, words.index(opinion)] += 5
+        favour = torch.tensor([favoured.get(word, 0.0) for word in words], dtype=torch.float64)
+        return made + favour, favour
 
     monkeypatch.setattr(prompt_search._Search, "_logits", logits)
     found = find_prompt(str(place / "model"), data)
@@ -173,6 +176,27 @@ def test_what_is_said_of_a_prompt_is_what_it_does(
     same.replace(place / "ranked" / "dev.csv")
     measured = evaluate_zero_shot(str(place / "model"), found.prompt, str(place / "ranked"), calibrate=calibrate)
     assert measured["accuracy"] == pytest.approx(found.accuracy, abs=1e-4)
+
+
+def test_another_seed_draws_other_rows(place: Path) -> None:
+    data = load_data(str(place / "reviews.csv"))
+    first, again, other = (draw_rows(data, seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first[0].texts != other[0].texts
+
+
+def test_a_run_searches_by_its_seed_and_on_texts_as_long_as_it_reads(
+    config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FastpeftError, match="max_length 3 leaves no room for the template"):
+        find_prompt(config.model, load_data(config.data), max_length=3)
+
+    def found(*given: Any, **options: Any) -> None:
+        raise FastpeftError(f"asked for {options}")
+
+    monkeypatch.setattr(prompt_search, "find_prompt", found)
+    with pytest.raises(FastpeftError, match=r"asked for \{'seed': 3, 'max_length': 20\}"):
+        train(replace(config, seed=3, max_length=20))
 
 
 def test_pairs_get_a_template_for_pairs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
