@@ -327,6 +327,14 @@ def test_what_does_not_fit_is_refused(config: TrainConfig, changes: dict[str, An
         Task.load(replace(config, **changes))
 
 
+@pytest.mark.parametrize("head", ["ForMaskedLM", "Model"])
+def test_an_adapter_trains_a_head_that_the_model_lacked(config: TrainConfig, tmp_path: Path, head: str) -> None:
+    model = str(save_tiny_model(tmp_path / "model", head=head))
+    task = Task.load(replace(config, model=model, method="siva", window=None))
+    trained = [name for name, parameter in task.model.named_parameters() if parameter.requires_grad]
+    assert any("lm_head.dense" in name for name in trained) == (head == "Model")
+
+
 @pytest.mark.parametrize("kind", ["MPNet", "Bert"])
 def test_a_model_without_a_head_gets_one_that_label_words_take(
     config: TrainConfig, place: Path, tmp_path: Path, kind: str

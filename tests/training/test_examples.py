@@ -15,7 +15,7 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.data.next_words import encode_counted
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.generation import generate
-from fastpeft.training.task import data_for
+from fastpeft.training.task import Task, data_for
 
 COUNT = 2
 
@@ -47,6 +47,11 @@ def test_rows_become_examples_and_the_run_is_used_with_them(config: TrainConfig)
     assert len(generate(result.folder, ["film"], 3)) == 1
     with pytest.raises(FastpeftError, match=f"must be from 1 to {37 - len(context)}"):
         generate(result.folder, ["film"], 38 - len(context))
+
+
+def test_another_seed_draws_other_examples(config: TrainConfig) -> None:
+    first, again, other = (Task.load(replace(config, seed=seed)).model.config.context for seed in (0, 0, 1))
+    assert first == again != other
 
 
 @pytest.mark.parametrize("settings", [{}, {"over": "lst"}], ids=["lst", "mezo"])

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from transformers.models.roberta.modeling_roberta import RobertaPreTrainedModel
 
 from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.data.examples import load_data
 from fastpeft.errors import NotEnoughMemoryError
 from fastpeft.methods.registry import get_method
 from fastpeft.training.estimates import plan
@@ -26,6 +27,7 @@ from fastpeft.training.prediction import predict
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run import _tell_beginnings
 from fastpeft.training.setup import resolve
+from fastpeft.training.task import data_for
 
 
 @pytest.fixture
@@ -154,6 +156,13 @@ def test_the_card_loads_the_model(config: TrainConfig, method: str) -> None:
     # to the order of additions: a finished run is loaded with packed weights, the card's model without
     torch.testing.assert_close(model(**inputs).logits, run.classifier.model(**inputs).logits, rtol=1e-5, atol=1e-6)
     assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_rows_are_held_out_as_the_configuration_says(config: TrainConfig) -> None:
+    for said in ({"split_seed": 3}, {"split": "shuffled"}):
+        data = data_for(replace(config, **said))
+        assert data == load_data(config.data, **said)
+        assert data.dev != data_for(config).dev
 
 
 def test_training_learns_and_predictions_name_classes(config: TrainConfig) -> None:
