@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
-from fastpeft.serving.generation import GenerationRequest, RequestCriteria
+from fastpeft.serving.generation import GenerationRequest, RequestCriteria, generate_batch
 
 
 class Letters:
@@ -66,6 +68,25 @@ def test_nothing_of_a_stop_is_delivered(said: str, stop: list[str], text: str, e
 def test_an_answer_has_no_more_tokens_than_it_may() -> None:
     generation, _ = generated("abcdef", max_tokens=3, stop=["cx"], end=False)
     assert (generation.text, generation.finish_reason, generation.count) == ("abc", "length", 3)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "drawn"),
+    [
+        # from all words: transformers leaves out all but 50 where no top_k is given
+        ((0.7, 0.9), {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}),
+        ((0.0, 0.9), {"do_sample": False}),
+    ],
+)
+def test_words_are_drawn_as_is_asked(sampling: tuple[float, float], drawn: dict[str, Any]) -> None:
+    tokenizer = SimpleNamespace(pad=lambda rows, **_: BatchEncoding(), pad_token_id=0)
+    requests = [
+        GenerationRequest(None, tokenizer, [7], eos_token_ids={0}, max_tokens=most, sampling=sampling)
+        for most in (3, 9, 5)
+    ]
+    given: dict[str, Any] = {}
+    generate_batch(lambda batch, **options: given.update(options), tokenizer, "cpu", requests)
+    assert given.items() >= {**drawn, "max_new_tokens": 9}.items()
 
 
 def test_rows_end_by_themselves() -> None:
