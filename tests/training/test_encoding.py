@@ -1,4 +1,4 @@
-"""Many texts are encoded some at a time, as they would be at once, and it is told how many are done."""
+"""Many texts are encoded some at a time, as they would be at once, and of a word the first token has its tag."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import transformers
 from samples import reviews, save_tiny_model
 
 from fastpeft.data.examples import Examples
+from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, NEXT_WORDS, TAGGING, Problem
 from fastpeft.support.stages import listening
-from fastpeft.training.encoding import Encoder
+from fastpeft.training.encoding import Encoder, _first_tokens
 
 TEXTS = [text for text, _ in reviews(10)]
 WORDS = [text.split() for text in TEXTS]
@@ -43,3 +44,7 @@ def test_some_at_a_time(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, problem
         rows, counted = encoder.encode_counted(examples)
     assert told == [("encoding texts", 4, 10), ("encoding texts", 8, 10)]
     assert ([*rows], counted) == ([*expected], cut)
+
+
+def test_a_word_of_several_tokens_counts_once() -> None:
+    assert _first_tokens([None, 0, 0, 1, None], [5, 6]) == [UNLABELLED, 5, UNLABELLED, 6, UNLABELLED]

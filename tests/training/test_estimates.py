@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import reviews, save_tiny_model, write_csv
+from samples import completions, reviews, save_tiny_decoder, save_tiny_model, write_csv, write_jsonl
 from typer.testing import CliRunner
 
 from fastpeft import CompareConfig, train
@@ -160,6 +161,35 @@ def test_the_time_counts_the_rows_that_a_run_measures(
     assert measured == [6], "the trial measures once"
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_time_is_that_of_all_tokens_with_padding(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    """By a clock that goes on by a second with each token of a step, and by ten with each dev row."""
+    head = replace(config.cells()[0].config, batch_size=64, max_steps=2)
+    if packing:
+        model, data = save_tiny_decoder(tmp_path / "decoder"), write_jsonl(tmp_path / "pairs.jsonl", completions(60))
+        head = replace(head, method="full", model=str(model), data=str(data), objective="causal", packing=True)
+    now, tokens = [0.0], [0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    training_step, measure = RunTrainer.training_step, RunTrainer.measure
+
+    def timed_step(self: RunTrainer, model: Any, inputs: Any, *others: Any) -> Any:
+        tokens[0] = inputs["input_ids"].numel()
+        now[0] += tokens[0] + 1e6 * (not self.state.global_step)  # the first step allocates
+        return training_step(self, model, inputs, *others)
+
+    def timed_measure(self: RunTrainer, rows: Any) -> Any:
+        now[0] += 10 * len(rows)
+        return measure(self, rows)
+
+    monkeypatch.setattr(RunTrainer, "training_step", timed_step)
+    monkeypatch.setattr(RunTrainer, "measure", timed_measure)
+    told = plan(head, timed=True)
+    assert told.estimate.row_seconds == tokens[0] / told.train_rows, "all texts are in one batch"
+    assert told.estimate.start_seconds == 10 * 3 * told.dev_rows, "before, between and after"
+
+
 def test_a_dry_run_of_masked_words(config: CompareConfig) -> None:
     found = plan(replace(config.cells()[0].config, method="lora", objective="mlm"), timed=True).estimate
     assert found.error is None
@@ -236,6 +266,7 @@ def test_tokens_with_padding() -> None:
     assert 26 <= sum(tokens) <= 2 * 9 + 2 * 7 + 5
     assert sum(_padded_tokens(order, 2)) == sum(tokens)
     assert len(_padded_tokens(order, 2)) == 2
+    assert _padded_tokens(LengthGroupedOrder([2, 3], batch_size=2, seed=0), 1) == [6]
     named = LengthGroupedOrder(order.lengths, batch_size=2, seed=0, with_epoch=True)
     assert list(named) == [(0, row) for row in order]
     assert _padded_tokens(named, 1) == tokens
