@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,13 @@ def test_lora_has_a_rate_of_its_own_beside_a_narrow_model(width: int | None, rat
     assert (recipe.learning_rate, recipe.epochs) == (rate, 10)
     assert lora.recipe_for("elsewhere", causal_lm=True, hidden_size=width).learning_rate == 4e-4
     assert lora.recipe_for("demo", hidden_size=384).learning_rate == 3e-3
+
+
+def test_siva_has_another_form_by_mezo(classifier: Classifier) -> None:
+    preparation = Preparation(classifier.head, 2)
+    siva = get_method("siva").prepare(copy.deepcopy(classifier.model), preparation)
+    by_mezo = get_method("mezo", {"over": "siva"}).prepare(classifier.model, preparation)
+    assert [model.active_peft_config.scaling for model in (siva, by_mezo)] == ["spectral", "plain"]
 
 
 @pytest.mark.parametrize(("width", "rate"), [(768, 6e-6), (1_024, 1e-6), (None, 1e-6)])

@@ -125,6 +125,12 @@ def test_the_first_output_is_the_earlier_runs_last(config: TrainConfig, then: An
     assert not torch.allclose(logits(Task.load(untrained).model, second), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_an_adapter_names_the_run_that_it_goes_onto(config: TrainConfig) -> None:
+    train(config)
+    adapter = Task.load(replace(config, method="lora", output="next", init_from=config.output)).model
+    assert adapter.active_peft_config.base_model_name_or_path == str(Path(config.output).resolve())
+
+
 def test_a_head_for_other_classes_is_new(config: TrainConfig, tmp_path: Path) -> None:
     train(config)
     renamed = [(text, {"negative": "bad", "positive": "good"}[label]) for text, label in reviews(60)]
