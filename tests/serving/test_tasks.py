@@ -69,6 +69,17 @@ def test_one_batch_over_tasks_has_the_answers_of_each(
     assert max(map(len, shared)) > 1
 
 
+def test_words_keep_their_tags_where_a_tokenizer_pads_on_the_left(runs: Path) -> None:
+    tasks, texts = Tasks({"words": runs / "words"}), ["film", TEXTS[0]]
+    (expected,) = tasks.answer([("words", texts)])
+    shared = tasks["words"].shared
+    assert shared is not None
+    shared.tokenizer.padding_side = "left"
+    (padded,) = tasks.answer([("words", texts)])
+    for own, other in zip(padded[1], expected[1], strict=True):
+        np.testing.assert_allclose(own, other, **CLOSE)
+
+
 def test_it_is_told_what_shares_a_backbone_and_what_does_not(tasks: Tasks) -> None:
     assert described(tasks)[0] == "a, b, mood, words: one backbone for all"
     rest = {line.partition(":")[0]: line for line in described(tasks)[1:]}
@@ -88,6 +99,9 @@ def in_bfloat16(run: Path, folder: Path, **others: Any) -> Path:
 def test_it_is_told_that_a_run_computes_in_another_precision(runs: Path, tmp_path: Path) -> None:
     tasks = Tasks({"a": runs / "a", "half": in_bfloat16(runs / "a", tmp_path / "half")})
     assert described(tasks)[1] == "half: a model of its own (it computes in bfloat16, and other runs do not)"
+    (_, [whole]), (_, [half]) = tasks.answer([(name, TEXTS[:1]) for name in ("a", "half")])
+    assert not np.array_equal(whole, half), "the same weights, but for the precision"
+    np.testing.assert_allclose(whole, half, atol=0.01)
 
 
 def test_weights_of_another_dtype_are_not_shared(runs: Path, tmp_path: Path) -> None:
