@@ -255,6 +255,27 @@ def test_of_a_batch_that_fails_each_is_answered_alone(tasks: Tasks, monkeypatch:
     assert second.finish_reason is not None
 
 
+def test_what_has_begun_is_not_said_twice(tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(generate: Any, tokenizer: Any, device: Any, requests: list[GenerationRequest]) -> None:
+        if len(requests) > 1:
+            requests[0].append(tokenizer.convert_tokens_to_ids("film"))
+            raise RuntimeError("too little memory")
+        generate_batch(generate, tokenizer, device, requests)
+
+    monkeypatch.setattr("fastpeft.serving.tasks.generate_batch", failing)
+    begun, other = tasks.generate([("chat", [request_to(tasks, "chat", "film", 4) for _ in range(2)])])
+    assert isinstance(begun, RuntimeError)
+    assert isinstance(other, GenerationRequest)
+    assert other.finish_reason is not None
+
+
+@pytest.mark.parametrize(("max_length", "reads"), [(12, 12), (99, 38)])
+def test_a_server_reads_less_than_a_run_but_never_more(place: Path, max_length: int, reads: int) -> None:
+    tasks = Tasks({"chat": place / "chat"}, max_length=max_length)
+    with pytest.raises(RefusedError, match=f"reads {reads} tokens"):
+        request_to(tasks, "chat", "film " * 40)
+
+
 def test_a_run_with_examples_answers_from_a_backbone_that_has_read_them(place: Path, tmp_path: Path) -> None:
     config = load_run(place / "e2e").config
     for name, seed in (("one", 3), ("other", 5)):  # other examples
