@@ -8,6 +8,7 @@ import logging
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +102,13 @@ def test_more_right_rows_beat_a_lower_loss() -> None:
     assert 2 < score(mostly, labels) < 3
     assert score(10 * barely, labels) > score(barely, labels)
     assert -1 < score(torch.zeros_like(barely), labels) < 0, "words that are as likely tell nothing"
+
+
+def test_the_accuracy_that_is_told_is_the_share_of_right_rows() -> None:
+    logits = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 9.0], [90.0, 0.0]], dtype=torch.float64)
+    choice = prompt_search._Choice("{text} <mask>", (5, 6), score(logits, torch.tensor([0, 0, 1, 1])))
+    search: Any = SimpleNamespace(labels=["no", "yes"], _words=lambda template: {5: "dull", 6: "lovely"})
+    assert prompt_search._Search._described(search, choice, 4)["accuracy"] == 0.75
 
 
 @pytest.mark.parametrize("family", FAMILIES)
