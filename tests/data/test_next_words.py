@@ -299,7 +299,7 @@ def test_said_words_are_measured_by_the_completions_of_their_prompt_alone(caplog
     """
     rows = [("a", "one two three four five"), ("a", "not this one at all"), ("b", "six seven eight nine ten x y")]
     told: Any = Told(["one two three four", "six seven"])
-    measured = measure_generations(told, [*rows, ("long", "z"), Conversation((("assistant", "z"),))])
+    measured = measure_generations(told, [("long", "z"), *rows, Conversation((("assistant", "z"),))])
     precisions = 6 / 6, 4 / 4, 2 / 2, 1 / 1
     assert measured["bleu"] == pytest.approx(100 * math.exp(1 - 12 / 6) * math.prod(precisions) ** 0.25)
     assert measured["rouge_l"] == pytest.approx((2 * 4 / (4 + 5) + 2 * 2 / (2 + 7)) / 2)
