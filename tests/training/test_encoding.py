@@ -46,5 +46,11 @@ def test_some_at_a_time(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, problem
     assert ([*rows], counted) == ([*expected], cut)
 
 
+def test_a_text_as_long_as_the_limit_is_not_cut(tokenizer: Any) -> None:
+    length = len(tokenizer(TEXTS[0])["input_ids"])
+    encoders = [Encoder(tokenizer, limit, None, CLASSIFICATION) for limit in (length - 1, length)]
+    assert [encoder.encode_counted(Examples(TEXTS[:1], [0]))[1] for encoder in encoders] == [1, 0]
+
+
 def test_a_word_of_several_tokens_counts_once() -> None:
     assert _first_tokens([None, 0, 0, 1, None], [5, 6]) == [UNLABELLED, 5, UNLABELLED, 6, UNLABELLED]
