@@ -265,11 +265,8 @@ def test_leading_space_follows_the_template() -> None:
 
 
 def test_classes_that_are_numbers_of_numpy_are_in_their_order() -> None:
-    words = {1: "great", 0: "terrible"}
-    assert Prompt("{text} <mask>", {np.int64(label): word for label, word in words.items()}).label_words == {
-        "0": "terrible",
-        "1": "great",
-    }
+    prompt = Prompt("{text} <mask>", {np.int64(1): "great", np.int64(0): "terrible"})
+    assert [*(prompt.label_words or {}).items()] == [("0", "terrible"), ("1", "great")]
 
 
 @pytest.mark.parametrize(
@@ -304,9 +301,11 @@ def test_words_that_the_tokenizer_does_not_tell_apart(word_piece: Any) -> None:
 def test_words_follow_the_classes_of_the_data() -> None:
     prompt = Prompt(SINGLE.template, {"negative": "bad", "positive": "good"})
     assert prompt.for_labels(["positive", "negative"]).label_words == {"positive": "good", "negative": "bad"}
+    assert prompt.for_labels(["positive", "negative"]).labels == ["positive", "negative"], "the order of the logits"
     assert prompt.for_labels(["Positive ", "NEGATIVE"]).label_words == {"Positive ": "good", "NEGATIVE": "bad"}
     assert prompt.for_labels(["0", "1"]).label_words == {"0": "bad", "1": "good"}
     assert SINGLE.for_labels(["no", "yes"]).label_words == {"no": "terrible", "yes": "great"}
+    assert SINGLE.for_labels(["yes", "no"]).labels == ["yes", "no"]
     assert Prompt(SINGLE.template, {1: "good", 0: "bad"}) == Prompt(SINGLE.template, ["bad", "good"])
     template = Prompt(SINGLE.template, {"negative": "bad", "positive": "good"}, head="classifier")
     assert template.for_labels(["mixed", "0", "1"]) == template
