@@ -1,4 +1,4 @@
-"""How many tokens a model reads, how its tokenizer reads words, and how wide it is."""
+"""How many tokens a model reads, how its tokenizer reads words and pads, and how wide it is."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ import pytest
 import tokenizers
 import transformers
 from backbones import ladder, tiny
+from samples import save_tiny_model
 
-from fastpeft.models import _read_words_after_a_space, hidden_size, longest_input
+from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.models import (
+    _read_words_after_a_space,
+    hidden_size,
+    load_classifier,
+    load_for_next_words,
+    longest_input,
+)
 
 SIZE = {
     "hidden_size": 8,
@@ -88,3 +96,14 @@ def test_words_of_a_list_are_read_as_after_a_space() -> None:
         words = fast(["the", "cat"], is_split_into_words=True)
         assert "".join(fast.convert_ids_to_tokens(words["input_ids"])) == "\u0120the\u0120cat"
         assert {*words.word_ids()} == {0, 1}
+
+
+def test_a_decoder_pads_as_its_tokenizer_says_or_by_its_end(tmp_path: Path) -> None:
+    folder = str(save_tiny_model(tmp_path / "model", "Llama", "ForCausalLM"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    decoder = load_for_next_words(folder)
+    assert decoder.tokenizer.padding_side == "right", "to train on"
+    for loaded in (decoder, load_classifier(folder, ["no", "yes"], CLASSIFICATION)):
+        assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id == tokenizer.eos_token_id
