@@ -204,6 +204,10 @@ def test_a_run_says_what_it_has_learned(place: Path, config: TrainConfig, form: 
     train(replace(config, data=str(place / form), max_steps=150))
     negative, positive = predict(config.output, [f"film {FIRST['negative']} plot", f"film {FIRST['positive']} plot"])
     assert (negative, positive) == (FIRST["negative"], FIRST["positive"])
+    for most, cut in ((1, 1), (4, 0)):  # the word, and its end
+        generator = TextGenerator(load_run(config.output), most)
+        generator.generate([generator.encode(f"film {FIRST['negative']} plot")])
+        assert generator.cut == cut
     measured = evaluate(config.output, str(place / form), max_new_tokens=4)
     assert measured["rouge_l"] > 0.9
     assert measured["prompts"] <= measured["dev_rows"]
