@@ -56,6 +56,7 @@ def test_no_half_character_is_delivered() -> None:
         ("one EN two", ["END"], "one EN two", "stop"),
         ("one EN", ["END"], "one EN", "stop"),
         ("abcabd.", ["abd"], "abc", "stop"),
+        ("one EEND", ["EEND"], "one", "stop"),
         ("a b c", ["c", "b"], "a", "stop"),
         ("END", ["END"], "", "stop"),
     ],
