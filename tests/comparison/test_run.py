@@ -55,7 +55,7 @@ def test_results_and_report() -> None:
     report = Path("out/report.md").read_text()
     header = "method | accuracy | F1 | samples/s | peak memory, MB | trainable parameters | learning rate | seeds"
     assert f"| {header} |\n|---|---:|---:|---:|---:|---:|---:|---:|\n" in report
-    assert "| siva:targets=query+value | 0.550 ± 0.071 | 0.250 | 8 | 1,234 | 1,234 | 1e-05 | 2 |\n" in report
+    assert "| siva:targets=query+value | 0.550 ± 0.071 | 0.250 | 8.0 | 1,234 | 1,234 | 1e-05 | 2 |\n" in report
     assert "| head | 0.550 ± 0.071 |" in report
     assert "- data: demo, 5,000 training rows, 50 dev rows\n" in report
     assert "- device: a chip\n- versions: python 3.11, torch 2.10\n" in report
@@ -165,7 +165,7 @@ def test_full_searches_on_a_slice_of_the_training_rows(monkeypatch: pytest.Monke
     assert [row["learning_rate"] for row in results() if not row["search"]] == ["0.001"] * 3
     report = Path("out/report.md").read_text()
     assert "| head | 0.001 | 0.900 | taken, the lowest tried |\n| head | 0.009 | 0.700 |  |" in report
-    assert "| head | 0.900 | 0.250 | 8 | 1,234 | 1,234 | 0.001 | 3 |" in report
+    assert "| head | 0.900 | 0.250 | 8.0 | 1,234 | 1,234 | 0.001 | 3 |" in report
     assert compare(full).failed == {}
     assert len(started()) == 6, "nothing is repeated"
     shutil.rmtree(Comparison(full).plan.searches[0].folder.path)
