@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Projections that hold query, key and value in one matrix.
 FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
-# Of min(N, K)^2 (N + K), as the Gram matrix of the shorter side and its eigenvectors take: half a minute to five
-# minutes on two cores, by how the singular values lie.
+# Of min(N, K)^2 (N + K), as the Gram matrix of the shorter side and its eigenvectors take: 20 seconds to five minutes
+# on two cores, by the processor and by how the singular values lie.
 _LONG = 1e12
 
 
@@ -231,7 +231,7 @@ def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool], names: Iter
 
 
 def warn_of_a_long_start(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
-    """Warn where decomposing the targets exactly keeps a CPU for a minute or more, and nothing keeps their factors."""
+    """Warn where decomposing the targets exactly may keep a CPU for minutes, and nothing keeps their factors."""
     near = peft_config.svd_niter is not None or (peft_config.residual_dtype and peft_config.quant_iterations)
     if near or os.environ.get(cache.VARIABLE):
         return
