@@ -233,7 +233,7 @@ def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool], names: Iter
 def warn_of_a_long_start(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
     """Warn where decomposing the targets exactly may keep a CPU for minutes, and nothing keeps their factors."""
     near = peft_config.svd_niter is not None or (peft_config.residual_dtype and peft_config.quant_iterations)
-    if near or os.environ.get(cache.VARIABLE):
+    if near or peft_config.d is not None or os.environ.get(cache.VARIABLE):  # with d neither advice would help
         return
     made = [module for module in targets.values() if not isinstance(module, SivaLinear)]
     shapes = [_shape_of(module) for module in made if module.weight.device.type == "cpu"]

@@ -211,7 +211,7 @@ def test_a_long_start_is_told_unless_it_is_short_or_kept(
     assert "decomposing 4 weights exactly may take minutes" in told()
     assert "svd_niter=4" in caplog.text
     assert told(residual_dtype="int8", quant_iterations=0)
-    for given in ({"svd_niter": 4}, {"residual_dtype": "int8"}, {"device": "meta"}):
+    for given in ({"svd_niter": 4}, {"residual_dtype": "int8"}, {"d": 8}, {"device": "meta"}):
         assert not told(**given)
     monkeypatch.setenv("FASTPEFT_CACHE", str(tmp_path))
     assert not told()
