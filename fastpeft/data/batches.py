@@ -22,16 +22,25 @@ def most_rows(length: int, size: int, tokens: int | None) -> int:
 
 def order_by_length(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """The places of rows of tokens, from the shortest on: batches in this order pad little."""
-    return sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
+    return _sorted(_lengths(rows))
 
 
 def by_length(rows: Sequence[Mapping[str, Any]], size: int, tokens: int | None = None) -> Iterator[list[int]]:
     """The places of `order_by_length`, at a time as many as `most_rows` says of the longest of them."""
     batch: list[int] = []
-    for place in order_by_length(rows):
-        if len(batch) >= most_rows(len(rows[place]["input_ids"]), size, tokens):
+    lengths = _lengths(rows)
+    for place in _sorted(lengths):
+        if len(batch) >= most_rows(lengths[place], size, tokens):
             yield batch
             batch = []
         batch.append(place)
     if batch:
         yield batch
+
+
+def _lengths(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [len(row["input_ids"]) for row in rows]
+
+
+def _sorted(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lengths.__getitem__)

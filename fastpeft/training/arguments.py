@@ -179,6 +179,12 @@ def refusing(task: Task) -> Iterator[None]:
         ) from error
 
 
+def evaluated_tokens(task: Task) -> int | None:
+    """The most tokens that a process evaluates together, with their padding; None where rows alone count."""
+    is_given = "per_device_eval_batch_size" in task.setup.arguments
+    return None if is_given else eval_limits(task.data.problem, task.config.batch_size)[1]
+
+
 @contextmanager
 def noticing_lack_of_memory(task: Task) -> Iterator[None]:
     """Let a lack of memory be one error, which says what would need less of it.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastpeft.data.batches import by_length, eval_limits
+from fastpeft.data.batches import by_length
 from fastpeft.data.packed_rows import POSITIONS
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
@@ -28,6 +28,7 @@ from fastpeft.training.arguments import (
     ADAMW,
     ADAMW_8BIT,
     compute_dtype,
+    evaluated_tokens,
     noticing_lack_of_memory,
     recipe_used,
     refusing,
@@ -264,11 +265,8 @@ def _packs_by_rows(model: torch.nn.Module) -> bool:
 
 def _most_measured(task: Task, arguments: TrainingArguments) -> tuple[int, int]:
     """Rows and tokens a row of the largest batch of dev rows that a process measures."""
-    is_given = "per_device_eval_batch_size" in task.setup.arguments
-    tokens = None if is_given else eval_limits(task.data.problem, task.config.batch_size)[1]
-    batches = by_length(
-        task.dev_rows, arguments.eval_batch_size // Ranks().size, tokens
-    )  # the longest row is the last of each
+    size = arguments.eval_batch_size // Ranks().size
+    batches = by_length(task.dev_rows, size, evaluated_tokens(task))  # the longest row is the last of each
     shapes = [(len(batch), len(task.dev_rows[batch[-1]]["input_ids"])) for batch in batches]
     return max(shapes, key=math.prod)
 

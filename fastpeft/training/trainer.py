@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-from fastpeft.data.batches import by_length, eval_limits, most_rows, order_by_length
+from fastpeft.data.batches import by_length, most_rows, order_by_length
 from fastpeft.data.masking import MaskedRows
 from fastpeft.data.names import LOSS, UNLABELLED
 from fastpeft.data.packed_rows import texts_of
@@ -31,7 +31,7 @@ from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.nonfinite import where_it_began
 from fastpeft.support.processes import Ranks, noticing_lost_processes
-from fastpeft.training.arguments import loader_options, steps_per_epoch
+from fastpeft.training.arguments import evaluated_tokens, loader_options, steps_per_epoch
 from fastpeft.training.callbacks import (
     Clock,
     CudaPeak,
@@ -94,8 +94,7 @@ class RunTrainer(Trainer):
         self.stopping = Stopping(self.stop, self.ranks)
         self.steps_in_backward = task.config.optimizer_in_backward
         self.problem, self.labels = task.data.problem, task.data.labels
-        is_given = "per_device_eval_batch_size" in task.setup.arguments
-        self.evaluated_tokens = None if is_given else eval_limits(self.problem, task.config.batch_size)[1]
+        self.evaluated_tokens = evaluated_tokens(task)
         self.chosen_by = task.config.metric
         self.starts_from_a_run = task.config.init_from is not None
         self.custom_loss = training_loss(task.config, task.data) if task.config.custom_loss else None
