@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastpeft.ops.autotune import Candidates, is_captured, timings
 
@@ -246,8 +248,15 @@ class Packs:
         return (
             _signature(weight) == self._signature
             and weight.data_ptr() == self._samples.data_ptr()  # before they are read: the place may be freed
-            and torch.equal(self._samples, self._sampled)
+            and self._same_samples()
         )
+
+    def _same_samples(self) -> bool:
+        if not _len_torch_dispatch_stack():
+            return torch.equal(self._samples, self._sampled)
+        # the first call of a layer compares nothing, but selective checkpointing wants the same ops again in backward
+        with _disable_current_modes():
+            return torch.equal(self._samples, self._sampled)
 
     def drop(self) -> None:
         """Forget all packs, and the weight."""

@@ -9,6 +9,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +29,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import BertForSequenceClassification
 
 from fastpeft import FastpeftError, SivaConfig, SivaLinear
@@ -206,16 +208,21 @@ def test_a_model_trains_under_autocast() -> None:
         torch.testing.assert_close(of_autocast[name], gradient, rtol=0.1, atol=0.1 * gradient.abs().max().item())
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+SELECTIVE = partial(create_selective_checkpoint_contexts, [torch.ops.fastpeft.siva_linear.default])
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_reentrant": True}, {"use_reentrant": False}, {"use_reentrant": False, "context_fn": SELECTIVE}]
+)
 @RESIDUALS
-def test_checkpointing_changes_no_gradient(residual: str, use_reentrant: bool) -> None:
+def test_checkpointing_changes_no_gradient(residual: str, options: dict[str, Any]) -> None:
     model = without_dropout(adapted(residual, target_modules=["query", "key", "value", "dense"]))
-    expected = step(model, batch())
+    expected = step(copy.deepcopy(model), batch())  # which leaves the first packs to the step that is compared
     calls = []
     model.base_model.model.roberta.encoder.layer[0].attention.self.query.register_forward_hook(
         lambda *_: calls.append(torch.is_grad_enabled())
     )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     model.enable_input_require_grads()  # the reentrant kind needs an input with a gradient
     found = step(model, batch())
     assert len(calls) == 2  # it did run again
