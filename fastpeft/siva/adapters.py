@@ -84,7 +84,8 @@ class AdaptedLinear(BaseWeightLayer):
         self.r[adapter_name], self.d[adapter_name], self.residual[adapter_name] = r, d, config.residual
         self.residual_dtype[adapter_name], self.step[adapter_name] = config.residual_dtype, step
         self.siva_s[adapter_name] = initial.s.clone()
-        self.siva_u0[adapter_name], self.siva_v0[adapter_name] = initial.u.clone(), initial.v.clone()
+        for tensors, part in (self.siva_u0, initial.u), (self.siva_v0, initial.v):
+            tensors[adapter_name] = part.to(self._initial_dtype(adapter_name, part), copy=True)
         start: Start = "empty" if waits else "zero" if config.init_weights else "random"
         of_u, of_v = self._scales(adapter_name, initial.s)
         self.siva_du[adapter_name] = Change(initial.u, start, of_u)
@@ -156,8 +157,14 @@ class AdaptedLinear(BaseWeightLayer):
             torch.zeros(r, self.in_features, device=device),
         )
 
+    def _initial_dtype(self, adapter: str, part: Tensor) -> torch.dtype:
+        """In what U0 and V0 are kept: bfloat16 beside a residual in 4 bits, unless it would round them."""
+        if self.residual_dtype[adapter] in (None, "int8"):
+            return torch.float32
+        return torch.bfloat16 if part.is_meta or part.equal(part.bfloat16().to(part)) else torch.float32
+
     def _initial(self, adapter: str) -> Factors:
-        return Factors(self.siva_u0[adapter], self.siva_s[adapter], self.siva_v0[adapter])
+        return Factors(self.siva_u0[adapter].float(), self.siva_s[adapter], self.siva_v0[adapter].float())
 
     def _trained(self, adapter: str) -> Factors:
         # `self.siva_du[adapter]` and the like: nn.Module's __getattr__ would take longer than a small layer's products

@@ -33,8 +33,9 @@ class SivaLinear(LoadableLinear):
     `h = x W_r^T + ((x V^T) * s) U^T + b` with `U = U0 + dU` and `V = V0 + dV`
 
     An adapter has the changes `siva_du (N, r)` and `siva_dv (r, K)`, which train and start at 0, and the initial
-    factors `siva_s (r,)`, `siva_u0` and `siva_v0`, which do not train. All are float32. So weight decay pulls towards
-    the pretrained weight, and an optimizer makes the steps that it would make on U and V.
+    factors `siva_s (r,)`, `siva_u0` and `siva_v0`, which do not train. All are float32, but the last two in bfloat16
+    beside a residual in 4 bits, which is made with their rounded values. So weight decay pulls towards the pretrained
+    weight, and an optimizer makes the steps that it would make on U and V.
 
     With `residual="frozen"` the wrapped layer's weight is `W_r`. Adapters share it, so their initial factors must
     agree. With `"implicit"` it stays the pretrained `W0`, and `((x V0^T) * s) U0^T` is subtracted at run time.

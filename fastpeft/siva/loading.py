@@ -75,6 +75,7 @@ class LoadableLinear(AdaptedLinear):
         self._convert_whole_factors(state_dict, prefix)
         for name in loaded:
             self._check_scaling(name, state_dict, prefix)
+            self._expect_dtypes(name, state_dict, prefix)
         self._whole = None
         if stored in state_dict:
             self._waiting -= loaded.keys()  # the stored weight comes along, already W_r where it has to be
@@ -177,6 +178,13 @@ class LoadableLinear(AdaptedLinear):
                 "would act in another size. Give its SivaConfig the scaling with which it was trained."
             )
 
+    def _expect_dtypes(self, name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Let U0 and V0 that arrive, and those that they fill or replace, have the dtype that they are kept in."""
+        for part, own in ("u0", self.siva_u0), ("v0", self.siva_v0):
+            key = f"{prefix}siva_{part}.{name}"
+            dtype = self._initial_dtype(name, state_dict[key])
+            state_dict[key], own[name] = state_dict[key].to(dtype), own[name].to(dtype)
+
     def _expect_quantised(self, arriving: bool) -> None:
         """Make room for a quantised W_r, if one is `arriving` in a whole state dict."""
         kind = next((kind for kind in self.residual_dtype.values() if kind is not None), None)
@@ -187,7 +195,7 @@ class LoadableLinear(AdaptedLinear):
         """Whether these are, bit by bit, the initial factors of the adapters with which `name` must agree."""
         peers = [name] if self.residual[name] == "implicit" else list(self.siva_du)
         return all(
-            torch.equal(part.to(own), own)
+            torch.equal(part.to(own), own)  # both in float32
             for peer in peers
             if peer not in self._waiting
             for part, own in zip(initial, self._initial(peer))

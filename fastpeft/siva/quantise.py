@@ -38,20 +38,28 @@ def decompose_quantised(
         niter: as `decompose` has it, of the first factors. None is 4 where others follow: the last are as good then.
 
     Returns:
-        Factors in float32, and the rest `quant(W0 - (U * s) V)`.
+        Factors in float32, and the rest `quant(W0 - (U * s) V)`. Beside 4 bits u and v are rounded to bfloat16, in
+        which they can be kept: the rest makes up for it. In 8 bits it would be rounded less finely for that.
 
     Raises:
         FastpeftError: as `decompose` does.
     """
     niter = _FIRST if niter is None and iterations else niter
-    factors = decompose(weight, r, name=name, niter=niter).factors
+    factors = _kept(decompose(weight, r, name=name, niter=niter).factors, kind)
     exact = weight.detach().float()
     rest = QuantisedWeight(subtract(exact, factors), kind)
     for _ in range(iterations if weight.device.type != "meta" else 0):
         # one multiplication: the factors of the turn before are near, and the turns converge together
         factors = near_triplets(exact - rest.dequantise(torch.float32), r, start=factors.v.t())
+        factors = _kept(factors, kind)
         rest = QuantisedWeight(subtract(exact, factors), kind)
     return factors, rest
+
+
+def _kept(factors: Factors, kind: Format) -> Factors:
+    if kind == "int8":
+        return factors
+    return factors._replace(u=factors.u.bfloat16().float(), v=factors.v.bfloat16().float())
 
 
 def quantised_siva_linear(

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft import FastpeftError, SivaConfig, SivaLinear
 from fastpeft.functional import siva_linear
 from fastpeft.ops.quantise import QuantisedWeight
-from fastpeft.siva.decompose import decompose
+from fastpeft.siva.decompose import decompose, subtract
 from fastpeft.siva.export import save_as_lora
 from fastpeft.siva.quantise import decompose_quantised
 from fastpeft.training.memory import simulate_training_step
@@ -147,7 +147,8 @@ def test_each_iteration_fits_better_and_none_takes_the_weights_own_triplets(kind
 
     plain = relative(QuantisedWeight(weight, kind).dequantise(torch.float32), weight)
     assert plain > error(0) > error(1) > error(5)
-    assert decompose_quantised(weight, 8, kind, 0)[0].u.equal(decompose(weight, 8).factors.u)
+    found, own = decompose_quantised(weight, 8, kind, 0)[0].u, decompose(weight, 8).factors.u
+    assert found.equal(own if kind == "int8" else own.bfloat16().float())
 
 
 @KINDS
@@ -261,6 +262,37 @@ def test_a_whole_state_dict_fills_a_waiting_layer(kind: Any) -> None:
     blank.load_state_dict(layer.state_dict())
     assert blank(inputs()).equal(layer(inputs()))
     assert blank(inputs()).equal(copy.deepcopy(blank)(inputs()))
+
+
+def initial_dtypes(layer: SivaLinear) -> set[torch.dtype]:
+    return {tensors["default"].dtype for tensors in (layer.siva_u0, layer.siva_v0)}
+
+
+@pytest.mark.parametrize("kind", [NF4, DOUBLE])
+def test_initial_factors_beside_4_bits_are_kept_in_bfloat16_and_saved_in_float32(kind: Any) -> None:
+    layer = quantised(kind)
+    state = layer.state_dict()
+    blank = SivaLinear(nn.Linear(32, 48), residual_dtype=kind, init_weights="saved")
+    blank.load_state_dict(state)
+    for each in layer, blank, copy.deepcopy(layer).float():
+        assert initial_dtypes(each) == {torch.bfloat16}
+    assert state["siva_u0.default"].dtype == state["siva_v0.default"].dtype == torch.float32
+
+
+@KINDS
+def test_initial_factors_that_bfloat16_would_round_stay_as_they_are(kind: Any) -> None:
+    """As files of earlier versions have them."""
+    base, exact = linear(), decompose(matrix(), 4).factors
+    state = quantised(kind).state_dict() | {"siva_u0.default": exact.u, "siva_v0.default": exact.v}
+    of_adapter = {name: tensor for name, tensor in state.items() if "siva" in name} | {"siva_s.default": exact.s}
+    layer = SivaLinear(base, residual_dtype=kind, init_weights="saved")
+    layer.load_state_dict(of_adapter, strict=False)
+    whole = quantised(kind)
+    whole.load_state_dict(layer.state_dict())
+    for each in layer, whole:
+        assert initial_dtypes(each) == {torch.float32}
+        assert each.siva_u0["default"].equal(exact.u)
+        assert each.quantised.codes.equal(QuantisedWeight(subtract(matrix(), exact), kind).codes)
 
 
 @KINDS
