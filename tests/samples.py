@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,17 @@ class Interrupt(TrainerCallback):
     def _interrupt(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def for_one_row(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `call` where memory is enough for one row."""
+
+    def called(**batch: Any) -> Any:
+        if len(batch["input_ids"]) > 1:
+            raise MemoryError
+        return call(**batch)
+
+    return called
 
 
 def sampled(cases: Iterable[Any], but: Any) -> list[Any]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastpeft.data.problems import Problem
+from fastpeft.errors import NotEnoughMemoryError, first_line, is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 EVALUATED = (64, 64 * 128)  # rows, and tokens with their padding
 
@@ -36,6 +40,41 @@ def by_length(rows: Sequence[Mapping[str, Any]], size: int, tokens: int | None =
         batch.append(place)
     if batch:
         yield batch
+
+
+def compute_by_length(
+    compute: Callable[[list[int]], None], rows: Sequence[Mapping[str, Any]], size: int, tokens: int | None = None
+) -> None:
+    """Call `compute` for each batch of `by_length`, and where memory is not enough for one, go on with half as many.
+
+    Raises:
+        NotEnoughMemoryError: memory is not enough for one row.
+    """
+    batches = list(by_length(rows, size, tokens))
+    while batches:
+        chosen = batches.pop(0)
+        try:
+            compute(chosen)
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            length, reason = max(len(rows[place]["input_ids"]) for place in chosen), first_line(error).rstrip(".")
+            if len(chosen) == 1:
+                raise NotEnoughMemoryError(
+                    f"memory is not enough for one row of {length} tokens, computed alone ({reason}). Give shorter "
+                    "texts, or free some memory."
+                ) from error
+        # not before here: the error held what was computed
+        half = len(chosen) // 2
+        logger.warning(
+            "memory is not enough for %d rows of up to %d tokens (%s); going on with %d at once",
+            len(chosen),
+            length,
+            reason,
+            half,
+        )
+        batches = [batch[start : start + half] for batch in (chosen, *batches) for start in range(0, len(batch), half)]
 
 
 def _lengths(rows: Sequence[Mapping[str, Any]]) -> list[int]:

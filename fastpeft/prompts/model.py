@@ -18,7 +18,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file, find_adapter_config_file
 
-from fastpeft.data.batches import by_length
+from fastpeft.data.batches import compute_by_length
 from fastpeft.data.token_rows import TokenRow
 from fastpeft.errors import FastpeftError, first_line, is_out_of_memory
 from fastpeft.models import Classifier, is_causal_lm, load_language_model, longest_input, masked_lm_head_layers
@@ -253,9 +253,12 @@ class PromptModel(PreTrainedModel):
             raise FastpeftError(f"batch_size is {batch_size}; allowed is 1 or more.")
         collate = PromptCollator(self.tokenizer)
         logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
+
+        def compute(chosen: list[int]) -> None:
+            logits[chosen] = self(**collate([rows[index] for index in chosen]).to(self.device)).logits
+
         with in_eval_mode(self.modules()):
-            for chosen in by_length(rows, batch_size, tokens):
-                logits[chosen] = self(**collate([rows[index] for index in chosen]).to(self.device)).logits
+            compute_by_length(compute, rows, batch_size, tokens)
         return logits
 
     def around(self, wrap: Callable[[nn.Module], nn.Module]) -> PromptModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 import threading
 from collections import defaultdict
@@ -15,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastpeft.data.batches import by_length
+from fastpeft.data.batches import compute_by_length
 from fastpeft.data.conversations import USER, Conversation
 from fastpeft.data.next_words import prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, NotEnoughMemoryError, is_out_of_memory
 from fastpeft.ladder import LadderModel, LadderPool
 from fastpeft.prompts.model import PromptCollator, inside_prompt
 from fastpeft.serving.generation import GenerationRequest, generate_batch
@@ -28,6 +29,8 @@ from fastpeft.support.stages import report
 from fastpeft.training.generation import eos_token_ids, generates_text, keeps_tokens, minds_padding
 from fastpeft.training.loading import EncodedText, FinishedRun, load_run
 from fastpeft.training.prediction import Predictor
+
+logger = logging.getLogger(__name__)
 
 _MOST_ON_CPU = 16  # texts of a pass: more take as long each there, and are padded to the longest of more
 _MAX_TOKENS = 256  # that are generated, where a client names no number
@@ -332,13 +335,17 @@ class Tasks:
         except Exception as error:  # such as a task that was removed meanwhile, or too little memory for all
             if len(asked) == 1:
                 return [self._why(asked[0].task, error)]
-            return [answer for each in asked for answer in self._answers([each])]
+        # not before here: the error held what was computed
+        return [answer for each in asked for answer in self._answers([each])]
 
     def _why(self, task: Task, error: Exception) -> Exception:
-        """The error of a task, or that it is there no more."""
-        if self._tasks.get(task.name) is task:
+        """The error of a task, that memory is not enough, or that the task is there no more."""
+        if self._tasks.get(task.name) is not task:
+            return RefusedError(f"there is no task {task.name!r} any more: it was removed or replaced.", 404)
+        if not (isinstance(error, NotEnoughMemoryError) or is_out_of_memory(error)):
             return error
-        return RefusedError(f"there is no task {task.name!r} any more: it was removed or replaced.", 404)
+        logger.warning("%s: %s", task.name, error)
+        return RefusedError("memory is not enough for the request. Send shorter texts, or try again later.", 503)
 
     def _most_rows(self, task: Task) -> int:
         on_cpu = task.run.classifier.model.device.type == "cpu"
@@ -348,14 +355,17 @@ class Tasks:
         """The answers of requests that share a model."""
         rows = [(each.task, text) for each in asked for text in each.texts]
         scores: dict[int, np.ndarray] = {}
-        for places in by_length([text.row for _, text in rows], self._most_rows(asked[0].task)):
+
+        def compute(places: list[int]) -> None:
             chosen = [rows[place] for place in places]
             task = chosen[0][0]
             if task.shared is not None:
                 found = task.shared.scores(chosen)
             else:
                 found = _predictor(task).scores([text for _, text in chosen])
-            scores |= dict(zip(places, found))
+            scores.update(zip(places, found))
+
+        compute_by_length(compute, [text.row for _, text in rows], self._most_rows(asked[0].task))
         ordered = (scores[place] for place in range(len(rows)))
         return [[next(ordered) for _ in each.texts] for each in asked]
 
@@ -463,12 +473,14 @@ class Tasks:
             batch[0].task.generate(batch)
             return {}
         except Exception as error:
-            if len(batch) == 1:
-                return {id(batch[0]): self._why(batch[0].task, error)}
-            failed: dict[int, Exception] = {}
-            for request in (each for each in batch if each.finish_reason is None):
-                failed |= {id(request): self._why(request.task, error)} if request.count else self._generate([request])
-            return failed
+            left = [request for request in batch if request.finish_reason is None]
+            begun = [request for request in left if request.count or len(batch) == 1]
+            failed = {id(request): self._why(request.task, error) for request in begun}
+        # not before here: the error held what was computed
+        for request in left:
+            if id(request) not in failed:
+                failed |= self._generate([request])
+        return failed
 
 
 def _predictor(task: Task) -> Predictor:

@@ -27,7 +27,7 @@ from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH_CAUSAL, Encoder
 from fastpeft.training.generation import TextGenerator, measure_generations
-from fastpeft.training.loading import FinishedRun, load_run
+from fastpeft.training.loading import FinishedRun, load_run, put
 from fastpeft.training.prediction import outputs_of
 from fastpeft.training.prompt_search import find_prompt
 from fastpeft.training.run_folder import RunFolder
@@ -138,7 +138,7 @@ def evaluate_causal_lm(
     dev = load_rows(data, [], NEXT_WORDS, text_column=text_column)
     report("loading the model")
     classifier = load_for_next_words(model)
-    classifier.model.eval().to(best_device())
+    put(classifier.model.eval(), best_device())
     untrained = FinishedRun(
         classifier,
         TrainConfig(output=model, method="full", model=model, objective="causal"),
@@ -248,7 +248,8 @@ def answer_zero_shot(
     check_texts(prompt, dev)
     prompt = prompt.for_labels(texts.labels)
     classifier = load_prompted(model, prompt)
-    prompted = classifier.model.eval().to(best_device())
+    prompted = classifier.model.eval()
+    put(prompted, best_device())
     if calibrate:
         prompted.calibrate()
     limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)

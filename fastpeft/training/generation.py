@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft.data.batches import by_length
+from fastpeft.data.batches import compute_by_length
 from fastpeft.data.conversations import USER, Conversation, as_conversation, is_conversation
 from fastpeft.data.next_words import completion, end_tokens, opening, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
@@ -161,8 +161,8 @@ class TextGenerator:
         uncached = {} if keeps_tokens(model) else {"use_cache": False}
         rows = [each.row for each in encoded]
         said: dict[int, str] = {}
-        apart = len(rows) > 1 and self._minds_padding
-        for chosen in by_length(rows, 1 if apart else _BATCH_SIZE):
+
+        def compute(chosen: list[int]) -> None:
             report("answering", len(said), len(rows))
             given = [rows[index] for index in chosen]
             batch = tokenizer.pad(given, padding_side="left", return_tensors="pt").to(model.device)
@@ -180,7 +180,10 @@ class TextGenerator:
             ended = torch.isin(new, new.new_tensor(sorted(ends))).any(1)
             self.cut += int((~ended).sum())
             texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            said |= {index: text.strip() for index, text in zip(chosen, texts)}
+            said.update((index, text.strip()) for index, text in zip(chosen, texts))
+
+        apart = len(rows) > 1 and self._minds_padding
+        compute_by_length(compute, rows, 1 if apart else _BATCH_SIZE)
         return [said[index] for index in range(len(rows))]
 
 

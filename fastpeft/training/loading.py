@@ -13,7 +13,7 @@ import torch
 
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, Problem
 from fastpeft.data.token_rows import TokenRow
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, NotEnoughMemoryError, first_line, is_out_of_memory
 from fastpeft.methods.method import OVER, EarlierRun
 from fastpeft.models import Classifier, load_classifier, load_for_masked_words, load_for_next_words
 from fastpeft.ops.frozen_linear import set_packing
@@ -115,10 +115,27 @@ def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
     report("loading the model")
     run = assemble(RunFolder(folder))
     where = device or best_device()
-    run.classifier.model.to(where)
+    put(run.classifier.model, where)
     if where == "cpu" or not run.config.pack_weights:
         set_packing(run.classifier.model, run.config.pack_weights)
     return run
+
+
+def put(model: torch.nn.Module, device: str | torch.device) -> None:
+    """Put a model on a device.
+
+    Raises:
+        NotEnoughMemoryError: the device has too little memory for it.
+    """
+    try:
+        model.to(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemoryError(
+            f"memory of {device} is not enough for the model ({first_line(error).rstrip('.')}). Free some, or hide the "
+            "GPU by CUDA_VISIBLE_DEVICES= to compute on the CPU."
+        ) from error
 
 
 def assemble(folder: RunFolder) -> FinishedRun:

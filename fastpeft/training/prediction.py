@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastpeft.data import result_warnings
-from fastpeft.data.batches import by_length, eval_limits
+from fastpeft.data.batches import compute_by_length, eval_limits
 from fastpeft.data.examples import Examples
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION
@@ -197,20 +197,22 @@ def outputs_of(run: FinishedRun, rows: Sequence[TokenRow]) -> list[np.ndarray]:
     collate = collator(run.classifier.tokenizer, run.problem)
     model = run.classifier.model
     found: dict[int, np.ndarray] = {}
+
+    def compute(chosen: list[int]) -> None:
+        report("answering", len(found), len(rows))
+        batch = collate([rows[i] for i in chosen]).to(model.device)
+        labels = batch.pop("labels")
+        with run.autocast():
+            logits = model(**batch).logits
+        if run.problem.digest is not None:
+            logits = run.problem.digest(logits, labels)
+        outputs = logits.float().cpu().numpy()
+        masks = batch["attention_mask"].bool().cpu().numpy()
+        per_token = run.problem.per_token
+        found.update((i, each[mask] if per_token else each) for i, each, mask in zip(chosen, outputs, masks))
+
     with making_no_logits(model) if run.problem.digest is not None else nullcontext():
-        for chosen in by_length(rows, *eval_limits(run.problem, run.config.batch_size)):
-            report("answering", len(found), len(rows))
-            batch = collate([rows[i] for i in chosen]).to(model.device)
-            labels = batch.pop("labels")
-            with run.autocast():
-                logits = model(**batch).logits
-            if run.problem.digest is not None:
-                logits = run.problem.digest(logits, labels)
-            outputs = logits.float().cpu().numpy()
-            masks = batch["attention_mask"].bool().cpu().numpy()
-            found |= {
-                i: output[mask] if run.problem.per_token else output for i, output, mask in zip(chosen, outputs, masks)
-            }
+        compute_by_length(compute, rows, *eval_limits(run.problem, run.config.batch_size))
     _check_finite(found.values(), run)
     return [found[i] for i in range(len(rows))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from samples import reviews, write_csv
 
 from fastpeft import TrainConfig, train
 from fastpeft.data import batches
-from fastpeft.data.batches import by_length, eval_limits
+from fastpeft.data.batches import by_length, compute_by_length, eval_limits
 from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS
+from fastpeft.errors import NotEnoughMemoryError
 from fastpeft.training import prediction
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.trainer import RunTrainer
@@ -37,6 +39,30 @@ def test_batches_are_of_rows_and_of_tokens() -> None:
     assert sizes == {0: 64, 3: 64, 20: 64, 128: 64, 129: 63, 512: 16, 9000: 1}
     assert [len(batch) for batch in by_length(rows(*[512] * 5), *eval_limits(NEXT_WORDS, 2))] == [2, 2, 1]
     assert list(by_length([], *limits)) == []
+
+
+@pytest.mark.parametrize("most", [60, 12, 9])
+def test_where_memory_is_not_enough_batches_are_halved(most: int, caplog: pytest.LogCaptureFixture) -> None:
+    computed: list[list[int]] = []
+    given = rows(*[4] * 9, *[6] * 3, 12)
+
+    def compute(chosen: list[int]) -> None:
+        if len(chosen) * max(len(given[place]["input_ids"]) for place in chosen) > most:
+            raise MemoryError("no room")
+        computed.append(chosen)
+
+    caplog.set_level(logging.WARNING, logger="fastpeft")
+    if most == 9:
+        with pytest.raises(NotEnoughMemoryError, match=r"for one row of 12 tokens, computed alone \(no room\)\. Give"):
+            compute_by_length(compute, given, 8)
+    else:
+        compute_by_length(compute, given, 8)
+    assert sorted(place for chosen in computed for place in chosen) == list(range(13 if most > 9 else 12))
+    told = {60: [], 12: [(8, 4, 4), (4, 4, 2)], 9: [(8, 4, 4), (4, 4, 2), (2, 6, 1)]}[most]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"memory is not enough for {count} rows of up to {length} tokens (no room); going on with {half} at once"
+        for count, length, half in told
+    ]
 
 
 def test_several_processes_share_batches_of_one_size() -> None:

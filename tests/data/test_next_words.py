@@ -18,6 +18,7 @@ from samples import (
     FIRST,
     chats,
     completions,
+    for_one_row,
     reviews,
     save_tiny_decoder,
     save_tiny_model,
@@ -211,6 +212,18 @@ def test_a_run_says_what_it_has_learned(place: Path, config: TrainConfig, form: 
     measured = evaluate(config.output, str(place / form), max_new_tokens=4)
     assert measured["rouge_l"] > 0.9
     assert measured["prompts"] <= measured["dev_rows"]
+
+
+def test_where_memory_is_not_enough_fewer_prompts_are_continued_at_once(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config)
+    generator = TextGenerator(load_run(config.output), 3)
+    encoded = [generator.encode(f"film {word}") for word in FIRST.values()]
+    expected, cut = generator.generate(encoded), generator.cut
+    model = generator.run.classifier.model
+    monkeypatch.setattr(model, "generate", for_one_row(model.generate))
+    assert (generator.generate(encoded), generator.cut) == (expected, 2 * cut)
 
 
 @pytest.mark.parametrize("form", ["texts.txt", "completions.jsonl", "chats.jsonl"])

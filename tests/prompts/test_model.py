@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from samples import pickle_adapter
+from samples import for_one_row, pickle_adapter
 from tokenizers_for_prompts import make_tokenizer
 from torch import Tensor, nn
 from trainers import quiet
@@ -194,6 +194,13 @@ def test_predicted_logits_keep_the_order_of_texts() -> None:
     torch.testing.assert_close(found, logits(model.eval()), **CLOSE)
     pair = Prompt("{a}? <mask>, {b}", ["no", "yes"])
     assert PromptModel(masked_lm(), model.tokenizer, pair).predict_logits([("a", "film"), ("", "")]).shape == (2, 2)
+
+
+def test_where_memory_is_not_enough_fewer_texts_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prompted()
+    expected = model.predict_logits(TEXTS)
+    monkeypatch.setattr(model, "forward", for_one_row(model.forward))
+    torch.testing.assert_close(model.predict_logits(TEXTS), expected, **CLOSE)
 
 
 def test_calibration_makes_an_empty_text_undecided() -> None:

@@ -245,12 +245,13 @@ def test_of_a_batch_that_fails_each_is_answered_alone(tasks: Tasks, monkeypatch:
 
     def failing(pool: LadderPool, batch: Any, tasks: list[str], **options: Any) -> Any:
         if len(tasks) > 1 or tasks[0].startswith("wide"):
-            raise RuntimeError("too little memory")
+            raise MemoryError
         return generate(pool, batch, tasks, **options)
 
     monkeypatch.setattr(LadderPool, "generate", failing)
     first, second = tasks.generate([(name, [request_to(tasks, name, "film", 4)]) for name in ("wide", "chat")])
-    assert isinstance(first, RuntimeError)
+    assert isinstance(first, RefusedError)
+    assert (first.status, "memory is not enough" in str(first)) == (503, True)
     assert isinstance(second, GenerationRequest)
     assert second.finish_reason is not None
 

@@ -14,7 +14,7 @@ from samples import reviews
 
 from fastpeft import FastpeftError, LadderPool
 from fastpeft.serving.server import described
-from fastpeft.serving.tasks import EncodedRequest, RefusedError, Tasks, parse_runs
+from fastpeft.serving.tasks import EncodedRequest, RefusedError, Shared, Tasks, parse_runs
 from fastpeft.support.stages import listening
 from fastpeft.training.prediction import Predictor
 
@@ -180,6 +180,24 @@ def test_one_request_that_cannot_be_read_fails_alone(tasks: Tasks, monkeypatch: 
     failed, there = tasks.answer([("a", ["bad"]), ("a", TEXTS[:1])])
     assert isinstance(failed, RuntimeError)
     assert isinstance(there, tuple)
+
+
+def test_where_memory_is_not_enough_fewer_texts_are_answered_at_once(
+    tasks: Tasks, expected: list[list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = Shared.scores
+
+    def failing(shared: Shared, rows: Any) -> Any:
+        if len(rows) > 1 or rows[0][0].name == "b":
+            raise MemoryError
+        return scores(shared, rows)
+
+    monkeypatch.setattr(Shared, "scores", failing)
+    (_, found), refused = tasks.answer([ASKED[0], ASKED[3]])
+    for own, other in zip(found, expected[0]):
+        np.testing.assert_allclose(own, other, **CLOSE)
+    assert isinstance(refused, RefusedError)
+    assert (refused.status, "memory is not enough" in str(refused)) == (503, True)
 
 
 def test_each_run_is_reported_as_it_loads(runs: Path) -> None:

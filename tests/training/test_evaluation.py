@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import points_of, reviews, save_tiny_model, write_csv, write_jsonl
+from samples import for_one_row, points_of, reviews, save_tiny_model, write_csv, write_jsonl
+from transformers import RobertaForSequenceClassification
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.training.evaluation import evaluate
@@ -29,6 +31,16 @@ def test_tags_are_measured_row_by_row_by_every_command(config: TrainConfig, tmp_
         assert found[name] == pytest.approx(trained.metrics[name], abs=1e-5), name
     scores = json.loads((trained.folder / "row_scores.json").read_text())
     assert found["entity_f1"] == pytest.approx(sum(scores["above"]) / sum(scores["below"]))
+
+
+def test_where_memory_is_not_enough_fewer_rows_are_measured_at_once(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = train(replace(config, method="full")).metrics
+    forward = RobertaForSequenceClassification.forward
+    alone: Any = lambda model, **batch: for_one_row(partial(forward, model))(**batch)  # noqa: E731
+    monkeypatch.setattr(RobertaForSequenceClassification, "forward", alone)
+    assert evaluate(config.output)["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
 
 
 @pytest.mark.long(but="full-settings0")

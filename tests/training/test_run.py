@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from fastpeft.errors import NotEnoughMemoryError
 from fastpeft.methods.registry import get_method
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
-from fastpeft.training.loading import load_run
+from fastpeft.training.loading import load_run, put
 from fastpeft.training.optimizer_in_backward import StepsInBackward
 from fastpeft.training.prediction import predict
 from fastpeft.training.row_order import LengthGroupedOrder
@@ -107,12 +108,18 @@ def test_a_lack_of_memory_is_not_laid_to_what_is_loaded(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     folder = train(replace(config, max_steps=1)).folder
-    for where in ("peft.PeftModel.from_pretrained", "torch.nn.Module.__call__"):
-        with monkeypatch.context() as patch:
-            patch.setattr(where, run_out(error))
-            with pytest.raises(type(error)) as found:
-                predict(folder, ["a dull plot"])
-        assert found.value is error
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.PeftModel.from_pretrained", run_out(error))
+        with pytest.raises(type(error)) as found:
+            predict(folder, ["a dull plot"])
+    assert found.value is error
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.nn.Module.__call__", run_out(error))
+        with pytest.raises(NotEnoughMemoryError, match=r"for one row .* Give shorter texts"):
+            predict(folder, ["a dull plot"])
+    model: Any = SimpleNamespace(to=run_out(error))
+    with pytest.raises(NotEnoughMemoryError, match=r"memory of cuda is not enough for the model .* hide the GPU"):
+        put(model, "cuda")
     monkeypatch.setattr("peft.get_peft_model", run_out(error))
     with pytest.raises(type(error)):
         train(replace(config, output="again"))
