@@ -66,6 +66,7 @@ def _values(task: Task, output: str) -> dict[str, Any]:
     """What the arguments are given: fixed by how runs are made, by the configuration, the recipe, or a setting."""
     config, recipe, given, optimization = task.config, task.setup.recipe, task.setup.arguments, task.method.optimization
     learning_rate = recipe.learning_rate if config.learning_rate is None else config.learning_rate
+    keeps_journal = optimization.keeps_journal
     schedule: dict[str, Any] = {}
     if "lr_scheduler_type" not in given:
         settings = recipe.schedule_settings(learning_rate)
@@ -90,7 +91,9 @@ def _values(task: Task, output: str) -> dict[str, Any]:
         "disable_tqdm": True,
         "report_to": "none",  # the run's Trainer begins when its folder is there
         "run_name": Path(config.output).name,
-        **({"journal": optimization.keeps_journal} if optimization.zeroth_order else {}),
+        **({"journal": keeps_journal} if optimization.zeroth_order else {}),
+        # where nobody asked for checkpoints, that of a run that is stopped holds no weights: the journal leads to them
+        **({"save_weights": config.save_steps is not None} if keeps_journal else {}),
         **({"max_grad_norm": 0.0} if config.optimizer_in_backward else {}),
         **given,
     }

@@ -44,7 +44,7 @@ from fastpeft.training.arguments import noticing_lack_of_memory, recipe_used, re
 from fastpeft.training.config import TrainConfig, check_config
 from fastpeft.training.lineage import check_output, earlier_run
 from fastpeft.training.outcome import Beginning, finish, of_classes, save_model
-from fastpeft.training.run_folder import TIMINGS, RunFolder, check_whole, model_fingerprint
+from fastpeft.training.run_folder import JOURNAL, TIMINGS, RunFolder, check_whole, model_fingerprint
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer, trainer_class
 
@@ -264,7 +264,7 @@ def _run(trainer: RunTrainer, task: Task, resume: bool) -> None:
         check_whole(checkpoint)
         logger.info("continuing from %s", checkpoint)
     try:
-        if checkpoint is not None:
+        if checkpoint is not None and not (checkpoint / JOURNAL).exists():  # in place of the weights
             task.method.resume(trainer.model, checkpoint)
         set_seed(task.config.seed)  # dropout starts alike whatever was computed before
         with noticing_lost_processes():

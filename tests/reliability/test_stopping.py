@@ -83,6 +83,20 @@ def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(
     assert kill.results(train(config, resume=True).folder) == whole(kind)
 
 
+def test_mezo_saves_no_weights_that_its_journal_holds(
+    place: Path, tmp_path: Path, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    config = run_config(place, tmp_path / "run", "mezo")
+    folder = RunFolder(config.output)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Send(5, signal.SIGINT)])
+    saved = {file.name: file for file in folder.checkpoint(5).iterdir()}
+    assert not [name for name in saved if name.endswith(".safetensors")]
+    assert saved["mezo.journal"].read_bytes() == folder.journal.read_bytes()
+    folder.journal.unlink()
+    assert kill.results(train(config, resume=True).folder) == whole("mezo")
+
+
 def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "_ONE_REQUEST", 0)  # as if time had passed
     config = run_config(place, tmp_path / "run", "k-lst")
