@@ -137,8 +137,8 @@ def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
 
     Timed for 1, 16, 128 and 512 rows, which stand for less, and the last for more: with AVX2 a pack may gain a third at
     128 rows and lose a tenth at 512. What it must gain is in `_GAINS`. Where it is not timed, as for a weight that
-    is fake or takes seconds, it counts as faster from two rows on: one row in float32 reads the whole weight once for
-    little work, and the product by a pack takes longer to begin.
+    is fake or takes seconds, it counts as faster from two rows on: one row reads the whole weight once for little work,
+    and the product by a pack takes longer to begin.
     """
     most = 512 if weight.numel() <= _MOST_TIMED // 4 else 128
     rows = next((each for each in (1, 16, 128) if rows <= each), most)
@@ -153,7 +153,7 @@ def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
         plain = partial(torch.mm, x, frozen) if transposed else partial(F.linear, x, frozen)
         return {"packed": partial(packed_linear, x, packed, None), "plain": plain}
 
-    untimed = "plain" if rows == 1 and dtype is torch.float32 else "packed"
+    untimed = "plain" if rows == 1 else "packed"
     product = "rows times weight" if transposed else "frozen product"
     question = product, dtype, n, "x", k, "rows", rows
     asked = candidates if is_timed else None
