@@ -168,6 +168,17 @@ def _names_of_features(features: Mapping[str, Any]) -> dict[str, list[str]]:
     return {column: list(kind.names) for column, kind in kinds.items() if hasattr(kind, "names")}
 
 
+def _with_names(row: Record, names: Mapping[str, list[str]]) -> Record:
+    """A row with the names of classes in place of their numbers, in lists too. What is no class, as -1, stays."""
+
+    def named(value: Any, known: list[str]) -> Any:
+        if isinstance(value, list):
+            return [named(each, known) for each in value]
+        return known[value] if isinstance(value, int) and 0 <= value < len(known) else value
+
+    return row | {column: named(row[column], known) for column, known in names.items()}
+
+
 def _find_files(path: Path, readers: Mapping[str, Reader]) -> list[Path]:
     """The training file and, where there is one, the dev file behind `path`."""
     if path.is_file():
@@ -226,6 +237,8 @@ def read_apart(file: str | Path, kind: str | None = None) -> tuple[str, str, lis
             "--format."
         )
     rows = _APART[kind](path)
+    if names := _names_in(path):
+        rows = [(number, _with_names(row, names) if isinstance(row, dict) else row) for number, row in rows]
     while rows and isinstance(rows[-1][1], EmptyTextError):
         rows.pop()
     if not rows:

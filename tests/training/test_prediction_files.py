@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from pyarrow import Table, parquet
 from rich.console import Console
@@ -345,6 +346,18 @@ def test_a_date_goes_along_as_it_is(place: Path, kind: str) -> None:
     parquet.write_table(Table.from_pylist(rows), place / "x.parquet")
     run("classes", "--file", "x.parquet", "--output", f"out.{kind}")
     assert [row["on"] for row in READERS[kind](place / f"out.{kind}")] == ["2026-01-01", "2026-01-02"]
+
+
+def test_classes_of_a_parquet_file_go_along_by_their_names(place: Path) -> None:
+    """As the classes that are answered do, so that the two can be compared."""
+    kind = datasets.ClassLabel(names=["negative", "positive"])
+    features = {"text": datasets.Value("string"), "label": kind, "several": datasets.List(kind), "note": {"n": kind}}
+    rows = [{"text": "a film", "label": label, "several": [1, 0], "note": {"n": 1}} for label in (1, 0, -1, None)]
+    datasets.Dataset.from_list(rows, datasets.Features(features)).to_parquet(place / "x.parquet")
+    run("classes", "--file", "x.parquet", "--output", "out.jsonl")
+    found = READERS["jsonl"](place / "out.jsonl")
+    assert [row["label"] for row in found] == ["positive", "negative", -1, None]
+    assert (found[0]["several"], found[0]["note"]) == (["positive", "negative"], {"n": 1})
 
 
 def test_a_line_has_its_fields_whatever_is_in_them(place: Path, runs: Path) -> None:
