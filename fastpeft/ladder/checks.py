@@ -42,6 +42,17 @@ def check_whole(base: nn.Module) -> None:
         )
 
 
+def check_in_place(base: nn.Module) -> None:
+    """Raise `FastpeftError` if accelerate fetches weights of the base when they are used, as with offload."""
+    for name, module in base.named_modules():
+        own = module.parameters(recurse=False)
+        if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in own):
+            raise FastpeftError(
+                f"{name}: accelerate keeps its weights elsewhere (offload), where a side network cannot read them. "
+                "Load the base with a device_map that leaves them on a device, or in fewer bits."
+            )
+
+
 def check_head(backbone: Backbone, head: Mapping[str, nn.Parameter]) -> None:
     """Raise `FastpeftError` if parameters of the head are quantised, which train."""
     if quantised := [name for name, parameter in head.items() if is_quantised(parameter)]:

@@ -26,6 +26,7 @@ from fastpeft.ladder.checks import (
     check_attentions,
     check_base,
     check_head,
+    check_in_place,
     check_inputs,
     check_labels,
     check_mask,
@@ -133,6 +134,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
                 "LadderModel(base, LadderConfig(...))."
             )
         warn_if_not_compiled()
+        check_in_place(base)
         config = copy.deepcopy(config)
         backbone = Backbone(base, config.feature_modules, config.feature_sizes)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}

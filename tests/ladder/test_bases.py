@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from backbones import IDS, ladder, tiny, trainable, vit
 from safetensors.torch import load_file
 from script_files import EXAMPLES, load_script
@@ -435,3 +436,11 @@ def test_the_vit_example_learns(tmp_path: Path) -> None:
     accuracy = load_script(EXAMPLES / "vit_digits.py").main(["--tiny", "--output", str(tmp_path)])
     assert accuracy["after"] > accuracy["before"] + 0.3
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_an_offloaded_base_is_refused() -> None:
+    """Its weights would be on the meta device, and so the side network."""
+    base = tiny()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    with pytest.raises(FastpeftError, match=r"embeddings: accelerate keeps .* device_map"):
+        LadderModel(base, LadderConfig())
