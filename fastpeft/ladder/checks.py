@@ -17,6 +17,7 @@ from fastpeft.support.processes import is_held_by_fsdp
 
 logger = logging.getLogger(__name__)
 
+_MARK = "_heads_a_side_network"
 _JOINED = (
     "position_ids begin anew within a row, or leave some out, and there is no attention_mask: these are joined texts, "
     "which a side network cannot tell apart. Give each a row of its own (packing=False), or an attention_mask to rows "
@@ -71,6 +72,17 @@ def warn_of_earlier_head(backbone: Backbone) -> None:
             "head that is made before the layers stays as it is. Make it after them if it is new",
             backbone.class_name,
         )
+
+
+def warn_of_shared_head(head: Collection[nn.Parameter]) -> None:
+    """Warn where the head is that of an earlier side network. A copy of the base has a head of its own."""
+    if any(hasattr(parameter, _MARK) for parameter in head):
+        logger.warning(
+            "another LadderModel was made with this base, and the head is one: training or loading either changes the "
+            "answers of both. Load a base for each, or use a LadderPool, unless the other is out of use"
+        )
+    for parameter in head:
+        setattr(parameter, _MARK, True)
 
 
 def check_adapters_around(model: nn.Module, trained: Collection[str]) -> None:

@@ -34,6 +34,7 @@ from fastpeft.ladder.checks import (
     check_whole,
     warn_of_earlier_head,
     warn_of_no_gradient,
+    warn_of_shared_head,
 )
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
@@ -95,7 +96,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     Beside a decoder it generates text, see `generate`.
 
     Args:
-        base: a transformers model, another module, or PEFT's wrapper of one. It is not copied; its backbone is frozen.
+        base: a transformers model, another module, or PEFT's wrapper of one. It is not copied: its backbone is frozen,
+            and all side networks that are made with it have its head in common.
         config: the configuration of the side network; it is copied.
 
     Raises:
@@ -182,6 +184,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         if config.pack_weights:
             pack(backbone)
         fuse_any_head(base)
+        warn_of_shared_head(head.values())
         self._let_train(head, adapters)
         agree_on_problem(self.config, backbone)
         describe_base(self.config, backbone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_parts_of_the_weights_are_read_and_another_name_is_refused(tmp_path: Pat
     with pytest.raises(FastpeftError, match=r"variant='fp16' would give .* Leave it out"):
         model.save_pretrained(tmp_path / "variant", variant="fp16")
     assert not (tmp_path / "variant").exists()
+
+
+def test_a_second_side_network_of_a_base_is_told_of(
+    tmp_path: Path, half_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its head becomes that of the first, which answers by it then."""
+    base = classifier(half_checkpoint)
+    for name in ("one", "other"):
+        train_a_little(ladder(copy.deepcopy(base))).save_pretrained(tmp_path / name)
+    LadderModel.from_pretrained(tmp_path / "one", base=base)
+    assert "the head is one" not in caplog.text  # of copies each has its own
+    LadderModel.from_pretrained(tmp_path / "other", base=base)
+    assert "the head is one" in caplog.text
 
 
 def test_words_that_no_file_holds_are_told_of(
