@@ -22,7 +22,7 @@ from fastpeft.mezo.journal_format import Kind, Record
 from fastpeft.mezo.perturbed_weights import PerturbedWeights
 from fastpeft.mezo.replay import describe_groups
 from fastpeft.mezo.saved_state import SavedState
-from fastpeft.mezo.settings import check_group, check_settings
+from fastpeft.mezo.settings import check_group, check_settings, check_trained
 from fastpeft.mezo.sharding import (
     check_sharding,
     digest,
@@ -251,14 +251,15 @@ class MeZO(torch.optim.Optimizer):
             skipped.
 
         Raises:
-            FastpeftError: a group's setting is out of its range, a loss is not finite, or at the first step two losses
-                at equal weights differ, or processes do. Here and after any exception in `closure` the weights are
-                those before, to rounding.
+            FastpeftError: a group's setting is out of its range, a parameter was frozen since, a loss is not finite, or
+                at the first step two losses at equal weights differ, or processes do. Here and after any exception in
+                `closure` the weights are those before, to rounding.
         """
         if self._held:
             raise FastpeftError("MeZO: no step inside `with optimizer.settled()`: it would perturb the weights.")
         for group in self.param_groups:  # which schedules and others change
             check_group(group)
+        check_trained(self.weights.params())
         if self._points_seen:
             self.settle()
         losses: list[float] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +47,16 @@ def check_group(group: Mapping[str, Any]) -> None:
             value = value.item()
         if not (_is_number(value) and fits(value, 0) and math.isfinite(value)):
             raise FastpeftError(f"MeZO: {name} is {value!r}; allowed is a finite number, {allowed}.")
+
+
+def check_trained(params: Sequence[Tensor]) -> None:
+    """Raise a FastpeftError if parameters were frozen after the optimizer was made."""
+    if frozen := [param for param in params if not param.requires_grad]:
+        raise FastpeftError(
+            f"MeZO: {len(frozen)} of its {len(params)} parameters (one of shape {tuple(frozen[0].shape)}) require no "
+            "gradient any more, but a step would change them. Make a new optimizer for those that train, or let all "
+            "require a gradient."
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -63,6 +63,16 @@ def tensor_in_two_groups() -> list[dict]:
     return [{"params": [tensor]}, {"params": [tensor], "lr": 1.0}]
 
 
+def test_a_parameter_that_was_frozen_since_is_not_changed() -> None:
+    model = network()
+    optimizer = MeZO(model, lr=0.1)
+    first = next(model.parameters()).requires_grad_(False)
+    before = first.clone()
+    with pytest.raises(FastpeftError, match=r"1 of its 4 parameters .*Make a new optimizer"):
+        optimizer.step(lambda: model(torch.ones(1, 4)).sum())
+    assert first.equal(before)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
