@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fastpeft.data.conversations import is_conversation
+from fastpeft.data.names import KEPT_LABELS
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, TAGGING, Problem
 from fastpeft.data.tables import Table
 from fastpeft.data.values import SEPARATOR, as_number
@@ -185,6 +186,16 @@ def own_columns(given: str | None, named: str | None, found: str | None, table: 
 def named_columns(given: str, columns: Sequence[str]) -> tuple[str, ...]:
     """The columns that a person names: one, or several joined by commas."""
     return (given,) if given in columns else tuple(name.strip() for name in given.split(","))
+
+
+def check_not_predicted(table: Table, columns: Columns) -> None:
+    """Raise `FastpeftError` where the column of labels, which nobody named, holds what a model said of the texts."""
+    kept = f"{KEPT_LABELS}{columns.label}"
+    if columns.label and kept in table.columns:
+        raise FastpeftError(
+            f"column {columns.label!r} of {table.name} holds predictions, and {kept!r} the labels that were there. "
+            f"Name the one to take with --label-column {kept!r} or {columns.label!r}."
+        )
 
 
 def check_separated(tables: Sequence[Table], label: str) -> None:

@@ -19,6 +19,7 @@ from fastpeft.data.columns import (
     TAG_COLUMNS,
     Columns,
     check_answers,
+    check_not_predicted,
     check_separated,
     class_names,
     own_columns,
@@ -165,6 +166,9 @@ def load_data(
     given = None if problem_type is None else get_problem(problem_type)
     tables = _find_tables(data, given)
     chosen = [pick_columns(table, given, text_column, label_column) for table in tables]
+    if label_column is None:
+        for table, columns in zip(tables, chosen):
+            check_not_predicted(table, columns)
     problem = given or tell_problem(tables[0], chosen[0])
     # each part by its own names: parts that were encoded one by one number their classes differently
     names = [class_names(table, columns.label) for table, columns in zip(tables, chosen)]
@@ -240,6 +244,8 @@ def load_rows(
     of_texts = own_columns(text_column, trained_with[0], found[0], table, "--text-column")
     of_labels = own_columns(label_column, trained_with[1], found[1], table, "--label-column")
     columns = pick_columns(table, problem, of_texts, of_labels, known)
+    if label_column is None:
+        check_not_predicted(table, columns)
     if problem is NEXT_WORDS and not (text_column or trained_with[0]):
         check_answers(table, columns.texts)
     part = _read_part(table, columns, problem, class_names(table, columns.label))

@@ -21,6 +21,7 @@ import numpy as np
 from fastpeft.data import result_warnings
 from fastpeft.data.columns import named_columns, own_columns, pick_columns, prompt_columns
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation, is_written
+from fastpeft.data.names import KEPT_LABELS
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION, TAGGING
 from fastpeft.data.tables import Record, Table, read_apart
 from fastpeft.data.values import SEPARATOR, RowRef, as_joined_text, as_text, as_words
@@ -290,9 +291,9 @@ class Predictions:
         kept = {name: name for name in given if name not in taken}
         for name in self._label_columns(given):
             if name in given and name in taken:
-                kept[name] = f"given {name}"
+                kept[name] = f"{KEPT_LABELS}{name}"
                 while kept[name] in {*given, *taken}:
-                    kept[name] = f"given {kept[name]}"
+                    kept[name] = f"{KEPT_LABELS}{kept[name]}"
         return {name: kept[name] for name in given if name in kept}
 
     @cached_property

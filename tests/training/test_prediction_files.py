@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from typer.testing import CliRunner, Result
 
 from fastpeft import FastpeftError, TrainConfig, console, train
 from fastpeft.cli import app
+from fastpeft.data.examples import load_data
 from fastpeft.data.tables import read_apart
 from fastpeft.errors import EmptyTextError
 from fastpeft.training import prediction_files
+from fastpeft.training.evaluation import evaluate
 from fastpeft.training.generation import generate
 from fastpeft.training.prediction import Predictor, predict
 from fastpeft.training.prediction_files import Predictions, writing
@@ -298,6 +301,17 @@ def test_pairs_numbers_and_tags_are_written(place: Path) -> None:
     assert [(row["word"], row["tag"], row["probability"]) for row in rows if row["row"] == 2] == [
         (word, tag, pytest.approx(p, abs=1e-6)) for word, (tag, p) in zip(tagged(2)[1]["tokens"], said)
     ]
+
+
+def test_a_run_is_not_measured_against_its_own_answers(place: Path) -> None:
+    write_jsonl(place / "scores.jsonl", scores(3))
+    run("numbers", "--file", "scores.jsonl", "--output", "said.csv")
+    for use in partial(evaluate, "numbers"), load_data:
+        with pytest.raises(FastpeftError, match=r"'score' of said.csv holds predictions.*--label-column 'given score'"):
+            use("said.csv")
+    named = evaluate("numbers", "said.csv", label_column="given score")
+    assert named == evaluate("numbers", "scores.jsonl") != evaluate("numbers", "said.csv", label_column="score")
+    load_data("said.csv", label_column="score")  # as to train on what a model said
 
 
 def test_no_column_is_lost_where_predictions_are_predicted_again(place: Path) -> None:
