@@ -32,7 +32,10 @@ _SPARE = 8  # where a tensor of T tokens is full, room is made for T / 8 more, a
 _LEAST_SPARE = 64
 # what `generate` tells itself, which some decoders hand on to their forward
 _OF_GENERATE = ("is_first_iteration", "next_sequence_length", "tokenizer", "assistant_tokenizer")
-_KEEP_STATES = ("recurrent_gemma",)  # beside the cache, in their modules: nothing reorders those or tells texts apart
+_KEEP_STATES = (
+    "recurrent_gemma",  # beside the cache, in its modules: nothing reorders those or tells texts apart
+    *("mamba", "mamba2", "falcon_mamba"),  # and no keys; from transformers 5.24 on they name it as other decoders do
+)
 
 
 class GrowingLayer(DynamicLayer):

@@ -474,7 +474,8 @@ def test_a_base_that_takes_use_cache_among_others_generates_without_one() -> Non
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        *[("rwkv", "Rwkv"), ("mamba", "Mamba"), ("mamba2", "Mamba2"), ("openai-gpt", "OpenAIGPT")],
+        *[("rwkv", "Rwkv"), ("mamba", "Mamba"), ("mamba2", "Mamba2"), ("falcon_mamba", "FalconMamba")],
+        ("openai-gpt", "OpenAIGPT"),
         ("recurrent_gemma", "RecurrentGemma"),  # beside its keys, in its modules: beam search would not reorder them
     ],
 )
