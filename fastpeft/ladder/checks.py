@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Collection, Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
@@ -17,7 +19,8 @@ from fastpeft.support.processes import is_held_by_fsdp
 
 logger = logging.getLogger(__name__)
 
-_MARK = "_heads_a_side_network"
+# of each parameter of a head the latest side network; not an attribute, which a pickled base would keep
+_MODELS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _JOINED = (
     "position_ids begin anew within a row, or leave some out, and there is no attention_mask: these are joined texts, "
     "which a side network cannot tell apart. Give each a row of its own (packing=False), or an attention_mask to rows "
@@ -74,15 +77,15 @@ def warn_of_earlier_head(backbone: Backbone) -> None:
         )
 
 
-def warn_of_shared_head(head: Collection[nn.Parameter]) -> None:
-    """Warn where the head is that of an earlier side network. A copy of the base has a head of its own."""
-    if any(hasattr(parameter, _MARK) for parameter in head):
+def warn_of_shared_head(model: nn.Module, head: Collection[nn.Parameter]) -> None:
+    """Warn where the head is that of another side network that still exists. A copy of the base has its own head."""
+    if any(_MODELS[parameter]() is not None for parameter in head if parameter in _MODELS):
         logger.warning(
             "another LadderModel was made with this base, and the head is one: training or loading either changes the "
             "answers of both. Load a base for each, or use a LadderPool, unless the other is out of use"
         )
     for parameter in head:
-        setattr(parameter, _MARK, True)
+        _MODELS[parameter] = weakref.ref(model)
 
 
 def check_adapters_around(model: nn.Module, trained: Collection[str]) -> None:

@@ -184,7 +184,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         if config.pack_weights:
             pack(backbone)
         fuse_any_head(base)
-        warn_of_shared_head(head.values())
+        warn_of_shared_head(self, head.values())
         self._let_train(head, adapters)
         agree_on_problem(self.config, backbone)
         describe_base(self.config, backbone)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +80,16 @@ def test_a_second_side_network_of_a_base_is_told_of(
     base = classifier(half_checkpoint)
     for name in ("one", "other"):
         train_a_little(ladder(copy.deepcopy(base))).save_pretrained(tmp_path / name)
-    LadderModel.from_pretrained(tmp_path / "one", base=base)
+    one = LadderModel.from_pretrained(tmp_path / "one", base=base)
+    LadderModel.from_pretrained(tmp_path / "other", base=pickle.loads(pickle.dumps(base)))
     assert "the head is one" not in caplog.text  # of copies each has its own
     LadderModel.from_pretrained(tmp_path / "other", base=base)
     assert "the head is one" in caplog.text
+    caplog.clear()
+    del one
+    gc.collect()
+    LadderModel.from_pretrained(tmp_path / "other", base=base)
+    assert "the head is one" not in caplog.text
 
 
 def test_words_that_no_file_holds_are_told_of(
