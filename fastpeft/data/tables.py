@@ -237,7 +237,7 @@ def read_apart(file: str | Path, kind: str | None = None) -> tuple[str, str, lis
             "--format."
         )
     rows = _APART[kind](path)
-    if names := _names_in(path):
+    if kind == "parquet" and (names := _names_in(path)):
         rows = [(number, _with_names(row, names) if isinstance(row, dict) else row) for number, row in rows]
     while rows and isinstance(rows[-1][1], EmptyTextError):
         rows.pop()

@@ -372,6 +372,8 @@ def test_classes_of_a_parquet_file_go_along_by_their_names(place: Path) -> None:
     found = READERS["jsonl"](place / "out.jsonl")
     assert [row["label"] for row in found] == ["positive", "negative", -1, None]
     assert (found[0]["several"], found[0]["note"]) == (["positive", "negative"], {"n": 1})
+    (place / "out.jsonl").rename(place / "lines.parquet")
+    run("classes", "--file", "lines.parquet", "--format", "jsonl")
 
 
 def test_a_line_has_its_fields_whatever_is_in_them(place: Path, runs: Path) -> None:
