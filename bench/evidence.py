@@ -211,6 +211,7 @@ _SPEAKING = (
     *(f"{method}:siva_layers=16" for method in ("k-lst:window=9", "lst")),
     *(f"{method}:siva_layers=16:learning_rate=0.001" for method in ("k-lst:window=9", "lst")),
     "lst:siva_layers=16:learning_rate=0.001:epochs=3",
+    "k-lst:window=9:siva_layers=16:learning_rate=0.001:layer_drop=0.3:feature_dropout=0.3",
     f"k-lst:window=9:siva_layers=10{_WIDE}:learning_rate=0.001",
     f"siva:rank=8:targets={_LINEAR}:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
     f"siva:targets=q_proj+k_proj:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),

@@ -268,6 +268,7 @@ SPEAKING = {  # variants of E2E's evidence
     "k-lst:window=9:residual=state": "9-LST with the state",
     "k-lst:window=9:siva_layers=16": "9-LST with SiVA in the last 16 layers",
     "k-lst:window=9:siva_layers=16:learning_rate=0.001": "the same at SiVA's rate",
+    "k-lst:window=9:siva_layers=16:learning_rate=0.001:layer_drop=0.3:feature_dropout=0.3": "the same, blocks left out",
     "k-lst:window=9:siva_layers=10:rank=8:targets=all-linear:learning_rate=0.001": "9-LST, SiVA in all linear of 10",
     f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of the last 16 layers",
     f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
