@@ -244,4 +244,5 @@ def _add_exception_handlers(app: FastAPI) -> None:
             wrong.setdefault(".".join(parts), []).append(each["msg"].removeprefix("Value error, "))
         said = "; ".join(f"{field}: {', or: '.join(faults)}" for field, faults in [*wrong.items()][:3])
         status = 400 if in_openai_form(request.url.path) else 422
-        return refusal(request, status, f"the request cannot be read. {said}.")
+        param = next(iter(wrong)).removeprefix("body").lstrip(".").partition(".")[0]  # where JSON breaks is a number
+        return refusal(request, status, f"the request cannot be read. {said}.", param if param.isidentifier() else None)
