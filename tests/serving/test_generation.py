@@ -9,21 +9,19 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 from causal_models import causal_model
 from samples import chats, completions, reviews, save_tiny_decoder, write_csv, write_jsonl
 from served import Server
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from fastpeft import LadderPool, TrainConfig, train
 from fastpeft.data.conversations import Conversation
 from fastpeft.serving.generation import GenerationRequest, generate_batch
 from fastpeft.serving.tasks import RefusedError, Tasks
-from fastpeft.training.generation import TextGenerator, minds_padding
+from fastpeft.training.generation import TextGenerator
 from fastpeft.training.loading import load_run
 
 pytest.importorskip("fastapi")
@@ -154,23 +152,6 @@ def test_a_side_network_beside_a_decoder_that_keeps_no_keys_says_its_words(place
     expected, tasks = alone(tmp_path / "run"), Tasks({"run": tmp_path / "run"})
     assert [said.strip() for said in answers(tasks, "run")] == expected
     assert len(set(expected)) > 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "minds"), [("rwkv", True), ("bart", True), ("mamba", False), ("llama", False), ("bloom", False)]
-)
-def test_whether_a_decoder_minds_padding(kind: str, minds: bool) -> None:
-    assert minds_padding(causal_model(kind, initializer_range=0.5).eval()) is minds
-
-
-def test_a_decoder_may_heed_the_mask_of_several_rows_alone() -> None:
-    """As Mamba-2 does in transformers 5.0."""
-
-    def generate(tokens: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
-        read = tokens * attention_mask if len(tokens) > 1 else tokens
-        return SimpleNamespace(logits=[read.sum(1, keepdim=True)])
-
-    assert not minds_padding(SimpleNamespace(device="cpu", generate=generate))
 
 
 def test_a_decoder_that_minds_padding_is_given_each_text_alone(place: Path, tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""Whether padding beside a text changes what a decoder says, so that each is given alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from causal_models import causal_model
+from torch import Tensor
+
+from fastpeft.training.generation import minds_padding
+
+
+@pytest.mark.parametrize(
+    ("kind", "minds"), [("rwkv", True), ("bart", True), ("mamba", False), ("llama", False), ("bloom", False)]
+)
+def test_whether_a_decoder_minds_padding(kind: str, minds: bool) -> None:
+    assert minds_padding(causal_model(kind, initializer_range=0.5).eval()) is minds
+
+
+def test_a_decoder_may_heed_the_mask_of_several_rows_alone() -> None:
+    """As Mamba-2 does in transformers 5.0."""
+
+    def generate(tokens: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
+        read = tokens * attention_mask if len(tokens) > 1 else tokens
+        return SimpleNamespace(logits=[read.sum(1, keepdim=True)])
+
+    assert not minds_padding(SimpleNamespace(device="cpu", generate=generate))
