@@ -244,5 +244,6 @@ def _add_exception_handlers(app: FastAPI) -> None:
             wrong.setdefault(".".join(parts), []).append(each["msg"].removeprefix("Value error, "))
         said = "; ".join(f"{field}: {', or: '.join(faults)}" for field, faults in [*wrong.items()][:3])
         status = 400 if in_openai_form(request.url.path) else 422
-        param = next(iter(wrong)).removeprefix("body").lstrip(".").partition(".")[0]  # where JSON breaks is a number
-        return refusal(request, status, f"the request cannot be read. {said}.", param if param.isidentifier() else None)
+        place = error.errors()[0]["loc"][1:2]  # the field, or the number of the character where JSON breaks off
+        param = next((part for part in place if isinstance(part, str)), None)
+        return refusal(request, status, f"the request cannot be read. {said}.", param)
