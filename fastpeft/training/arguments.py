@@ -50,16 +50,22 @@ def training_arguments(task: Task, output: str) -> TrainingArguments:
         arguments_class = arguments_of(task.method)
         if values["use_cpu"]:  # then the Trainer would take no notice of its timeout
             processes.meet(values.get("ddp_timeout", TrainingArguments.ddp_timeout))
-        first = arguments_class(**values)
+        first = _of_one_gpu(arguments_class(**values))
         _check(first, task)
         steps = total_steps(first, len(task.train_rows))
         if "warmup_ratio" not in values:
             values.setdefault("warmup_steps", round(recipe.warmup * steps))
         values.setdefault("logging_steps", max(1, steps // _LOGS))
-        arguments = arguments_class(**values)
+        arguments = _of_one_gpu(arguments_class(**values))
         if arguments.world_size > 1:
             _divide(arguments, config)
         return arguments
+
+
+def _of_one_gpu(arguments: TrainingArguments) -> TrainingArguments:
+    """Keep a process to its own GPU: on several the Trainer would give each a whole batch, by `nn.DataParallel`."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # as the Trainer itself does for a model that lies on several
+    return arguments
 
 
 def _values(task: Task, output: str) -> dict[str, Any]:

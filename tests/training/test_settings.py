@@ -149,6 +149,19 @@ def test_what_is_said_already_is_not_laid_to_the_settings(
     assert str(found.value) == "in plain words"
 
 
+def test_a_process_computes_on_one_of_several_gpus(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer takes all, by nn.DataParallel with a batch for each, and a side network refuses that."""
+    begin = TrainingArguments.__post_init__
+
+    def begin_on_two(arguments: TrainingArguments) -> None:
+        begin(arguments)
+        arguments._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", begin_on_two)
+    arguments = training_arguments(task, "nowhere")
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, task.config.batch_size)
+
+
 ODD = (True, 0, -1, 0.5, 1e300, "x", "", [], ["x"], {}, {"x": 1}, None)
 
 
