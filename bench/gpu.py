@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 DONE = CARDS / "done.json"
 LIMIT_S = 8.5 * 60
 PROCESSES = min(16, os.cpu_count() or 1)  # of the tests, which wait for compilers more than for the card
+PROCESS_BYTES = 2 * 2**30  # of the card's memory, of which CUDA takes half a GiB before a test has a tensor
 STEPS = "--rounds 7 --device cuda --dtype bfloat16"
 
 
@@ -58,7 +59,8 @@ STAGES = [
 
 def commands(stage: Stage) -> list[list[str]]:
     """The tests first."""
-    pytest = [sys.executable, "-m", "pytest", "-q", f"--numprocesses={PROCESSES}", "--dist=worksteal"]
+    processes = max(1, min(PROCESSES, torch.cuda.get_device_properties(0).total_memory // PROCESS_BYTES))
+    pytest = [sys.executable, "-m", "pytest", "-q", f"--numprocesses={processes}", "--dist=worksteal"]
     return [[*pytest, *stage.tests.split()], *(_bench(*bench.split()) for bench in stage.benches)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ def ran(monkeypatch, tmp_path) -> list[tuple[str, float]]:
     """Commands and time limits, instead of running them, as on a machine with a GPU."""
     ran: list[tuple[str, float]] = []
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
     monkeypatch.setattr(gpu, "DONE", tmp_path / "gpu" / "done.json")
     monkeypatch.setattr(gpu, "run", lambda command, timeout_s: ran.append((" ".join(command), timeout_s)) or True)
     return ran
@@ -35,6 +37,17 @@ def test_the_tests_of_an_op_come_before_its_benches(ran):
             f"{bench} --device cuda" if bench.startswith("bench_") and "--device" not in bench else bench
             for bench in stage.benches
         ]
+
+
+@pytest.mark.parametrize(("gibibytes", "processes"), [(80, 16), (7.6, 3), (1, 1)])
+def test_the_processes_of_the_tests_find_room_on_the_card(ran, monkeypatch, gibibytes, processes):
+    card = SimpleNamespace(total_memory=int(gibibytes * 2**30))
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(gpu, "PROCESSES", 16)
+    gpu.main([])
+    tests = [line for line, _ in ran if "pytest" in line]
+    assert all(f"--numprocesses={processes} " in line for line in tests)
+    assert tests
 
 
 def test_every_bench_is_in_a_stage():
