@@ -106,10 +106,12 @@ def test_it_captures_and_replays_on_the_device_of_the_weights(monkeypatch: pytes
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_weights_on_another_device_than_the_current_one() -> None:
-    model = network().to("cuda:1")
-    x = X.to("cuda:1")
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_gpu_replays_steps_also_where_it_is_not_the_current_one(index: int) -> None:
+    if torch.cuda.device_count() <= index:
+        pytest.skip(f"needs {index + 1} CUDA devices")
+    model = network().to(f"cuda:{index}")
+    x = X.to(f"cuda:{index}")
     step = CapturedStep(optimizer_of(model), lambda: model(x).square().mean())
     for _ in range(4):
         before = weights(model)

@@ -122,7 +122,7 @@ def test_the_cuda_kernel_has_the_bits_of_the_reference(
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("kind", noise.NOISE)
 def test_a_gpu_perturbs_to_the_same_bits(kind: str, rounding: str) -> None:
-    dtypes = [dtype for dtype in DTYPES for _ in range(500)]  # more tensors of a dtype than one launch takes
+    dtypes = [dtype for dtype in DTYPES for _ in range(1000)]  # more tensors of a dtype than one launch takes
     sizes = [1 + 37 * i % 900 for i in range(len(dtypes))]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     ours = [values(n, dtype, seed=n) for n, dtype in zip(sizes, dtypes)]
