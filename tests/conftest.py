@@ -112,6 +112,13 @@ def device() -> str:
     return "cpu"
 
 
+@pytest.fixture
+def interpreter(device: str) -> None:
+    """For what runs Triton's kernels on CPU tensors."""
+    if device == "cuda":
+        pytest.skip("where there is a GPU, kernels are compiled for it and take no CPU tensors")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> Iterator[None]:
     """Calls of one function by another patch no language again: the launch did. It took a third of the time."""

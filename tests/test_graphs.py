@@ -61,6 +61,7 @@ def by_gradients(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
     return step
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("make", [siva, side_network])
 def test_a_replay_of_a_step_by_gradients_is_the_next_step(make: Callable[[], nn.Module]) -> None:
     captured, eager = make(), make()
@@ -91,6 +92,7 @@ def test_a_replay_of_a_step_by_gradients_is_the_next_step(make: Callable[[], nn.
         assert torch.equal(one, other)
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("estimates", [1, 2])
 def test_a_replay_of_a_mezo_step_is_the_next_step(estimates: int, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [network() for _ in range(2)]

@@ -14,6 +14,7 @@ from launches import Recording
 from fastpeft import SivaLinear
 from fastpeft.ops import packing
 
+pytestmark = pytest.mark.usefixtures("interpreter")
 FORWARD, BACKWARD = 4, 5  # of a SiVA layer; a frozen layer has one each
 OF_SCALES = 4  # more in backward where dU and dV have scales: of each PyTorch multiplies twice
 
