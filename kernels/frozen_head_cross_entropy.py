@@ -91,6 +91,7 @@ def softmax(logits: Tensor, labels: Tensor, bias: Tensor | None, gradient: bool)
             NEED_GRADIENT=gradient,
             BLOCK_V=SOFTMAX.block_v,
             num_warps=SOFTMAX.num_warps,
+            enable_fp_fusion=True,
         )
     return losses
 

@@ -310,5 +310,6 @@ def window_attention(
                 splits,
                 BLOCK_M=tiles.WINDOW_COMBINE_ROWS,
                 BLOCK_D=tiles.width_block(width),
+                enable_fp_fusion=True,
             )
     return out, lse

@@ -56,6 +56,8 @@ class Recording(TorchDispatchMode):
 
     def _launch(self, kernel: Any, *args: Any, **kwargs: Any) -> Any:
         run = self._run
+        # by default Triton 3.9 fuses additions into products and warns of that, and later versions do not fuse
+        assert "enable_fp_fusion" in kwargs, kernel.fn.__name__
 
         def again() -> Any:
             with _disable_current_modes():  # the interpreter computes by ops too

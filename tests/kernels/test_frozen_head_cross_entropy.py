@@ -13,6 +13,8 @@ from fastpeft.ops import frozen_head_cross_entropy as module
 from fastpeft.ops import products, reference
 
 pytest.importorskip("triton")
+from launches import Recording
+
 from fastpeft.kernels import frozen_head_cross_entropy as kernel
 from fastpeft.kernels import tiles
 
@@ -105,6 +107,13 @@ def test_the_op(tokens, ignored, dtype, device, monkeypatch):
         )
         assert_as_accurate(found[0], plain[0], exact[0], terms, FORWARD)
         assert_as_accurate(found[1], plain[1], exact[1], 2 * low[1].double().abs().amax(0), GRADIENT)
+
+
+def test_a_chunk_takes_one_launch(device):
+    given = operands(3, 40, torch.float32, device)
+    with Recording() as recorded:
+        kernel.softmax(*given, True)
+    assert recorded.counted["_softmax_kernel"] == 1
 
 
 def test_float64_is_left_to_aten(device):
