@@ -21,7 +21,7 @@ from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
 
 # nothing newer than torch 2.10 is used (py_limited_api: nor than Python 3.11), so one binary serves all that came after
 TORCH_TARGET_VERSION = "0x020a000000000000"
-CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 CXX_FLAGS = [
     "-O3",
     "-ffp-contract=off",  # the bits of the noise are a contract: no two roundings may be fused into one
@@ -60,6 +60,14 @@ def find_cuda_home() -> str | None:
     return os.path.realpath(top.group(1).strip()) if top else None
 
 
+def architectures(cuda_home: str) -> str:
+    """Those that the toolkit's nvcc knows, the last as PTX too, for newer GPUs: before CUDA 12.8 it refuses 10.0."""
+    nvcc = shutil.which("nvcc", path=os.path.join(cuda_home, "bin"))
+    listed = nvcc and subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = [name for name in CUDA_ARCHITECTURES if listed and f"compute_{name.replace('.', '')}" in listed]
+    return ";".join(known or CUDA_ARCHITECTURES) + "+PTX"
+
+
 def extensions() -> tuple[list, dict]:
     """The extension modules that can be built here, and the commands that build them."""
     wanted = [module for module in BUILD if BUILD[module] != "0"]
@@ -67,7 +75,7 @@ def extensions() -> tuple[list, dict]:
         return [], {}
     if cuda_home := find_cuda_home():
         os.environ["CUDA_HOME"] = cuda_home  # torch reads it when it is imported
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(cuda_home))
     try:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError as error:

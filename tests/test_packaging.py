@@ -144,6 +144,24 @@ def test_nvcc_beside_a_torch_without_cuda_builds_nothing_for_cards() -> None:
     assert "has no CUDA" in said
 
 
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [("75 80 86 87 89 90", "7.5;8.0;8.6;8.9;9.0+PTX"), ("75 80 86 89 90 100 120", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")],
+)
+def test_the_cuda_module_is_for_the_gpus_that_nvcc_knows(known: str, expected: str, tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {known}\n")
+    nvcc.chmod(0o755)
+    setup = (
+        "import os, runpy, sys\nos.environ.pop('TORCH_CUDA_ARCH_LIST', None)\nsys.argv = ['setup.py', '--name']\n"
+        "runpy.run_path('setup.py')\nprint('for', os.environ['TORCH_CUDA_ARCH_LIST'])"
+    )
+    variables = {"CUDA_HOME": str(tmp_path), "FASTPEFT_BUILD_CUDA": "auto"}
+    said = _succeed([sys.executable, "-c", setup], ROOT, **variables)
+    assert f"for {expected}\n" in said
+
+
 def test_a_change_of_any_header_compiles_again() -> None:
     setup = "import runpy, sys\nsys.argv = ['setup.py', '--name']\ncommon = runpy.run_path('setup.py')['common']\n"
     said = _succeed([sys.executable, "-c", setup + "print(*common()['depends'])"], ROOT, FASTPEFT_BUILD_CPP="0")
