@@ -211,11 +211,7 @@ class TrainConfig:
     epochs: float | None = option(TRAINING, "Passes over the training rows", unset="the method's recipe", common=True)
     max_steps: int | None = option(TRAINING, "Optimizer steps, in place of `epochs`", least=1)
     batch_size: int = option(
-        TRAINING,
-        "Rows per step: over all processes of a launcher such as torchrun, or in one process on each device",
-        16,
-        least=1,
-        common=True,
+        TRAINING, "Rows per step, over all processes of a launcher such as torchrun", 16, least=1, common=True
     )
     learning_rate: float | None = option(
         TRAINING, "Learning rate at the peak of the schedule", unset="the method's recipe", metavar="RATE", common=True

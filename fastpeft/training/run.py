@@ -36,7 +36,7 @@ from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
 from fastpeft.support.environment import best_device
 from fastpeft.support.interrupts import noting_stops
-from fastpeft.support.launcher import is_first, launched
+from fastpeft.support.launcher import is_first, jobs, launched
 from fastpeft.support.nonfinite import is_finite
 from fastpeft.support.processes import Ranks, noticing_lost_processes
 from fastpeft.support.processor import has_bfloat16
@@ -209,6 +209,8 @@ def _tell_beginnings(config: TrainConfig) -> None:
     """Tell of a model that nobody may have meant, and of an installation without the compiled operations."""
     if config.model == DEMO and config.data != DEMO:
         logger.info("the model is %r, the bundled one, which is small and for trying out; --model names another", DEMO)
+    if (gpus := torch.cuda.device_count()) > 1 and launched() == jobs() == 1:
+        logger.info("a process trains on one of the %d GPUs; torchrun --nproc-per-node=%d takes all", gpus, gpus)
     warn_if_not_compiled()
 
 

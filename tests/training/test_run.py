@@ -367,6 +367,22 @@ def test_a_model_that_a_beginner_may_not_have_meant_is_said(
     assert ("the model is 'demo', the bundled one" in caplog.text) is (given == {"model": "demo"})
 
 
+@pytest.mark.parametrize(("gpus", "processes", "told"), [(1, 1, False), (2, 1, True), (2, 2, False)])
+def test_gpus_that_a_process_leaves_out_are_said(
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    gpus: int,
+    processes: int,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    caplog.set_level("INFO")
+    _tell_beginnings(config)
+    assert ("torchrun --nproc-per-node=2 takes all" in caplog.text) is told
+
+
 def test_settings_reach_the_method_and_the_trainer(config: TrainConfig) -> None:
     settings = {"lora_alpha": 5, "gradient_accumulation_steps": 4, "lr_scheduler_type": "constant"}
     result = train(replace(config, epochs=1, settings=settings))
