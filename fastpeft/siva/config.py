@@ -106,7 +106,8 @@ class SivaConfig(PeftConfig):
         modules_to_save: Further modules that train and are saved whole. With the task types SEQ_CLS, TOKEN_CLS and
             QUESTION_ANS all parts of the head are added by themselves.
         trainable_token_indices: Tokens whose embeddings train and are saved, `[token, ...]` for the model's input
-            embeddings or `{name of an embedding: [token, ...]}`. Weights that are tied to them follow.
+            embeddings or `{name of an embedding: [token, ...]}`. Weights that are tied to them follow. Refused where
+            these are of an output layer with a bias, as in masked-word heads.
         bias: Biases that train and are saved: `"none"`, `"all"` of the model, or `"siva_only"`, those of the adapted
             layers. They are the model's own: they stay when the adapter is disabled, unloaded or deleted.
         init_weights: True starts from the pretrained model. False, for tests, starts from a random change of it, as

@@ -388,6 +388,14 @@ def _check_tokens(peft_config: SivaConfig, model: Any) -> None:
                     f"trainable_token_indices={sorted(tokens)}: {name} has {rows} rows, so tokens are 0 to {rows - 1}. "
                     "Call model.resize_token_embeddings first if the tokenizer has new tokens."
                 )
+            for other, layer in model.named_modules():
+                # PEFT's layer of tokens multiplies by the weight alone
+                if isinstance(layer, nn.Linear) and layer.weight is weight and layer.bias is not None:
+                    raise FastpeftError(
+                        f"trainable_token_indices: {other} has the weight of these tokens and a bias, which PEFT would "
+                        "leave out of the outputs. Leave out trainable_token_indices, or load the model with a head "
+                        "that has no bias, as most decoders."
+                    )
 
 
 def _makes_empty_factors(model: nn.Module) -> bool:

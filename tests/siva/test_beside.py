@@ -194,6 +194,19 @@ def test_tokens_that_a_chat_template_adds(tmp_path: Path) -> None:
     assert not torch.allclose(logits(model, new), logits(base(), new), atol=1e-2)
 
 
+def test_tokens_are_refused_where_peft_would_lose_the_bias_of_an_output_layer() -> None:
+    """PEFT's layer of tokens multiplies by the weight of a tied head of masked words, and leaves its bias out."""
+
+    def masked_words(tied: bool) -> Any:
+        return tiny(head="ForMaskedLM", tie_word_embeddings=tied)
+
+    for tied, tokens in (True, TOKENS), (False, {"lm_head.decoder": TOKENS}):
+        with pytest.raises(FastpeftError, match=r"lm_head\.decoder has the weight of these tokens and a bias"):
+            peft.get_peft_model(masked_words(tied), SivaConfig(r=2, trainable_token_indices=tokens))
+    apart = peft.get_peft_model(masked_words(False), SivaConfig(r=2, trainable_token_indices=TOKENS))
+    torch.testing.assert_close(logits(apart), logits(masked_words(False)), **CLOSE)
+
+
 def test_tokens_are_float32_on_a_half_precision_base() -> None:
     for config in (peft.LoraConfig, SivaConfig):
         settings = {"target_modules": ["q_proj"], "trainable_token_indices": TOKENS, "task_type": "CAUSAL_LM"}
