@@ -27,6 +27,7 @@ from fastpeft.support.model_card import HEADS, HUB_ID
 logger = logging.getLogger(__name__)
 
 SIDE_NETWORK = "fastpeft_ladder"  # the model type of one beside its base
+TOKENS_FIRST = ("xlnet", "fsmt")  # model types whose layers read (T, B, d)
 
 _OF_SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
 

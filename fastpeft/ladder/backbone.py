@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fastpeft.errors import FastpeftError
+from fastpeft.models import TOKENS_FIRST
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # names in configurations
 POOLER = "pooler"  # a module of this name inside the body runs after the layers, and trains
@@ -40,7 +41,6 @@ _OF_TOKENS = {
 
 # the inputs of a text model that decide its features
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-_TOKENS_FIRST = ("xlnet", "fsmt")  # architectures whose features are (T, B, d)
 CACHES = ("past_key_values", "cache")  # what decoders call their cache, before transformers 5.24 and from then on
 # left out where a model does not know them
 _OPTIONAL = ("token_type_ids", "logits_to_keep", "cache_position", "output_router_logits")
@@ -384,7 +384,7 @@ def _check_reads_rows(core: PreTrainedModel) -> None:
             f"the base, a {kind}, reads several texts a row, (B, choices, T); a side network reads one, (B, T). Load "
             "it with AutoModelForSequenceClassification and one label, and score each choice by itself."
         )
-    if core.config.model_type in _TOKENS_FIRST:
+    if core.config.model_type in TOKENS_FIRST:
         raise FastpeftError(
             f"the features of the base, a {kind}, are (T, B, d), and a side network reads (B, T, d): it would mix the "
             "rows up. Load a model of another architecture."

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
+from fastpeft.models import TOKENS_FIRST
 from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.siva import grouping
 from fastpeft.siva.config import SivaConfig, check_name, is_all_linear
@@ -292,12 +293,18 @@ class SivaModel(BaseTuner):
             yield
 
     def _check_adapter_names(self, names: Any) -> None:
-        """Raise `FastpeftError` unless each names an adapter, or `BASE`, and no adapter is merged or trains biases."""
+        """Raise `FastpeftError` unless each names an adapter, or `BASE`, and rows can have adapters of their own."""
         known = [*self.peft_config, BASE]
         if not isinstance(names, (list, tuple)) or not names or not all(name in known for name in names):
             raise FastpeftError(
                 f"adapter_names={names!r}; give a list with a name for each row of the batch, each one of "
                 f"{', '.join(map(repr, known))}, where {BASE!r} is the pretrained model."
+            )
+        kind = getattr(getattr(self.model, "config", None), "model_type", None)
+        if kind in TOKENS_FIRST:  # with as many tokens as rows, no length would show it
+            raise FastpeftError(
+                f"adapter_names with a model of the type {kind!r}, whose layers read tokens first and rows second, so "
+                "that rows would get each other's adapters. Run the model once for each adapter."
             )
         merged = sorted({name for layer in self._siva_layers() for name in layer.merged_adapters})
         if merged:

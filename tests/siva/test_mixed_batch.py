@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from siva_adapters import RESIDUALS, tiny, token_ids, without_dropout
 from torch import Tensor, nn
 
@@ -326,6 +327,17 @@ def test_wrong_names_are_refused(names: Any, message: str) -> None:
     with pytest.raises(FastpeftError, match=message):
         model(token_ids(7), adapter_names=names)
     assert all(layer.rows is None for layer in model.base_model._siva_layers())
+
+
+def test_a_model_that_reads_tokens_first_is_refused() -> None:
+    """With as many tokens as rows its layers would take tokens for rows, and no shape would tell."""
+    sizes = {"vocab_size": 50, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    base = transformers.XLNetForSequenceClassification(transformers.XLNetConfig(**sizes))
+    config = SivaConfig(r=2, target_modules=["layer_1", "layer_2"], residual="implicit", task_type="SEQ_CLS")
+    model = peft.get_peft_model(base, config).eval()
+    with pytest.raises(FastpeftError, match=r"'xlnet', whose layers read tokens first"):
+        model(token_ids(9), adapter_names=["default", BASE, *["default"] * 7])
+    model(token_ids(9))
 
 
 @pytest.mark.parametrize("training", [False, True])
