@@ -124,3 +124,15 @@ class PromptTuningMethod(AdapterMethod):
                 "prompt tuning is for a classification head that reads a text as a whole: not for tags of words, "
                 "masked words or label words. Choose another method, or add --prompt-head classifier to a prompt."
             )
+
+    def prepare(self, model: Any, preparation: Preparation) -> Any:
+        """As any adapter, but refuse a decoder: its head reads the last token, which it finds by the ids of tokens.
+        PEFT gives it vectors in their place, and it would read the padding of all but the longest text of a batch."""
+        from fastpeft.models import is_causal_lm
+
+        if is_causal_lm(model.config):
+            raise FastpeftError(
+                f"prompt tuning is for encoders: {type(model).__name__} classifies a text by its last token, and "
+                "cannot tell that from padding behind vectors. Choose another method, such as siva or lora."
+            )
+        return super().prepare(model, preparation)

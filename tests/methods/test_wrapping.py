@@ -153,6 +153,17 @@ def test_a_prompt_of_vectors_and_the_head_train(classifier: Classifier) -> None:
     assert all(".classifier." in name for name in head)
 
 
+def test_vectors_are_refused_before_the_texts_of_a_decoder() -> None:
+    """Its head finds the last token by ids, which PEFT replaces: behind a shorter text it would read padding."""
+    model = tiny("Llama").eval()
+    tuned = peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")).eval()
+    alone, padded = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 0, 0]])
+    inputs = {"input_ids": padded, "attention_mask": padded != 0}
+    assert not torch.allclose(tuned(alone).logits, tuned(**inputs).logits, atol=1e-3)  # else it need not be refused
+    with pytest.raises(FastpeftError, match="prompt tuning is for encoders: LlamaForSequenceClassification"):
+        get_method("prompt-tuning").prepare(model, Preparation(("score",)))
+
+
 def test_vectors_take_room_of_the_texts(config: TrainConfig) -> None:
     assert Task.load(config).max_length == 38 - 10
     assert Task.load(replace(config, settings={"num_virtual_tokens": 4})).max_length == 34
