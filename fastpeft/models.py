@@ -350,6 +350,11 @@ def _load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **source_options(source), **tokenizer_options)
     except Exception as error:  # a broken file surfaces as almost any type
         raise _unloadable(model, error) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers makes one where none is saved
+        raise FastpeftError(
+            f"cannot load the model {model!r}: its tokenizer knows no words, only special tokens. Save it beside the "
+            "model: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
+        )
     _check_encoder(model, loaded.base_model_prefix, info)
     keep_form(loaded)
     return loaded, tokenizer, info

@@ -13,6 +13,7 @@ from backbones import ladder, tiny
 from samples import save_tiny_model
 
 from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.errors import FastpeftError
 from fastpeft.models import (
     _read_words_after_a_space,
     hidden_size,
@@ -96,6 +97,14 @@ def test_words_of_a_list_are_read_as_after_a_space() -> None:
         words = fast(["the", "cat"], is_split_into_words=True)
         assert "".join(fast.convert_ids_to_tokens(words["input_ids"])) == "\u0120the\u0120cat"
         assert {*words.word_ids()} == {0, 1}
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "GPT2", "MPNet"])
+def test_a_model_without_its_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
+    """transformers makes one that knows no words, by which all texts are alike."""
+    tiny(kind).save_pretrained(tmp_path)
+    with pytest.raises(FastpeftError, match="its tokenizer knows no words, only special tokens"):
+        load_classifier(str(tmp_path), ["no", "yes"], CLASSIFICATION)
 
 
 def test_a_decoder_pads_as_its_tokenizer_says_or_by_its_end(tmp_path: Path) -> None:
