@@ -75,8 +75,11 @@ def comparison(folder: str) -> dict[str, list[Row]]:
 
 
 def _percent(runs: Sequence[Row], metric: str = "accuracy") -> str:
-    """The mean of runs, and its standard deviation over seeds."""
-    values = [100 * float(run[metric]) for run in runs]
+    return _over_seeds([100 * float(run[metric]) for run in runs])
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """The mean of runs, and their standard deviation."""
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
@@ -242,7 +245,7 @@ def tagging() -> str:
     body = []
     for title, cells in found.items():
         metrics = _metrics(cells)
-        scores = [f"{100 * mean(float(each[name]) for each in metrics):.1f}" for name in ("entity_f1", "word_f1")]
+        scores = [_percent(metrics, name) for name in ("entity_f1", "word_f1")]
         beside = "-" if title == "LoRA" else _above(cells, found.get("LoRA", []), _entities)
         first = metrics[0]
         cost = [whole(first["peak_memory_mb"]), f"{float(first['learning_rate']):g}", f"{len(cells)}"]
@@ -293,13 +296,14 @@ def speaking() -> str:
         if not cells:
             continue
         said, metrics = [cell["test"] for cell in cells], [cell["metrics"] for cell in cells]
-        values = [[each["bleu"] for each in said], [each["perplexity"] for each in metrics]]
+        bleu = _over_seeds([each["bleu"] for each in said])
+        values = [[each["perplexity"] for each in metrics]]
         values += [[each[name] for each in said] for name in ("general_loss_before", "general_loss")]
-        shown = [f"{mean(each):.{digits}f}" for each, digits in zip(values, (1, 2, 2, 2))]
+        shown = [f"{mean(each):.2f}" for each in values]
         rouge = f"{mean(each['rouge_l'] for each in said):.3f}"
         first = metrics[0]
         cost = [whole(str(first["peak_memory_mb"])), f"{first['learning_rate']:g}", f"{len(cells)}"]
-        body.append([title, shown[0], rouge, shown[1], f"{shown[2]} to {shown[3]}", *cost])
+        body.append([title, bleu, rouge, shown[0], f"{shown[1]} to {shown[2]}", *cost])
     heads = ["", "BLEU", "ROUGE-L", "perplexity", "other text, nats a token", "memory, MB", "learning rate", "seeds"]
     return table(heads, body)
 
