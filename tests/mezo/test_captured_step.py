@@ -19,6 +19,10 @@ from fastpeft.mezo import CapturedStep
 X = torch.linspace(-1, 1, 30).view(6, 5)
 
 
+def needs_gpus(count: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} CUDA devices")
+
+
 def optimizer_of(model: nn.Module, **settings: Any) -> MeZO:
     first, *others = model.parameters()
     groups = [{"params": [first], "eps": 1e-2}, {"params": others, "lr": 3e-2}]
@@ -106,10 +110,8 @@ def test_it_captures_and_replays_on_the_device_of_the_weights(monkeypatch: pytes
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [pytest.param(index, marks=needs_gpus(index + 1)) for index in range(2)])
 def test_a_gpu_replays_steps_also_where_it_is_not_the_current_one(index: int) -> None:
-    if torch.cuda.device_count() <= index:
-        pytest.skip(f"needs {index + 1} CUDA devices")
     model = network().to(f"cuda:{index}")
     x = X.to(f"cuda:{index}")
     step = CapturedStep(optimizer_of(model), lambda: model(x).square().mean())
