@@ -23,6 +23,7 @@ from fastpeft.ops.quantised_linear import BLOCK
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.siva import SivaConfig
 from fastpeft.siva.grouping import ATTENTION
+from fastpeft.siva.model import check_tokens
 from fastpeft.siva.targets import FUSED, endings
 from fastpeft.support.adapter_files import PREFIX
 from fastpeft.support.four_bits import keep_form
@@ -72,6 +73,8 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
     values = {**values, "task_type": preparation.task_type, "modules_to_save": new, **preparation.settings}
     try:
         made = _config_class(config)(**values)
+        if isinstance(made, peft.LoraConfig):
+            check_tokens(made, model)  # SiVA checks its own
         wrapped: nn.Module = peft.get_peft_model(model, made)
     except FastpeftError:
         raise

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, cast_adapter_dtype
 from peft.utils.other import TrainableTokensWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
@@ -121,7 +122,7 @@ class SivaModel(BaseTuner):
         if all_linear:
             leave_heads_out(peft_config, targets)
             limit_ranks(peft_config, targets)
-        _check_tokens(peft_config, model)
+        check_tokens(peft_config, model)
         if any(is_in_4_bits(getattr(module, "base_layer", module)) for module in targets.values()):
             _make_implicit(peft_config)
         tied = tied_parameters(model)
@@ -363,7 +364,7 @@ def _make_implicit(peft_config: SivaConfig) -> None:
         peft_config.residual = "implicit"
 
 
-def _check_tokens(peft_config: SivaConfig, model: Any) -> None:
+def check_tokens(peft_config: SivaConfig | LoraConfig, model: Any) -> None:
     """Raise `FastpeftError` unless the tokens that train have embeddings, under the names by which PEFT finds them."""
     given = peft_config.trainable_token_indices
     if given is None:

@@ -164,6 +164,7 @@ CASES = [
         ["target_modules=['bread'] matches no linear layer", "dense, key, query, value"],
     ),
     (["--method", "k-lst", "--model", "seq2seq"], ["feature_modules"]),
+    ([*PROMPT, "--set", "trainable_token_indices=[5]"], ["the weight of these tokens and a bias", "PEFT would leave"]),
     (["--method", "lst", "--window", "3"], ["'lst' takes no --window", "reduction"]),
     (["--window", "3"], ["'lora' takes no --window", "targets, rank"]),
     (["--method", "full", "--reduction", "2"], ["'full' takes no --reduction", "nothing of its own"]),
