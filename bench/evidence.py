@@ -6,7 +6,7 @@ An encoder of RoBERTa-base's size on SST-2, TREC and WNUT17, and a decoder on E2
     python -m bench.pretrained smollm2 models/smollm2
     python -m bench.evidence sst2 models/mpnet path/to/sst2 runs/evidence
     python -m bench.evidence sst2-all models/mpnet path/to/sst2 runs/evidence --seeds 1
-    python -m bench.evidence sst2-mezo runs/mpnet-words path/to/sst2 runs/evidence --seeds 1
+    python -m bench.evidence sst2-mezo models/mpnet path/to/sst2 runs/evidence --seeds 1
     python -m bench.evidence trec models/mpnet path/to/trec runs/evidence
     python -m bench.evidence wnut17 models/mpnet path/to/wnut17 runs/evidence
     python -m bench.evidence e2e models/smollm2 path/to/e2e runs/evidence
@@ -20,7 +20,7 @@ rates that are here, and SiVA's by earlier runs on dev (`bench/data/siva_rates.c
 trains on 20,000 of its phrases, or on all. Learning rates are those of the recipes, but where a variant names one
 (docs/results/paper.md): LoRA's 0.0004, which was its recipe for models of every width, MeZO's, which is its recipe
 beside narrow ones now, and those of WNUT17, which 1,000 of the training rows and 800 others chose. MeZO starts from
-MPNet with a masked-word head, which MPNet has not; docs/results/prompts.md tells how it was trained.
+MPNet with a masked-word head, which MPNet has not: `sst2-mezo` first trains one, in `runs/evidence/sst2-mezo/words`.
 
 E2E trains on nine tenths of its validation part and measures on the last one, of other meanings. Then each cell answers
 all meanings of the test part, by its most likely words, and reads general text: the cross-entropy of that, before and
@@ -44,7 +44,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.harness import DATA, option_parser
-from fastpeft import CompareConfig
+from fastpeft import CompareConfig, TrainConfig, train
 from fastpeft.comparison.cells import CELLS, Cell
 from fastpeft.comparison.executors import ProcessExit
 from fastpeft.comparison.learning_rates import take_slice, write_rows
@@ -60,6 +60,7 @@ KEPT = DATA / "evidence"
 PAGES = DATA.parents[1] / "docs" / "results"
 SEEDS = 3
 ROWS = 20_000  # of SST-2's phrases
+_PHRASES = 40_000  # of four words or more, for a masked-word head
 _PARTS = ("run", "curves", "predictions", "row_scores", "test", "metrics")  # of a cell; the last marks it as finished
 _MEASURED = "test.json"
 _GENERAL = 32, 128  # stretches of general text, and tokens of each
@@ -72,6 +73,17 @@ def sst2(source: Path, folder: Path, rows: int | None = ROWS) -> None:
     test = load_rows(str(source / "test.tsv"), whole.labels, whole.problem)
     dev = Examples([*whole.dev.texts, *test.texts], [*whole.dev.labels, *test.labels])
     write_rows(replace(take_slice(whole, rows or len(whole.train)), dev=dev), folder)
+
+
+def masked_words(model: str, source: Path, folder: Path) -> Path:
+    """A model with a masked-word head, trained on phrases without their classes while the encoder stays as it is."""
+    output = folder / "words"
+    if not (output / "metrics.json").is_file():
+        texts = [text for text in load_data(str(source)).train.texts if len(text.split()) >= 4]
+        write_text(folder / "words.txt", "".join(f"{text}\n" for text in texts[:_PHRASES]))
+        given = {"model": model, "data": str(folder / "words.txt"), "output": str(output)}
+        train(TrainConfig(**given, method="head", objective="mlm", epochs=1, batch_size=32, bf16=True))
+    return output
 
 
 def trec(source: Path, folder: Path) -> None:
@@ -141,12 +153,14 @@ def _general_loss(model: Any, tokenizer: Any) -> float:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A task: what writes its rows, what `CompareConfig` is given, and what is measured of a finished cell."""
+    """A task: what writes its rows, what `CompareConfig` is given, what is measured of a finished cell, and what makes
+    of a model the one that its cells start from."""
 
     rows: Callable[[Path, Path], None]
     given: dict[str, Any]
     common: dict[str, Any] = field(default_factory=dict)
     test: Callable[[Path, Path], dict[str, float]] | None = None
+    start: Callable[[str, Path, Path], Path] = lambda model, source, folder: Path(model)
 
 
 _ADAPTED = "rank=4:targets=query+key"
@@ -248,7 +262,7 @@ TASKS = {
         },
         {"epochs": 1},
     ),
-    "sst2-mezo": Evidence(sst2, {"methods": (_MEZO, *_AFTER_MEZO)}, {**_SST2, "eval_steps": 2_000}),
+    "sst2-mezo": Evidence(sst2, {"methods": (_MEZO, *_AFTER_MEZO)}, {**_SST2, "eval_steps": 2_000}, start=masked_words),
     "trec": Evidence(trec, {"methods": _METHODS}, {"epochs": 3}),
     "wnut17": Evidence(wnut17, {"methods": _TAGGING}, {"epochs": 3}),
     "e2e": Evidence(e2e, {"methods": _SPEAKING}, {"objective": "causal", "epochs": 1}, said),
@@ -325,7 +339,7 @@ def gather(
     if not (data / "dev.jsonl").is_file():
         data.mkdir(parents=True, exist_ok=True)
         evidence.rows(source, data)
-    places = {"model": str(Path(model).resolve()), "data": str(data.resolve())}
+    places = {"model": str(evidence.start(model, source, folder).resolve()), "data": str(data.resolve())}
     restore(kept / task, folder / "comparison", places)
     fixed = {**places, "bf16": True, "eval_steps": _NO_CURVE, **evidence.common, **common}
 

@@ -70,6 +70,21 @@ def test_rows_of_each_task(tmp_path: Path) -> None:
     assert found.train.texts[0] == ("meaning 0\n", "it is said 0 .")
 
 
+def test_masked_words_are_learned_from_phrases_once(tmp_path: Path) -> None:
+    _table(tmp_path / "train.tsv", "sentence", 64)
+    _table(tmp_path / "dev.tsv", "sentence", 4)
+    model = str(save_tiny_model(tmp_path / "model"))
+    (tmp_path / "task").mkdir()
+    start = evidence.TASKS["sst2-mezo"].start
+    run = start(model, tmp_path, tmp_path / "task")
+    found = read_json(run / "metrics.json")
+    assert found["problem_type"] == "masked_words"
+    assert found["train_rows"] + found["dev_rows"] == 64
+    made = (run / "metrics.json").stat().st_mtime_ns
+    assert start(model, tmp_path, tmp_path / "task") == run
+    assert (run / "metrics.json").stat().st_mtime_ns == made
+
+
 def _meanings(folder: Path) -> None:
     for part, rows in (("valid", 30), ("test", 4)):
         lines = [f"meaning {row // 2}||it is said {row} . \n" for row in range(rows)]
