@@ -271,10 +271,11 @@ def predict(
     RunFolder(folder).check_finished()
     with showing():
         from fastpeft import console
-        from fastpeft.training import prediction_files
+        from fastpeft.data.output_tables import check_output
+        from fastpeft.training.prediction_files import Predictions
 
-        target = None if output is None else prediction_files.check_output(output, overwrite)
-        found = prediction_files.Predictions(
+        target = None if output is None else check_output(output, overwrite)
+        found = Predictions(
             folder, texts or [], file, kind=kind, text_column=text_column, max_new_tokens=max_new_tokens
         )
     if every and not found.labels:

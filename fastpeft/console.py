@@ -24,6 +24,7 @@ from fastpeft.comparison.report.results import MARK
 from fastpeft.comparison.run import Comparison
 from fastpeft.comparison.schedule import seconds_of_all
 from fastpeft.data import result_warnings
+from fastpeft.data.output_tables import writing
 from fastpeft.data.problems import TITLES, in_order, title_of
 from fastpeft.errors import FastpeftError
 from fastpeft.progress import console, errors
@@ -32,7 +33,7 @@ from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, TrainPlan, plan
 from fastpeft.training.memory import peak_rss_mb
-from fastpeft.training.prediction_files import Predictions, writing
+from fastpeft.training.prediction_files import Predictions
 from fastpeft.training.results import baseline, class_scores, memory, threshold_in_words
 
 _SHOWN_LEFT_OUT = 20  # rows, each with its error

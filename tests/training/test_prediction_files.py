@@ -20,14 +20,16 @@ from typer.testing import CliRunner, Result
 
 from fastpeft import FastpeftError, TrainConfig, console, train
 from fastpeft.cli import app
+from fastpeft.data import output_tables
 from fastpeft.data.examples import load_data
+from fastpeft.data.output_tables import writing
 from fastpeft.data.tables import read_apart
 from fastpeft.errors import EmptyTextError
 from fastpeft.training import prediction_files
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.generation import generate
 from fastpeft.training.prediction import Predictor, predict
-from fastpeft.training.prediction_files import Predictions, writing
+from fastpeft.training.prediction_files import Predictions
 
 TEXTS = ["a lovely film", "the plot, is\nvery dull", 'the "end" is funny']
 NUMBERS = ("row", "text", "class", "p(negative)", "p(positive)")
@@ -435,7 +437,7 @@ def test_results_come_some_rows_at_a_time(place: Path, monkeypatch: pytest.Monke
 
 def test_any_error_keeps_what_was_written(place: Path) -> None:
     def write_some() -> None:
-        with prediction_files.writing(place / "out.csv", {"row": int}) as write:
+        with writing(place / "out.csv", {"row": int}) as write:
             write([{"row": 1}, {"row": 2}])
             raise RuntimeError("out of memory")
 
@@ -483,7 +485,7 @@ def test_a_write_that_fails_leaves_nothing(place: Path, monkeypatch: pytest.Monk
     def twice() -> None:
         with writing(Path("out.jsonl"), {"row": int}) as write:
             write([{"row": 1}])
-            monkeypatch.setattr(prediction_files.json, "dumps", full)
+            monkeypatch.setattr(output_tables.json, "dumps", full)
             write([{"row": 2}])
 
     with pytest.raises(FastpeftError, match=r"cannot write out\.jsonl \(No space left on device\)"):
