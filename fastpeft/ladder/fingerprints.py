@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 BEFORE_CONVERSION = "fastpeft_fingerprints"
 
 _BETWEEN = "layers between"
+_WORDS = "layer of words"
 _SAMPLE = 64  # entries of each weight of those
 
 
@@ -29,11 +30,11 @@ def fingerprints(
 ) -> dict[str, str]:
     """Fingerprints of the embedding, the first and the last layer, without those whose weights are quantised.
 
-    What FSDP shards is left out too. Of the layers between them some entries of every weight stand for all, or each
-    load would read the whole model. They tell that a weight was trained or had an adapter merged into it, and not that
-    a few of its entries were changed. A module that is not a transformers model has one fingerprint, of all its frozen
-    parameters and buffers. A backbone that was converted to another dtype has the fingerprints of its weights before
-    that.
+    What FSDP shards is left out too. Of the layers between them, and of the layer that scores words where that is not
+    the embedding, some entries of every weight stand for all, or each load would read the whole model. They tell that a
+    weight was trained or had an adapter merged into it, and not that a few of its entries were changed. A module that
+    is not a transformers model has one fingerprint, of all its frozen parameters and buffers. A backbone that was
+    converted to another dtype has the fingerprints of its weights before that.
 
     Args:
         backbone: the model.
@@ -49,11 +50,13 @@ def fingerprints(
         kept = [tensor for tensor in kept if id(tensor) not in changing]
         whole = kept and not any(map(is_held_by_fsdp, backbone.frozen))
         return {"layers": fingerprint(_joined(kept))} if whole and not (skip_trained and changing) else {}
+    words, embedded = backbone.decoder, getattr(backbone.input_embeddings, "weight", None)
     parts: dict[str, Iterable[nn.Module]] = {
         "embedding": filter(None, [backbone.input_embeddings]),
         "first layer": [backbone.layers[0]],
         _BETWEEN: backbone.layers[1:-1],
         "last layer": [backbone.layers[-1]],
+        _WORDS: [] if words is None or words.weight is embedded else [words],  # it is frozen and not saved
     }
     found = {}
     for name, given in parts.items():
@@ -63,7 +66,7 @@ def fingerprints(
         weights = [p for module in modules for p in module.parameters()]
         kept = [p for p in weights if id(p) not in changing]
         if kept and not any(map(is_quantised, kept)) and not (skip_trained and len(kept) < len(weights)):
-            found[name] = fingerprint(_joined([_sample(p) for p in kept] if name == _BETWEEN else kept))
+            found[name] = fingerprint(_joined([_sample(p) for p in kept] if name in (_BETWEEN, _WORDS) else kept))
     return found
 
 
@@ -78,7 +81,8 @@ def check_fingerprints(
             f"the side network was trained on another backbone: weights of the {' and the '.join(different)} differ. "
             f"Load it on {source or 'the model it was trained on'}, unchanged and wrapped as it was there."
         )
-    if expected.keys() - found.keys():
+    of_words = {_WORDS} if backbone.decoder is None else set()  # a side network goes on beside another head
+    if expected.keys() - found.keys() - of_words:
         logger.warning("quantised or sharded weights cannot be compared; check that the backbone is %s", source)
 
 

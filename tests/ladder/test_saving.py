@@ -151,6 +151,21 @@ def test_the_fingerprint_of_a_large_embedding_copies_nothing() -> None:
     assert tracker.peak < 1.5 * embedding.nbytes, "the embedding itself counts"
 
 
+def test_another_layer_of_words_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is frozen, so no file of a side network holds it."""
+    model = ladder(tiny("Llama", "ForCausalLM", tie_word_embeddings=False))
+    model.save_pretrained(tmp_path)
+    same, other = copy.deepcopy(model.base), copy.deepcopy(model.base)
+    assert logits(LadderModel.from_pretrained(tmp_path, base=same)).equal(logits(model.eval()))
+    torch.nn.init.normal_(other.lm_head.weight)
+    with pytest.raises(FastpeftError, match="trained on another backbone: weights of the layer of words differ"):
+        LadderModel.from_pretrained(tmp_path, base=other)
+    tags = tiny("Llama", "ForTokenClassification")
+    tags.model.load_state_dict(model.base.model.state_dict())
+    ladder(tags).take_over(tmp_path, head=False)
+    assert "cannot be compared" not in caplog.text
+
+
 def test_another_backbone_is_refused(tmp_path: Path, half_checkpoint: Path) -> None:
     ladder(classifier(half_checkpoint)).save_pretrained(tmp_path)
     for change in (
