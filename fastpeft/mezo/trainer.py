@@ -126,7 +126,8 @@ class MeZOTrainer(Trainer):
             warning names what `args` set otherwise.
 
     Raises:
-        FastpeftError: `args` is no `MeZOConfig`, the optimizer is no `MeZO`, or FSDP or DeepSpeed is asked for.
+        FastpeftError: `args` is no `MeZOConfig`, the optimizer is no `MeZO`, or `optimizer_cls_and_kwargs`, FSDP or
+            DeepSpeed is asked for.
 
     Notes:
         The model is in eval mode while it trains. One that predicts words gets `fastpeft.fuse_head`, so that its loss
@@ -157,6 +158,11 @@ class MeZOTrainer(Trainer):
         optimizer = kwargs.get("optimizers", (None, None))[0]
         if not (optimizer is None or isinstance(optimizer, MeZO)):
             raise FastpeftError(f"MeZOTrainer: the optimizer is {type(optimizer).__name__}; leave it out or pass MeZO.")
+        if kwargs.get("optimizer_cls_and_kwargs") is not None:
+            raise FastpeftError(
+                "MeZOTrainer got optimizer_cls_and_kwargs, but makes its optimizer by the MeZOConfig. Leave it out, or "
+                "give a MeZO in optimizers."
+            )
         if optimizer is not None:
             _warn_of_unused(args, optimizer)
         super().__init__(model, args, **kwargs)

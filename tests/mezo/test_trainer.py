@@ -408,6 +408,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     model = language_model()
     with pytest.raises(FastpeftError, match="the optimizer is SGD"):
         MeZOTrainer(model, config(tmp_path), optimizers=(torch.optim.SGD(model.parameters()), None))
+    with pytest.raises(FastpeftError, match="makes its optimizer by the MeZOConfig"):
+        MeZOTrainer(model, config(tmp_path), optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1.0}))
     for changes, message in (({"learning_rate": -1.0}, r"lr is -1\.0"), ({"eps": 0.0}, r"eps is 0\.0")):
         with pytest.raises(FastpeftError, match=message):
             MeZOTrainer(model, config(tmp_path, **changes), train_dataset=rows()).train()
