@@ -492,8 +492,9 @@ class MeZO(torch.optim.Optimizer):
         """The second half of a step: restore and update, at once or with the first pass of the next step."""
         if not self._points_seen or self._slopes is None:
             raise FastpeftError(
-                "MeZO.step needs a closure that returns the loss, or a call of estimate before it. For checkpoints "
-                "take its own state_dict(): get_state_dict of torch.distributed.checkpoint makes such a step."
+                "MeZO.step needs a closure that returns the loss, or a call of estimate before it. Trainer of "
+                "transformers gives none: use fastpeft.MeZOTrainer. For checkpoints take its own state_dict(): "
+                "get_state_dict of torch.distributed.checkpoint makes such a step."
             )
         owed = self.weights.update(self._slopes, self.draw_seeds())
         if not self._skip and not all(abs(scale) <= _LARGEST for each in owed for scale in each.scales):
