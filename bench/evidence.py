@@ -193,6 +193,7 @@ _OTHER_RATES = (  # than the recipe's
     f"lora:{_ADAPTED}{_FOR_LARGE}",
     f"lora:{_ADAPTED}:learning_rate=3.6e-3",
     f"lora:rank=4:targets=key+value{_FOR_LARGE}",
+    "siva:learning_rate=3e-3",
     "last-n:learning_rate=1.8e-4",
 )
 _OTHER_LAYERS = ("lora:rank=4:targets=key+value", "siva:targets=all-linear")  # than the paper's

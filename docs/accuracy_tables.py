@@ -177,6 +177,7 @@ OTHERS = {  # that the paper does not have
     f"{LORA}:learning_rate=3.6e-3": "LoRA, three times its rate",
     f"{LORA}:learning_rate=1.2e-3:bf16=false": "LoRA, in float32",
     "siva:targets=key+value:bf16=false": "SiVA, key and value, in float32",
+    "siva:learning_rate=3e-3": "SiVA, three times its rate",
     "last-n:learning_rate=1.8e-4": "last 3 layers, nine times the rate",
     "head": "head only",
     "bitfit": "BitFit",
