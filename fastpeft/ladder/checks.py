@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -114,6 +115,16 @@ def check_inputs(backbone: Backbone, given: Tensor | None) -> None:
         raise FastpeftError(
             f"LadderModel beside a {backbone.class_name} got a tensor of shape {tuple(given.shape)}; it takes a batch, "
             "whose first dimension is rows. Of one row give row[None]."
+        )
+
+
+def check_read(backbone: Backbone, given: Mapping[str, Any]) -> None:
+    """Raise `FastpeftError` if a module is given tensors beside its `inputs`, or a transformers model gets `inputs`."""
+    read = ("inputs", "attention_mask", "labels") if backbone.plain else given.keys() - {"inputs"}
+    if unread := [name for name, value in given.items() if isinstance(value, Tensor) and name not in read]:
+        takes = ", ".join(read) if backbone.plain else "its inputs by their own names"
+        raise FastpeftError(
+            f"LadderModel beside a {backbone.class_name} takes {takes}, and got {', '.join(unread)}. Leave it out."
         )
 
 

@@ -31,6 +31,7 @@ from fastpeft.ladder.checks import (
     check_labels,
     check_mask,
     check_positions,
+    check_read,
     check_whole,
     warn_of_earlier_head,
     warn_of_no_gradient,
@@ -360,6 +361,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             if self.config.causal:
                 check_positions(position_ids, attention_mask)
         given = {
+            "inputs": inputs,
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
@@ -378,6 +380,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             "logits_to_keep": logits_to_keep,
             **others,
         }
+        check_read(self.backbone, given)
         self._share_padding()
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -429,6 +429,16 @@ def test_inputs_under_another_name_are_refused() -> None:
         made("perceptron")(input_ids=X)
     with pytest.raises(FastpeftError, match="ViTForImageClassification got no input_ids, inputs_embeds or pix"):
         made("vit")(inputs=IMAGES)
+    for kind, given, takes in (
+        (
+            "perceptron",
+            {"inputs": X, "start_positions": IDS[:, 0]},
+            "attention_mask, labels, and got start_pos",
+        ),
+        ("vit", {"pixel_values": IMAGES, "inputs": IMAGES}, "its inputs by their own names, and got inputs"),
+    ):
+        with pytest.raises(FastpeftError, match=takes):
+            made(kind)(**given)
 
 
 @pytest.mark.long
