@@ -471,7 +471,8 @@ def serve(
     """Serve the predictions of one or more runs over HTTP.
 
     Side networks (k-LST, LST) on equal backbones share one backbone, and a pass answers for all of them. Any other run
-    is served beside them, with a model of its own. Language models answer in the form of OpenAI's endpoints.
+    is served beside them, with a model of its own; equal weights of these are held once. Language models answer in the
+    form of OpenAI's endpoints.
 
     The server has no authentication: put it behind a proxy that has, above all with --runs. Requires the extra serve.
     """

@@ -100,7 +100,9 @@ def described(tasks: Tasks) -> list[str]:
         if len(together) > 1:
             lines.append(f"{', '.join(sorted(together))}: one backbone for all")
         else:
-            lines.append(f"{task.name}: a model of its own" + (f" ({task.reason})" if task.reason else ""))
+            why = f" ({task.reason})" if task.reason else ""
+            held = f", which has {task.held / 2**20:,.0f} MB of weights from others" if task.held else ""
+            lines.append(f"{task.name}: a model of its own{why}{held}")
     return lines
 
 

@@ -1,4 +1,7 @@
-"""The runs that a server answers for. Side networks on equal backbones share one, and one batch over their tasks."""
+"""The runs that a server answers for.
+
+Side networks on equal backbones share one, and one batch over their tasks. Other models share equal weights.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from fastpeft.errors import FastpeftError, NotEnoughMemoryError, is_out_of_memor
 from fastpeft.ladder import LadderModel, LadderPool
 from fastpeft.prompts.model import PromptCollator, inside_prompt
 from fastpeft.serving.generation import GenerationRequest, generate_batch
+from fastpeft.serving.shared_weights import share_weights
 from fastpeft.support.files import path_of
 from fastpeft.support.stages import report
 from fastpeft.training.generation import eos_token_ids, generates_text, keeps_tokens, minds_padding
@@ -115,6 +119,7 @@ class Task:
         member: its name in the pool. No later task gets it, so that what was encoded for this one is never answered by
             another of the same name.
         alone: whether each text is generated alone, see `fastpeft.training.generation.minds_padding`.
+        held: the bytes of its own model that other tasks hold too.
     """
 
     name: str
@@ -124,6 +129,7 @@ class Task:
     reason: str = ""
     member: str = ""
     alone: bool = False
+    held: int = 0
 
     def generate(self, requests: Sequence[GenerationRequest]) -> None:
         """Generate text for requests, of this task and of others on its backbone, until each has ended."""
@@ -217,10 +223,11 @@ class Tasks:
         try:
             predictor = None if generates_text(folder) else Predictor(folder, self._device, self._max_length)
             run = self._for_generation(load_run(folder, self._device)) if predictor is None else predictor.run
+            held = self._share_weights(run)
             # asked before it shares a backbone, whose answers to others the passes would disturb
             alone = predictor is None and minds_padding(run.classifier.model)
             with self._changing:
-                task = replace(self._placed(name, run, predictor), alone=alone)
+                task = replace(self._placed(name, run, predictor), alone=alone, held=held)
                 try:
                     if predictor is None:
                         task.generate([self._request(task, Conversation(((USER, "a"),)) if run.chats else "a", 1)])
@@ -239,6 +246,13 @@ class Tasks:
         """The run with the `max_length` of its model, which may read more than the run did: prompts are not cut."""
         most = run.classifier.max_length
         return replace(run, max_length=min(most, self._max_length or most))
+
+    def _share_weights(self, run: FinishedRun) -> int:
+        """Let the model of a run hold weights of others: not beside a side network, whose packs replace weights."""
+        model, *others = (inside_prompt(each.classifier.model) for each in (run, *(task.run for task in self)))
+        if isinstance(model, LadderModel):
+            return 0
+        return share_weights(model, (other for other in others if not isinstance(other, LadderModel)))
 
     def _placed(self, name: str, run: FinishedRun, predictor: Predictor | None) -> Task:
         """The run on a backbone that is here already, where there is one that it can share."""

@@ -1,0 +1,60 @@
+"""Weights that are equal in several served models, held once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.ops.packing import Packs, samples
+
+_PLAIN = (Tensor, nn.Parameter)  # what bitsandbytes and torchao store is more than its entries
+
+
+def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> int:
+    """Let a model hold the parameters and buffers of others where it has equal ones, and their packs.
+
+    For models that only answer: what changes one of these in place changes it for all.
+
+    Returns:
+        How many bytes of the model others hold too.
+    """
+    theirs = [module for other in others for module in other.modules()]
+    known = {_look(tensor): tensor for module in theirs for _, _, tensor in _tensors(module)}
+    packs = {_packed(module): module.packs for module in theirs if _has_packs(module)}
+    shared: dict[Tensor, int] = {}
+    for module in model.modules():
+        for holder, name, own in _tensors(module):
+            other = known.get(_look(own))
+            if other is not None and torch.equal(other, own):
+                holder[name] = other
+                shared[other] = other.nbytes  # of tied ones once
+        if _has_packs(module):
+            module.packs = packs.get(_packed(module), module.packs)
+    return sum(shared.values())
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """The parameters and buffers of a module itself that can be shared: where it holds each, its name, and it."""
+    holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for holder in holders:
+        for name, tensor in list(holder.items()):
+            if type(tensor) in _PLAIN and tensor.layout is torch.strided and tensor.is_contiguous():
+                yield holder, name, tensor
+
+
+def _look(tensor: Tensor) -> tuple[Any, ...]:
+    """What equal tensors have in common, and few others."""
+    return type(tensor), tensor.shape, tensor.dtype, tensor.device, *samples(tensor).tolist()
+
+
+def _has_packs(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "packs", None), Packs)
+
+
+def _packed(module: Any) -> Tensor | None:
+    """The weight that the packs of a layer are of: its own, or that of the layer which it has taken over."""
+    weight: Tensor | None = module._modules.get("base_layer", module)._parameters.get("weight")
+    return weight
