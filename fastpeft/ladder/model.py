@@ -256,6 +256,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
                 module.requires_grad_(False)
         fuse_any_head(self.base)
         describe_base(self.config, self.backbone)
+        self.config.base_fingerprints = {}  # those of a loaded side network are of the old vocabulary
         return resized
 
     def get_input_embeddings(self) -> nn.Module:

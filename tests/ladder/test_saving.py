@@ -111,6 +111,13 @@ def test_words_that_no_file_holds_are_told_of(
     for name, parameter in model.named_parameters():
         assert loaded.get_parameter(name).equal(parameter), name
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)  # with AVX2 bits depend on where weights lie
+    caplog.clear()
+    again = LadderModel.from_pretrained(tmp_path / "as it was")  # resized after it was loaded
+    again.resize_token_embeddings(words + 2, mean_resizing=False)
+    again.save_pretrained(tmp_path / "again")
+    assert f"knows {words + 2} words" in caplog.text
+    again.base.save_pretrained(tmp_path / "base")
+    LadderModel.from_pretrained(tmp_path / "again", base=classifier(tmp_path / "base"))
 
 
 def test_words_are_counted_in_the_revision_that_is_loaded_again(
