@@ -107,7 +107,7 @@ class FeatureCache:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             self._max_bytes = max_bytes or (bytes_below(self._root) + shutil.disk_usage(self._root).free) // 2
-            self._store = self._current_store()
+            self._find_store()
         except OSError as error:
             raise FastpeftError(
                 f"cannot keep features in {str(folder)!r} ({error.strerror}). Give a folder that can be written."
@@ -130,7 +130,7 @@ class FeatureCache:
         """
         if "input_ids" not in inputs or isinstance(inputs["input_ids"], FakeTensor):
             return None
-        self._store = self._current_store()
+        self._find_store()
         rows = _CacheRows(self._backbone.inputs(inputs), self._backbone.device)
         records = self._store.get(rows.keys)
         if len(records) < len(set(rows.keys)):
@@ -187,14 +187,13 @@ class FeatureCache:
         factors = scales.to(device, non_blocking=True).unsqueeze(-1).unbind(-2)
         return [(codes * factor).to(dtype) for codes, factor in zip(values.split(self._widths, dim=-1), factors)]
 
-    def _current_store(self) -> RecordStore:
-        """The store for the backbone as it is now: its weights or active adapters may have changed."""
+    def _find_store(self) -> None:
+        """Read and write the store for the backbone as it is now: its weights or active adapters may have changed."""
         stamp = stamp_of(self._backbone)
-        if stamp == self._stamp:
-            return self._store
-        self._stamp = stamp
-        name = f"{self._dtype}-{_identity(self._backbone)}".removeprefix("torch.")
-        return RecordStore(self._root, name, self._max_bytes)
+        if stamp != self._stamp:
+            name = f"{self._dtype}-{_identity(self._backbone)}".removeprefix("torch.")
+            # together: a Ctrl-C while the weights are hashed must not leave the new stamp beside the old store
+            self._store, self._stamp = RecordStore(self._root, name, self._max_bytes), stamp
 
     def _keep(self, records: Mapping[bytes, Record]) -> None:
         """Store the records that fit. If the folder cannot be written, warn once and go on without it."""

@@ -6,6 +6,7 @@ import copy
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -174,6 +175,21 @@ def test_changed_weights_are_not_served_old_features(tmp_path: Path) -> None:
     model.base.half()
     features(model)
     assert counts(model) == (3, 9)
+
+
+def test_an_interrupt_while_weights_are_hashed_leaves_no_old_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = cached(tmp_path, dtype="float32")
+    before = logits(model)
+    with torch.no_grad():
+        model.base.roberta.encoder.layer[1].output.dense.weight.add_(1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastpeft.ladder.cache._identity", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            logits(model)
+    assert not logits(model).equal(before)
+    assert counts(model) == (0, 6)
 
 
 def test_what_comes_after_the_layers_has_no_part_in_it(tmp_path: Path) -> None:
