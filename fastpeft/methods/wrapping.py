@@ -81,12 +81,11 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:  # PEFT raises any
         if is_out_of_memory(error):
             raise
-        names = endings(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         reason = str(error).strip().rstrip(".")
         raise FastpeftError(
             f"the model cannot be adapted with targets {preparation.targets!r} and settings "
-            f"{dict(preparation.settings)}: {reason}. Its linear layers are named {', '.join(names)}; name "
-            "some, or use all-linear."
+            f"{dict(preparation.settings)}: {reason}. Its linear layers are named "
+            f"{', '.join(endings(_layers(model)))}; name some, or use all-linear."
         ) from error
     for name, module in wrapped.named_modules():
         if isinstance(module, BaseTunerLayer) and (ranks := getattr(module, "r", None)):  # not all have any

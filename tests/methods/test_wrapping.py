@@ -129,6 +129,8 @@ def test_layers_with_other_names_are_asked_for() -> None:
             del layer.attention.attn.k
         with pytest.raises(FastpeftError, match=r"linear layers are named dense, o, .*, w_k, w_q; name some"):
             adapted(name, model)
+    with pytest.raises(FastpeftError, match="linear layers are named c_attn, c_fc, c_proj, score; name some"):
+        adapted("lora", tiny("GPT2"), target_modules=["q_proj"])  # layers of transformers' own class
 
 
 def test_a_run_on_layers_that_peft_has_no_default_for(config: TrainConfig, tmp_path: Path) -> None:
