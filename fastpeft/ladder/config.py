@@ -231,6 +231,11 @@ class LadderConfig(PretrainedConfig):
                 f"backbone_dtype={self.backbone_dtype!r} with train_adapters=True (siva_layers): an adapter trains on "
                 "the weights it was made for. Leave out either; the base itself may be loaded in bfloat16."
             )
+        if self.context is not None and self.train_adapters:
+            raise FastpeftError(
+                "context with train_adapters=True (siva_layers): the context is read once, and an adapter in the "
+                "backbone would change what it is. Leave out either."
+            )
 
 
 def _is_list_of(kind: type, given: Any) -> bool:

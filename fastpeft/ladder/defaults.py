@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import STATE, LadderConfig, Residual
+from fastpeft.ladder.probes import decide_causal
 
 
 def decide_defaults(config: LadderConfig, backbone: Backbone) -> set[str]:
@@ -12,6 +13,7 @@ def decide_defaults(config: LadderConfig, backbone: Backbone) -> set[str]:
     Returns:
         The names of those that depend on the head and were filled in. None of their values adds a weight.
     """
+    config.causal = decide_causal(backbone, config.causal)
     config.layers_per_block = config.step(len(backbone.layers))
     attends = config.fusion == "cross_attention"
     residual: Residual | None = config.residual

@@ -55,7 +55,7 @@ from fastpeft.ladder.generation import (
 )
 from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
-from fastpeft.ladder.probes import check_answers, check_causal, decide_causal, predicts_next_tokens, warn_of_other_ways
+from fastpeft.ladder.probes import check_answers, check_causal, predicts_next_tokens, warn_of_other_ways
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base
 from fastpeft.ladder.side import SideNetwork
@@ -142,61 +142,62 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         backbone = Backbone(base, config.feature_modules, config.feature_sizes)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}
         keep_form(base, passes_gradients=bool(adapters))
-        config.causal = decide_causal(backbone, config.causal)
         self._decided = decide_defaults(config, backbone)
-        is_new = not config.base_fingerprints  # else this was found and told when the side network was made
-        self._looks_for_other_ways = is_new  # by which a module's answer passes the side network
+        is_new = not config.base_fingerprints  # else its base was looked at when the side network was made
         if is_new:
             check_whole(base)
             check_answers(backbone)
             warn_of_earlier_head(backbone)
         else:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())
-        if config.base_activation is None:
-            config.base_activation = activation_of(backbone.text_config)
-        causal = bool(config.causal)
-        side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), config.base_activation, causal)
+        activation = config.base_activation = config.base_activation or activation_of(backbone.text_config)
+        side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), activation, bool(config.causal))
         head = backbone.head_parameters()
         check_head(backbone, head)
         if config.context is not None:
-            if adapters:
-                raise FastpeftError(
-                    "context with train_adapters=True (siva_layers): the context is read once, and an adapter in the "
-                    "backbone would change what it is. Leave out either."
-                )
             backbone.context = Context(backbone, config.context)
         if config.init == "pruned":
             prune(side, backbone)
         convert(backbone, config.backbone_dtype)
+        # the base can be read, and the side network is made; now they become one model
         super().__init__(config)
         self.backbone = backbone
         self.base = base
-        self.main_input_name = backbone.input_name
-        self.loss_type = getattr(backbone.core, "loss_type", None)  # by which the Trainer knows that labels are shifted
-        self._generates = predicts_next_tokens(backbone)
-        if self._generates:
-            self.generation_config = copy.deepcopy(backbone.core.generation_config)
-            self.generation_config.cache_implementation = None  # a `LadderCache` takes its place
         self.side = side.to(backbone.device)
-        self.feature_cache: FeatureCache | None = None
         self.side_run: type[SideRun] = SideRun  # the class of a pass of the side network
+        self.feature_cache: FeatureCache | None = None
         self._source: FeatureSource | None = None  # of the features while `reading_from` is entered
-        base.requires_grad_(False)
-        if config.pack_weights:
-            pack(backbone)
-        fuse_any_head(base)
-        warn_of_shared_head(self, head.values())
-        self._let_train(head, adapters)
-        agree_on_problem(self.config, backbone)
-        describe_base(self.config, backbone)
+        self._looks_for_other_ways = is_new  # by which a module's answer passes the side network
+        self._take_after_base()
+        self._freeze_but(head, adapters)
         self.post_init()
         # ties are between frozen weights, and the base keeps them; save_pretrained and the Trainer read these names
         self.all_tied_weights_keys: dict[str, str] = {}
         self._keys_to_ignore_on_save = self.state_dict().keys() - self._trained
         self.train(base.training)
 
-    def _let_train(self, head: dict[str, nn.Parameter], adapters: dict[str, nn.Parameter]) -> None:
-        """Let parameters of the base train beside the side network, and note the names of all that is saved."""
+    def _take_after_base(self) -> None:
+        """Tell transformers what it asks of a model as the base would: its input, loss, task and generation."""
+        backbone = self.backbone
+        self.main_input_name = backbone.input_name
+        self.loss_type = getattr(backbone.core, "loss_type", None)  # by which the Trainer knows that labels are shifted
+        self._generates = predicts_next_tokens(backbone)
+        if self._generates:
+            self.generation_config = copy.deepcopy(backbone.core.generation_config)
+            self.generation_config.cache_implementation = None  # a `LadderCache` takes its place
+        agree_on_problem(self.config, backbone)
+        describe_base(self.config, backbone)
+
+    def _freeze_but(self, head: dict[str, nn.Parameter], adapters: dict[str, nn.Parameter]) -> None:
+        """Freeze the base but for these parameters, let it compute as a frozen one, and note the names of what trains.
+
+        That is the names of all that is saved.
+        """
+        self.base.requires_grad_(False)
+        if self.config.pack_weights:
+            pack(self.backbone)
+        fuse_any_head(self.base)
+        warn_of_shared_head(self, head.values())
         self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
         self.gradients_from = self.backbone.layer_of(adapters.values())  # see `LadderPass`
         for parameter in (*head.values(), *adapters.values()):
