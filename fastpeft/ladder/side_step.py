@@ -129,15 +129,18 @@ class SideStep(SideRun):
         if layer not in own.projections:
             return
         feature, reads = feature.view(batch, -1), own.projections[layer]
+        # one call projects the feature and runs the first block that it completes, others one each. Where none is
+        # complete the number is -1, and of what a block reads and keeps only shapes are looked at
         for number in [block - 1 for block in side.completes.get(layer, [])] or [-1]:
             weights, numbers = own.blocks[number]
-            cache: Any = self._layers[max(number, 0)]  # of a first block where none is complete: only its shape is read
-            window = cache.extend("values") if numbers[1] and number >= 0 else cache.values
-            keys = cache.extend("keys") if number >= 0 else cache.keys
+            runs, attends = number >= 0, numbers[1] > 0  # heads of the cross-attention: a gate keeps no window
+            cache: Any = self._layers[max(number, 0)]
+            window = cache.extend("values") if runs and attends else cache.values
+            keys = cache.extend("keys") if runs else cache.keys
             theta = torch.ops.fastpeft.side_step_.default(
                 *(feature, self._theta.view(batch, -1), self._parts, *reads, eps),
                 *(number, weights, window, keys, self._visible, *numbers),
             )
-            reads = own.nothing
-            if number >= 0:
+            reads = own.nothing  # for it is projected now
+            if runs:
                 self._advance(theta.unsqueeze(1))

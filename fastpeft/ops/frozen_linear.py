@@ -96,7 +96,7 @@ class Packed:
     computation: Computation | None
     keeps_weight: bool
     original: type[nn.Linear | Conv1D]
-    _values: tuple[Stamp | None, Stamp]  # the stamp of what holds the values now, None for the pack; its first one
+    _values: tuple[Stamp | None, Stamp]  # the stamp of what holds the values now (None: the pack), and their first one
     _parameters: dict[str, nn.Parameter | None]
     bias: Any
 
