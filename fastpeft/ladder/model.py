@@ -39,7 +39,7 @@ from fastpeft.ladder.checks import (
 )
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
-from fastpeft.ladder.conversion import convert, pack
+from fastpeft.ladder.conversion import convert, converted_to, pack
 from fastpeft.ladder.defaults import decide_defaults
 from fastpeft.ladder.feature_sources import FeatureSource, LadderPass, choose_source
 from fastpeft.ladder.fingerprints import check_fingerprints
@@ -246,12 +246,22 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         decoder: nn.Module = self.backbone.core.get_decoder()
         return decoder
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the base's vocabulary, as transformers does; the new token embeddings are frozen like the others.
 
         A saved side network does not hold them: save the base too.
+
+        Raises:
+            FastpeftError: `backbone_dtype` has converted the base, which can no longer be saved as it was.
         """
-        resized: nn.Module = self.backbone.core.resize_token_embeddings(*args, **kwargs)
+        core = self.backbone.core
+        if (dtype := converted_to(core)) and new_num_tokens not in (None, core.get_input_embeddings().num_embeddings):
+            raise FastpeftError(
+                f"resize_token_embeddings({new_num_tokens}), but backbone_dtype={dtype!r} has converted the base, so "
+                "that no base with the new words could be saved. Resize and save the base first, and make the "
+                "LadderModel of it then."
+            )
+        resized: nn.Module = core.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         for module in (resized, self.backbone.decoder):
             if module is not None:
                 module.requires_grad_(False)

@@ -120,6 +120,19 @@ def test_words_that_no_file_holds_are_told_of(
     LadderModel.from_pretrained(tmp_path / "again", base=classifier(tmp_path / "base"))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "nf4"])
+def test_words_of_a_converted_base_stay_as_many(half_checkpoint: Path, dtype: str) -> None:
+    """Its side network could never be loaded again: the base with the new words is in no file."""
+    model = ladder(classifier(half_checkpoint), backbone_dtype=dtype)
+    words = model.base.config.vocab_size
+    model.resize_token_embeddings(words)
+    with pytest.raises(
+        FastpeftError, match=rf"resize_token_embeddings\({words + 2}\), but .*{dtype}.* Resize and save"
+    ):
+        model.resize_token_embeddings(words + 2)
+    assert model.get_input_embeddings().num_embeddings == words
+
+
 def test_words_are_counted_in_the_revision_that_is_loaded_again(
     half_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
