@@ -300,13 +300,12 @@ def task_fields(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
 
 
-def with_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = None) -> PeftModel:
+def with_adapter(base: nn.Module, source: str, hub: Mapping[str, Any]) -> PeftModel:
     """The base of a saved side network with the adapter that trained beside it.
 
     Raises:
         FastpeftError: the adapter cannot be read or added to the base.
     """
-    hub = hub or {}
     if Path(source).is_dir():
         check_adapter(Path(source, hub.get("subfolder") or "", ADAPTER_FOLDER))
     place = {**hub, "subfolder": "/".join(filter(None, (hub.get("subfolder"), ADAPTER_FOLDER)))}

@@ -152,7 +152,7 @@ class SideNetworkMethod(Method):
         from fastpeft.methods.wrapping import merge
         from fastpeft.prompts.model import around
 
-        model = around(start.model, lambda base: merge(with_adapter(base, str(run.folder))))
+        model = around(start.model, lambda base: merge(with_adapter(base, str(run.folder), {})))
         name_after(model, run.folder)
         return replace(start, model=model)
 

@@ -10,11 +10,9 @@ from torch import Tensor
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.estimator import HOME, Number, Term, moves, update
-from fastpeft.mezo.optimizer import MeZO
+from fastpeft.mezo.optimizer import LARGEST, MeZO
 from fastpeft.mezo.sharding import is_sharded
 from fastpeft.support.eval_mode import in_eval_mode
-
-_LARGEST = torch.finfo(torch.float32).max
 
 
 class CapturedStep:
@@ -137,7 +135,7 @@ class CapturedStep:
             for rate, eps, decay in zip(self._rates.unbind(), epses, self._decays)
         ]
         scales = [torch.stack([scale for _, scale in terms]) for terms in made]
-        are_finite = (torch.cat([*scales, torch.stack(losses)]).abs() <= _LARGEST).all()
+        are_finite = (torch.cat([*scales, torch.stack(losses)]).abs() <= LARGEST).all()
         back = [[(draw, 0.0) for draw, _ in terms] for terms in made]
         for terms, eps in zip(back, epses):
             terms[0] = at[0], -at[1] * eps

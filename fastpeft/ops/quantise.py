@@ -26,11 +26,10 @@ from fastpeft.ops.define import asks_for_gradients, is_transformed
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import quantise_rows, samples, version_of
-from fastpeft.ops.quantised_linear import BLOCK, Nested, QuantisedProduct, dequantise, unnested
+from fastpeft.ops.quantised_linear import BLOCK, COARSE, Nested, QuantisedProduct, dequantise, unnested
 
 Format = Literal["int8", "nf4", "nf4-double"]
 
-_SCALES_A_BLOCK = 256
 _BLOCKS_IN_CACHE = 8_192  # 2 MB of float32
 _NESTED = ("coarse", "table", "mean")  # parameters that only scales in 8 bits have
 
@@ -65,7 +64,7 @@ def _quantise(matrix: Tensor, kind: Format) -> tuple[Tensor, Tensor, Nested | No
     if kind == "nf4":
         return codes, scales, None
     mean = scales.mean()
-    scales, state = quantize_blockwise(scales - mean, blocksize=_SCALES_A_BLOCK)
+    scales, state = quantize_blockwise(scales - mean, blocksize=COARSE)
     return codes, scales, (state.absmax, state.code.clone(), mean)
 
 

@@ -21,7 +21,7 @@ from fastpeft.ops.products import as_matrix
 from fastpeft.ops.siva_linear import siva_linear_backward_shapes, siva_linear_shapes
 
 BLOCK = 64  # values of nf4 that share a scale
-_COARSE = 256  # scales that share a scale of their own
+COARSE = 256  # scales that share a scale of their own
 
 Nested = tuple[Tensor, Tensor, Tensor]  # of scales in 8 bits: their scales, what each code stands for, their mean
 
@@ -33,7 +33,7 @@ def unnested(scales: Tensor, nested: Nested | None) -> Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
     coarse, code, mean = nested
-    return dequantize_blockwise(scales, absmax=coarse, code=code, blocksize=_COARSE) + mean
+    return dequantize_blockwise(scales, absmax=coarse, code=code, blocksize=COARSE) + mean
 
 
 def dequantise(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

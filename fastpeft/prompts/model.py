@@ -261,10 +261,6 @@ class PromptModel(PreTrainedModel):
             compute_by_length(compute, rows, batch_size, tokens)
         return logits
 
-    def around(self, wrap: Callable[[nn.Module], nn.Module]) -> PromptModel:
-        """This prompt on what `wrap` makes of the model inside, as a side network beside it; uncalibrated."""
-        return PromptModel(wrap(self.masked_lm), self.tokenizer, self.prompt)
-
     @property
     def core(self) -> Any:
         """The language model without wrappers."""
@@ -375,8 +371,13 @@ def inside_prompt(model: Any) -> Any:
 
 
 def around(model: Any, wrap: Callable[[Any], Any]) -> Any:
-    """What `wrap` makes of a model; of a prompted one, of the language model in it."""
-    return model.around(wrap) if isinstance(model, PromptModel) else wrap(model)
+    """What `wrap` makes of a model; of a prompted one, the prompt on what it makes of the model inside.
+
+    That prompt is not calibrated.
+    """
+    if isinstance(model, PromptModel):
+        return PromptModel(wrap(model.masked_lm), model.tokenizer, model.prompt)
+    return wrap(model)
 
 
 def holds_label_words(source: str) -> bool:
