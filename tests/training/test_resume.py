@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +168,18 @@ def test_a_run_is_resumed_with_its_own_values_only(config: TrainConfig) -> None:
     with pytest.raises(FastpeftError, match=r"learning_rate None -> 0\.5"):
         train(replace(config, learning_rate=0.5), resume=True)
     assert tree(folder) == before
+
+
+def test_what_a_person_keeps_beside_the_checkpoints_is_no_checkpoint_and_stays(config: TrainConfig) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, save_steps=2, max_steps=8), callbacks=[Interrupt(3)])
+    checkpoints = Path(config.output) / "checkpoints"
+    for name in ("checkpoint-2-9", "checkpoint-2 (copy)"):
+        shutil.copytree(checkpoints / "checkpoint-2", checkpoints / name)
+    assert train(replace(config, save_steps=2, max_steps=8), resume=True).metrics["steps"] == 8
+    assert {path.name for path in checkpoints.iterdir()} == {
+        *("checkpoint-6", "checkpoint-8", "checkpoint-2-9", "checkpoint-2 (copy)")
+    }
 
 
 def test_a_stop_before_the_first_measurement_keeps_its_checkpoint() -> None:
