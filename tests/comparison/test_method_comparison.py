@@ -53,6 +53,16 @@ def test_amp_is_what_a_step_computes_in(cell: Cell, dtype: str, is_mixed: bool) 
     assert told(cell)["run_info"]["train_config"]["use_amp"] is is_mixed
 
 
+@pytest.mark.usefixtures("cell")
+@pytest.mark.parametrize(
+    ("options", "dtype"), [("", "float32"), (":dtype=bfloat16", "bfloat16"), (":backbone_dtype=nf4", "nf4")]
+)
+def test_the_dtype_is_that_of_the_frozen_weights(options: str, dtype: str) -> None:
+    (cell,) = config(f"k-lst{options}").cells()
+    finish(cell, 100, 10.0, 1.0)
+    assert told(cell)["run_info"]["train_config"]["dtype"] == dtype
+
+
 def test_dev_rows_are_measured_as_often_as_the_curve_says(cell: Cell) -> None:
     finish(cell, 100, 10.0, 1.0)
     assert told(cell)["run_info"]["train_config"]["eval_steps"] == 40, "not at the checkpoints, every 7 steps"

@@ -65,7 +65,8 @@ def _train_config(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
     recipe = run.get("recipe", {})
     return {
         "model_id": run.get("model"),
-        "dtype": run.get("settings", {}).get("backbone_dtype") or "float32",  # of the frozen weights
+        # of the frozen weights
+        "dtype": run.get("settings", {}).get("backbone_dtype") or run.get("dtype") or "float32",
         "max_seq_length": metrics.get("max_length"),
         "batch_size": run.get("batch_size"),
         "max_steps": metrics.get("steps"),
