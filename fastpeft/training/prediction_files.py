@@ -68,7 +68,7 @@ class Predictions:
     Attributes:
         labels: names of the classes or tags, or of the number.
         count: how many rows there are.
-        cut: how many of those answered so far are longer than the run reads.
+        cut: how many of those answered since the iteration began are longer than the run reads.
 
     Raises:
         FastpeftError: the run or the file cannot be used; or one of `texts`, of which empty ones are left out; or
@@ -172,6 +172,7 @@ class Predictions:
 
     def __iter__(self) -> Iterator[tuple[list[Prediction], list[FastpeftError]]]:
         """Predictions, and what is wrong with the rows between them that were left out."""
+        self.cut = 0
         for start in range(0, len(self._rows), _CHUNK):
             encoded, left_out = [], []
             for number, row in self._rows[start : start + _CHUNK]:

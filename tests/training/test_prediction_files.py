@@ -435,6 +435,13 @@ def test_results_come_some_rows_at_a_time(place: Path, monkeypatch: pytest.Monke
     assert found.count == 5
 
 
+def test_long_texts_are_counted_once_however_often_they_are_answered(place: Path) -> None:
+    found = Predictions("classes", ["a lovely film " * 60, "dull"])
+    for _ in range(2):
+        assert len(list(found)) == 1
+        assert found.cut == 1
+
+
 def test_any_error_keeps_what_was_written(place: Path) -> None:
     def write_some() -> None:
         with writing(place / "out.csv", {"row": int}) as write:
