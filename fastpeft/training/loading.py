@@ -114,9 +114,9 @@ def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
     """
     report("loading the model")
     run = assemble(RunFolder(folder))
-    where = device or best_device()
+    where = torch.device(device or best_device())
     put(run.classifier.model, where)
-    if where == "cpu" or not run.config.pack_weights:
+    if where.type == "cpu" or not run.config.pack_weights:
         set_packing(run.classifier.model, run.config.pack_weights)
     return run
 

@@ -20,6 +20,7 @@ from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, Tr
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.registry import METHODS
 from fastpeft.methods.wrapping import merge
+from fastpeft.ops.frozen_linear import PackedLinear
 from fastpeft.training.arguments import recipe_used, training_arguments
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run, load_start
@@ -196,6 +197,12 @@ def test_where_to_say_that_what_a_run_began_with_moved(config: TrainConfig, tmp_
     values = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(values | {name: str(after)}))
     load_run(folder)
+
+
+def test_a_cpu_packs_weights_by_whatever_name_it_is_given(config: TrainConfig) -> None:
+    folder = train(replace(config, method="siva")).folder
+    for device in ("cpu", "cpu:0"):
+        assert any(type(module) is PackedLinear for module in load_run(folder, device).classifier.model.modules())
 
 
 @pytest.mark.parametrize("method", ["siva", "lst", "head"])
