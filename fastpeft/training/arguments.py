@@ -50,22 +50,19 @@ def training_arguments(task: Task, output: str) -> TrainingArguments:
         arguments_class = arguments_of(task.method)
         if values["use_cpu"]:  # then the Trainer would take no notice of its timeout
             processes.meet(values.get("ddp_timeout", TrainingArguments.ddp_timeout))
-        first = _of_one_gpu(arguments_class(**values))
-        _check(first, task)
-        steps = total_steps(first, len(task.train_rows))
-        if "warmup_ratio" not in values:
-            values.setdefault("warmup_steps", round(recipe.warmup * steps))
-        values.setdefault("logging_steps", max(1, steps // _LOGS))
-        arguments = _of_one_gpu(arguments_class(**values))
+        arguments = arguments_class(**values)
+        # on several GPUs the Trainer would give each a whole batch, by `nn.DataParallel`. It sets this itself too, for
+        # a model that lies on several
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        _check(arguments, task)
+        steps = total_steps(arguments, len(task.train_rows))
+        if values.keys().isdisjoint(("warmup_steps", "warmup_ratio")):
+            arguments.warmup_steps = round(recipe.warmup * steps)
+        if "logging_steps" not in values:
+            arguments.logging_steps = max(1, steps // _LOGS)
         if arguments.world_size > 1:
             _divide(arguments, config)
         return arguments
-
-
-def _of_one_gpu(arguments: TrainingArguments) -> TrainingArguments:
-    """Keep a process to its own GPU: on several the Trainer would give each a whole batch, by `nn.DataParallel`."""
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # as the Trainer itself does for a model that lies on several
-    return arguments
 
 
 def _values(task: Task, output: str) -> dict[str, Any]:
@@ -105,47 +102,47 @@ def _values(task: Task, output: str) -> dict[str, Any]:
     }
 
 
-def _check(first: TrainingArguments, task: Task) -> None:
+def _check(arguments: TrainingArguments, task: Task) -> None:
     """Raise almost any exception where arguments cannot do what they say, before anything is written."""
     title, problem = task.method.title, task.data.problem
     is_beside = isinstance(inside_prompt(task.model), LadderModel)
-    if first.gradient_accumulation_steps < 1:
+    if arguments.gradient_accumulation_steps < 1:
         raise ValueError("gradient_accumulation_steps must be at least 1.")
     # of a side network its own blocks are computed again, whatever the frozen model can do
-    if first.gradient_checkpointing and not (is_beside or _supports_checkpointing(task.model)):
+    if arguments.gradient_checkpointing and not (is_beside or _supports_checkpointing(task.model)):
         raise ValueError(f"{title} does not support gradient_checkpointing on this model.")
-    if first.use_liger_kernel and not is_liger_kernel_available():
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
-    if first.fp16 and first.device.type == "cpu":
+    if arguments.fp16 and arguments.device.type == "cpu":
         raise ValueError("fp16 is for GPUs, and on a CPU everything would be computed in float32; use `bf16` there.")
-    if first.optim_args and first.optim in (*ADAMW, *ADAMW_8BIT):
+    if arguments.optim_args and arguments.optim in (*ADAMW, *ADAMW_8BIT):
         raise ValueError(
-            f"optim_args has no effect on {first.optim.value}: set adam_beta1, adam_beta2 and adam_epsilon instead."
+            f"optim_args has no effect on {arguments.optim.value}: set adam_beta1, adam_beta2 and adam_epsilon instead."
         )
-    if first.optim_target_modules and not first.optim.startswith(_OF_SOME_LAYERS):
+    if arguments.optim_target_modules and not arguments.optim.startswith(_OF_SOME_LAYERS):
         raise ValueError(
-            f"optim_target_modules has no effect on {first.optim.value}, which optimises all trainable parameters."
+            f"optim_target_modules has no effect on {arguments.optim.value}, which optimises all trainable parameters."
         )
-    if first.eval_steps and task.config.metric is not None:
+    if arguments.eval_steps and task.config.metric is not None:
         raise ValueError("with `metric`, dev rows are measured at each checkpoint: use `save_steps`.")
     for name in ("neftune_noise_alpha", "label_smoothing_factor", "weight_decay", "eval_steps"):
-        if (getattr(first, name) or 0) < 0:
+        if (getattr(arguments, name) or 0) < 0:
             raise ValueError(f"{name} must be at least 0.")
-    if first.neftune_noise_alpha and is_beside:
+    if arguments.neftune_noise_alpha and is_beside:
         raise ValueError(f"neftune_noise_alpha is for embeddings in training mode, in which {title} has none.")
-    if first.label_smoothing_factor:
+    if arguments.label_smoothing_factor:
         if problem in (REGRESSION, MULTI_LABEL):
             raise ValueError(f"label_smoothing_factor is for classes, but the data has {problem.labels}.")
         if task.config.custom_loss:
             raise ValueError("label_smoothing_factor does not go with class_weights or focal_gamma.")
     if task.config.optimizer_in_backward:
-        _check_steps_in_backward(first)
-    stand_in = torch.optim.SGD([torch.zeros(1)], first.learning_rate)
-    get_scheduler(first.lr_scheduler_type, stand_in, 0, 1, first.lr_scheduler_kwargs)
-    if first.gradient_checkpointing:
-        _, options = checkpointing_options(first)
+        _check_steps_in_backward(arguments)
+    stand_in = torch.optim.SGD([torch.zeros(1)], arguments.learning_rate)
+    get_scheduler(arguments.lr_scheduler_type, stand_in, 0, 1, arguments.lr_scheduler_kwargs)
+    if arguments.gradient_checkpointing:
+        _, options = checkpointing_options(arguments)
         checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
-    DataLoader(task.dev_rows, first.eval_batch_size, **loader_options(first))  # type: ignore[arg-type]
+    DataLoader(task.dev_rows, arguments.eval_batch_size, **loader_options(arguments))  # type: ignore[arg-type]
 
 
 def _divide(arguments: TrainingArguments, config: TrainConfig) -> None:
