@@ -115,13 +115,12 @@ class Predictions:
         self._rows: list[tuple[int, Any]] = [*given, *((self._before + number, row) for number, row in rows)]
         self._generates = isinstance(self._predictor, TextGenerator)
         self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._generates else _TEXT
-        self._read = self._read_line
-        self._records: dict[int, Record] = {}  # of the rows that have columns, by their numbers
+        self._records: dict[int, Record] = {}  # of the rows that have columns, by their numbers; none of a txt file
         if file is not None and kind != "txt":
             self._records = {number: row for number, row in self._rows if isinstance(row, dict)}
             if not self._records:
                 raise FastpeftError(f"{name} has no row that can be read. {rows[0][1]}")
-            self._names, self._read = self._pick(text_column), self._read_cells
+            self._names = self._pick(text_column)
         self.count = len(self._rows)
         self.cut = 0
 
@@ -167,9 +166,6 @@ class Predictions:
                 raise FastpeftError(f"{at} has an empty text in column {name!r}. Give one, or remove the row.")
         return texts if len(texts) == 2 else texts[0]
 
-    def _read_line(self, row: Record, at: RowRef) -> Any:
-        return row["text"].strip()
-
     def __iter__(self) -> Iterator[tuple[list[Prediction], list[FastpeftError]]]:
         """Predictions, and what is wrong with the rows between them that were left out."""
         self.cut = 0
@@ -187,14 +183,11 @@ class Predictions:
             else:
                 scores = self._predictor.scores(given)
                 self.cut += self._predictor.count_cut(given)
-            answered = zip(encoded, scores)
-            yield (
-                [
-                    Prediction(number, each.text, found, self._records.get(number, {}))
-                    for (number, each), found in answered
-                ],
-                left_out,
-            )
+            answered = [
+                Prediction(number, each.text, found, self._records.get(number, {}))
+                for (number, each), found in zip(encoded, scores)
+            ]
+            yield answered, left_out
 
     def _encode_given(self, number: int, text: Any) -> EncodedText | EmptyTextError:
         """A text; an empty one is left out as a row of a file is."""
@@ -210,7 +203,7 @@ class Predictions:
         if isinstance(row, EncodedText):
             return row
         at = RowRef(self._name, number - self._before)
-        given = self._read(row, at)
+        given = self._read_cells(row, at) if self._records else row["text"].strip()
         try:
             return self._predictor.encode(given)
         except FastpeftError as error:
@@ -243,13 +236,11 @@ class Predictions:
             yield _line(*self._said(prediction.scores, every and problem is not REGRESSION), *texts)
 
     def _said(self, scores: np.ndarray, every: bool) -> list[str]:
+        """What a line says of a text or a word: its class, tag or labels, and their probabilities or those of all."""
         labels, answered = self._answer(scores)
-        return [
-            labels,
-            ", ".join(f"{name} {p:.3f}" for name, p in zip(self.labels, scores))
-            if every
-            else SEPARATOR.join(f"{p:.3f}" for p in answered),
-        ]
+        if every:
+            return [labels, ", ".join(f"{name} {p:.3f}" for name, p in zip(self.labels, scores))]
+        return [labels, SEPARATOR.join(f"{p:.3f}" for p in answered)]
 
     def _answer(self, scores: np.ndarray) -> tuple[str, list[float]]:
         """The class, the tag of a word, or the labels with `|` between them, and the probability of each."""
