@@ -203,19 +203,20 @@ def show_plan(comparison: Comparison, known: Mapping[str, Estimate], budget_mb: 
         Why variants would fail, by the variant.
     """
     cells = comparison.plan.wanted
-    table = Table("cell", "state", "memory, MB", *(["tensors fit"] if budget_mb else []), "time")
+    with_budget = budget_mb is not None
+    table = Table("cell", "state", "memory, MB", *["tensors fit"] * with_budget, "time")
     timed: dict[str, float] = {}
     for cell in cells:
         if cell.state == "finished":
-            table.add_row(cell.name, cell.state, "-", *(["-"] if budget_mb else []), "-")
+            table.add_row(cell.name, cell.state, "-", *["-"] * with_budget, "-")
             continue
         found = known.get(cell.variant, Estimate())
         seconds = found.seconds(comparison.rows_trained(cell))
         timed |= {} if seconds is None else {cell.name: seconds}
         fits = [] if budget_mb is None else [_fits(found, budget_mb)]
-        memory = "-" if found.memory_mb is None else f"{found.memory_mb:,.0f}"
+        peak = "-" if found.memory_mb is None else f"{found.memory_mb:,.0f}"
         time = "fails" if found.error else _time(found, seconds, budget_mb)
-        table.add_row(cell.name, comparison.state(cell), memory, *fits, time)
+        table.add_row(cell.name, comparison.state(cell), peak, *fits, time)
     console.print(table)
     unfinished, executor = [cell for cell in cells if cell.state != "finished"], comparison.executor
     finished = len(cells) - len(unfinished)

@@ -104,11 +104,13 @@ class CompareConfig:
                 "there is no method to compare. Give --methods with one or more of "
                 f"{', '.join((*METHODS, ZERO_SHOT))}; or --suite with one of {', '.join(suite_names())}."
             )
-        if self.suite is not None and get_suite(self.suite) and len(self.prompts) > 1:
-            raise FastpeftError(
-                f"prompts are {', '.join(self.prompts)}, but {self.suite} has rows with a prompt and rows without. "
-                "Give the one prompt of those with, auto, or none to leave them out."
-            )
+        if self.suite is not None:
+            get_suite(self.suite)  # raises where there is none of that name
+            if len(self.prompts) > 1:
+                raise FastpeftError(
+                    f"prompts are {', '.join(self.prompts)}, but {self.suite} has rows with a prompt and rows without. "
+                    "Give the one prompt of those with, auto, or none to leave them out."
+                )
         if self.seeds is not None and (type(self.seeds) is not int or self.seeds < 1):
             raise FastpeftError(f"`seeds` is {self.seeds!r}; it must be a whole number from 1.")
         if self.prompts and "prompt" in self.common:

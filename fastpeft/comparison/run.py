@@ -291,7 +291,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _checked_rows(plan: Plan, option: str) -> TextData | None:
-    """The rows of unfinished variants; where some have labels those, None where several objectives have none.
+    """The rows of unfinished variants, those with labels where any has some; None where several objectives have none.
 
     `option` is how a prompt is given, for the error where its words are not those of the classes.
 
@@ -321,8 +321,9 @@ def _checked_rows(plan: Plan, option: str) -> TextData | None:
             ) from None
     _check_rows(plan, {rows: data.fingerprint for rows, data in loaded.items()})
     labelled = [data for (objective, *_), data in loaded.items() if objective is None]
-    found = labelled or list(loaded.values())
-    return found[0] if len(found) == 1 or labelled else None
+    if not labelled and len(loaded) > 1:
+        return None
+    return next(iter(labelled or loaded.values()), None)
 
 
 def _check_rows(plan: Plan, fingerprints: dict[tuple[Any, ...], str]) -> None:

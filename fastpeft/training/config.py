@@ -74,7 +74,7 @@ class Option(NamedTuple):
         unset: what None stands for.
         least, most: the range of a whole number.
         choices: the texts that are allowed. Empty: any text.
-        stored: of choices that files have otherwise, what they have, which is allowed too.
+        stored: the names by which `run.json` has some choices, by the choice. They are allowed as values too.
         metavar: what stands for a value on the command line. None: N for a number, NAME for a text.
         folder: whether the value is the name of a folder.
         panel: the heading under which help has it.

@@ -73,9 +73,6 @@ def evaluate(
         )
     kept = RunFolder(folder)
     trained_on, metrics = kept.trained_on(), kept.metrics()
-    known = metrics.get("most_frequent_class", {})
-    told = known.get("classes") or [known.get("class")]
-    frequent = [run.labels.index(name) for name in told] if {*told} <= {*run.labels} else None
     config, warnings = run.config, result_warnings.of_threshold(metrics.get("threshold_rows") or 0)
     if data is not None:
         dev = load_rows(
@@ -87,6 +84,9 @@ def evaluate(
             trained_with=(config.text_column, config.label_column),
             found=run.columns,
         )
+        known = metrics.get("most_frequent_class", {})
+        always = known.get("classes") or [known.get("class")]
+        frequent = [run.labels.index(name) for name in always] if {*always} <= {*run.labels} else None
     else:
         own = _own_data(run, folder)
         dev = own.dev

@@ -105,7 +105,7 @@ def _measure(trainer: RunTrainer, task: Task, before: Beginning) -> _Measured:
     data, chosen = task.data, _take_best(trainer, task)
     # before anything is measured again, which is logged too
     points = {
-        name: [(0, before.scores[name]), *trainer.points(f"eval_{name}")] for name in {task.metric: None, LOSS: None}
+        name: [(0, before.scores[name]), *trainer.points(f"eval_{name}")] for name in dict.fromkeys((task.metric, LOSS))
     }
     threshold = None
     if task.threshold_rows:

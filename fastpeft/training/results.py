@@ -64,15 +64,12 @@ def _results(metrics: Mapping[str, Any]) -> dict[str, str]:
     """What a card shows of the values of a `metrics.json`."""
     problem = get_problem(metrics["problem_type"])
     title, always = TITLES[problem.primary], metrics.get("most_frequent_class", {})
-    known = problem.primary in always
-    baseline = {f"{title} of always answering {always['class']}": f"{always[problem.primary]:.3f}"} if known else {}
-    return {
-        **{TITLES[name]: f"{metrics[name]:.3f}" for name in problem.metrics},
-        f"{title} before training": f"{metrics[f'{problem.primary}_before']:.3f}",
-        **baseline,
-        **memory(metrics),
-        "trainable parameters": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}",
-    }
+    shown = {TITLES[name]: f"{metrics[name]:.3f}" for name in problem.metrics}
+    shown[f"{title} before training"] = f"{metrics[f'{problem.primary}_before']:.3f}"
+    if problem.primary in always:
+        shown[f"{title} of always answering {always['class']}"] = f"{always[problem.primary]:.3f}"
+    parameters = f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}"
+    return {**shown, **memory(metrics), "trainable parameters": parameters}
 
 
 def threshold_in_words(metrics: Mapping[str, Any]) -> str | None:

@@ -55,7 +55,8 @@ def _write_results(file: Path, cells: Iterable[Cell]) -> None:
         own = {"variant": cell.variant, "method": cell.method, "seed": cell.seed, "state": cell.state}
         own |= {"search": True} if cell.search else {}
         last = {"versions": sections.versions(metrics), "error": cell.error()}
-        plain = {name: value for name, value in metrics.items() if not isinstance(value, (list, dict))}
-        rows.append({**own, **plain, **own, **last})
+        others = {name: value for name, value in metrics.items() if name not in own}
+        plain = {name: value for name, value in others.items() if not isinstance(value, (list, dict))}
+        rows.append({**own, **plain, **last})
     columns = dict.fromkeys(name for row in (max(rows, key=len), *rows) for name in row)
     files.write_csv(file, rows, columns)
