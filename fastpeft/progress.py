@@ -78,13 +78,15 @@ class _Stages(ABC):
         self.paces: dict[str, _Pace] = {}
 
     def __call__(self, stage: str, done: int, total: int | None, measured: Mapping[str, float]) -> None:
-        begins = stage not in self.paces or done < self.paces[stage].done
-        moved = begins or done != self.paces[stage].done
-        if begins:
-            self.paces[stage] = _Pace(done)
-        self.paces[stage].done = done
-        changed, self.stage = begins or stage != self.stage, stage
-        self.show(stage, done, total, measured, changed or (moved and done == total))
+        pace = self.paces.get(stage)
+        if pace is None or done < pace.done:  # it begins, or begins anew
+            pace, notable = _Pace(done), True
+            self.paces[stage] = pace
+        else:
+            ends = done == total != pace.done  # later reports tell the end again
+            notable = ends or stage != self.stage
+        pace.done, self.stage = done, stage
+        self.show(stage, done, total, measured, notable)
 
     @abstractmethod
     def show(self, stage: str, done: int, total: int | None, measured: Mapping[str, float], notable: bool) -> None:

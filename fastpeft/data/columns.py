@@ -163,10 +163,14 @@ def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], f
 
 
 def own_columns(given: str | None, named: str | None, found: str | None, table: Table, option: str) -> str | None:
-    """The columns that a person names, else those that a run was trained with.
+    """Which columns of `table` a finished run reads. None: they are to be found by their usual names.
 
-    Those are the ones that were `named` for the run, where `table` has some of them, with a warning where it has none;
-    else those that were `found` by their usual names, where it has all of them.
+    Args:
+        given: what a person names now; it is taken as it is.
+        named: what a person named for the training; it is taken if `table` has one of these, with a warning if not.
+        found: if none were named, what the training found by usual names; it is taken if `table` has all of these.
+        table: the rows to read.
+        option: names the columns on the command line, for the warning.
     """
     if given is not None:
         return given

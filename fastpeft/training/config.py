@@ -36,7 +36,6 @@ FOR_LABELS = (
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each the name of its package, and of the Trainer's callback
 _HIGHEST_SEED = 2**32 - 1
 
-
 # what to do with a value that is in memory, where a name is asked for
 _AS_FILE = {
     "data": " Write the rows to a csv, jsonl or parquet file and give its path.",
