@@ -26,15 +26,15 @@ def most_rows(length: int, size: int, tokens: int | None) -> int:
 
 def order_by_length(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """The places of rows of tokens, from the shortest on: batches in this order pad little."""
-    return _sorted(_lengths(rows))
+    lengths = [len(row["input_ids"]) for row in rows]
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
 def by_length(rows: Sequence[Mapping[str, Any]], size: int, tokens: int | None = None) -> Iterator[list[int]]:
     """The places of `order_by_length`, at a time as many as `most_rows` says of the longest of them."""
     batch: list[int] = []
-    lengths = _lengths(rows)
-    for place in _sorted(lengths):
-        if len(batch) >= most_rows(lengths[place], size, tokens):
+    for place in order_by_length(rows):
+        if len(batch) >= most_rows(len(rows[place]["input_ids"]), size, tokens):
             yield batch
             batch = []
         batch.append(place)
@@ -75,11 +75,3 @@ def compute_by_length(
             half,
         )
         batches = [batch[start : start + half] for batch in (chosen, *batches) for start in range(0, len(batch), half)]
-
-
-def _lengths(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    return [len(row["input_ids"]) for row in rows]
-
-
-def _sorted(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lengths.__getitem__)

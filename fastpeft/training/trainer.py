@@ -99,8 +99,12 @@ class RunTrainer(Trainer):
         self.starts_from_a_run = task.config.init_from is not None
         self.custom_loss = training_loss(task.config, task.data) if task.config.custom_loss else None
         curve_rows: Sequence[TokenRow] = task.dev_rows
+        measuring: list[TrainerCallback] = [MeasuredCheckpoints()]
         if self.chosen_by is None:
             curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), CURVE_ROWS))
+            measuring = [CurvePoints(len(curve_rows))]
+        elif task.config.patience is not None:
+            measuring.append(Patience(self.chosen_by, task.config.patience))
         self.reports = Reports(self.clock, self.problem.primary, task.method.optimization.zeroth_order)
         multiple = 8 if arguments.device.type == "cuda" else None  # the tile of matrix units
         super().__init__(
@@ -114,7 +118,7 @@ class RunTrainer(Trainer):
             preprocess_logits_for_metrics=_logits_alone,
             callbacks=[
                 EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
-                *self._measuring(len(curve_rows), task.config.patience),
+                *measuring,
                 KeptTimings(folder),
                 WholeCheckpoints(folder, self.chosen_by, self.ranks),
                 self.stopping,
@@ -156,13 +160,6 @@ class RunTrainer(Trainer):
             if hasattr(callback, "setup"):
                 callback.setup(self.args, self.state, self.model)
             self.add_callback(callback)
-
-    def _measuring(self, rows: int, patience: int | None) -> list[TrainerCallback]:
-        """What decides when the metric is measured, and what follows from it."""
-        if self.chosen_by is None:
-            return [CurvePoints(rows)]
-        ending = [] if patience is None else [Patience(self.chosen_by, patience)]
-        return [MeasuredCheckpoints(), *ending]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return self.accelerator.prepare(
