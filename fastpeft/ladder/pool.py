@@ -320,12 +320,17 @@ class LadderPool:
             `(task, output)`, where the output has `loss` and `logits` with their graph.
 
         Raises:
-            FastpeftError: a task is not in the pool, or a batch has unknown entries.
+            FastpeftError: a task is not in the pool or has no batch, or a batch has unknown entries.
         """
         members = self._members
         given: Any = batch
         by_task = bool(batch) and all(isinstance(value, Mapping) for value in batch.values())
         names = list(tasks if tasks is not None else batch if by_task else members.models)
+        if by_task and (missing := [name for name in names if name not in given]):
+            raise FastpeftError(
+                f"LadderPool.outputs got batches for {', '.join(given)}, and none for {', '.join(missing)} of `tasks`. "
+                "Give one, or leave it out of `tasks`."
+            )
         chosen = {name: members[name] for name in names}
         passed = self._features({name: given[name] if by_task else given for name in names})
         for name, member in chosen.items():

@@ -194,6 +194,8 @@ def test_outputs_for_a_loop_of_ones_own(head: str) -> None:
     assert not list(pool.outputs(batch, tasks=[]))
     with pytest.raises(FastpeftError, match="has no entries"):
         list(pool.outputs({}))
+    with pytest.raises(FastpeftError, match="got batches for 1, and none for 0 of tasks"):
+        list(pool.outputs({"1": batch}, tasks=["0", "1"]))
 
 
 def test_a_call_evaluates_and_leaves_modes_as_they_are() -> None:

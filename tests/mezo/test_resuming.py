@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,11 +209,12 @@ def test_a_killed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Path
     assert both[0] == both[1]
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over_and_a_copy_too(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}
     whole = trained(tmp_path / "whole", **saving)
     killed(tmp_path / "broken", 5, **saving)
     (tmp_path / "broken" / "checkpoint-4" / "trainer_state.json").unlink()
+    shutil.copytree(tmp_path / "broken" / "checkpoint-2", tmp_path / "broken" / "checkpoint-2 (copy)")
     resumed = trained(tmp_path / "broken", resume=True, **saving)
     assert equal(weights(resumed.model), weights(whole.model))
 
