@@ -47,7 +47,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
 
 def _look(tensor: Tensor) -> tuple[Any, ...]:
     """What equal tensors have in common, and few others."""
-    return type(tensor), tensor.shape, tensor.dtype, tensor.device, *samples(tensor).tolist()
+    return type(tensor), tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device, *samples(tensor).tolist()
 
 
 def _has_packs(module: nn.Module) -> bool:

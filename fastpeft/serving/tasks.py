@@ -252,6 +252,7 @@ class Tasks:
         model, *others = (inside_prompt(each.classifier.model) for each in (run, *(task.run for task in self)))
         if isinstance(model, LadderModel):
             return 0
+        model.requires_grad_(False)  # what trained in one run is frozen in another, and both only answer
         return share_weights(model, (other for other in others if not isinstance(other, LadderModel)))
 
     def _placed(self, name: str, run: FinishedRun, predictor: Predictor | None) -> Task:
