@@ -60,6 +60,19 @@ def test_packs_are_shared_with_their_weight() -> None:
     assert second[1].packs is not first[1].packs
 
 
+def test_a_run_that_packs_nothing_gets_no_packs() -> None:
+    first = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    second = copy.deepcopy(first)
+    for model in (first, second):
+        set_packing(model)
+    first[0].packs.enabled = False
+    packs = [model[0].packs for model in (first, second)]
+    share_weights(second, [first])
+    share_weights(first, [second])
+    assert second[0].weight is first[0].weight
+    assert [model[0].packs for model in (first, second)] == packs
+
+
 def test_a_further_adapter_holds_little_and_answers_to_the_same_bits(runs: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(runs / "pairs", other)
