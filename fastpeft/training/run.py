@@ -34,7 +34,6 @@ from fastpeft.ops.autotune import timings
 from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
-from fastpeft.support.environment import best_device
 from fastpeft.support.interrupts import noting_stops
 from fastpeft.support.launcher import is_first, jobs, launched
 from fastpeft.support.nonfinite import is_finite
@@ -45,6 +44,7 @@ from fastpeft.training.config import TrainConfig, check_config
 from fastpeft.training.lineage import check_output, earlier_run
 from fastpeft.training.outcome import Beginning, finish, of_classes, save_model
 from fastpeft.training.run_folder import JOURNAL, TIMINGS, RunFolder, check_whole, model_fingerprint
+from fastpeft.training.setup import training_device
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer, trainer_class
 
@@ -192,7 +192,7 @@ def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
     if given.bf16 is None and resolved.bf16 and not given.in_bfloat16:
         logger.info("computing in bfloat16, which this CPU supports; --no-bf16 (in Python bf16=False) turns it off")
     in_bfloat16 = resolved.bf16 or resolved.settings.get("backbone_dtype") == "bfloat16"
-    device = torch.device(best_device()).type
+    device = training_device(resolved.settings)
     if in_bfloat16 and device == "cpu" and not has_bfloat16():
         logger.warning(
             "this CPU has no bfloat16 instructions: frozen layers compute in float32, and trained layers take several "

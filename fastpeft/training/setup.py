@@ -9,6 +9,8 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from fastpeft.data.examples import Examples, TextData, texts_in_words
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, OBJECTIVES, Problem, get_problem
 from fastpeft.errors import FastpeftError
@@ -189,12 +191,17 @@ def resolve(config: TrainConfig) -> Setup:
     return setup
 
 
+def training_device(settings: Mapping[str, Any]) -> str:
+    """The type of the device that a run with these settings trains on: the accelerator, unless it refuses that."""
+    return "cpu" if settings.get("use_cpu") else torch.device(best_device()).type
+
+
 def _bfloat16(method: Method, arguments: Mapping[str, Any]) -> bool:
     """Whether a run that does not say it computes in bfloat16: on a CPU that has the instructions.
 
     Not by MeZO, whose two losses differ by less than a rounding to bfloat16.
     """
-    on_cpu = arguments.get("use_cpu") or best_device() == "cpu"
+    on_cpu = training_device(arguments) == "cpu"
     chosen = arguments.get("fp16")  # another one
     return bool(on_cpu and not chosen and not method.optimization.zeroth_order and prefers_bfloat16())
 

@@ -24,13 +24,12 @@ from fastpeft.methods.method import Method
 from fastpeft.models import Classifier
 from fastpeft.ops.frozen_linear import set_packing
 from fastpeft.ops.fused_head import fuse_any_head
-from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH_CAUSAL, Encoder
 from fastpeft.training.loading import continue_earlier, earlier_context, load_start
 from fastpeft.training.prompt_search import search_prompt
-from fastpeft.training.setup import RunSetup, check_reporter, resolve
+from fastpeft.training.setup import RunSetup, check_reporter, resolve, training_device
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class Task:
             train_rows = packed_rows.pack(train_rows, max_length)
         if data.problem.of_texts_alone:
             fuse_any_head(model)
-        if best_device() == "cpu" or not config.pack_weights:
+        if training_device(setup.arguments) == "cpu" or not config.pack_weights:
             set_packing(model, config.pack_weights)
         threshold_rows = kept[0] if kept else TokenRows()
         return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, threshold_rows, max_length, warnings)

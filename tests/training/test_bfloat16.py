@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from fastpeft import TrainConfig, train
 from fastpeft.cli import app
+from fastpeft.ops.frozen_linear import PackedLinear
 from fastpeft.prompts.template import Prompt
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
@@ -108,13 +110,22 @@ def test_that_it_is_slow_is_said(
 def test_a_gpu_that_emulates_it_is_told(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: bool
 ) -> None:
-    monkeypatch.setattr("fastpeft.training.run.best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("fastpeft.training.setup.best_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has or including_emulation)
-    for bf16 in (True, False):
+    for bf16, use_cpu in product((True, False), repeat=2):
         caplog.clear()
-        given = replace(config, bf16=bf16)
+        given = replace(config, bf16=bf16, settings={"use_cpu": use_cpu})
         _tell_precision(given, given)
-        assert ("emulates them slowly" in caplog.text) is (bf16 and not has)
+        assert ("emulates them slowly" in caplog.text) is (bf16 and not (has or use_cpu))
+
+
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_weights_are_packed_where_a_cpu_trains(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, use_cpu: bool
+) -> None:
+    on_a_machine(monkeypatch, has=False, device=torch.device("cuda"))
+    task = Task.load(replace(config, settings={"use_cpu": use_cpu}))
+    assert any(isinstance(module, PackedLinear) for module in task.model.modules()) is use_cpu
 
 
 @pytest.mark.parametrize("has", [True, False])
