@@ -101,7 +101,7 @@ def described(tasks: Tasks) -> list[str]:
             lines.append(f"{', '.join(sorted(together))}: one backbone for all")
         else:
             why = f" ({task.reason})" if task.reason else ""
-            held = f", which has {task.held / 2**20:,.0f} MB of weights from others" if task.held else ""
+            held = f"; {task.held / 2**20:,.0f} MB of its weights are shared" if task.held else ""
             lines.append(f"{task.name}: a model of its own{why}{held}")
     return lines
 
