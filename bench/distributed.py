@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.backbones import MODELS
 from bench.bench_pool import adamw
-from bench.harness import DATA, Row, machine, option_parser, percentiles, put_row
+from bench.harness import DATA, Row, machine, option_parser, percentiles, put_row, resident
 from fastpeft import MeZO
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
@@ -114,14 +114,6 @@ def handed_to_tcp() -> int:
         except OSError:  # it was closed meanwhile
             continue
     return total
-
-
-def resident(name: str) -> int:
-    """Resident bytes of this process, now (`VmRSS`) or at most (`VmHWM`)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise KeyError(name)
 
 
 def step(case: Case, model_name: str) -> tuple[dict[str, float], Callable[[dict[str, Tensor]], None]]:

@@ -139,6 +139,14 @@ def _measure_on_card(file: Path, case: Row, candidates: Candidates, device: torc
 
 
 @cache
+def resident(name: str) -> int:
+    """Resident bytes of this process, now (`VmRSS`), at most (`VmHWM`), or now and of no file (`RssAnon`)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise KeyError(name)
+
+
 def source() -> str:
     """A hash of what is measured: the package's and the kernels' files."""
     root = Path(__file__).parent.parent

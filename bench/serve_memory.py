@@ -13,7 +13,6 @@ runs that adapt the same layers at one rank, and of the 50 MB 10 are the tokeniz
 
 from __future__ import annotations
 
-import csv
 import gc
 import multiprocessing
 import tempfile
@@ -25,10 +24,12 @@ from unittest.mock import patch
 
 import torch
 
-from bench.harness import DATA, Row, machine, option_parser, put_row
+from bench.harness import DATA, Row, machine, option_parser, put_row, resident
 from fastpeft import TrainConfig, train
 from fastpeft.data.examples import load_data
 from fastpeft.serving.tasks import Tasks
+from fastpeft.support.files import write_csv
+from fastpeft.training.memory import MEBIBYTE
 
 FILE = DATA / "serve_memory.csv"
 RUNS = 4  # of each kind; the first loads what all need
@@ -37,10 +38,9 @@ ROWS = 40
 
 def made_runs(model: str, residual: str, folder: Path) -> list[str]:
     """Runs of one step, each from another seed."""
-    data = folder / "rows.csv"
-    with data.open("w", encoding="utf-8", newline="") as file:
-        some = load_data("demo").train
-        csv.writer(file).writerows([("text", "label"), *zip(some.texts[:ROWS], some.labels[:ROWS])])
+    data, some = folder / "rows.csv", load_data("demo").train.take(range(ROWS))
+    rows = [{"text": text, "label": label} for text, label in zip(some.texts, some.labels)]
+    write_csv(data, rows, ("text", "label"))
     runs = [str(folder / str(seed)) for seed in range(RUNS)]
     for seed, run in enumerate(runs):
         given = {"model": model, "data": str(data), "output": run, "settings": {"residual": residual}}
@@ -58,15 +58,8 @@ def memory_after_each(runs: list[str], shares: bool) -> list[tuple[float, float]
         for number, run in enumerate(runs):
             task = tasks.add(str(number), run)
             gc.collect()
-            found.append((anonymous_mb(), task.held / 2**20))
+            found.append((resident("RssAnon") / MEBIBYTE, task.held / MEBIBYTE))
     return found
-
-
-def anonymous_mb() -> float:
-    """Resident memory of this process that is of no file, in MB (2^20 bytes)."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("RssAnon:"))
-    return int(kilobytes) / 1024
 
 
 def record(file: Path, model: str, residuals: Sequence[str] = ("frozen", "implicit")) -> list[Row]:
@@ -79,12 +72,9 @@ def record(file: Path, model: str, residuals: Sequence[str] = ("frozen", "implic
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                     (first, _), *others = process.submit(memory_after_each, runs, shares).result()
                 case = {"model": Path(model).name, "residual": residual, "weights": "shared" if shares else "alone"}
-                further = (others[-1][0] - first) / len(others)
-                figures = {
-                    "first_mb": f"{first:.0f}",
-                    "further_mb": f"{further:.0f}",
-                    "held_mb": f"{others[-1][1]:.0f}",
-                }
+                last, held = others[-1]
+                further = (last - first) / len(others)
+                figures = {"first_mb": f"{first:.0f}", "further_mb": f"{further:.0f}", "held_mb": f"{held:.0f}"}
                 rows.append({**case, **figures, **machine(torch.device("cpu"))})
                 put_row(file, rows[-1], (*case, "card"))
     return rows

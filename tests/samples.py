@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from fastpeft import TrainConfig
+from fastpeft import TrainConfig, train
 from fastpeft.methods.registry import METHODS
 from fastpeft.prompts.template import HEADS
 
@@ -203,6 +203,13 @@ CHAT_TEMPLATE = (
     "{% for turn in messages %}<s> {{ turn.role }} {{ turn.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"
 )
+
+
+def save_finished_run(place: Path) -> tuple[str, str]:
+    """In a folder a tiny `model`, rows of two classes in `good.csv`, and `run`, trained on them; the first two."""
+    model, data = str(save_tiny_model(place / "model")), str(write_csv(place / "good.csv", reviews(40)))
+    train(TrainConfig(output=str(place / "run"), method="lora", model=model, data=data, max_steps=1))
+    return model, data
 
 
 def save_tiny_decoder(folder: Path, **changes: Any) -> Path:

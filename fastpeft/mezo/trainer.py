@@ -225,10 +225,8 @@ class MeZOTrainer(Trainer):
         return Path(self.args.output_dir) / FILE_NAME
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints that were written whole, in the order of their steps. A copy of one is a person's."""
-        states = Path(self.args.output_dir).glob(f"checkpoint-*/{STATE_FILE}")
-        whole = {state.parent.name.removeprefix("checkpoint-"): state.parent for state in states}
-        return [whole[step] for step in sorted(filter(str.isdecimal, whole), key=int)]
+        """The checkpoints that were written whole, in the order of their steps."""
+        return [each for each in files.checkpoints_in(Path(self.args.output_dir)) if (each / STATE_FILE).exists()]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. With a journal, `resume_from_checkpoint=True` goes on from its last step.

@@ -23,7 +23,7 @@ def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> int:
     """
     theirs = [module for other in others for module in other.modules()]
     known = {_look(tensor): tensor for module in theirs for _, _, tensor in _tensors(module)}
-    packs = {_packed(module): module.packs for module in theirs if _packs(module)}
+    packs = {_packed(module): module.packs for module in theirs if _packs_its_weight(module)}
     shared: dict[Tensor, int] = {}
     for module in model.modules():
         for holder, name, own in _tensors(module):
@@ -31,7 +31,7 @@ def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> int:
             if other is not None and torch.equal(other, own):
                 holder[name] = other
                 shared[other] = other.nbytes  # of tied ones once
-        if _packs(module):
+        if _packs_its_weight(module):
             module.packs = packs.get(_packed(module), module.packs)
     return sum(shared.values())
 
@@ -50,7 +50,7 @@ def _look(tensor: Tensor) -> tuple[Any, ...]:
     return type(tensor), tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device, *samples(tensor).tolist()
 
 
-def _packs(module: nn.Module) -> bool:
+def _packs_its_weight(module: nn.Module) -> bool:
     """Whether a layer packs its weight, which a run may refuse."""
     packs = getattr(module, "packs", None)
     return isinstance(packs, Packs) and packs.enabled

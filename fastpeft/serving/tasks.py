@@ -223,11 +223,10 @@ class Tasks:
         try:
             predictor = None if generates_text(folder) else Predictor(folder, self._device, self._max_length)
             run = self._for_generation(load_run(folder, self._device)) if predictor is None else predictor.run
-            held = self._share_weights(run)
             # asked before it shares a backbone, whose answers to others the passes would disturb
             alone = predictor is None and minds_padding(run.classifier.model)
             with self._changing:
-                task = replace(self._placed(name, run, predictor), alone=alone, held=held)
+                task = replace(self._placed(name, run, predictor), alone=alone)
                 try:
                     if predictor is None:
                         task.generate([self._request(task, Conversation(((USER, "a"),)) if run.chats else "a", 1)])
@@ -247,19 +246,15 @@ class Tasks:
         most = run.classifier.max_length
         return replace(run, max_length=min(most, self._max_length or most))
 
-    def _share_weights(self, run: FinishedRun) -> int:
-        """Let the model of a run hold weights of others: not beside a side network, whose packs replace weights."""
-        model, *others = (inside_prompt(each.classifier.model) for each in (run, *(task.run for task in self)))
-        if isinstance(model, LadderModel):
-            return 0
-        model.requires_grad_(False)  # what trained in one run is frozen in another, and both only answer
-        return share_weights(model, (other for other in others if not isinstance(other, LadderModel)))
-
     def _placed(self, name: str, run: FinishedRun, predictor: Predictor | None) -> Task:
         """The run on a backbone that is here already, where there is one that it can share."""
         ladder = inside_prompt(run.classifier.model)
         if not isinstance(ladder, LadderModel):
-            return Task(name, run, predictor, None, f"{run.config.method} has no side network")
+            ladder.requires_grad_(False)  # what trained in one run is frozen in another, and both only answer
+            models = [inside_prompt(task.run.classifier.model) for task in self]
+            # not with a side network's, whose packs replace weights
+            held = share_weights(ladder, [each for each in models if not isinstance(each, LadderModel)])
+            return Task(name, run, predictor, None, f"{run.config.method} has no side network", held=held)
         if predictor is None and not keeps_tokens(ladder):
             return Task(name, run, predictor, None, f"beside a {ladder.backbone.class_name} no earlier tokens are kept")
         reason, member = "", f"{name} {next(self._numbers)}"

@@ -172,6 +172,15 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints in a folder, in the order of their steps.
+
+    What else lies there, as a copy of one, is a person's.
+    """
+    found = {checkpoint.name.removeprefix("checkpoint-"): checkpoint for checkpoint in folder.glob("checkpoint-*")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> None:
     """Write a table to `path` in one atomic step."""
     text = io.StringIO()

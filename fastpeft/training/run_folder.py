@@ -403,9 +403,8 @@ class RunFolder:
         return f"{kept} `fastpeft train --output {shlex.quote(str(self.path))} --resume`."
 
     def all_checkpoints(self) -> list[Path]:
-        """The checkpoints in the order of their steps. What else lies there, as a copy of one, is a person's."""
-        found = self.checkpoints.glob("checkpoint-*")
-        return sorted((each for each in found if each.name.removeprefix("checkpoint-").isdecimal()), key=_step)
+        """The checkpoints in the order of their steps."""
+        return files.checkpoints_in(self.checkpoints)
 
     def newest_checkpoint(self, up_to: int | None = None) -> Path | None:
         """The checkpoint of the latest step, or of the latest that is not after step `up_to`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import pairs, reviews, save_tiny_model, snapshot, tagged, write_csv, write_jsonl
+from samples import pairs, reviews, save_finished_run, save_tiny_model, snapshot, tagged, write_csv, write_jsonl
 from transformers import AutoModelForMaskedLM, TrainerCallback
 from typer.testing import CliRunner
 from unprivileged import bound_by_modes
@@ -23,10 +23,7 @@ from fastpeft.training.estimates import plan
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, good data, a finished run, and one file for everything that can be broken."""
     place = tmp_path_factory.mktemp("place")
-    save_tiny_model(place / "model")
-    write_csv(place / "good.csv", reviews(40))
-    model, data = str(place / "model"), str(place / "good.csv")
-    train(TrainConfig(output=str(place / "run"), method="lora", model=model, data=data, max_steps=1))
+    model, data = save_finished_run(place)
     (place / "unfinished").mkdir()
     (place / "unfinished" / "run.json").write_bytes((place / "run" / "run.json").read_bytes())
     (place / "foreign").mkdir()

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from samples import reviews, save_tiny_model, snapshot, write_csv
+from samples import save_finished_run, snapshot
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from fastpeft import CompareConfig, FastpeftError, TrainConfig, compare, train
+from fastpeft import CompareConfig, FastpeftError, compare
 from fastpeft.cli import app
 
 TRAIN = ("train", "--method", "lora", "--model", "model", "--data", "good.csv", "--output", "new")
@@ -20,10 +20,7 @@ TRAIN = ("train", "--method", "lora", "--model", "model", "--data", "good.csv", 
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, data and a finished run."""
     place = tmp_path_factory.mktemp("place")
-    save_tiny_model(place / "model")
-    write_csv(place / "good.csv", reviews(40))
-    model, data = str(place / "model"), str(place / "good.csv")
-    train(TrainConfig(output=str(place / "run"), method="lora", model=model, data=data, max_steps=1))
+    save_finished_run(place)
     return place
 
 
