@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench.timers import WARM_UP, captured, elapsed, elapsed_cold, peak_mb
+from bench.timers import WARM_UP, captured, elapsed, elapsed_cold, keep_freed_memory, peak_mb
 from fastpeft.support.environment import versions
 from fastpeft.support.files import write_csv
 from fastpeft.support.processor import cpu_name
@@ -45,6 +45,8 @@ def interleave(
     timer: Callable[[Callable[[], object], torch.device, int], float] = elapsed,
 ) -> dict[str, list[float]]:
     """Seconds of every candidate in every round."""
+    if device.type == "cpu":
+        keep_freed_memory()
     repeats = {}
     for name, run in candidates.items():
         warm = min(timer(run, device, 1) for _ in range(WARM_UP))

@@ -143,7 +143,7 @@ def plot_overview(file: Path) -> None:
         axes.plot([], [], marker, color=color, label=label)
     axes.legend(fontsize=9)
     axes.set_xlim(0, 480)
-    axes.set_ylim(0, 240)
+    axes.set_ylim(0, 300)
     axes.set_xlabel("peak memory of a training step, MB (less is better)")
     axes.set_ylabel("samples a second (more is better)")
     axes.grid(alpha=0.3)
