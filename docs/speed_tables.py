@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from memory_tables import large
-from table_rows import NAMES, Row, rows, table, whole
+from table_rows import NAMES, Row, all_cells, rows, table, whole
 
 
 def _ratios(found: Iterable[Row], names: dict[str, str]) -> list[list[str]]:
@@ -441,6 +441,24 @@ def growth() -> str:
     }
     body = ([*axis, *exponents] for axis, exponents in found.items())
     return table(["method", "size", "exponent of the time", "of the operations"], body)
+
+
+def evidence_hours() -> str:
+    """How long the training of the evidence's cells took, all of a task together."""
+    tasks = {
+        "sst2": "20,000 phrases of SST-2",
+        "sst2-mezo": "the same, MeZO and what starts from it",
+        "sst2-all": "all phrases of SST-2",
+        "trec": "TREC",
+        "wnut17": "WNUT17",
+        "e2e": "E2E",
+    }
+    body = []
+    for task, name in tasks.items():
+        cells = all_cells(task)
+        hours = sum(cell["metrics"]["train_seconds"] for cell in cells) / 3600
+        body.append([name, f"`{task}`", f"{len(cells)}", f"{hours:.0f}"])
+    return table(["rows", "task of `bench.evidence`", "cells", "hours of training on one core"], body)
 
 
 def compiled() -> str:

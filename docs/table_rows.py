@@ -49,7 +49,16 @@ def read(file: Path) -> list[Row]:
 def cells_of(task: str, variant: str) -> list[dict[str, Any]]:
     """The cells of a variant that `python -m bench.evidence` has finished, one a seed."""
     name = re.sub(r"[^\w.+=-]+", "-", variant).strip("-")  # as a comparison names its folders
-    files = sorted((DATA / "evidence" / task).glob(f"{name}-seed*.json"))
+    return _cells(task, f"{name}-seed*.json")
+
+
+def all_cells(task: str) -> list[dict[str, Any]]:
+    """Every cell of a task that `python -m bench.evidence` has finished."""
+    return _cells(task, "*.json")
+
+
+def _cells(task: str, pattern: str) -> list[dict[str, Any]]:
+    files = sorted((DATA / "evidence" / task).glob(pattern))
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 

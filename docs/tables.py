@@ -76,6 +76,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distributed": speed_tables.distributed,
     "distributed-beyond": speed_tables.distributed_beyond,
     "growth": speed_tables.growth,
+    "evidence-hours": speed_tables.evidence_hours,
     "compiled": speed_tables.compiled,
     "kills": reliability_tables.kills,
     "endurance": reliability_tables.endurance,
