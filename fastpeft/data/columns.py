@@ -127,7 +127,7 @@ def pick_columns(
 def _cannot_tell(table: Table, option: str, problem: Problem | None) -> FastpeftError:
     """The error where no column is the one that `option` would name."""
     left = _left(table.columns, ())
-    pair = _completion(left)
+    pair = _pair_of(COMPLETION_COLUMNS, left)
     said = beside = ""
     if (problem is None or not problem.of_texts_alone) and (pair or _find_prompts(table)):
         said = "; or, to train a language model on these texts, give --objective causal"
@@ -237,9 +237,8 @@ def _has_words(table: Table, texts: Sequence[str]) -> bool:
 
 def _find_texts(left: Mapping[str, str], tagged: bool, alone: bool) -> tuple[str, ...]:
     """The column of texts, or two, among those that `_left` gave; `alone`: the only one is it, whatever its name."""
-    pair = next((pair for pair in PAIR_COLUMNS if all(name in left for name in pair)), None)
-    if pair and not tagged:
-        return left[pair[0]], left[pair[1]]
+    if (pair := _pair_of(PAIR_COLUMNS, left)) and not tagged:
+        return pair
     if name := _first_of(WORD_COLUMNS if tagged else TEXT_COLUMNS, left):
         return (name,)
     return tuple(left.values()) if alone and len(left) == 1 else ()
@@ -266,12 +265,12 @@ def _find_prompts(table: Table) -> tuple[str, ...]:
         return (column,)
     if not left.keys().isdisjoint(_BESIDE_PROMPTS):  # what an answer depends on too, which would be lost
         return ()
-    return _completion(left)
+    return _pair_of(COMPLETION_COLUMNS, left)
 
 
-def _completion(left: Mapping[str, str]) -> tuple[str, ...]:
-    """The columns of prompts and completions among those that are left."""
-    pair = next((pair for pair in COMPLETION_COLUMNS if all(name in left for name in pair)), ())
+def _pair_of(usual: Sequence[tuple[str, str]], left: Mapping[str, str]) -> tuple[str, ...]:
+    """The first of the usual pairs of names that is left, as the data writes it; empty where none is."""
+    pair = next((pair for pair in usual if all(name in left for name in pair)), ())
     return tuple(left[name] for name in pair)
 
 

@@ -321,12 +321,11 @@ def _read_part(table: Table, columns: Columns, problem: Problem, names: Mapping[
     """The labelled texts of one table; rows that say of themselves that they have no label are left out."""
     if problem.of_texts_alone:
         return [(text, None) for text in _read_texts(table, columns.texts, problem)]
-    texts_from = " and ".join(map(repr, columns.texts))
     logger.info(
         "%s: %s rows, texts from column %s, %s from %s",
         table.name,
         f"{len(table.rows):,}",
-        texts_from,
+        " and ".join(map(repr, columns.texts)),
         problem.labels,
         columns.labels,
     )

@@ -406,6 +406,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         this = LadderPass(self.backbone, run, arguments, self.gradients_from)
         with this.around_base(features):
             outputs = self.base(inputs) if plain else self.base(**called, **divisor, return_dict=True)
+        self._take_problem()
         outputs = self._with_loss(outputs, inputs, labels, this.read) if plain else with_own_cache(outputs, cache)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)
@@ -420,6 +421,12 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             return
         if getattr(self.backbone.text_config, "pad_token_id", None) != padding:
             self.backbone.text_config.pad_token_id = padding
+
+    def _take_problem(self) -> None:
+        """Note which problem the base's head saw in its first labels: pipelines read it in our configuration."""
+        problem = None if self.backbone.plain else getattr(self.backbone.core.config, "problem_type", None)
+        if problem not in (None, self.config.problem_type):
+            self.config.problem_type = problem
 
     def _with_loss(self, outputs: Any, inputs: Any, labels: Tensor | None, read: tuple[int, int] | None) -> Any:
         """What a base that is not a transformers model answers, with its loss; `read` are B and T of its features."""

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, in PEFT's format
 # fields of a base's configuration that other libraries read from a model's, as sentence-transformers and `generate` do
 _SIZES = ("hidden_size", "max_position_embeddings", "vocab_size")
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")  # as transformers names them
 _ON_THE_CARD = (
     *("window_size", "reduction_factor", "fusion", "num_heads", "residual", "normalise_features"),
     *("init", "layer_drop", "share_projections", "output_mix", "backbone_dtype"),
@@ -245,11 +246,15 @@ def agree_on_problem(config: LadderConfig, backbone: Backbone) -> None:
     """Give a transformers base, whose head computes the loss, the `problem_type` that is asked for.
 
     Raises:
-        FastpeftError: it has another.
+        FastpeftError: it has another, or there is none of that name.
     """
+    own = None if backbone.plain else getattr(backbone.core.config, "problem_type", None)
+    if config.problem_type not in (None, own, *_PROBLEMS):  # transformers takes any, and computes no loss for others
+        raise FastpeftError(
+            f"problem_type={config.problem_type!r}; allowed are {', '.join(map(repr, _PROBLEMS))}, and None."
+        )
     if backbone.plain or config.problem_type is None:
         return
-    own = getattr(backbone.core.config, "problem_type", None)
     if own not in (None, config.problem_type):
         raise FastpeftError(
             f"the side network's problem_type is {config.problem_type!r}, but the base's is {own!r}. Load the base "
@@ -259,13 +264,20 @@ def agree_on_problem(config: LadderConfig, backbone: Backbone) -> None:
 
 
 def describe_base(config: LadderConfig, backbone: Backbone) -> None:
-    """Copy the name, revision, class and task of a base into the configuration of its side network."""
+    """Copy the name, revision, class and task of a base into the configuration of its side network.
+
+    Names of classes stay, as `model.config.id2label = ...` gives them, where the base has none for as many.
+    """
     core, text = backbone.core, backbone.text_config
     config.base_class = type(core).__name__
     if backbone.plain:
         return
     sizes = {name: getattr(text, name) for name in _SIZES if hasattr(text, name)}
-    for name, value in {**sizes, **task_fields(core.config)}.items():
+    task = task_fields(core.config)
+    labels = task.get("id2label", {})
+    if len(labels) == config.num_labels and all(label == f"LABEL_{index}" for index, label in labels.items()):
+        task = {name: value for name, value in task.items() if name not in ("id2label", "label2id")}
+    for name, value in {**sizes, **task}.items():
         setattr(config, name, value)
     config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path
     config.base_revision = getattr(core.config, "_commit_hash", None) or config.base_revision

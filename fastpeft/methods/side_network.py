@@ -123,8 +123,8 @@ class SideNetworkMethod(Method):
         if to != "onnx":
             raise FastpeftError(
                 f"{trained} trained a side network ({self.title}), which works beside the layers of its backbone and "
-                "cannot become a part of them. Load it from its own folder; one with a head of "
-                "classes or tags is exported to onnx too."
+                "cannot become a part of them. Load it from its own folder; one that learned labels by a head of its "
+                "own, without a prompt, is exported to onnx too."
             )
 
     def check_successor(self, later: Method, run: EarlierRun) -> None:

@@ -243,12 +243,10 @@ class Packs:
 
     def _holds(self, weight: Tensor) -> bool:
         """Whether what is kept is of this weight as it is now. It runs at every call of a layer."""
-        if type(weight) not in _PLAIN:
-            return _signature(weight) == self._signature
-        return (
-            _signature(weight) == self._signature
-            and weight.data_ptr() == self._samples.data_ptr()  # before they are read: the place may be freed
-            and self._same_samples()
+        return _signature(weight) == self._signature and (
+            type(weight) not in _PLAIN
+            # the place before what is read there: it may be freed
+            or (weight.data_ptr() == self._samples.data_ptr() and self._same_samples())
         )
 
     def _same_samples(self) -> bool:

@@ -170,15 +170,10 @@ class Prompt:
             words[tokens[0]] = word
         return list(words)
 
-    @property
-    def _before_mask(self) -> str:
-        """The template up to the mask, with empty texts."""
-        return re.sub(r"\{\w+\}", "", self.template.partition(MASK)[0])
-
     def _word_tokens(self, tokenizer: Any, word: str) -> list[int]:
         """The tokens that `word` is in its place; none where the tokenizer cannot tell it from others."""
-        line = self._before_mask + word
-        start = len(self._before_mask)
+        before = re.sub(r"\{\w+\}", "", self.template.partition(MASK)[0])  # the template up to the mask
+        line, start = before + word, len(before)
         encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True)
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
         covering = [(token, left) for token, (left, right) in pairs if right > max(start, left)]
@@ -312,12 +307,11 @@ class Prompt:
         """The index of the token at which the model gives the label word: the mask, or the last one of a decoder."""
         if not is_of_decoder(tokenizer):
             return next(index for index, (left, right) in enumerate(offsets) if left <= mask[0] < right)
-        read = [index for index, (left, right) in enumerate(offsets) if left < right]
         if not offsets:
             raise FastpeftError(
                 f"the template {self.template!r} leaves nothing to read of an empty text. Write words before {MASK}."
             )
-        return read[-1] if read else len(offsets) - 1
+        return max((i for i, (left, right) in enumerate(offsets) if left < right), default=len(offsets) - 1)
 
     def _kept_tokens(self, offsets: list[tuple[int, int]], spans: dict[str, tuple[int, int]], limit: int) -> list[int]:
         """Indices of the tokens of a line that stay within `limit`."""
@@ -334,9 +328,7 @@ class Prompt:
                 f"`max_length` {limit} leaves no room for the template {reprlib.repr(self.template)}, which alone "
                 f"takes {len(offsets) - sum(map(len, texts))} tokens. Allow more tokens or shorten the template."
             )
-        dropped = set()
-        for _ in range(excess):
-            dropped.add(max(texts, key=len).pop())
+        dropped = {max(texts, key=len).pop() for _ in range(excess)}
         return [i for i in range(len(offsets)) if i not in dropped]
 
     # -- files -------------------------------------------------------------------------------------------------------

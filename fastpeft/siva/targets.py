@@ -161,8 +161,12 @@ def no_target(peft_config: SivaConfig, linear: Collection[str], model: nn.Module
         )
     wanted = peft_config.target_modules
     shown = sorted(wanted) if isinstance(wanted, set) else repr(wanted)
+    where = ""
+    if peft_config.layers_to_transform is not None:
+        blocks = ", ".join(map(str, _blocks(peft_config, [name for name, _ in model.named_modules()])))
+        where = f" in the blocks layers_to_transform={peft_config.layers_to_transform!r} (here are {blocks or 'none'})"
     return FastpeftError(
-        f"target_modules={shown} matches no linear layer that SiVA may adapt (heads, excluded and separately "
+        f"target_modules={shown} matches no linear layer{where} that SiVA may adapt (heads, excluded and separately "
         f"saved modules are not targets, a string is a regular expression for the whole name). Linear layers "
         f'here end in {", ".join(endings(linear))}; name some of them in a list, or pass "all-linear".'
     )

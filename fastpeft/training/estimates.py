@@ -191,8 +191,7 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
     memory = simulated_peak_mb(task, arguments, _longest(task))
     if budget_mb is not None and (memory is None or memory > budget_mb):
         return Estimate(memory)
-    rows = len(task.dev_rows)
-    read = 2 * rows + _measured_between(task, arguments)  # before and after, and between
+    read = 2 * len(task.dev_rows) + _measured_between(task, arguments)  # before and after, and between
     with tempfile.TemporaryDirectory() as elsewhere:
         # no checkpoint and no cache of features, which would be written, and no report of it
         unmeasured: dict[str, Any] = {"save_steps": None, "metric": None, "patience": None}

@@ -35,7 +35,7 @@ def card_fields(
         "labels": metrics["labels"],
         "labels_are": get_problem(metrics["problem_type"]).labels,
         "answers": _answers_in_words(metrics if measured else {**metrics, "threshold": None}),
-        "chosen_by": _chosen_by(metrics) if measured else None,
+        "chosen_by": title_of(metrics["metric"]) if measured and metrics["best_step"] is not None else None,
         "metrics": _results(metrics) if measured else None,
         "settings": {**recipe, "max_length": metrics["max_length"], **_settings(config)},
     }
@@ -105,11 +105,6 @@ def class_scores(metrics: Mapping[str, Any]) -> dict[str, str]:
     if len(shown) < len(known):
         rows["all classes"] = f"{len(known):,}, of which these have the lowest F1"
     return rows
-
-
-def _chosen_by(metrics: Mapping[str, Any]) -> str | None:
-    """The metric by which the checkpoint of a `metrics.json` was chosen, in words; None where it is the last."""
-    return None if metrics["best_step"] is None else title_of(metrics["metric"])
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

@@ -306,6 +306,19 @@ def test_the_problem_type_that_is_asked_for_is_the_bases_too() -> None:
     torch.testing.assert_close(output.loss, (output.logits - labels).square().mean())
     with pytest.raises(FastpeftError, match="the base's is 'regression'"):
         LadderModel(model.base, LadderConfig(reduction_factor=4, problem_type="multi_label_classification"))
+    misspelt = LadderConfig(reduction_factor=4, feature_modules=["0", "2"], problem_type="multi_label")
+    for base in (tiny(num_labels=3), perceptron()):
+        misspelt.feature_modules = ["0", "2"] if isinstance(base, nn.Sequential) else None
+        with pytest.raises(FastpeftError, match="problem_type='multi_label'; allowed are 'regression'"):
+            LadderModel(base, misspelt)
+
+
+def test_the_problem_that_the_bases_head_sees_in_labels_is_told_to_pipelines() -> None:
+    """As a transformers model tells it: its pipelines give a number as it is, and of several labels the sigmoid."""
+    for labels, problem in ((torch.randn(3, 1), "regression"), (torch.ones(3, 2), "multi_label_classification")):
+        model = LadderModel(tiny(num_labels=labels.shape[1]), LadderConfig(reduction_factor=4))
+        model(IDS, labels=labels)
+        assert model.config.problem_type == problem
 
 
 def test_losses_beside_a_plain_module() -> None:

@@ -147,6 +147,20 @@ def test_words_are_counted_in_the_revision_that_is_loaded_again(
     assert "by whose name it is loaded again, 9." in caplog.text
 
 
+def test_names_of_classes_that_the_base_lacks_are_kept(tmp_path: Path, half_checkpoint: Path) -> None:
+    names, none = {0: "a", 1: "b", 2: "c"}, {index: f"LABEL_{index}" for index in range(3)}
+    model = ladder(classifier(half_checkpoint, id2label=none))
+    assert model.config.id2label == none
+    model.config.id2label = names
+    model.save_pretrained(tmp_path)
+    assert LadderModel.from_pretrained(tmp_path).config.id2label == names
+    nameless = classifier(half_checkpoint, id2label=none)
+    assert LadderModel.from_pretrained(tmp_path, base=nameless).config.id2label == names
+    assert ladder(classifier(half_checkpoint, id2label=none), id2label=names).config.id2label == names
+    named = classifier(half_checkpoint)
+    assert ladder(named, id2label=names).config.id2label == named.config.id2label
+
+
 def test_auto_classes_and_pipelines(tmp_path: Path, half_checkpoint: Path) -> None:
     model = train_a_little(ladder(classifier(half_checkpoint)))
     model.save_pretrained(tmp_path)

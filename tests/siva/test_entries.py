@@ -243,7 +243,10 @@ def test_names_of_a_saved_adapter_are_taken_as_they_are(tmp_path: Path) -> None:
 def test_no_target_left_is_said(given: dict[str, Any]) -> None:
     base = tiny()
     expected = answers(base)
-    with pytest.raises(FastpeftError, match="matches no linear layer"):
+    chosen = given.get("layers_to_transform")
+    there = "none" if "layers_pattern" in given else "0, 1"
+    where = "" if chosen is None else f" in the blocks layers_to_transform={chosen} (here are {there})"
+    with pytest.raises(FastpeftError, match=re.escape(f"matches no linear layer{where} that")):
         peft.get_peft_model(base, config(**given))
     assert answers(base).equal(expected)
 

@@ -102,7 +102,8 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
     told = [_highest(compared, best, scores, title)]
     held = [pair for pair in tested if best[0] in (pair.first.name, pair.second.name)] if len(best) == 1 else []
     above = [pair.second.name for pair in held if pair.significant and pair.first.name == best[0]]
-    rest = [_other(pair, best[0]) for pair in held if _other(pair, best[0]) not in above]
+    others = [name for pair in held for name in (pair.first.name, pair.second.name) if name != best[0]]
+    rest = [name for name in others if name not in above]
     if above:
         told += [f"significantly above {_counted(above, held)}"]
         told += [f"not significantly above {_counted(rest, held)}"] if rest else []
@@ -126,10 +127,6 @@ def _counted(names: Sequence[str], held: Sequence[Pair]) -> str:
     if len(names) <= _NAMED:
         return listed(names)
     return f"all {len(names)} others" if len(names) == len(held) else f"{len(names)} of the other {len(held)}"
-
-
-def _other(pair: Pair, name: str) -> str:
-    return pair.second.name if pair.first.name == name else pair.first.name
 
 
 def limits(tested: Sequence[Pair]) -> str:
