@@ -80,8 +80,7 @@ class Problem:
         loss: the mean over rows, or over labelled tokens, that training lowers, of the same outputs and labels. None:
             `score` has it.
         tested: the metric that paired tests compare: `sum(a) / sum(b)` of two numbers a row. None: none has that form.
-        parts: those two numbers of every row, `(N, 2)`, of the same outputs and labels. None of classes of rows, whose
-            answers are kept.
+        parts: those two numbers of every row, `(N, 2)`, of the same outputs and labels.
         digest: makes the outputs that `score` takes of logits `(B, T, words)` and labels `(B, T)`, where logits are too
             many to be kept. None: they are the logits.
     """
@@ -261,6 +260,7 @@ CLASSIFICATION = Problem(
     has_classes=True,
     loss=_from_scores("cross_entropy"),
     tested=ACCURACY,
+    parts=_from_scores("parts_of_classes"),
 )
 REGRESSION = Problem(
     name="regression",

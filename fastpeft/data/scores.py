@@ -105,6 +105,11 @@ def score_tags(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) ->
     }
 
 
+def parts_of_classes(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """For each row whether its answer was right, and 1: the ratio of their sums is the accuracy."""
+    return np.stack([outputs.argmax(-1) == labels, np.ones_like(labels)], axis=-1).astype(np.int64)
+
+
 def parts_of_entities(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Of each row twice its right entities, and those that it has and those that were told: F1 of whole entities.
 

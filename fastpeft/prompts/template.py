@@ -328,7 +328,9 @@ class Prompt:
                 f"`max_length` {limit} leaves no room for the template {reprlib.repr(self.template)}, which alone "
                 f"takes {len(offsets) - sum(map(len, texts))} tokens. Allow more tokens or shorten the template."
             )
-        dropped = {max(texts, key=len).pop() for _ in range(excess)}
+        dropped = set()
+        for _ in range(excess):
+            dropped.add(max(texts, key=len).pop())
         return [i for i in range(len(offsets)) if i not in dropped]
 
     # -- files -------------------------------------------------------------------------------------------------------

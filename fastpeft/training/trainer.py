@@ -212,7 +212,7 @@ class RunTrainer(Trainer):
 
     def parts(self, rows: Sequence[TokenRow], threshold: float | None) -> list[list[int]]:
         """The `parts` of the problem's tested metric of each of `rows`, which were measured last."""
-        assert self.problem.parts is not None  # which is so where the problem has a tested metric, but of classes
+        assert self.problem.parts is not None  # which is so where the problem has a tested metric
         outputs = self.problem.decided(self._outputs, threshold)
         return _as_given(rows, self.problem.parts(outputs, self._labels, self.labels))
 

@@ -440,7 +440,9 @@ def test_a_pickle_is_the_problem_itself(problem: Problem) -> None:
     assert pickle.loads(pickle.dumps(problem)) is problem
 
 
-@pytest.mark.parametrize("problem", [TAGGING, MULTI_LABEL, MASKED_WORDS, NEXT_WORDS], ids=lambda p: p.short)
+@pytest.mark.parametrize(
+    "problem", [CLASSIFICATION, TAGGING, MULTI_LABEL, MASKED_WORDS, NEXT_WORDS], ids=lambda p: p.short
+)
 def test_the_tested_metric_is_a_ratio_of_sums_over_rows(problem: Problem) -> None:
     assert problem.tested is not None
     assert problem.parts is not None
