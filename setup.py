@@ -1,10 +1,10 @@
 """The compiled part of fastpeft. Everything else is in pyproject.toml.
 
-    FASTPEFT_BUILD_CPP=auto|0|1     fastpeft._C: C++ on libtorch's stable ABI, links no CUDA
+    FASTPEFT_BUILD_CPP=1|0          fastpeft._C: C++ on libtorch's stable ABI, links no CUDA
     FASTPEFT_BUILD_CUDA=auto|0|1    fastpeft._C_cuda: csrc/cuda/*.cu, for TORCH_CUDA_ARCH_LIST
 
-`auto` builds what torch, the compiler and nvcc allow and says what it left out: the library then runs on its PyTorch
-reference. `1` makes anything missing, and any compile error, fail the install. `0` builds nothing.
+`1` makes anything missing, and any compile error, fail the build. `0` builds nothing: without `_C` the wheel is pure
+Python, and the library runs on its PyTorch reference. `auto` builds what nvcc and torch allow and says what it left out.
 """
 
 from __future__ import annotations
@@ -33,22 +33,31 @@ CXX_FLAGS = [
 ]
 
 
-def asked(variable: str) -> str:
-    value = os.environ.get(variable, "auto")
-    if value not in ("auto", "0", "1"):
-        raise SystemExit(f"{variable} is {value!r}; allowed are auto, 0 and 1. Correct or unset it.")
+def asked(variable: str, *allowed: str) -> str:
+    """The value of an environment variable; the first of those allowed where it is not set."""
+    value = os.environ.get(variable, allowed[0])
+    if value not in allowed:
+        raise SystemExit(f"{variable} is {value!r}; allowed are {', '.join(allowed)}. Correct or unset it.")
     return value
 
 
-BUILD = {"fastpeft._C": asked("FASTPEFT_BUILD_CPP"), "fastpeft._C_cuda": asked("FASTPEFT_BUILD_CUDA")}
+BUILD = {
+    "fastpeft._C": asked("FASTPEFT_BUILD_CPP", "1", "0"),
+    "fastpeft._C_cuda": asked("FASTPEFT_BUILD_CUDA", "auto", "0", "1"),
+}
 
 
 def left_out(module: str, reason: object) -> None:
     """Say that `module` is not built, or stop where it was demanded."""
     message = f"fastpeft: {module} is not built: {reason}"
-    if BUILD[module] == "1":
-        raise SystemExit(message)
-    print(message, file=sys.stderr)
+    if BUILD[module] != "1":
+        print(message, file=sys.stderr)
+        return
+    variable, without = {
+        "fastpeft._C": ("FASTPEFT_BUILD_CPP", "makes the pure-Python wheel, which runs on plain PyTorch"),
+        "fastpeft._C_cuda": ("FASTPEFT_BUILD_CUDA", "leaves it out"),
+    }[module]
+    raise SystemExit(f"{message}. {variable}=0 {without}.")
 
 
 def find_cuda_home() -> str | None:
@@ -80,7 +89,7 @@ def extensions() -> tuple[list, dict]:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError as error:
         for module in wanted:
-            left_out(module, f"{error}; install torch and use pip's --no-build-isolation")
+            left_out(module, f"{error}; build in isolation, or install torch first")
         return [], {}
 
     found = []

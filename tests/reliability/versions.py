@@ -133,7 +133,7 @@ def install(environment: Environment, wheel: Path, folder: Path, log: Path) -> N
     done = run([*pip, "install", *into, *wanted], log)
     if not done.returncode and environment.compiled:
         here = ["--no-build-isolation", "--no-deps", "--no-cache", build("sdist", folder, log)]
-        done = run([*pip, "install", *into, *here], log, env=os.environ | {"FASTPEFT_BUILD_CPP": "1"})
+        done = run([*pip, "install", *into, *here], log)
     if not done.returncode and environment.removed:
         done = run([*pip, "uninstall", *into, *environment.removed], log)
     if done.returncode:
