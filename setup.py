@@ -4,7 +4,8 @@
     FASTPEFT_BUILD_CUDA=auto|0|1    fastpeft._C_cuda: csrc/cuda/*.cu, for TORCH_CUDA_ARCH_LIST
 
 `1` makes anything missing, and any compile error, fail the build. `0` builds nothing: without `_C` the wheel is pure
-Python, and the library runs on its PyTorch reference. `auto` builds what nvcc and torch allow and says what it left out.
+Python, and the library runs on its PyTorch reference. `auto` builds what nvcc and torch allow, and says what it leaves
+out.
 """
 
 from __future__ import annotations

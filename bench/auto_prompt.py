@@ -3,7 +3,8 @@
 Accuracy on dev rows of the bundled model, `bench/data/auto_prompt.csv`: with no training, with no training and
 calibrated, after SiVA on a few rows and after SiVA on 2,000 rows by its recipe. Prompts are found on a few of the same
 2,000 rows, 80 a class that the seed decides; the few that are trained on are the same, by the manual prompt too, in 100
-steps of 16 rows by the recipe's rate. SiVA without a prompt, which learns a head of its own, is the third. The tasks:
+steps of 16 rows by the recipe's rate. SiVA without a prompt, which learns a head of its own, is the third. It adapts
+query and key. The tasks:
 
 - demo: the demo data, its own dev rows; the prompt is LM-BFF's for sentiment.
 - sst2: a copy of SST-2 that `--sst2` names, its own dev rows; the same prompt. Nothing comes from the demo data, which
@@ -152,9 +153,8 @@ def measure(task: str, data: str, prompt: str, way: str, seed: int, runs: Path) 
             written = {"prompt": used.template, "label_words": words}
         if way == "few-shot":
             data, written["max_steps"] = few_rows(data, seed, runs), FEW_STEPS
-        config = TrainConfig(
-            output=str(runs / f"{task}-{prompt}-{way}-{seed}"), data=data, seed=seed, save_steps=SAVE_STEPS, **written
-        )
+        output = str(runs / f"{task}-{prompt}-{way}-{seed}")
+        config = TrainConfig(output=output, data=data, targets="query,key", seed=seed, save_steps=SAVE_STEPS, **written)
         metrics: dict[str, Any] = train(config, resume=True).metrics
     else:
         assert used is not None  # without training there is nothing else to answer

@@ -168,9 +168,9 @@ def pass_gradients(model: nn.Module, targets: Any) -> None:
 
 
 def candidates(device: torch.device, model: str = "demo") -> Candidates:
-    """Every row of the table; SiVA on query and key, its default, first."""
-    default_first = sorted(CELLS, key=lambda cell: (cell.method, cell.targets) != ("siva", "query, key"))
-    return {cell.name: training_step(as_trained(cell, device), device, model) for cell in default_first}
+    """Every row of the table; SiVA on query and key first."""
+    ordered = sorted(CELLS, key=lambda cell: (cell.method, cell.targets) != ("siva", "query, key"))
+    return {cell.name: training_step(as_trained(cell, device), device, model) for cell in ordered}
 
 
 def as_trained(cell: Cell, device: torch.device) -> Cell:

@@ -4,10 +4,10 @@
     python -m bench.slices path/to/sst2 runs/sst2 --rows 5000
     python -m bench.frozen_accuracy models/mpnet runs/sst2 runs/frozen
 
-One epoch of 9-LST over each `backbone_dtype`, computed in float32 but for the backbone, and of SiVA in float32 and in
-bfloat16; seeds 0 to 2. `bench/data/frozen_accuracy.csv` gets a row for each: dev accuracy, its difference to the
-float32 run of the same method and seed, and seconds of training, in which other processes had a part. Cut off, the same
-command goes on where it was.
+One epoch of 9-LST over each `backbone_dtype`, computed in float32 but for the backbone, and of SiVA on query and key in
+float32 and in bfloat16; seeds 0 to 2. `bench/data/frozen_accuracy.csv` gets a row for each: dev accuracy, its
+difference to the float32 run of the same method and seed, and seconds of training, in which other processes had a part.
+Cut off, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastpeft.support.environment import best_device
 FILE = DATA / "frozen_accuracy.csv"
 KEY = ("model", "method", "dtype", "seed")
 SEEDS = 3
+_QUERY_KEY = {"targets": "query,key"}
 # what differs from the method's defaults in float32; the first of a method is what the others are paired with
 CELLS: dict[str, dict[str, dict[str, Any]]] = {
     "k-lst": {
@@ -32,7 +33,7 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
         "bfloat16": {"settings": {"backbone_dtype": "bfloat16"}},
         "int8": {"settings": {"backbone_dtype": "int8"}},
     },
-    "siva": {"float32": {}, "bfloat16": {"bf16": True}},
+    "siva": {"float32": _QUERY_KEY, "bfloat16": {**_QUERY_KEY, "bf16": True}},
 }
 
 

@@ -3,7 +3,7 @@
 `python -m bench.ladder_pretraining runs/pretraining [CELL ...]` trains 9-LST on 2,000 training rows of the demo data,
 measures it on 1,000 others (the slice that `bench.slices` makes, so nothing is chosen by the dev rows), each cell after
 the one that it starts from, and fills `bench/data/ladder_pretraining.csv`. Masked words are learned on all the training
-texts that are not in the slice. Cut off, the same command goes on where it was.
+texts that are not in the slice. SiVA adapts query and key. Cut off, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,14 +22,21 @@ from fastpeft.data.examples import load_data
 FILE = DATA / "ladder_pretraining.csv"
 ALL_LAYERS = 6
 WORDS: dict[str, Any] = {"objective": "mlm"}
+
+
+def _with_siva(layers: int) -> dict[str, Any]:
+    """What lets SiVA train in so many of the last layers."""
+    return {"targets": "query,key", "settings": {"siva_layers": layers}}
+
+
 # each cell: what differs from 9-LST by the defaults, and the cell that it starts from
 CELLS: dict[str, tuple[dict[str, Any], str | None]] = {
     "9-LST": ({}, None),
     "words": (WORDS, None),
     "words, then 9-LST": ({}, "words"),
-    "words jointly with SiVA in all layers": ({**WORDS, "settings": {"siva_layers": ALL_LAYERS}}, None),
+    "words jointly with SiVA in all layers": ({**WORDS, **_with_siva(ALL_LAYERS)}, None),
     "words jointly, then 9-LST": ({}, "words jointly with SiVA in all layers"),
-    "9-LST + SiVA in the last 2 layers": ({"settings": {"siva_layers": 2}}, None),
+    "9-LST + SiVA in the last 2 layers": (_with_siva(2), None),
 }
 MEASURED = ("accuracy", "masked_accuracy", "perplexity", "loss", "learning_rate", "steps", "train_rows", "dev_rows")
 COUNTED = ("trainable_parameters", "peak_memory_mb")

@@ -112,7 +112,7 @@ def step(method: str, sizes: Sizes, device: torch.device) -> Callable[[], object
         return lambda: pool.fit([batch], optimizers)
     model: Any
     if method == "siva":
-        model = get_method("siva").prepare(base, Preparation(["classifier"], sizes.rank, None, {}))
+        model = get_method("siva").prepare(base, Preparation(["classifier"], sizes.rank, ["query", "key"], {}))
     else:
         model = LadderModel(base, side)
     model.to(device).train()

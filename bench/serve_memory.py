@@ -44,7 +44,7 @@ def made_runs(model: str, residual: str, folder: Path) -> list[str]:
     runs = [str(folder / str(seed)) for seed in range(RUNS)]
     for seed, run in enumerate(runs):
         given = {"model": model, "data": str(data), "output": run, "settings": {"residual": residual}}
-        train(TrainConfig(**given, method="siva", max_steps=1, seed=seed))
+        train(TrainConfig(**given, method="siva", targets="query,key", max_steps=1, seed=seed))
     return runs
 
 

@@ -18,7 +18,7 @@ PAPER = get_suite("table2").rows  # which has all of the paper's, with the promp
 
 LAYERS = {"key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
 OWN_LAYERS = {  # where none are given; of LoRA and its kin PEFT's
-    "siva": "query, key",
+    "siva": "all that read hidden states",
     "lora": "query, value",
     "pissa": "query, value",
     "lokr": "query, value",
@@ -101,7 +101,7 @@ def sst2() -> str:
 SUMMARY = {  # of the README: the paper's variant -> (case of memory.csv, candidate of training.csv, what trains)
     "full": ("full fine-tuning", "full", "all weights"),
     LORA: ("LoRA or PiSSA, query and key", "lora-query-key", "factors beside query and key"),
-    "siva": ("**SiVA**, query and key", "siva-query-key", "singular vectors of query and key"),
+    "siva:targets=query+key": ("**SiVA**, query and key", "siva-query-key", "singular vectors of query and key"),
     "k-lst:window=9": ("**9-LST**", "k-lst", "a side network, windows of 9 features"),
     "lst": ("LST", "lst", "a side network, single features"),
     "mezo:prompt=sst2": ("**MeZO**", "mezo", "all weights, by forward passes"),
@@ -177,12 +177,12 @@ OTHERS = {  # that the paper does not have
     f"{LORA}:learning_rate=3.6e-3": "LoRA, three times its rate",
     f"{LORA}:learning_rate=1.2e-3:bf16=false": "LoRA, in float32",
     "siva:targets=key+value:bf16=false": "SiVA, key and value, in float32",
-    "siva:learning_rate=3e-3": "SiVA, three times its rate",
+    "siva:targets=query+key:learning_rate=3e-3": "SiVA, three times its rate",
     "last-n:learning_rate=1.8e-4": "last 3 layers, nine times the rate",
     "head": "head only",
     "bitfit": "BitFit",
     "pissa:rank=4:targets=query+key": "PiSSA",
-    "siva:residual_dtype=nf4": "SiVA in nf4",
+    "siva:targets=query+key:residual_dtype=nf4": "SiVA in nf4",
     "qlora": "QLoRA, all linear",
     "lst": "LST, six blocks",
     "k-lst:window=9": "9-LST, six blocks",
@@ -225,8 +225,8 @@ TAGGING = {  # variants of WNUT17's evidence
     "lora:rank=4:targets=query+key:learning_rate=4e-3": "LoRA",
     "pissa:rank=4:targets=query+key:learning_rate=4e-3": "PiSSA",
     "qlora:learning_rate=1e-3": "QLoRA, all linear",
-    "siva:learning_rate=3e-3": "**SiVA**",
-    "siva:residual_dtype=nf4:learning_rate=3e-3": "**SiVA** in nf4",
+    "siva:targets=query+key:learning_rate=3e-3": "**SiVA**",
+    "siva:targets=query+key:residual_dtype=nf4:learning_rate=3e-3": "**SiVA** in nf4",
     "siva:targets=key+value:learning_rate=3e-3:bf16=false": "**SiVA**, key and value, in float32",
     "siva:targets=key+value:learning_rate=1.5e-3:bf16=false": "**SiVA**, key and value, half that rate",
     "bitfit:learning_rate=4e-3": "BitFit",
@@ -256,6 +256,7 @@ def tagging() -> str:
 
 
 LAST_16 = "layers_to_transform=[14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29]"
+BESIDE_16 = ":siva_layers=16:targets=q_proj+k_proj"
 LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"
 SPEAKING = {  # variants of E2E's evidence
     "lst:layers_per_block=1:normalise_features=false": "LST, a block for each layer, not normalised",
@@ -263,16 +264,16 @@ SPEAKING = {  # variants of E2E's evidence
     "lst:reduction=4:learning_rate=0.002": "LST, twice as wide",
     "lst:side_heads=9": "LST, nine heads in place of one",
     "lst:examples=8": "LST after 8 examples",
-    "lst:siva_layers=4": "LST with SiVA in the last 4 layers",
-    "lst:siva_layers=16": "LST with SiVA in the last 16 layers",
-    "lst:siva_layers=16:learning_rate=0.001": "the same at SiVA's rate",
-    "lst:siva_layers=16:learning_rate=0.001:epochs=3": "the same, three epochs",
+    "lst:siva_layers=4:targets=q_proj+k_proj": "LST with SiVA in the last 4 layers",
+    f"lst{BESIDE_16}": "LST with SiVA in the last 16 layers",
+    f"lst{BESIDE_16}:learning_rate=0.001": "the same at SiVA's rate",
+    f"lst{BESIDE_16}:learning_rate=0.001:epochs=3": "the same, three epochs",
     "k-lst:window=9:layers_per_block=1": "9-LST, a block for each layer",
     "k-lst:window=9": "**9-LST**",
     "k-lst:window=9:residual=state": "9-LST with the state",
-    "k-lst:window=9:siva_layers=16": "9-LST with SiVA in the last 16 layers",
-    "k-lst:window=9:siva_layers=16:learning_rate=0.001": "the same at SiVA's rate",
-    "k-lst:window=9:siva_layers=16:learning_rate=0.001:layer_drop=0.3:feature_dropout=0.3": "the same, blocks left out",
+    f"k-lst:window=9{BESIDE_16}": "9-LST with SiVA in the last 16 layers",
+    f"k-lst:window=9{BESIDE_16}:learning_rate=0.001": "the same at SiVA's rate",
+    f"k-lst:window=9{BESIDE_16}:learning_rate=0.001:layer_drop=0.3:feature_dropout=0.3": "the same, blocks left out",
     "k-lst:window=9:siva_layers=10:rank=8:targets=all-linear:learning_rate=0.001": "9-LST, SiVA in all linear of 10",
     f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of the last 16 layers",
     f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
@@ -318,8 +319,8 @@ GENERALISATION = {  # titles of some of them
     "last-n": "last 3 layers",
     "lst": "LST",
     "k-lst:window=9": "9-LST",
-    "lst:siva_layers=16:learning_rate=0.001": "LST with SiVA in the last 16 layers, at SiVA's rate",
-    "lst:siva_layers=16:learning_rate=0.001:epochs=3": "the same, three epochs",
+    f"lst{BESIDE_16}:learning_rate=0.001": "LST with SiVA in the last 16 layers, at SiVA's rate",
+    f"lst{BESIDE_16}:learning_rate=0.001:epochs=3": "the same, three epochs",
     "k-lst:window=9:siva_layers=10:rank=8:targets=all-linear:learning_rate=0.001": "9-LST, SiVA in all linear of 10",
 }
 

@@ -31,20 +31,18 @@ def fields() -> str:
 
 def recipes() -> str:
     """With what each method trains if a person names nothing else."""
-    from fastpeft.data.names import DEMO
     from fastpeft.methods.registry import METHODS
 
     body = []
     for name, method in METHODS.items():
-        own, demo, causal = (
-            method.recipe.for_model(model, name, causal_lm=causal_lm)
-            for model, causal_lm in (("", False), (DEMO, False), ("", True))
-        )
-        cells = [own.learning_rate, own.weight_decay, own.warmup, own.epochs]
-        rates = [f"{each.learning_rate:g}, {each.epochs:g}" for each in (causal, demo)]
-        body.append([f"`{name}`", *map("{:g}".format, cells), own.schedule, *rates])
-    heads = ["`--method`", "learning rate", "weight decay", "warm-up", "epochs", "schedule"]
-    return table([*heads, "causal: rate, epochs", "bundled model: rate, epochs"], body)
+        own = method.recipe
+        narrow, causal = own.for_model(hidden_size=768), own.for_model(causal_lm=True)
+        rates = [own.learning_rate, narrow.learning_rate, causal.learning_rate, own.head_learning_rate]
+        length = [own.weight_decay, own.warmup, own.epochs, own.least_steps]
+        shown = ["the same" if each is None else f"{each:g}" for each in (*rates, *length)]
+        body.append([f"`{name}`", *shown, own.schedule])
+    heads = ["`--method`", "learning rate", "below a width of 1,024", "of next words", "of a new head"]
+    return table([*heads, "weight decay", "warm-up", "epochs", "but steps at least", "schedule"], body)
 
 
 def section(name: str, command: Any) -> str:

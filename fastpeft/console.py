@@ -176,6 +176,8 @@ def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None)
         *((name.replace("_", " "), f"{value}") for name, value in what.recipe.items()),
     ]
     show_table(f"{config.method} on {config.data}: nothing was written", rows)
+    if what.shortness:
+        console.print(f"Warning: {what.shortness}.", soft_wrap=True)
 
 
 def _fits(known: Estimate, budget_mb: float) -> str:

@@ -215,9 +215,9 @@ def test_what_trains_with_label_words(place: Path) -> None:
     for method in ("siva", "head", "full"):
         counts[method] = run(*TRAIN, *PROMPT, "--method", method, "--dry-run").stdout.split("trainable parameters")[1]
     dense_and_norm = 16 * 16 + 16 + 2 * 16
-    factors = 2 * 2 * 4 * (16 + 16)  # of query and key in two layers
+    factors = 2 * 6 * 4 * (16 + 16)  # of all linear layers in two blocks, none of which is wider
     assert counts["head"].split()[1] == str(dense_and_norm)
-    assert counts["siva"].split()[1] == str(factors)
+    assert counts["siva"].split()[1] == f"{factors:,}"
     assert counts["full"].split()[1] == counts["full"].split()[3]
 
 
@@ -372,6 +372,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     assert "fits" not in shown
     assert [line.split()[-2] for line in shown.splitlines() if "learning rate" in line or "schedule" in line] == [
         "0.0012",
+        "0.51",
         "linear",
     ]
     shown = run(*TRAIN, "--method", "lst", "--cache-features", "kept", "--dry-run", "--memory-budget", "0.01").stdout

@@ -19,7 +19,7 @@ from fastpeft.support.stages import listening, report
 
 
 def adapt() -> None:
-    get_peft_model(tiny(), SivaConfig(r=2, task_type="SEQ_CLS"))
+    get_peft_model(tiny(), SivaConfig(r=2, target_modules=["query", "key"], task_type="SEQ_CLS"))
 
 
 def work() -> None:

@@ -25,6 +25,8 @@ _SHOWN = 5  # names in a sentence
 _FEWEST_POINTS = 10  # of a loss curve that is judged
 _CERTAIN = 2.0  # standard errors
 _ABSENT = ("nan", "NaN", "<NA>", "NA", "N/A", "n/a", "NULL", "null", "None")  # as csv files have what is missing
+_FALL = 0.1  # of the training loss in a fifth of the steps
+_LEARNED = 0.2  # of the first training loss
 _GROSS = 2.0  # times the loss before training
 
 
@@ -194,16 +196,17 @@ def of_changed_rows(data: str) -> list[str]:
 
 
 def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list[str]:
-    """Whether the training loss ended above its start.
+    """Whether the training loss ended above its start, or was still falling at the end.
 
-    It did where either is so:
+    It ended above its start where either is so:
 
     - the median of the last tenth of what was logged, three points at least, is above that of the first tenth by more
       than two standard errors. The noise behind these is the median difference between neighbours, which neither a
       slope nor a few leaps change;
     - the mean of the last tenth is more than twice the loss before training, however large the noise.
 
-    Of fewer than ten points nothing is said.
+    It was still falling where the median of the last fifth is above a fifth of the first loss, and below that of the
+    fifth before by a tenth and by more than two standard errors. Of fewer than ten points nothing is said.
 
     Args:
         points: logged losses, each with its step.
@@ -222,10 +225,21 @@ def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list
     elif median(end) > median(start) + _CERTAIN * error:
         first, last = median(start), median(end)
     else:
-        return []
+        return _still_falling(losses, noise)
     return [
         f"The training loss ended above its start ({first:.3g} at the start, {last:.3g} at the end), so training made "
         "the model worse; lower the learning rate."
+    ]
+
+
+def _still_falling(losses: Sequence[float], noise: float) -> list[str]:
+    size = len(losses) // 5
+    before, end = median(losses[-2 * size : -size]), median(losses[-size:])
+    if end < _LEARNED * losses[0] or before - end < max(_FALL * before, _CERTAIN * noise * 1.25 * math.sqrt(2 / size)):
+        return []
+    return [
+        f"The training loss was still falling at the end ({end:.3g}, from {before:.3g} a fifth of the steps before); "
+        "more epochs would probably give a better model."
     ]
 
 

@@ -68,7 +68,7 @@ class Method(ABC):
         name: as given to `--method`.
         title: as written in a model card.
         description: one line.
-        recipe: how it trains by default; the bundled model has its own, see `recipe_for`.
+        recipe: how it trains by default.
         optimization: how the parameters are trained that it leaves to train.
         options: which of the options in `OPTIONS` it takes.
     """
@@ -83,10 +83,6 @@ class Method(ABC):
     library: ClassVar[str] = "transformers"  # which loads what it saves
     frozen_features: ClassVar[bool] = False  # whether the backbone's features stay the same while it trains
     saves_model: ClassVar[bool] = True  # whether it saves the whole model, and not what it trained alone
-
-    def recipe_for(self, model: str, *, causal_lm: bool = False, hidden_size: int | None = None) -> Recipe:
-        """How it trains `model` by default, see `Recipe.for_model`."""
-        return self.recipe.for_model(model, self.name, causal_lm=causal_lm, hidden_size=hidden_size)
 
     # -- before training -----------------------------------------------------------------------------------------
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastpeft.data.names import DEMO, DEMO_FOLDER
-from fastpeft.support import files
-
-_DEMO_FILE = "recipes.json"
 _WIDE = 1_024  # the hidden size of RoBERTa-large, for which most published rates were found
+_NARROWEST = 384  # that was measured; beside narrower models a head has the rate of these
 
 
 @dataclass(frozen=True)
@@ -19,44 +17,45 @@ class Recipe:
 
     Attributes:
         learning_rate: peak rate of AdamW, or the rate of MeZO.
+        head_learning_rate: peak rate of a new head beside a model as wide as RoBERTa-large, which is divided by a
+            model's width in units of that: a step then changes a class's score equally far. A head begins at random, so
+            that it has further to go than what is pretrained. None: the rate of all else.
         weight_decay: of AdamW, for all that is neither a bias nor of a norm.
         warmup: share of the steps over which the rate rises to its peak.
-        schedule: what follows: `linear` falls to 0, `polynomial` in a straight line to `last_rate`, `constant` stays.
-        last_rate: the rate that `polynomial` ends at; with another peak than `learning_rate`, in proportion to it.
-        epochs: passes over the training rows.
-        for_causal_lm: the fields that differ where a decoder learns next words. By default these are the epochs: after
-            more of them a model repeats what it was told (Taori et al. 2023, Alpaca).
+        schedule: what follows: `linear` falls to 0, `constant` stays.
+        epochs: passes over the training rows, but over few rows as many as come to `least_steps`.
+        least_steps: steps in which a new task is learned.
+        for_causal_lm: the fields that differ where a decoder learns next words. By default few rows are passed over no
+            more often: a model then repeats what it was told (Taori et al. 2023, Alpaca).
         for_narrow: the fields that differ beside a model narrower than RoBERTa-large, but where it learns next words.
     """
 
     learning_rate: float
+    head_learning_rate: float | None = 8e-3
     weight_decay: float = 0.0
     warmup: float = 0.06
     schedule: str = "linear"
-    last_rate: float = 0.0
-    epochs: float = 5
-    for_causal_lm: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 3})
+    epochs: float = 3
+    least_steps: int = 1_200
+    for_causal_lm: Mapping[str, Any] = field(default_factory=lambda: {"least_steps": 0})
     for_narrow: Mapping[str, Any] = field(default_factory=dict)
 
-    def for_model(self, model: str, method: str, *, causal_lm: bool = False, hidden_size: int | None = None) -> Recipe:
+    def for_model(self, *, causal_lm: bool = False, hidden_size: int | None = None) -> Recipe:
         """This recipe as it is for a model.
 
         Args:
-            model: the bundled one has rates of its own, which were found on a slice of the demo's training data.
-            method: its name, for the bundled model's.
             causal_lm: whether the model learns next words.
             hidden_size: the width of the model; None where it is not known, and taken for wide.
         """
         if causal_lm:
             return replace(self, **self.for_causal_lm)
-        if model != DEMO:
-            is_narrow = hidden_size is not None and hidden_size < _WIDE
-            return replace(self, **self.for_narrow) if is_narrow else self
-        recipes: dict[str, Any] = files.read_json(DEMO_FOLDER / _DEMO_FILE)
-        return replace(self, **{**recipes["every method"], **recipes.get(method, {})})
+        width = hidden_size or _WIDE
+        found = replace(self, **self.for_narrow) if width < _WIDE else self
+        if found.head_learning_rate is None:
+            return found
+        of_head = found.head_learning_rate * _WIDE / max(width, _NARROWEST)
+        return replace(found, head_learning_rate=float(f"{of_head:.2g}"))
 
-    def schedule_settings(self, learning_rate: float) -> dict[str, float]:
-        """What the schedule takes beside the peak, in the names of transformers."""
-        if self.schedule != "polynomial":
-            return {}
-        return {"lr_end": self.last_rate * (learning_rate / self.learning_rate), "power": 1.0}
+    def epochs_of(self, steps: float) -> float:
+        """Passes over the training rows, where one is of so many steps."""
+        return max(self.epochs, math.ceil(self.least_steps / steps))

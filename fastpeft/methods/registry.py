@@ -21,17 +21,26 @@ from fastpeft.methods.whole_model import WholeModelMethod, biases, everything, h
 
 # the paper's: 48,000 steps, 11.4 epochs of SST-2; of a narrow model six times the rate, by MPNet-base's loss on rows
 # that it did not learn, see docs/results/paper.md
-_MEZO = Recipe(1e-6, warmup=0.0, schedule="constant", epochs=12, for_causal_lm={}, for_narrow={"learning_rate": 6e-6})
-_LORA = Recipe(4e-4, epochs=10)  # Hu et al. 2022, RoBERTa-large on SST-2; PiSSA is LoRA from another start
+_MEZO = Recipe(
+    1e-6,
+    head_learning_rate=None,
+    warmup=0.0,
+    schedule="constant",
+    epochs=12,
+    least_steps=0,
+    for_causal_lm={},
+    for_narrow={"learning_rate": 6e-6},
+)
+_LORA = Recipe(4e-4)  # Hu et al. 2022, RoBERTa-large on SST-2; PiSSA is LoRA from another start
 # of a narrow model three times the rate, measured with MPNet-base; see docs/results/paper.md
 _LORA_BY_WIDTH = dataclasses.replace(_LORA, for_narrow={"learning_rate": 1.2e-3})
-# the paper's; of words the best of the rates measured here, see `bench/data/words_rates.csv`
+# all of a side network begins at random, and its head with it; of words the best of the rates measured here, see
+# `bench/data/words_rates.csv`
 _SIDE_NETWORK = Recipe(
-    2e-4,
+    2e-3,
+    head_learning_rate=None,
     warmup=0.12,
-    schedule="polynomial",
-    last_rate=2e-6,
-    for_causal_lm={"learning_rate": 3e-3, "last_rate": 3e-5, "epochs": 3},
+    for_causal_lm={"learning_rate": 3e-3, "least_steps": 0},
 )
 
 # what the methods of a family have in common
@@ -67,7 +76,9 @@ METHODS: dict[str, Method] = {
             name="full",
             title="full fine-tuning",
             description="every weight trains",
-            recipe=Recipe(2e-5, weight_decay=0.1, epochs=10),  # Liu et al. 2019, RoBERTa on GLUE: their middle rate
+            recipe=Recipe(
+                2e-5, weight_decay=0.1, for_narrow={"learning_rate": 5e-5}
+            ),  # Liu et al. 2019; Devlin et al. 2019
             trains=everything,
         ),
         _mezo(
@@ -132,13 +143,15 @@ METHODS: dict[str, Method] = {
             name="prompt-tuning",
             title="prompt tuning",
             description="vectors before the words of each text train",
-            recipe=Recipe(1e-3, epochs=20),  # PEFT's example of RoBERTa-large
+            recipe=Recipe(1e-3),  # PEFT's example of RoBERTa-large
         ),
         WholeModelMethod(
             name="last-n",
             title="last layers",
             description="the last layers (3) train",
-            recipe=Recipe(2e-5, weight_decay=0.01),  # the paper's
+            recipe=Recipe(
+                2e-5, weight_decay=0.01, for_narrow={"learning_rate": 1.8e-4}
+            ),  # the paper's; `base_rates.csv`
             trains=last_layers,
             takes={"layers": int},
         ),
@@ -153,7 +166,8 @@ METHODS: dict[str, Method] = {
             name="head",
             title="head only",
             description="the classification head trains on frozen features",
-            recipe=Recipe(1e-3, weight_decay=0.01),
+            # the rates of new heads that train beside others, of which `learning_rate` is the one here
+            recipe=Recipe(8e-3, head_learning_rate=None, weight_decay=0.01, for_narrow={"learning_rate": 1.5e-2}),
             trains=head,
         ),
         _mezo(

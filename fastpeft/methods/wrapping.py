@@ -24,7 +24,7 @@ from fastpeft.prompts.model import inside_prompt
 from fastpeft.siva import SivaConfig
 from fastpeft.siva.grouping import ATTENTION
 from fastpeft.siva.model import check_tokens
-from fastpeft.siva.targets import FUSED, endings
+from fastpeft.siva.targets import endings
 from fastpeft.support.adapter_files import PREFIX
 from fastpeft.support.four_bits import keep_form
 
@@ -46,6 +46,8 @@ _KNOWN = {
     "LoKrConfig": constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,  # of which PEFT's is a copy
     "IA3Config": constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 }
+# projections that hold query, key and value in one matrix
+_FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
 _FEED_FORWARD = ("output.dense", "lin2", "fc2", "down_proj", "wo", "mlp.Wo", "ffn_output")  # from its inside out
 
 
@@ -119,7 +121,7 @@ def _layers(model: nn.Module) -> list[str]:
 
 def _projections(layers: Sequence[str]) -> tuple[str, str, str]:
     """What the projections of query, key and value are called, or the one that makes them; "" where that is unknown."""
-    triples, names = (*ATTENTION, *((name, name, name) for name in FUSED)), {*endings(layers)}
+    triples, names = (*ATTENTION, *((name, name, name) for name in _FUSED)), {*endings(layers)}
     return next((each for each in triples if names.issuperset(each)), ("", "", ""))
 
 

@@ -86,10 +86,11 @@ def plus(initial: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 def scales(s: Tensor, weight: Tensor, step: float) -> tuple[Tensor, Tensor]:
     """The scales of dU and dV with which an optimizer's step moves every triplet of a weight equally far.
 
-    `a_U = step q / (s sqrt(N))` and `a_V = step q / (s sqrt(K))`, where `q = |W0|_F / sqrt(min(N, K))` is the root mean
-    square of the weight's singular values. When Adam moves every entry of dU by eta, each triplet's part of the weight
-    moves by `eta step q` in the spectral norm. A learning rate should fix that norm, by the condition for feature
-    learning of Yang, Simon and Bernstein (2023).
+    `a_U = min(step / sqrt(N), 1) q / s` and `a_V = min(step / sqrt(K), 1) q / s`, where `q = |W0|_F / sqrt(min(N, K))`
+    is the root mean square of the weight's singular values. When Adam moves every entry of dU by eta, each triplet's
+    part of the weight moves by `eta step q` in the spectral norm. A learning rate should fix that norm, by the
+    condition for feature learning of Yang, Simon and Bernstein (2023). Plain SGD moves a triplet by `a^2` times its
+    gradient, and would diverge where few narrow layers make a large; so would Adam's first steps. Hence the 1.
 
     Args:
         s: singular values `(r,)`, the largest first.
@@ -100,9 +101,10 @@ def scales(s: Tensor, weight: Tensor, step: float) -> tuple[Tensor, Tensor]:
         `(r,)` and `(r, 1)`, float32.
     """
     shape = weight.shape
-    step = step * torch.linalg.matrix_norm(weight.float()) / min(shape) ** 0.5
-    a = torch.where(s[0] > 0, step / s.clamp_min(_LEAST * s[0]), 0)  # a weight of zeros trains nothing
-    return a / shape[0] ** 0.5, (a / shape[1] ** 0.5)[:, None]
+    q = torch.linalg.matrix_norm(weight.float()) / min(shape) ** 0.5
+    a = torch.where(s[0] > 0, q / s.clamp_min(_LEAST * s[0]), 0)  # a weight of zeros trains nothing
+    of_u, of_v = (min(step / size**0.5, 1.0) for size in shape)
+    return of_u * a, (of_v * a)[:, None]
 
 
 def weight_of(factor: Tensor, initial: Tensor, scale: Tensor | None) -> Tensor:

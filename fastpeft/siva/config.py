@@ -72,10 +72,10 @@ class SivaConfig(PeftConfig):
     Args:
         r: Number of singular triplets that train.
         target_modules: Names (suffixes) of the linear layers, a regular expression that a whole name must match,
-            or `"all-linear"`. None takes the query and key projections. Heads of transformers models are never
-            targeted. In other modules nothing marks the head: `"all-linear"` takes their output layer too, as it does
-            with LoRA. A layer that is smaller than r then gets its full rank, which is logged and written into
-            `rank_pattern`.
+            or `"all-linear"`. None takes all linear layers but those that read more than a hidden state, as the second
+            one of a feed-forward: for their gradients that wide input would be kept. Heads of transformers models are
+            never targeted. In other modules nothing marks the head: their output layer is taken too, as with LoRA. A
+            layer that is smaller than r then gets its full rank, which is logged and written into `rank_pattern`.
         d: Rank of the decomposition. None keeps the weight whole. A lower rank drops the smallest singular values on
             purpose and needs `residual="frozen"`.
         residual: `"frozen"` stores `W_r` in place of the weight. `"implicit"` leaves the weight untouched and

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, cast_adapter_dtype
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import TrainableTokensWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -33,8 +34,8 @@ from fastpeft.siva.targets import (
     leave_heads_out,
     limit_ranks,
     no_target,
-    query_and_key,
     rank_of,
+    reading_hidden_states,
     tied_parameters,
     warn_of_a_long_start,
     warn_of_stacks,
@@ -51,7 +52,6 @@ logger = logging.getLogger(__name__)
 # weight's, when an optimizer moves every trained entry by 1. It is divided by the number of layers, since their effects
 # add up. A learning rate of 1e-3 then suits all models in `bench/data/siva_rates.csv`.
 SPECTRAL_STEP = 1500.0
-_FEWEST_LAYERS = 12  # the fewest measured; models with fewer layers take no larger steps
 
 
 class SivaModel(BaseTuner):
@@ -105,21 +105,25 @@ class SivaModel(BaseTuner):
                 f"the model is itself a {type(model).__name__}, so there is no module in which to put another in its "
                 "place. Give nn.Sequential(layer), or use fastpeft.SivaLinear.from_linear(layer)."
             )
-        if peft_config.target_modules is None:
-            peft_config.target_modules = query_and_key(model)
         wanted = peft_config.target_modules
-        all_linear = is_all_linear(wanted)
-        _maybe_include_all_linear_layers(peft_config, model)
-        if all_linear and peft_config.layers_to_transform is not None:
-            peft_config.target_modules = in_chosen_blocks(peft_config, peft_config.target_modules)
+        by_kind = wanted is None or is_all_linear(wanted)  # of layers, not by their names
+        if by_kind:
+            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+            _maybe_include_all_linear_layers(peft_config, model)
+            found: Collection[str] = peft_config.target_modules
+            if wanted is None:
+                found = reading_hidden_states(model, found)
+            if peft_config.layers_to_transform is not None:
+                found = in_chosen_blocks(peft_config, found)
+            peft_config.target_modules = found
         targets, linear = self._find_targets(peft_config, model)
         if not targets:
             raise no_target(peft_config, linear, model)
         if peft_config.init_weights != "saved" and self._pissa is None:  # what a file says was given to another model
-            names = () if isinstance(wanted, str) else wanted
+            names = () if wanted is None or isinstance(wanted, str) else wanted
             warn_of_strangers(peft_config, names, linear, targets, model, self._is_head)
-            warn_of_stacks(model, self._is_head, None if all_linear else endings(targets))
-        if all_linear:
+            warn_of_stacks(model, self._is_head, None if by_kind else endings(targets))
+        if by_kind:
             leave_heads_out(peft_config, targets)
             limit_ranks(peft_config, targets)
         check_tokens(peft_config, model)
@@ -171,7 +175,7 @@ class SivaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         r, spectral = rank_of(peft_config, current_key), peft_config.scaling == "spectral"
-        step = SPECTRAL_STEP / max(self._number_of_targets, _FEWEST_LAYERS) if spectral else None
+        step = SPECTRAL_STEP / self._number_of_targets if spectral else None
         if isinstance(target, SivaLinear):
             layer = target
             layer.update_layer(adapter_name, r, peft_config, step)

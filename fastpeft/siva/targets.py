@@ -15,10 +15,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
-from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError, did_you_mean
-from fastpeft.siva import cache, grouping
+from fastpeft.siva import cache
 from fastpeft.siva.config import SivaConfig
 from fastpeft.siva.decompose import check_decomposable
 from fastpeft.siva.frozen import check_kind, matrix, original_fingerprint
@@ -28,35 +27,9 @@ from fastpeft.support.fingerprints import fingerprints_agree
 
 logger = logging.getLogger(__name__)
 
-# Projections that hold query, key and value in one matrix.
-FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
 # Of min(N, K)^2 (N + K), as the Gram matrix of the shorter side and its eigenvectors take: 20 seconds to five minutes
 # on two cores, by the processor and by how the singular values lie.
 _LONG = 1e12
-
-
-def query_and_key(model: nn.Module) -> set[str]:
-    """The names of the query and key projections of `model`, whose parts may name them in several ways.
-
-    Raises:
-        FastpeftError: they are fused with others, or their names are not known here.
-    """
-    linear = nn.Linear, Conv1D, SivaLinear
-    names = endings(name for name, module in model.named_modules() if isinstance(module, linear))
-    if found := {name for pair in (each[:2] for each in grouping.ATTENTION) if {*pair} <= {*names} for name in pair}:
-        return found
-    fused = [name for name in FUSED if name in names]
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if fused:
-        raise FastpeftError(
-            f"target_modules=None means the query and key projections, which {kind} fuses with others in {fused[0]!r}. "
-            f'Pass target_modules=[{fused[0]!r}] to adapt the fused matrix, or "all-linear".'
-        )
-    raise FastpeftError(
-        f"target_modules=None means the query and key projections, whose names in {kind} are not known here. Linear "
-        f"layers end in {', '.join(names) or 'nothing: there are none'}; name some of them in target_modules, "
-        'or pass "all-linear".'
-    )
 
 
 def rank_of(peft_config: SivaConfig, key: str) -> int:
@@ -127,6 +100,16 @@ def warn_of_strangers(
         if strange:
             shown, meant = ", ".join(sorted(map(repr, strange))), did_you_mean(str(strange[0]), near)
             logger.warning("%s: nothing matches %s.%s %s", field, shown, meant, there)
+
+
+def reading_hidden_states(model: nn.Module, names: Collection[str]) -> set[str]:
+    """The linear layers among `names` that read no more values than a hidden state of the model has.
+
+    All, where that cannot be told.
+    """
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    narrow = {name for name in names if type(width) is int and _shape_of(model.get_submodule(name))[1] <= width}
+    return narrow or {*names}
 
 
 def in_chosen_blocks(peft_config: SivaConfig, names: Iterable[str]) -> set[str]:
@@ -251,8 +234,8 @@ def warn_of_a_long_start(peft_config: SivaConfig, targets: Mapping[str, Any]) ->
 
 
 def _shape_of(layer: Any) -> tuple[int, int]:
-    """The shape of a layer's matrix, also where it is stored in 4 bits."""
-    return (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.shape)
+    """The shape `(N, K)` of a layer's matrix, also where it is stored in 4 bits."""
+    return (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.T.shape)
 
 
 def tied_parameters(model: nn.Module) -> set[int]:

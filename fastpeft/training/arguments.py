@@ -68,20 +68,15 @@ def training_arguments(task: Task, output: str) -> TrainingArguments:
 def _values(task: Task, output: str) -> dict[str, Any]:
     """What the arguments are given: fixed by how runs are made, by the configuration, the recipe, or a setting."""
     config, recipe, given, optimization = task.config, task.setup.recipe, task.setup.arguments, task.method.optimization
-    learning_rate = recipe.learning_rate if config.learning_rate is None else config.learning_rate
     keeps_journal = optimization.keeps_journal
-    schedule: dict[str, Any] = {}
-    if "lr_scheduler_type" not in given:
-        settings = recipe.schedule_settings(learning_rate)
-        schedule = {"lr_scheduler_type": recipe.schedule, "lr_scheduler_kwargs": settings}
     return {
         "output_dir": output,
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": eval_limits(task.data.problem, config.batch_size)[0],
-        "learning_rate": learning_rate,
+        "learning_rate": recipe.learning_rate if config.learning_rate is None else config.learning_rate,
         "weight_decay": recipe.weight_decay,
-        **schedule,
-        "num_train_epochs": recipe.epochs if config.epochs is None else config.epochs,
+        "lr_scheduler_type": recipe.schedule,
+        "num_train_epochs": task.setup.epochs(len(task.train_rows)),
         "max_steps": -1 if config.max_steps is None else config.max_steps,
         "seed": config.seed,
         "bf16": config.bf16,
@@ -241,10 +236,12 @@ def _supports_checkpointing(model: Any) -> bool:
     return all(getattr(module, "supports_gradient_checkpointing", True) for module in model.modules())
 
 
-def recipe_used(arguments: TrainingArguments) -> dict[str, Any]:
-    """What of the Trainer's arguments a recipe decides where nobody else does, for people to read."""
+def recipe_used(task: Task, arguments: TrainingArguments) -> dict[str, Any]:
+    """What a recipe decides where nobody else does, for people to read."""
+    head = task.head_learning_rate
     used = {
         "learning_rate": arguments.learning_rate,
+        **({} if head is None else {"head_learning_rate": head}),
         "schedule": str(arguments.lr_scheduler_type.value),
         **(arguments.lr_scheduler_kwargs or {}),
         "warmup_steps": arguments.warmup_steps,
@@ -252,6 +249,18 @@ def recipe_used(arguments: TrainingArguments) -> dict[str, Any]:
     }
     length = {"max_steps": arguments.max_steps} if arguments.max_steps > 0 else {"epochs": arguments.num_train_epochs}
     return {**used, **length}
+
+
+def shortness(task: Task, arguments: TrainingArguments) -> str:
+    """What is told of a run with less than half of the steps in which its recipe learns a new task; else nothing."""
+    steps, least = total_steps(arguments, len(task.train_rows)), task.setup.recipe.least_steps
+    if 2 * steps >= least:
+        return ""
+    epochs = math.ceil(least / steps_per_epoch(arguments, len(task.train_rows)))
+    return (
+        f"the run has {steps:,} steps, in which {task.method.title} learns little of a new task; its recipe has at "
+        f"least {least:,}, which are {epochs:,} epochs of these rows"
+    )
 
 
 def compute_dtype(arguments: TrainingArguments) -> str:

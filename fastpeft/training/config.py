@@ -215,6 +215,9 @@ class TrainConfig:
     learning_rate: float | None = option(
         TRAINING, "Learning rate at the peak of the schedule", unset="the method's recipe", metavar="RATE", common=True
     )
+    head_learning_rate: float | None = option(
+        TRAINING, "Learning rate of a new head at the peak of the schedule", unset="the method's recipe", metavar="RATE"
+    )
     max_length: int | None = option(
         DATA,
         "Maximum length of a text in tokens; longer texts are truncated",

@@ -32,6 +32,7 @@ from fastpeft.training.arguments import (
     noticing_lack_of_memory,
     recipe_used,
     refusing,
+    shortness,
     total_steps,
     training_arguments,
 )
@@ -101,6 +102,7 @@ class TrainPlan:
         train_rows, dev_rows: rows of data.
         longest_row: tokens of the longest training row.
         recipe: rates, schedule and length, by name.
+        shortness: what is told where the run is too short to learn; else empty.
         compute_dtype: what a step computes in.
         estimate: what it would take.
     """
@@ -113,6 +115,7 @@ class TrainPlan:
     dev_rows: int
     longest_row: int
     recipe: dict[str, Any]
+    shortness: str
     compute_dtype: str
     estimate: Estimate
 
@@ -153,7 +156,8 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
         train_rows=task.num_train_texts,
         dev_rows=len(task.dev_rows),
         longest_row=_longest(task),
-        recipe=recipe_used(arguments),
+        recipe=recipe_used(task, arguments),
+        shortness=shortness(task, arguments),
         compute_dtype=compute_dtype(arguments),
         estimate=taken,
     )

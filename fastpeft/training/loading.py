@@ -184,6 +184,14 @@ def load_start(setup: RunSetup) -> Classifier:
     return start
 
 
+def new_head(start: Classifier, setup: RunSetup) -> tuple[str, ...]:
+    """The modules of a head that a run draws at random for its labels; none where it goes on with one."""
+    is_new = start.head_is_new and not setup.head.by_words
+    if is_new and setup.config.init_from is not None:
+        is_new = not _earlier(setup)[1].same_head
+    return start.head if is_new else ()
+
+
 def continue_earlier(model: Any, setup: RunSetup) -> None:
     """Give a prepared model what the run that it starts from trained beside its backbone, as a side network.
 

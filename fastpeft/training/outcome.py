@@ -226,7 +226,7 @@ def _write(trainer: RunTrainer, task: Task, before: Beginning, after: _Measured,
     curves = {loss_title: losses, **{f"dev {name}": curve for name, curve in after.points.items()}}
     with folder.saving("the result"):
         save_model(trainer, task, staged)
-        files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(trainer.args)))
+        files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(task, trainer.args)))
         files.write_json(staged / CURVES, curves)
         files.write_text(staged / TRAINED_ON, "".join(f"{text}\n" for text in sorted(before.trained_on)))
         if problem is CLASSIFICATION:

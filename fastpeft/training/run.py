@@ -39,7 +39,7 @@ from fastpeft.support.launcher import is_first, jobs, launched
 from fastpeft.support.nonfinite import is_finite
 from fastpeft.support.processes import Ranks, noticing_lost_processes
 from fastpeft.support.processor import has_bfloat16
-from fastpeft.training.arguments import noticing_lack_of_memory, recipe_used, refusing, training_arguments
+from fastpeft.training.arguments import noticing_lack_of_memory, recipe_used, refusing, shortness, training_arguments
 from fastpeft.training.config import TrainConfig, check_config
 from fastpeft.training.lineage import check_output, earlier_run
 from fastpeft.training.outcome import Beginning, finish, of_classes, save_model
@@ -126,7 +126,7 @@ def train(
             values = task.config.values()
             held.enter_context(folder.held())
             check_output(folder, values, resume=resume, overwrite=overwrite)  # another run may have ended there since
-            folder.open(values, task.data.fingerprint, overwrite=overwrite, recipe=recipe_used(trainer.args))
+            folder.open(values, task.data.fingerprint, overwrite=overwrite, recipe=recipe_used(task, trainer.args))
 
         trainer.ranks.first_does(open_folder)
         trainer.args.output_dir = str(folder.staging)
@@ -227,6 +227,8 @@ def _prepare(
             ranks.check_same({**config.values(), **_on_disk(task, folder)})
         if resume and folder.finished:
             return None
+        if is_first() and (warning := shortness(task, arguments)):
+            logger.warning("%s", warning)
         with refusing(task), noticing_lost_processes(), noticing_lack_of_memory(task):
             trainer = trainer_class(task)(task, arguments, folder, callbacks)
             trainer.create_optimizer()

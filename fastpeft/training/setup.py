@@ -94,15 +94,24 @@ class Setup:
     @cached_property
     def recipe(self) -> Recipe:
         """How the method trains this model where the configuration says nothing."""
-        model, causal_lm = self.config.model, OBJECTIVES.get(self.config.objective or "") is NEXT_WORDS
-        return self.method.recipe_for(model, causal_lm=causal_lm, hidden_size=hidden_size(model))
+        causal_lm = OBJECTIVES.get(self.config.objective or "") is NEXT_WORDS
+        return self.method.recipe.for_model(causal_lm=causal_lm, hidden_size=hidden_size(self.config.model))
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows that a step trains on."""
+        count: int = self.config.batch_size * max(1, self.arguments.get("gradient_accumulation_steps", 1))
+        return count
+
+    def epochs(self, train_rows: int) -> float:
+        """Passes over the training rows, where the data has `train_rows` and no number of steps is given."""
+        return self.config.epochs or self.recipe.epochs_of(train_rows / self.rows_a_step)
 
     def rows_trained(self, train_rows: int) -> float:
         """Rows that the run trains on, those of every epoch counted, where the data has `train_rows`."""
-        config = self.config
-        if config.max_steps is not None:
-            return float(config.max_steps * config.batch_size * self.arguments.get("gradient_accumulation_steps", 1))
-        return (config.epochs or self.recipe.epochs) * train_rows
+        if self.config.max_steps is not None:
+            return float(self.config.max_steps * self.rows_a_step)
+        return self.epochs(train_rows) * train_rows
 
     def with_head(self, head: Head) -> RunSetup:
         """This setup with a head; nothing is checked."""
@@ -172,6 +181,11 @@ def resolve(config: TrainConfig) -> Setup:
         raise FastpeftError(
             f"`optimizer_in_backward` is on, but the method {method.name!r} has no gradients and no backward pass. "
             "Leave it out."
+        )
+    if method.optimization.zeroth_order and config.head_learning_rate is not None:
+        raise FastpeftError(
+            f"`head_learning_rate` is {config.head_learning_rate:g}, but {method.title} has one rate for all that it "
+            "perturbs. Leave it out."
         )
     if arguments.get("estimator") == "fzoo" and config.learning_rate is None:
         raise FastpeftError(

@@ -27,7 +27,7 @@ from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH_CAUSAL, Encoder
-from fastpeft.training.loading import continue_earlier, earlier_context, load_start
+from fastpeft.training.loading import continue_earlier, earlier_context, load_start, new_head
 from fastpeft.training.prompt_search import search_prompt
 from fastpeft.training.setup import RunSetup, check_reporter, resolve, training_device
 
@@ -41,6 +41,7 @@ class Task:
     Attributes:
         setup: what its configuration came to.
         model: the module to train, with what trains requiring gradients.
+        new_head: names of the modules of a head that begins at random; a method may have put them into others.
         tokenizer: the model's tokenizer.
         data: texts and labels.
         train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, they are hidden in the
@@ -52,6 +53,7 @@ class Task:
 
     setup: RunSetup
     model: Any
+    new_head: tuple[str, ...]
     tokenizer: Any
     data: TextData
     train_rows: TokenRows
@@ -107,7 +109,18 @@ class Task:
         if training_device(setup.arguments) == "cpu" or not config.pack_weights:
             set_packing(model, config.pack_weights)
         threshold_rows = kept[0] if kept else TokenRows()
-        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, threshold_rows, max_length, warnings)
+        return cls(
+            setup,
+            model,
+            new_head(classifier, setup),
+            classifier.tokenizer,
+            data,
+            train_rows,
+            dev_rows,
+            threshold_rows,
+            max_length,
+            warnings,
+        )
 
     @property
     def config(self) -> TrainConfig:
@@ -117,6 +130,11 @@ class Task:
     @property
     def method(self) -> Method:
         return self.setup.method
+
+    @property
+    def head_learning_rate(self) -> float | None:
+        """The peak of a new head's learning rate; None where no head is new, or it trains as all else does."""
+        return (self.config.head_learning_rate or self.setup.recipe.head_learning_rate) if self.new_head else None
 
     @property
     def metric(self) -> str:

@@ -69,6 +69,7 @@ class RunTrainer(Trainer):
         longest_seen: tokens of the longest batch among them.
         evaluated_tokens: the most that a process evaluates together, with their padding; None where rows alone count.
         chosen_by: the metric by which the best checkpoint is kept, None where none is.
+        new_head, head_learning_rate: modules that begin at random, and their rate, as of a `Task`.
         starts_from_a_run: whether an earlier run trained the model, and its head.
         custom_loss: what training lowers in place of the model's own loss, None where it lowers that.
         clock: seconds spent in steps.
@@ -96,6 +97,7 @@ class RunTrainer(Trainer):
         self.problem, self.labels = task.data.problem, task.data.labels
         self.evaluated_tokens = evaluated_tokens(task)
         self.chosen_by = task.config.metric
+        self.new_head, self.head_learning_rate = task.new_head, task.head_learning_rate
         self.starts_from_a_run = task.config.init_from is not None
         self.custom_loss = training_loss(task.config, task.data) if task.config.custom_loss else None
         curve_rows: Sequence[TokenRow] = task.dev_rows
@@ -324,6 +326,10 @@ class RunTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.head_learning_rate is not None:
+            named = self.model.named_parameters()
+            head = {id(p) for name, p in named if any(f".{module}." in f".{name}" for module in self.new_head)}
+            _give_rate(optimizer, head, self.head_learning_rate)
         if is_new and self.steps_in_backward:
             StepsInBackward(optimizer, self._check_finite)
         return optimizer
@@ -381,6 +387,16 @@ _TRAINERS = {
 def trainer_class(task: Task) -> type[RunTrainer]:
     """The Trainer of a run on `task`."""
     return _TRAINERS[task.method.optimization]
+
+
+def _give_rate(optimizer: torch.optim.Optimizer, parameters: set[int], learning_rate: float) -> None:
+    """Move parameters, given by their `id`, into groups with a rate of their own."""
+    for group in [*optimizer.param_groups]:
+        moved = [parameter for parameter in group["params"] if id(parameter) in parameters]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in parameters]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -150,22 +150,22 @@ def test_full_searches_on_a_slice_of_the_training_rows(monkeypatch: pytest.Monke
     data = TextData(rows, Examples(["dev"], [1]), ["negative", "positive"], "words", CLASSIFICATION)
     monkeypatch.setattr(run, "data_for", lambda config: data)
     accuracy = '0.5 + values["seed"] / 10'
-    by_rate = '{0.003: 0.6, 0.001: 0.9, 0.009: 0.7}.get(values["learning_rate"], 0)'
+    by_rate = '{0.015: 0.6, 0.005: 0.9, 0.045: 0.7}.get(values["learning_rate"], 0)'
     used = STAND_IN.replace(accuracy, by_rate).replace(
         '"learning_rate": 1e-5', '"learning_rate": values["learning_rate"]'
     )
     Path("cell.py").write_text(used)
     full = CompareConfig(output="out", methods=["head"], protocol="full")
     assert compare(full).failed == {}
-    tried = [f"search-head-learning_rate={rate}" for rate in ("0.003", "0.001", "0.009")]
+    tried = [f"search-head-learning_rate={rate}" for rate in ("0.015", "0.005", "0.045")]
     assert started() == [*tried, "head-seed0", "head-seed1", "head-seed2"]
     sliced = load_data("out/slice")
     assert (len(sliced.train), len(sliced.dev), sliced.labels) == (20, 10, data.labels)
     assert set(sliced.train.texts) | set(sliced.dev.texts) == set(rows.texts)
-    assert [row["learning_rate"] for row in results() if not row["search"]] == ["0.001"] * 3
+    assert [row["learning_rate"] for row in results() if not row["search"]] == ["0.005"] * 3
     report = Path("out/report.md").read_text()
-    assert "| head | 0.001 | 0.900 | taken, the lowest tried |\n| head | 0.009 | 0.700 |  |" in report
-    assert "| head | 0.900 | 0.250 | 8.0 | 1,234 | 1,234 | 0.001 | 3 |" in report
+    assert "| head | 0.005 | 0.900 | taken, the lowest tried |\n| head | 0.045 | 0.700 |  |" in report
+    assert "| head | 0.900 | 0.250 | 8.0 | 1,234 | 1,234 | 0.005 | 3 |" in report
     assert compare(full).failed == {}
     assert len(started()) == 6, "nothing is repeated"
     shutil.rmtree(Comparison(full).plan.searches[0].folder.path)
@@ -246,7 +246,7 @@ def test_a_chain_searches_from_the_best_of_its_starts_search() -> None:
         patch.setattr(run, "data_for", lambda config: data)
         comparison = Comparison(full)
         assert comparison.run().failed == {}
-    best = "out/cells/search-bitfit-learning_rate=0.009"
+    best = "out/cells/search-bitfit-learning_rate=0.0012"
     searches = [cell for cell in comparison.plan.searches if cell.variant == "head:init_from=bitfit"]
     assert {Path(cell.values["init_from"]).as_posix()[-len(best) :] for cell in searches} == {best}
     result = next(cell for cell in comparison.plan.results if cell.method == "head")

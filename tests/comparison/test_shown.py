@@ -28,7 +28,8 @@ from fastpeft.training.setup import resolve
 
 @pytest.mark.usefixtures("stand_in")
 def test_on_the_command_line() -> None:
-    command = ["compare", "--methods", "head,siva:rank=2", "--methods", "lora:learning_rate=0.25", "--output", "out"]
+    methods = ["--methods", "head,siva:rank=2", "--methods", "lora:learning_rate=0.25"]
+    command = ["compare", *methods, "--output", "out", "--epochs", "1"]
     dry = CliRunner().invoke(app, [*command, "--dry-run"])
     assert dry.exit_code == 1, dry.output
     for text in ("head-seed0", "siva-rank=2-seed0", "waiting", "fails", "0 of 3 finished, about 3 s for"):
@@ -54,7 +55,7 @@ def test_on_the_command_line() -> None:
     assert "2 of 3 finished, about 625 s left" not in again.stdout, "a failed cell is not promised"
     assert "2 of 3 finished" in again.stdout
 
-    quiet = CliRunner().invoke(app, ["compare", "--methods", "head", "--output", "out", "--quiet"])
+    quiet = CliRunner().invoke(app, ["compare", "--methods", "head", "--output", "out", "--epochs", "1", "--quiet"])
     assert (quiet.exit_code, quiet.output) == (0, "")
     refused = CliRunner().invoke(app, ["compare", "--methods", "head", "--output", "out", "--epochs", "2"])
     assert refused.exit_code == 2
@@ -114,7 +115,7 @@ def test_the_live_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2 of 2 finished" in terminal.getvalue()
     steps = "head:max_steps=4:batch_size=8:gradient_accumulation_steps=3"
     more = Comparison(config(steps, "lora", "mezo", "lora:epochs=0.5", "head"))
-    by_recipe = [get_method(method).recipe_for("demo").epochs for method in ("lora", "mezo")]
+    by_recipe = [get_method(method).recipe.epochs_of(5000 / 16) for method in ("lora", "mezo")]
     assert len(set(by_recipe)) == 2
     epochs = sum(by_recipe) + 0.5
     for cell, whole in zip(comparison.plan.wanted, ("7.0", "9.0")):

@@ -56,7 +56,7 @@ def base() -> Any:
 
 
 def config() -> SivaConfig:
-    return SivaConfig(r=2, task_type="CAUSAL_LM")
+    return SivaConfig(r=2, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM")
 
 
 def sft(model: Any, folder: Path, adapter: SivaConfig | None = None, **changes: Any) -> trl.SFTTrainer:

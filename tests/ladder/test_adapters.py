@@ -47,7 +47,7 @@ def test_an_adapter_around_a_side_network_is_refused(put: Callable[[Any, Any], A
 
 
 def test_the_adapter_trains_and_the_backbone_does_not() -> None:
-    model = beside([2])
+    model = beside([2], target_modules=["query", "key"])
     assert len(model.adapters) == 4
     assert all(".layer.2." in name for name in model.adapters)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -46,7 +46,7 @@ HEAD = {"classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj
 @pytest.mark.parametrize(
     ("name", "targets", "expected"),
     [
-        ("siva", None, ("query", "key")),
+        ("siva", None, ("query", "key", "value", "dense")),
         ("siva", ["value"], ("value",)),
         ("siva", r".*layer\.1.*\.dense", ("dense",)),
         ("lora", None, ("query", "value")),
@@ -156,20 +156,19 @@ def test_refusals_name_what_is_allowed(
     assert all(part in str(error.value) for part in parts)
 
 
-def test_a_method_without_rates_for_the_demo_has_its_own() -> None:
-    own = Recipe(learning_rate=0.25, epochs=3)
-    recipe = own.for_model("demo", "a method of tomorrow")
-    assert (recipe.learning_rate, recipe.epochs) == (0.25, 1), "an epoch is what every method has there"
+def test_few_rows_are_passed_over_until_a_task_is_learned() -> None:
+    recipe = Recipe(learning_rate=0.25, epochs=3, least_steps=100)
+    assert [recipe.epochs_of(steps) for steps in (1, 0.5, 30, 40, 1_000)] == [100, 200, 4, 3, 3]
 
 
-@pytest.mark.parametrize(("width", "rate"), [(768, 1.2e-3), (1_024, 4e-4), (None, 4e-4)])
-def test_lora_has_a_rate_of_its_own_beside_a_narrow_model(width: int | None, rate: float) -> None:
-    """Not for next words, nor for the bundled model: there other rates were measured."""
-    lora = METHODS["lora"]
-    recipe = lora.recipe_for("elsewhere", hidden_size=width)
-    assert (recipe.learning_rate, recipe.epochs) == (rate, 10)
-    assert lora.recipe_for("elsewhere", causal_lm=True, hidden_size=width).learning_rate == 4e-4
-    assert lora.recipe_for("demo", hidden_size=384).learning_rate == 3e-3
+@pytest.mark.parametrize(("width", "rate", "of_head"), [(384, 1.2e-3, 0.021), (1_024, 4e-4, 8e-3), (None, 4e-4, 8e-3)])
+def test_rates_follow_the_width_of_a_model(width: int | None, rate: float, of_head: float) -> None:
+    """Not for next words."""
+    recipe = METHODS["lora"].recipe
+    found = recipe.for_model(hidden_size=width)
+    assert (found.learning_rate, found.head_learning_rate) == (rate, of_head)
+    assert recipe.for_model(causal_lm=True, hidden_size=width).learning_rate == 4e-4
+    assert METHODS["k-lst"].recipe.for_model(hidden_size=width).head_learning_rate is None
 
 
 def test_siva_has_another_form_by_mezo(classifier: Classifier) -> None:
@@ -181,10 +180,9 @@ def test_siva_has_another_form_by_mezo(classifier: Classifier) -> None:
 
 @pytest.mark.parametrize(("width", "rate"), [(768, 6e-6), (1_024, 1e-6), (None, 1e-6)])
 def test_mezo_has_a_rate_of_its_own_beside_a_narrow_model(width: int | None, rate: float) -> None:
-    assert METHODS["mezo"].recipe_for("elsewhere", hidden_size=width).learning_rate == rate
-    over = get_method("mezo", {"over": "lora"}).recipe_for("elsewhere", hidden_size=width)
-    assert over.learning_rate == rate, "whatever trains"
-    assert METHODS["mezo"].recipe_for("elsewhere", causal_lm=True, hidden_size=width).learning_rate == 1e-6
+    for method in (METHODS["mezo"], get_method("mezo", {"over": "lora"})):  # whatever trains
+        assert method.recipe.for_model(hidden_size=width).learning_rate == rate
+        assert method.recipe.for_model(causal_lm=True, hidden_size=width).learning_rate == 1e-6
 
 
 def test_every_method_is_described() -> None:

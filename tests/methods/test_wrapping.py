@@ -301,7 +301,8 @@ def test_what_cannot_become_weights_is_not_merged(config: TrainConfig, tmp_path:
 
 @pytest.mark.usefixtures("fresh_bitsandbytes")
 def test_full_fine_tuning_with_adamw_in_8_bits(config: TrainConfig) -> None:
-    config = replace(config, method="full", settings={"optim": "adamw_8bit"}, max_steps=None, epochs=12)
+    given = {"method": "full", "max_steps": None, "epochs": 12, "head_learning_rate": 1e-2}
+    config = replace(config, **given, settings={"optim": "adamw_8bit"})
     result = train(config)
     losses = dict(json.loads((result.folder / "curves.json").read_text())["training loss"])
     assert min(losses.values()) < 0.1 < max(losses.values())

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 _COMMIT = "0" * 40
-# wide weights: an adapter of query and key must change the logits by more than the tests' tolerances
+# wide weights: an adapter must change the logits by more than the tests' tolerances
 _COMMON = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1}
 _SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = _SIZE | {"num_key_value_heads": 2, "max_position_embeddings": 64}

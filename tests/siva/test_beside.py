@@ -69,7 +69,8 @@ def test_biases_are_refused_where_peft_would_not_save_them(monkeypatch: pytest.M
 def test_the_biases_that_train_are_those_of_lora(bias: str) -> None:
     lora = peft.LoraConfig(target_modules=["query", "key"], bias=bias.replace("siva", "lora"), task_type="SEQ_CLS")
     expected = beside(peft.get_peft_model(encoder(), lora))
-    assert beside(peft.get_peft_model(encoder(), SivaConfig(r=2, bias=bias, task_type="SEQ_CLS"))) == expected
+    siva = SivaConfig(r=2, target_modules=["query", "key"], bias=bias, task_type="SEQ_CLS")
+    assert beside(peft.get_peft_model(encoder(), siva)) == expected
 
 
 @SAVES_BIASES

@@ -67,11 +67,13 @@ def translator() -> nn.Module:
 
 
 CASES = {
-    "classifier": Case(tiny, {"task_type": "SEQ_CLS"}, 4),
+    "classifier": Case(tiny, {"task_type": "SEQ_CLS"}, 10),
     "tagger": Case(
         partial(tiny, head="ForTokenClassification"), {"task_type": "TOKEN_CLS", "target_modules": ["value"]}, 2
     ),
-    "reader": Case(partial(tiny, head="ForQuestionAnswering"), {"task_type": "QUESTION_ANS"}, 4),
+    "reader": Case(
+        partial(tiny, head="ForQuestionAnswering"), {"task_type": "QUESTION_ANS", "target_modules": ["query", "key"]}, 4
+    ),
     "features": Case(
         partial(tiny, head="Model"),
         {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query", "dense"], "exclude_modules": "pooler.dense"},
@@ -94,7 +96,7 @@ CASES = {
         lambda: {"input_ids": token_ids(), "decoder_input_ids": token_ids()[:, :4]},
     ),
     "images": Case(
-        partial(tiny, "ViT", "ForImageClassification", image_size=8, patch_size=4),
+        partial(tiny, "ViT", "ForImageClassification", image_size=8, patch_size=4, initializer_range=0.1),
         {"target_modules": "all-linear"},
         12,
         lambda: {"pixel_values": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))},

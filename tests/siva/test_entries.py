@@ -26,7 +26,7 @@ from fastpeft.siva.export import save_as_lora
 
 
 def config(**given: Any) -> SivaConfig:
-    return SivaConfig(**({"r": 2, "task_type": "SEQ_CLS"} | given))
+    return SivaConfig(**({"r": 2, "target_modules": ["query", "key"], "task_type": "SEQ_CLS"} | given))
 
 
 def adapted(**given: Any) -> Any:

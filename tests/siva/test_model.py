@@ -65,7 +65,7 @@ def test_a_weight_that_was_rounded_in_between_is_not_taken_for_a_merged_one() ->
     [
         ({"r": 0}, "r=0"),
         (
-            {"r": 17},
+            {"r": 17, "target_modules": ["query"]},
             r"r=17 for roberta\.encoder\.layer\.0\.attention\.self\.query of shape \(16, 16\); allowed are 1 to 16",
         ),
         ({"r": 4, "d": 3}, "d=3"),
@@ -187,7 +187,8 @@ def test_a_changed_base_is_refused_by_layer_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", [None, "SEQ_CLS"])
 def test_a_base_of_another_kind_is_refused_by_layer_name(tmp_path: Path, task: str | None) -> None:
     """Though a name of the configuration, as query, is that of layers there too."""
-    peft.get_peft_model(tiny(), SivaConfig(r=3, task_type=task)).save_pretrained(tmp_path)
+    config = SivaConfig(r=3, target_modules=["query", "key"], task_type=task)
+    peft.get_peft_model(tiny(), config).save_pretrained(tmp_path)
     with pytest.raises(FastpeftError, match=r"^bert\.encoder\.layer\.0\S*: .* other layers .* as roberta\.encoder"):
         peft.PeftModel.from_pretrained(tiny("Bert"), tmp_path)
 

@@ -256,7 +256,7 @@ CASES = [
     # adapters
     (["--rank", "0"], ["--rank is 0", "from 1"]),
     (["--rank", "17"], ["rank 17", "from 1 to 16"]),
-    (["--method", "siva", "--rank", "17"], ["17", "16"]),
+    (["--method", "siva", "--targets", "query", "--rank", "17"], ["17", "16"]),
     (["--method", "siva", "--set", "d=17"], ["17", "16"]),
     (["--method", "siva", "--set", "residual=odd"], ["'odd'", "'frozen'", "'implicit'"]),
     (["--method", "siva", "--set", "residual_dtype=int3"], ["'int3'", "'int8'", "'nf4'"]),
@@ -313,7 +313,7 @@ CASES = [
     # MeZO
     (["--method", "mezo", "--set", "over=mezo"], ["over is 'mezo'", "siva, k-lst, lst, full"]),
     (["--method", "mezo", "--set", "over=3"], ["over is 3", "siva, k-lst, lst, full"]),
-    (["--method", "mezo", "--set", "over=siva", "--rank", "17"], ["17", "16"]),
+    (["--method", "mezo", "--set", "over=siva", "--targets", "query", "--rank", "17"], ["17", "16"]),
     (["--method", "full", "--set", "over=siva"], ["unknown setting 'over'"]),
     (["--method", "mezo", "--rank", "4"], ["'mezo'", "no --rank"]),
     (["--method", "mezo", "--set", "eps=0"], ["eps is 0", "above 0"]),

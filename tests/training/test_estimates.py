@@ -27,13 +27,15 @@ from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer
 
+TOO_HIGH = "siva:targets=query:rank=99"
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> CompareConfig:
     save_tiny_model(tmp_path / "model")
     write_csv(tmp_path / "reviews.csv", reviews(60))
     common = {"model": str(tmp_path / "model"), "data": str(tmp_path / "reviews.csv"), "epochs": 2}
-    methods = ["head", "lst:init_from=mezo:eps=1e-2", "mezo:eps=1e-2", "siva:rank=99", "zero-shot:prompt=sst2"]
+    methods = ["head", "lst:init_from=mezo:eps=1e-2", "mezo:eps=1e-2", TOO_HIGH, "zero-shot:prompt=sst2"]
     return CompareConfig(output=str(tmp_path / "out"), methods=methods, common=common, seeds=2)
 
 
@@ -43,14 +45,14 @@ def test_estimates(config: CompareConfig, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(estimates, "subprocess", stand_in)
     found = Comparison(config).estimates()
     assert [command[:2] for command in started] == [[sys.executable, "-c"]], "one process is timed for all"
-    assert list(found) == ["head", "mezo:eps=1e-2", "lst:init_from=mezo:eps=1e-2", "siva:rank=99"], "one for all seeds"
+    assert list(found) == ["head", "mezo:eps=1e-2", "lst:init_from=mezo:eps=1e-2", TOO_HIGH], "one for all seeds"
     assert found["head"].memory_mb == plan(config.cells()[0].config).peak_memory_mb
     for variant in ("head", "lst:init_from=mezo:eps=1e-2", "mezo:eps=1e-2"):
         few, many = (found[variant].seconds(rows) for rows in (10, 1000))
         assert few is not None
         assert many is not None
         assert 0 < few < many
-    failed = found["siva:rank=99"]
+    failed = found[TOO_HIGH]
     assert "99" in (failed.error or "")
     assert (failed.seconds(10), failed.fits(1000)) == (None, None)
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 import torch
 from peft import PeftModel
 from samples import PROMPT, SMALL, Interrupt, prompted, reviews, sampled, write_csv
-from transformers import TrainerCallback
 from unprivileged import bound_by_modes
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
@@ -21,11 +21,13 @@ from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.registry import METHODS
 from fastpeft.methods.wrapping import merge
 from fastpeft.ops.frozen_linear import PackedLinear
-from fastpeft.training.arguments import recipe_used, training_arguments
+from fastpeft.training.arguments import recipe_used, shortness, training_arguments
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run, load_start
+from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import Head, resolve
 from fastpeft.training.task import Task
+from fastpeft.training.trainer import RunTrainer
 
 SUBSETS = [name for name in SMALL if not METHODS[name].optimization.zeroth_order]
 
@@ -232,62 +234,70 @@ def test_the_model_is_that_of_the_earlier_run(config: TrainConfig, caplog: pytes
 
 
 def test_a_recipe_gives_what_nobody_else_does(config: TrainConfig, tmp_path: Path) -> None:
-    config = replace(config, method="k-lst", learning_rate=None, max_steps=None)
+    config = replace(config, method="siva", learning_rate=None, max_steps=None)
     task = Task.load(config)
-    arguments = training_arguments(task, str(tmp_path))
-    steps = 5 * math.ceil(54 / 16)
-    assert recipe_used(arguments) == {
-        "learning_rate": 2e-4,
-        "schedule": "polynomial",
-        "lr_end": pytest.approx(2e-6),
-        "power": 1.0,
-        "warmup_steps": round(0.12 * steps),
-        "weight_decay": 0.0,
-        "epochs": 5,
-    }
-    lower = replace(task, setup=replace(task.setup, config=replace(config, learning_rate=2e-5)))
-    assert recipe_used(training_arguments(lower, str(tmp_path)))["lr_end"] == pytest.approx(2e-7), "in proportion"
-    own = {"lr_scheduler_type": "linear", "weight_decay": 0.5, "warmup_steps": 3}
-    changed = replace(config, learning_rate=1e-6, epochs=1, settings=own)
-    assert recipe_used(training_arguments(Task.load(changed), str(tmp_path))) == {
-        "learning_rate": 1e-6,
+    epochs = math.ceil(1_200 / (54 / 16))  # so few rows are passed over until they come to so many steps
+    assert recipe_used(task, training_arguments(task, str(tmp_path))) == {
+        "learning_rate": 1e-3,
+        "head_learning_rate": 0.021,  # 0.008 at a width of 1,024, of which this has less than 384
         "schedule": "linear",
+        "warmup_steps": round(0.06 * epochs * math.ceil(54 / 16)),
+        "weight_decay": 0.0,
+        "epochs": epochs,
+    }
+    own = {"lr_scheduler_type": "constant", "weight_decay": 0.5, "warmup_steps": 3}
+    given = {"learning_rate": 1e-6, "head_learning_rate": 1e-5, "epochs": 1, "settings": own}
+    task = Task.load(replace(config, **given))
+    assert recipe_used(task, training_arguments(task, str(tmp_path))) == {
+        "learning_rate": 1e-6,
+        "head_learning_rate": 1e-5,
+        "schedule": "constant",
         "warmup_steps": 3,
         "weight_decay": 0.5,
         "epochs": 1,
     }
 
 
-def test_the_rate_ends_where_the_recipe_says(config: TrainConfig) -> None:
-    rates = []
+@pytest.mark.parametrize("method", SUBSETS)
+def test_a_new_head_has_a_rate_of_its_own(config: TrainConfig, method: str, tmp_path: Path) -> None:
+    task = Task.load(replace(config, method=method, head_learning_rate=0.25))
+    trainer = RunTrainer(task, training_arguments(task, str(tmp_path)), RunFolder(tmp_path), [])
+    optimizer = trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: rates.pop(id(p)) for name, p in task.model.named_parameters() if p.requires_grad}
+    assert not rates, "and each parameter is in one group"
+    fast = {name for name, rate in trained.items() if rate == 0.25}
+    assert fast == {name for name in trained if "classifier" in name} != set()
+    assert {rate for name, rate in trained.items() if name not in fast} <= {trainer.args.learning_rate}
 
-    class Rates(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-            rates.append(lr_scheduler.get_last_lr()[0])
 
-    folder = train(replace(config, method="lst", learning_rate=None, max_steps=10), callbacks=[Rates()]).folder
-    assert max(rates) == rates[0] == pytest.approx(2e-4)
-    assert rates[-1] == pytest.approx(2e-6)
-    assert json.loads((folder / "run.json").read_text())["recipe"]["schedule"] == "polynomial"
-    assert "| lr_end | 2e-06 |" in (folder / "README.md").read_text()
+def test_a_head_that_is_not_new_has_the_rate_of_all_else(config: TrainConfig) -> None:
+    first = train(replace(config, method="lora", max_steps=1)).folder
+    assert Task.load(replace(config, method="lora")).head_learning_rate > 1e-2
+    later = replace(config, method="lora", init_from=str(first), output="runs/later")
+    assert Task.load(later).head_learning_rate is None
+    assert Task.load(replace(config, method="siva", **PROMPT)).head_learning_rate is None, "nor have label words"
+    with pytest.raises(FastpeftError, match=r"head_learning_rate is 0[.]1, but MeZO has one rate"):
+        resolve(replace(config, method="mezo", **PROMPT, head_learning_rate=0.1))
 
 
-def test_the_bundled_model_has_its_own_recipes() -> None:
-    for method in METHODS.values():
-        recipe = method.recipe_for("demo")
-        assert recipe.epochs == (6 if method.optimization.zeroth_order else 1)
-        assert recipe.learning_rate >= method.recipe_for("elsewhere").learning_rate
-    assert METHODS["k-lst"].recipe_for("demo").schedule == "linear"
+def test_a_run_too_short_to_learn_says_so(config: TrainConfig, tmp_path: Path) -> None:
+    def told(**given: Any) -> str:
+        task = Task.load(replace(config, **{"max_steps": None, **given}))
+        return shortness(task, training_arguments(task, str(tmp_path)))
+
+    assert told() == told(max_steps=600) == told(method="mezo", **PROMPT, max_steps=9) == ""
+    assert re.search(
+        "the run has 599 steps, in which full fine-tuning .* at least 1,200, which are 300 epochs", told(max_steps=599)
+    )
 
 
 def test_a_decoder_has_its_own_recipes() -> None:
     for method in METHODS.values():
-        plain, causal_lm = method.recipe_for("elsewhere"), method.recipe_for("elsewhere", causal_lm=True)
-        assert causal_lm.epochs == (plain.epochs if method.optimization.zeroth_order else 3)
+        plain, causal_lm = method.recipe, method.recipe.for_model(causal_lm=True)
+        assert causal_lm.epochs == plain.epochs == (12 if method.optimization.zeroth_order else 3)
+        assert causal_lm.least_steps == 0
         assert causal_lm.learning_rate >= plain.learning_rate
-    causal_lm = METHODS["lst"].recipe_for("elsewhere", causal_lm=True)
-    rate = causal_lm.learning_rate
-    assert causal_lm.schedule_settings(rate)["lr_end"] == pytest.approx(rate / 100)
-    config = TrainConfig(output="out", method="lst", objective="causal")
-    assert resolve(config).recipe == causal_lm
-    assert resolve(replace(config, objective="mlm")).recipe == METHODS["lst"].recipe_for("demo")
+    config, recipe = TrainConfig(output="out", method="lst", objective="causal"), METHODS["lst"].recipe
+    assert resolve(config).recipe == recipe.for_model(causal_lm=True)
+    assert resolve(replace(config, objective="mlm")).recipe == recipe.for_model(hidden_size=384)

@@ -173,7 +173,8 @@ def test_rows_are_held_out_as_the_configuration_says(config: TrainConfig) -> Non
 
 
 def test_training_learns_and_predictions_name_classes(config: TrainConfig) -> None:
-    folder = train(replace(config, method="full", epochs=12, learning_rate=1e-2)).folder
+    given = {"epochs": 12, "learning_rate": 1e-2, "head_learning_rate": 1e-2}
+    folder = train(replace(config, method="full", **given)).folder
     texts = ["the film is lovely and the plot is a story with a scene", "a dull plot", "the story was funny"]
     guesses = predict(folder, texts)
     assert [label for label, _ in guesses] == ["positive", "negative", "positive"]
