@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 	native sanitize sanitize-thread valgrind bench wheel clean
 
 demo: $(VENV)/demo.stamp
-	fastpeft train --method siva --model demo --data demo --output runs/siva-demo --overwrite
+	fastpeft train --method siva --model demo --data demo --epochs 1 --output runs/siva-demo --overwrite
 	fastpeft predict runs/siva-demo \
 		"A warm, funny and beautifully acted film." \
 		"Two hours of noise without a single idea." \

@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("words", "k-lst", write_jsonl(place / "tagged.jsonl", tagged(40)), {}),
         ("mood", "k-lst", two, PROMPT),
         ("alone", "k-lst", two, {"model": str(other)}),
-        ("pairs", "siva", write_jsonl(place / "pairs.jsonl", pairs(40)), {}),
+        ("pairs", "siva", write_jsonl(place / "pairs.jsonl", pairs(40)), {"targets": "query,key"}),
         ("number", "head", write_jsonl(place / "scores.jsonl", scores(40)), {}),
     ):
         values = {"model": str(model), "max_steps": 2, "learning_rate": 0.1, "max_length": 32, "bf16": False, **given}
