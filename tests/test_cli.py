@@ -372,7 +372,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     assert "fits" not in shown
     assert [line.split()[-2] for line in shown.splitlines() if "learning rate" in line or "schedule" in line] == [
         "0.0012",
-        "0.51",
+        "0.021",
         "linear",
     ]
     shown = run(*TRAIN, "--method", "lst", "--cache-features", "kept", "--dry-run", "--memory-budget", "0.01").stdout
