@@ -247,9 +247,9 @@ def test_a_run_by_mezo_goes_on_from_a_journal_that_is_behind_its_checkpoints(
 @pytest.mark.parametrize("interrupted_at", [None, 3, 7])
 def test_patience_ends_a_run_that_gets_no_better(config: TrainConfig, method: str, interrupted_at: int | None) -> None:
     """At a rate that changes nothing the first checkpoint stays the best; also where the run was cut off in between."""
-    settings = {"restore": "exact"} if method == "mezo" else {}
+    own = {"settings": {"restore": "exact"}} if method == "mezo" else {"head_learning_rate": 1e-30}
     config = replace(
-        config, method=method, learning_rate=1e-30, epochs=9, save_steps=2, metric="loss", patience=3, settings=settings
+        config, method=method, learning_rate=1e-30, epochs=9, save_steps=2, metric="loss", patience=3, **own
     )
     if interrupted_at is not None:
         with pytest.raises(KeyboardInterrupt):
@@ -264,6 +264,6 @@ def test_a_run_that_gets_better_goes_on(config: TrainConfig, tmp_path: Path) -> 
     (tmp_path / "data").mkdir()
     for part in ("train", "dev"):
         write_csv(tmp_path / "data" / f"{part}.csv", reviews(40))
-    config = replace(config, method="full", data=str(tmp_path / "data"), learning_rate=1e-3)
+    config = replace(config, method="full", data=str(tmp_path / "data"), learning_rate=1e-3, head_learning_rate=1e-3)
     metrics = train(replace(config, epochs=3, save_steps=5, metric="loss", patience=1, bf16=False)).metrics
     assert metrics["steps"] == metrics["best_step"] == 15
