@@ -98,10 +98,14 @@ def trec(source: Path, folder: Path) -> None:
 def wnut17(source: Path, folder: Path) -> None:
     """All sentences with their tags, read from CoNLL's form; the test part to measure on."""
     for part, name in (("train", "train"), ("test", "dev")):
-        text = (source / f"{part}.conll").read_text(encoding="utf-8")
-        sentences = [[line.split("\t") for line in block.splitlines()] for block in text.split("\n\n") if block.strip()]
-        rows = ({"tokens": [word for word, _ in pairs], "tags": [tag for _, tag in pairs]} for pairs in sentences)
-        _write_lines(folder / f"{name}.jsonl", rows)
+        write_lines(folder / f"{name}.jsonl", tagged_sentences(source / f"{part}.conll"))
+
+
+def tagged_sentences(file: Path) -> list[dict[str, list[str]]]:
+    """The rows of a file in CoNLL's form: a word and its tag a line, and an empty line after each sentence."""
+    blocks = file.read_text(encoding="utf-8").split("\n\n")
+    sentences = ([line.split("\t") for line in block.splitlines()] for block in blocks if block.strip())
+    return [{"tokens": [word for word, _ in pairs], "tags": [tag for _, tag in pairs]} for pairs in sentences]
 
 
 def e2e(source: Path, folder: Path) -> None:
@@ -116,10 +120,11 @@ def e2e(source: Path, folder: Path) -> None:
     while rows[cut]["prompt"] == rows[cut - 1]["prompt"]:
         cut += 1
     for name, part in (("train", rows[:cut]), ("dev", rows[cut:]), *parts.items()):
-        _write_lines(folder / f"{name}.jsonl", part)
+        write_lines(folder / f"{name}.jsonl", part)
 
 
-def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

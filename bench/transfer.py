@@ -27,7 +27,6 @@ The files of the last two are in the repository github.com/brmson/dataset-sts, i
 from __future__ import annotations
 
 import csv
-import json
 import os
 import random
 import subprocess
@@ -41,9 +40,10 @@ from typing import Any
 
 import torch
 
+from bench.evidence import tagged_sentences, write_lines
 from bench.harness import DATA, Row, machine, option_parser, put_row, read_rows
 from fastpeft.comparison.variants import parse_variant
-from fastpeft.support.files import read_json, write_text
+from fastpeft.support.files import read_json
 
 FILE = DATA / "transfer.csv"
 TRAIN_ROWS, TEST_ROWS = 2_000, 1_000
@@ -104,12 +104,8 @@ def _sms(folder: Path) -> tuple[Rows, Rows]:
 
 
 def _wnut17(folder: Path) -> tuple[Rows, Rows]:
-    parts = {}
-    for name in ("train", "test"):
-        text = (folder / f"{name}.conll").read_text(encoding="utf-8")
-        blocks = ([line.split("\t") for line in block.splitlines()] for block in text.split("\n\n") if block.strip())
-        parts[name] = [{"tokens": [word for word, _ in pairs], "tags": [tag for _, tag in pairs]} for pairs in blocks]
-    return parts["train"], parts["test"]
+    train, test = (tagged_sentences(folder / f"{part}.conll") for part in ("train", "test"))
+    return train, test
 
 
 def _sick(folder: Path) -> tuple[Rows, Rows]:
@@ -152,9 +148,8 @@ def write_task(name: str, source: Path, folder: Path) -> Path:
         for part in (train, test):
             random.Random(0).shuffle(part)
         for file, rows in (("train", train[: TASKS[name].rows]), ("dev", test[:TEST_ROWS])):
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             target.mkdir(parents=True, exist_ok=True)
-            write_text(target / f"{file}.jsonl", "".join(lines))
+            write_lines(target / f"{file}.jsonl", rows)
     return target
 
 

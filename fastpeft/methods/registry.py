@@ -76,9 +76,8 @@ METHODS: dict[str, Method] = {
             name="full",
             title="full fine-tuning",
             description="every weight trains",
-            recipe=Recipe(
-                2e-5, weight_decay=0.1, for_narrow={"learning_rate": 5e-5}
-            ),  # Liu et al. 2019; Devlin et al. 2019
+            # Liu et al. 2019; Devlin et al. 2019
+            recipe=Recipe(2e-5, weight_decay=0.1, for_narrow={"learning_rate": 5e-5}),
             trains=everything,
         ),
         _mezo(
@@ -149,9 +148,8 @@ METHODS: dict[str, Method] = {
             name="last-n",
             title="last layers",
             description="the last layers (3) train",
-            recipe=Recipe(
-                2e-5, weight_decay=0.01, for_narrow={"learning_rate": 1.8e-4}
-            ),  # the paper's; `base_rates.csv`
+            # the paper's; `bench/data/base_rates.csv`
+            recipe=Recipe(2e-5, weight_decay=0.01, for_narrow={"learning_rate": 1.8e-4}),
             trains=last_layers,
             takes={"layers": int},
         ),

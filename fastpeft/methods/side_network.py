@@ -83,8 +83,8 @@ class SideNetworkMethod(Method):
     def prepare(self, model: Any, preparation: Preparation) -> Any:
         """A side network beside the model; of a prompted one, beside the masked language model in it.
 
-        With the setting `siva_layers` SiVA adapts so many of the model's last layers, and trains with it: all linear
-        layers of theirs, or `targets`, at its own rank, or `rank`.
+        With the setting `siva_layers` SiVA adapts so many of the model's last layers, and trains with it: those
+        that it adapts by default, or `targets`, at its own rank, or `rank`.
         """
         from fastpeft.ladder import LadderModel
         from fastpeft.prompts.model import around
