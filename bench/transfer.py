@@ -116,7 +116,7 @@ def _sick(folder: Path) -> tuple[Rows, Rows]:
 
     train, trial = read("train"), read("trial")
     random.Random(0).shuffle(train)
-    return train[:TRAIN_ROWS], [*trial, *train[-(TEST_ROWS - len(trial)) :]]
+    return train[:TRAIN_ROWS], [*trial, *train[TRAIN_ROWS : TRAIN_ROWS + TEST_ROWS - len(trial)]]
 
 
 def _sts(folder: Path) -> tuple[Rows, Rows]:
