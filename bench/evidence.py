@@ -176,17 +176,17 @@ _METHODS = (  # what the goal compares comes first, what takes longest last
     f"lora:{_ADAPTED}{_FOR_LARGE}",
     "k-lst:window=9",
     "lst",
-    "siva:targets=query+key",
+    "siva:rank=4:targets=query+key",
     "last-n",
     *(f"{method}:layers_per_block=1" for method in ("k-lst:window=9", "lst", "k-lst:window=5")),  # the paper's form
     "head",
     "bitfit",
     f"pissa:{_ADAPTED}",
-    "siva:targets=query+key:residual_dtype=nf4",
+    "siva:rank=4:targets=query+key:residual_dtype=nf4",
     "qlora",
     "full",
     f"lora:{_ADAPTED}:learning_rate=1.2e-3:bf16=false",
-    "siva:targets=key+value:bf16=false",
+    "siva:rank=4:targets=key+value:bf16=false",
 )
 _SIDE_RATE = ":learning_rate=6e-4"
 _MEZO = "mezo:prompt=sst2:learning_rate=6e-6:epochs=5"
@@ -200,28 +200,28 @@ _OTHER_RATES = (  # than the recipe's
     f"lora:{_ADAPTED}{_FOR_LARGE}",
     f"lora:{_ADAPTED}:learning_rate=3.6e-3",
     f"lora:rank=4:targets=key+value{_FOR_LARGE}",
-    "siva:targets=query+key:learning_rate=3e-3",
+    "siva:rank=4:targets=query+key:learning_rate=3e-3",
     "last-n:learning_rate=1.8e-4",
 )
-_OTHER_LAYERS = ("lora:rank=4:targets=key+value", "siva:targets=all-linear")  # than the paper's
+_OTHER_LAYERS = ("lora:rank=4:targets=key+value", "siva:rank=4:targets=all-linear")  # than the paper's
 _SST2 = {"epochs": 1, "bf16": False, "pack_weights": False}  # packs would make memory differ between processors
 _TAGGING = (  # by the recipes' rates adapters answer one tag throughout
     f"lora:{_ADAPTED}:learning_rate=4e-3",
     f"k-lst:window=9{_SIDE_RATE}",
     f"lst{_SIDE_RATE}",
-    "siva:targets=query+key:learning_rate=3e-3",
+    "siva:rank=4:targets=query+key:learning_rate=3e-3",
     *(f"{method}:layers_per_block=1{_SIDE_RATE}" for method in ("k-lst:window=9", "lst", "k-lst:window=5")),
     f"pissa:{_ADAPTED}:learning_rate=4e-3",
-    "siva:targets=query+key:residual_dtype=nf4:learning_rate=3e-3",
+    "siva:rank=4:targets=query+key:residual_dtype=nf4:learning_rate=3e-3",
     "bitfit:learning_rate=4e-3",
     "head:learning_rate=5e-3",
     "last-n:learning_rate=1e-4",
     "qlora:learning_rate=1e-3",
     "full:learning_rate=5e-5",
-    *(f"siva:targets=key+value:learning_rate={rate}:bf16=false" for rate in ("3e-3", "1.5e-3")),
+    *(f"siva:rank=4:targets=key+value:learning_rate={rate}:bf16=false" for rate in ("3e-3", "1.5e-3")),
 )
 _WIDE = ":rank=8:targets=all-linear"
-_LAST_16 = ":siva_layers=16:targets=q_proj+k_proj"  # of SiVA beside a side network
+_LAST_16 = ":siva_layers=16:rank=4:targets=q_proj+k_proj"  # of SiVA beside a side network
 _LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"
 _SPEAKING = (
     "lst",
@@ -230,14 +230,14 @@ _SPEAKING = (
     "k-lst:window=9:residual=state",
     "lst:reduction=4:learning_rate=0.002",
     "lst:side_heads=9",
-    "lst:siva_layers=4:targets=q_proj+k_proj",
+    "lst:siva_layers=4:rank=4:targets=q_proj+k_proj",
     *(f"{method}{_LAST_16}" for method in ("k-lst:window=9", "lst")),
     *(f"{method}{_LAST_16}:learning_rate=0.001" for method in ("k-lst:window=9", "lst")),
     f"lst{_LAST_16}:learning_rate=0.001:epochs=3",
     f"k-lst:window=9{_LAST_16}:learning_rate=0.001:layer_drop=0.3:feature_dropout=0.3",
     f"k-lst:window=9:siva_layers=10{_WIDE}:learning_rate=0.001",
     f"siva:rank=8:targets={_LINEAR}:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
-    f"siva:targets=q_proj+k_proj:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
+    f"siva:rank=4:targets=q_proj+k_proj:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
     f"lora{_WIDE}",
     "lst:layers_per_block=1:normalise_features=false",
     "k-lst:window=9:layers_per_block=1",
@@ -262,7 +262,7 @@ TASKS = {
         {
             "methods": (
                 *(f"lora:{_ADAPTED}{rate}" for rate in ("", _FOR_LARGE)),
-                "siva:targets=query+key",
+                "siva:rank=4:targets=query+key",
                 *(f"{method}:targets=key+value" for method in ("lora:rank=4", "siva")),
                 "full",
                 "k-lst:window=9",

@@ -75,7 +75,7 @@ SCREENS = {
         ),
     ),
     "siva_rates": Screen(
-        tuple(f"siva:targets={layers}:scaling={form}:learning_rate={rate}" for rate, form, layers in _SIVA),
+        tuple(f"siva:rank=4:targets={layers}:scaling={form}:learning_rate={rate}" for rate, form, layers in _SIVA),
         ("model", "targets", "scaling", "learning_rate"),
         ("accuracy", "loss", "dev_rows", "steps", "versions"),
         {"max_steps": 250},
@@ -88,7 +88,7 @@ SCREENS = {
             *("lst:reduction=4:learning_rate=0.002", "lst:reduction=2:learning_rate=0.001"),
             *(f"lst:siva_layers={layers}:targets=q_proj+k_proj" for layers in (4, 15)),
             "siva:rank=8:targets=all-linear",
-            f"siva:targets=q_proj+k_proj:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
+            f"siva:rank=4:targets=q_proj+k_proj:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
         ),
         ("variant", "seed", "train_rows"),
         (

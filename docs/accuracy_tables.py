@@ -101,7 +101,7 @@ def sst2() -> str:
 SUMMARY = {  # of the README: the paper's variant -> (case of memory.csv, candidate of training.csv, what trains)
     "full": ("full fine-tuning", "full", "all weights"),
     LORA: ("LoRA or PiSSA, query and key", "lora-query-key", "factors beside query and key"),
-    "siva:targets=query+key": ("**SiVA**, query and key", "siva-query-key", "singular vectors of query and key"),
+    "siva:rank=4:targets=query+key": ("**SiVA**, query and key", "siva-query-key", "singular vectors of query and key"),
     "k-lst:window=9": ("**9-LST**", "k-lst", "a side network, windows of 9 features"),
     "lst": ("LST", "lst", "a side network, single features"),
     "mezo:prompt=sst2": ("**MeZO**", "mezo", "all weights, by forward passes"),
@@ -171,18 +171,18 @@ MEZO = "mezo:prompt=sst2:learning_rate=6e-6:epochs=5"  # in the evidence
 SLOW_LORA = "LoRA, a third of its rate"  # RoBERTa-large's, which was LoRA's for every model before
 OTHERS = {  # that the paper does not have
     "lora:rank=4:targets=key+value": "LoRA key + value",
-    "siva:targets=all-linear": "SiVA, all linear",
+    "siva:rank=4:targets=all-linear": "SiVA, all linear",
     f"{LORA}:learning_rate=4e-4": SLOW_LORA,
     "lora:rank=4:targets=key+value:learning_rate=4e-4": "LoRA key + value, a third of its rate",
     f"{LORA}:learning_rate=3.6e-3": "LoRA, three times its rate",
     f"{LORA}:learning_rate=1.2e-3:bf16=false": "LoRA, in float32",
-    "siva:targets=key+value:bf16=false": "SiVA, key and value, in float32",
-    "siva:targets=query+key:learning_rate=3e-3": "SiVA, three times its rate",
+    "siva:rank=4:targets=key+value:bf16=false": "SiVA, key and value, in float32",
+    "siva:rank=4:targets=query+key:learning_rate=3e-3": "SiVA, three times its rate",
     "last-n:learning_rate=1.8e-4": "last 3 layers, nine times the rate",
     "head": "head only",
     "bitfit": "BitFit",
     "pissa:rank=4:targets=query+key": "PiSSA",
-    "siva:targets=query+key:residual_dtype=nf4": "SiVA in nf4",
+    "siva:rank=4:targets=query+key:residual_dtype=nf4": "SiVA in nf4",
     "qlora": "QLoRA, all linear",
     "lst": "LST, six blocks",
     "k-lst:window=9": "9-LST, six blocks",
@@ -225,10 +225,10 @@ TAGGING = {  # variants of WNUT17's evidence
     "lora:rank=4:targets=query+key:learning_rate=4e-3": "LoRA",
     "pissa:rank=4:targets=query+key:learning_rate=4e-3": "PiSSA",
     "qlora:learning_rate=1e-3": "QLoRA, all linear",
-    "siva:targets=query+key:learning_rate=3e-3": "**SiVA**",
-    "siva:targets=query+key:residual_dtype=nf4:learning_rate=3e-3": "**SiVA** in nf4",
-    "siva:targets=key+value:learning_rate=3e-3:bf16=false": "**SiVA**, key and value, in float32",
-    "siva:targets=key+value:learning_rate=1.5e-3:bf16=false": "**SiVA**, key and value, half that rate",
+    "siva:rank=4:targets=query+key:learning_rate=3e-3": "**SiVA**",
+    "siva:rank=4:targets=query+key:residual_dtype=nf4:learning_rate=3e-3": "**SiVA** in nf4",
+    "siva:rank=4:targets=key+value:learning_rate=3e-3:bf16=false": "**SiVA**, key and value, in float32",
+    "siva:rank=4:targets=key+value:learning_rate=1.5e-3:bf16=false": "**SiVA**, key and value, half that rate",
     "bitfit:learning_rate=4e-3": "BitFit",
     "last-n:learning_rate=1e-4": "last 3 layers",
     "head:learning_rate=5e-3": "head only",
@@ -255,8 +255,59 @@ def tagging() -> str:
     return table(["", *titles, "memory, MB", "learning rate", "seeds"], body)
 
 
+LORA_VALUES = "lora:targets=query+value"  # as PEFT has it
+TRANSFERRED = {  # variants of `bench.transfer` that are compared on every task
+    "siva": "**SiVA**",
+    LORA_VALUES: "LoRA, query and value",
+    "lora:targets=query+key": "LoRA, query and key",
+    "k-lst": "**9-LST**",
+    "lst": "LST",
+    "head": "head only",
+    "full": "full fine-tuning",
+}
+TASKS = {  # in the order of the table
+    "sst2": "SST-2",
+    "trec": "TREC",
+    "banking77": "Banking77, 26 a class",
+    "sms": "SMS spam",
+    "wnut17": "WNUT17, F1 of entities",
+    "sick": "SICK, two sentences",
+    "sts": "STS, Spearman",
+    "banking77-all": "Banking77, all rows",
+}
+
+
+def _transferred(model: str, column: str = "score") -> dict[str, dict[str, list[float]]]:
+    """A value of each run of a model in the suite of transfer: task -> variant -> one a seed."""
+    found: dict[str, dict[str, list[float]]] = {task: {} for task in TASKS}
+    for row in rows("transfer.csv"):
+        if row["model"] == model:
+            found[row["task"]].setdefault(row["variant"], []).append(float(row[column]))
+    return {task: values for task, values in found.items() if values}
+
+
+def transfer(model: str) -> str:
+    """Each method with no option given on each task, and its mean over those that all methods have run."""
+    scores, losses = _transferred(model), _transferred(model, "loss")
+    shown = [variant for variant in TRANSFERRED if any(variant in values for values in scores.values())]
+    body = [
+        [
+            TASKS[task],
+            *(
+                f"{_over_seeds(values[variant])} ({mean(losses[task][variant]):.2f})" if variant in values else "-"
+                for variant in shown
+            ),
+        ]
+        for task, values in scores.items()
+    ]
+    whole_rows = [values for values in scores.values() if all(variant in values for variant in shown)]
+    means = (mean(mean(values[variant]) for values in whole_rows) for variant in shown)
+    body.append([f"**mean of {len(whole_rows)}**", *(f"**{value:.1f}**" for value in means)])
+    return table(["", *(TRANSFERRED[variant] for variant in shown)], body)
+
+
 LAST_16 = "layers_to_transform=[14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29]"
-BESIDE_16 = ":siva_layers=16:targets=q_proj+k_proj"
+BESIDE_16 = ":siva_layers=16:rank=4:targets=q_proj+k_proj"
 LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"
 SPEAKING = {  # variants of E2E's evidence
     "lst:layers_per_block=1:normalise_features=false": "LST, a block for each layer, not normalised",
@@ -264,7 +315,7 @@ SPEAKING = {  # variants of E2E's evidence
     "lst:reduction=4:learning_rate=0.002": "LST, twice as wide",
     "lst:side_heads=9": "LST, nine heads in place of one",
     "lst:examples=8": "LST after 8 examples",
-    "lst:siva_layers=4:targets=q_proj+k_proj": "LST with SiVA in the last 4 layers",
+    "lst:siva_layers=4:rank=4:targets=q_proj+k_proj": "LST with SiVA in the last 4 layers",
     f"lst{BESIDE_16}": "LST with SiVA in the last 16 layers",
     f"lst{BESIDE_16}:learning_rate=0.001": "the same at SiVA's rate",
     f"lst{BESIDE_16}:learning_rate=0.001:epochs=3": "the same, three epochs",
@@ -275,7 +326,7 @@ SPEAKING = {  # variants of E2E's evidence
     f"k-lst:window=9{BESIDE_16}:learning_rate=0.001": "the same at SiVA's rate",
     f"k-lst:window=9{BESIDE_16}:learning_rate=0.001:layer_drop=0.3:feature_dropout=0.3": "the same, blocks left out",
     "k-lst:window=9:siva_layers=10:rank=8:targets=all-linear:learning_rate=0.001": "9-LST, SiVA in all linear of 10",
-    f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of the last 16 layers",
+    f"siva:rank=4:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of the last 16 layers",
     f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
     "siva:rank=8:targets=all-linear": "**SiVA**, all linear",
     "lora:rank=8:targets=all-linear": "LoRA, all linear",
@@ -315,7 +366,7 @@ GENERALISATION = {  # titles of some of them
     "lora:rank=8:targets=all-linear": "LoRA, all linear",
     "siva:rank=8:targets=all-linear": "SiVA, all linear",
     f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
-    f"siva:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of these",
+    f"siva:rank=4:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of these",
     "last-n": "last 3 layers",
     "lst": "LST",
     "k-lst:window=9": "9-LST",

@@ -63,7 +63,7 @@ PROCESSES = {  # by method the variants of the evidence on SST-2, TREC and E2E; 
     "LST": ("lst", "lst", "lst"),
     "**9-LST**": ("k-lst:window=9", "k-lst:window=9", "k-lst:window=9"),
     "QLoRA, all linear": ("", "qlora", f"qlora{_WIDE}"),
-    "**SiVA**": ("siva:targets=query+key", "siva:targets=query+key", f"siva{_WIDE}"),
+    "**SiVA**": ("siva:rank=4:targets=query+key", "siva:rank=4:targets=query+key", f"siva{_WIDE}"),
     "LoRA": (LORA, f"{LORA}:learning_rate=4e-4", f"lora{_WIDE}"),
     "full fine-tuning": ("full", "full", "full"),
 }

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(data.labels), dtype="float32")
 
     if options.adapter == "siva":
-        config = SivaConfig(r=4, task_type="SEQ_CLS")  # this line in place of the other
+        config = SivaConfig(task_type="SEQ_CLS")  # this line in place of the other
     else:
         config = LoraConfig(r=4, target_modules=["query", "key"], task_type="SEQ_CLS")
     model = get_peft_model(base, config)

@@ -69,7 +69,7 @@ def get_suite(name: str, prompt: str | None = None) -> Suite:
 
     Example:
         >>> [row.variant for row in get_suite("figure5").rows]
-        ['full', 'lora:rank=4:targets=query+key', 'siva:targets=query+key', 'k-lst:window=9:layers_per_block=1']
+        ['full', 'lora:rank=4:targets=query+key', 'siva:rank=4:targets=query+key', 'k-lst:window=9:layers_per_block=1']
     """
     if name not in suite_names():
         raise FastpeftError(

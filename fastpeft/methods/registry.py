@@ -59,7 +59,7 @@ METHODS: dict[str, Method] = {
             description="top singular vectors train, the rest is frozen",
             recipe=Recipe(1e-3),  # measured here; see `bench/data/siva_rates.csv`
             config="SivaConfig",
-            rank=4,
+            rank=8,
             by_mezo={"scaling": "plain"},  # the other form evens out the steps of Adam, which are as long as the rate
         ),
         _k_lst(

@@ -14,6 +14,8 @@ Start = Literal["zero", "random", "empty"]
 
 _LEAST = 0.1  # of the largest singular value; smaller ones count as this, or the product dU dV would have no bound
 
+_RANK = 4  # at which the step was chosen; more triplets share it
+
 
 class Change(nn.Module):
     """The trained change of a factor: `U = U0 + dU diag(a)`, or `V = V0 + diag(a) dV`.
@@ -86,11 +88,12 @@ def plus(initial: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 def scales(s: Tensor, weight: Tensor, step: float) -> tuple[Tensor, Tensor]:
     """The scales of dU and dV with which an optimizer's step moves every triplet of a weight equally far.
 
-    `a_U = min(step / sqrt(N), 1) q / s` and `a_V = min(step / sqrt(K), 1) q / s`, where `q = |W0|_F / sqrt(min(N, K))`
-    is the root mean square of the weight's singular values. When Adam moves every entry of dU by eta, each triplet's
-    part of the weight moves by `eta step q` in the spectral norm. A learning rate should fix that norm, by the
-    condition for feature learning of Yang, Simon and Bernstein (2023). Plain SGD moves a triplet by `a^2` times its
-    gradient, and would diverge where few narrow layers make a large; so would Adam's first steps. Hence the 1.
+    `a_U = min(step / sqrt(N), 1) min(4 / r, 1) q / s` and `a_V` likewise of K, where `q = |W0|_F / sqrt(min(N, K))` is
+    the root mean square of the weight's singular values. When Adam moves every entry of dU by eta, each triplet's part
+    of the weight moves by `eta step q 4 / r` in the spectral norm, and all r together by as much at any r. A learning
+    rate should fix that norm, by the condition for feature learning of Yang, Simon and Bernstein (2023). Plain SGD
+    moves a triplet by `a^2` times its gradient, and would diverge where few narrow layers or few triplets make a large;
+    so would Adam's first steps. Hence each 1.
 
     Args:
         s: singular values `(r,)`, the largest first.
@@ -103,7 +106,8 @@ def scales(s: Tensor, weight: Tensor, step: float) -> tuple[Tensor, Tensor]:
     shape = weight.shape
     q = torch.linalg.matrix_norm(weight.float()) / min(shape) ** 0.5
     a = torch.where(s[0] > 0, q / s.clamp_min(_LEAST * s[0]), 0)  # a weight of zeros trains nothing
-    of_u, of_v = (min(step / size**0.5, 1.0) for size in shape)
+    share = min(_RANK / len(s), 1.0)
+    of_u, of_v = (share * min(step / size**0.5, 1.0) for size in shape)
     return of_u * a, (of_v * a)[:, None]
 
 

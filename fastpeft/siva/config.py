@@ -96,7 +96,8 @@ class SivaConfig(PeftConfig):
             autocast. They are made at first use, made again when the weight changes, and never saved. False saves their
             memory. The adapter that a layer is made for decides.
         scaling: How far an optimizer's step moves a triplet. `"spectral"`: equally far for every triplet of every
-            layer, and less far the more layers there are, so that a learning rate found for one model serves another.
+            layer, and less far the more layers and triplets there are, so that a learning rate found for one model and
+            rank serves another.
             `"plain"`: in proportion to the triplet's singular value, as if U and V themselves trained.
         rank_pattern: Ranks of single layers, `{name or regular expression: r}`.
         layers_to_transform: Indices of the blocks to adapt; None adapts all. It does not go with a regular expression
@@ -125,10 +126,10 @@ class SivaConfig(PeftConfig):
 
     Example:
         >>> import fastpeft, peft
-        >>> model = peft.get_peft_model(base, fastpeft.SivaConfig(r=4, task_type="SEQ_CLS"))  # doctest: +SKIP
+        >>> model = peft.get_peft_model(base, fastpeft.SivaConfig(task_type="SEQ_CLS"))  # doctest: +SKIP
     """
 
-    r: int = 4
+    r: int = 8
     target_modules: Collection[str] | str | None = None
     d: int | None = None
     residual: Residual = "frozen"

@@ -87,7 +87,7 @@ def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> No
 def test_a_second_comparison_leaves_rows_in_their_suite(plan: Plan) -> None:
     """What the suite has as a row stays one where it is named by itself too."""
     again = Plan.make(
-        CompareConfig(output=str(plan.folder), methods=["siva:targets=query+key"], common=FIGURE5), "command"
+        CompareConfig(output=str(plan.folder), methods=["siva:rank=4:targets=query+key"], common=FIGURE5), "command"
     )
     assert [cell.row for cell in again.results] == ["full", "lora", "siva", "9-lst"]
     again.save()
@@ -212,7 +212,8 @@ def test_results_stand_beside_the_papers(plan: Plan) -> None:
     assert "| SiVA | 96.56 | 95.00 | 96.63 | 50.00 | 4,529 | 232 | 73.3 | 100.0 |" in text
     assert "| method | accuracy | F1 | samples/s | CUDA allocator peak, MB |" in text
     assert "\n|---|---:|---:|---:|---:|---:|---:|---|\n" in text
-    assert "| SiVA | 0.950 (0.910 to 0.973) | 0.500 | 100.0 | 232 | 12 | 0.001 | siva:targets=query+key |" in text
+    row = "| SiVA | 0.950 (0.910 to 0.973) | 0.500 | 100.0 | 232 | 12 | 0.001 | siva:rank=4:targets=query+key |"
+    assert row in text
     assert "RoBERTa-large, SST-2, batch 16" in text
     assert "+10.0% on average, at most +10.0%" in text
     assert "| SiVA | 255 | 232 | +10.0% |" in text

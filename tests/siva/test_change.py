@@ -312,6 +312,14 @@ def test_a_step_has_a_limit_with_which_plain_sgd_stays_finite() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(("rank", "share"), [(1, 1), (4, 1), (8, 0.5), (16, 0.25)])
+def test_triplets_share_a_step(rank: int, share: float) -> None:
+    """All of them together move a weight equally far at any rank, and one alone no further than four do each."""
+    of_u, of_v = scales(torch.ones(rank), torch.eye(20), step=1.0)
+    torch.testing.assert_close(of_u, torch.full((rank,), share * 20**-0.5))
+    torch.testing.assert_close(of_v, of_u[:, None])
+
+
 def test_of_small_singular_values_a_tenth_of_the_largest_counts() -> None:
     """Of the largest of the same weight, however large that is."""
     for size in (0.02, 5.0):
