@@ -33,7 +33,7 @@ def adapted(**config: Any) -> peft.PeftModel:
 @pytest.mark.parametrize("size", [1e-3, 0.1])
 @RESIDUALS
 def test_a_state_dict_of_a_merged_model_comes_back_merged(residual: str, size: float, dtype: torch.dtype) -> None:
-    config = SivaConfig(task_type="SEQ_CLS", residual=residual)
+    config = SivaConfig(r=4, task_type="SEQ_CLS", residual=residual)
     model = move(peft.get_peft_model(tiny().to(dtype), config).eval(), seed=1, size=size)
     apart = copy.deepcopy(model.state_dict())
     expected, rounding = answers(model), CLOSE if dtype is torch.float32 else {"rtol": 0.0, "atol": 0.02}

@@ -258,7 +258,7 @@ def test_merging_gives_a_plain_layer_and_unmerging_the_same_codes(kind: Any) -> 
 @KINDS
 def test_a_whole_state_dict_fills_a_waiting_layer(kind: Any) -> None:
     layer = move(quantised(kind), size=0.1)
-    blank = SivaLinear(nn.Linear(32, 48), residual_dtype=kind, init_weights="saved")
+    blank = SivaLinear(nn.Linear(32, 48), r=4, residual_dtype=kind, init_weights="saved")
     blank.load_state_dict(layer.state_dict())
     assert blank(inputs()).equal(layer(inputs()))
     assert blank(inputs()).equal(copy.deepcopy(blank)(inputs()))
@@ -272,7 +272,7 @@ def initial_dtypes(layer: SivaLinear) -> set[torch.dtype]:
 def test_initial_factors_beside_4_bits_are_kept_in_bfloat16_and_saved_in_float32(kind: Any) -> None:
     layer = quantised(kind)
     state = layer.state_dict()
-    blank = SivaLinear(nn.Linear(32, 48), residual_dtype=kind, init_weights="saved")
+    blank = SivaLinear(nn.Linear(32, 48), r=4, residual_dtype=kind, init_weights="saved")
     blank.load_state_dict(state)
     for each in layer, blank, copy.deepcopy(layer).float():
         assert initial_dtypes(each) == {torch.bfloat16}
@@ -285,7 +285,7 @@ def test_initial_factors_that_bfloat16_would_round_stay_as_they_are(kind: Any) -
     base, exact = linear(), decompose(matrix(), 4).factors
     state = quantised(kind).state_dict() | {"siva_u0.default": exact.u, "siva_v0.default": exact.v}
     of_adapter = {name: tensor for name, tensor in state.items() if "siva" in name} | {"siva_s.default": exact.s}
-    layer = SivaLinear(base, residual_dtype=kind, init_weights="saved")
+    layer = SivaLinear(base, r=4, residual_dtype=kind, init_weights="saved")
     layer.load_state_dict(of_adapter, strict=False)
     whole = quantised(kind)
     whole.load_state_dict(layer.state_dict())
