@@ -215,7 +215,7 @@ def test_what_trains_with_label_words(place: Path) -> None:
     for method in ("siva", "head", "full"):
         counts[method] = run(*TRAIN, *PROMPT, "--method", method, "--dry-run").stdout.split("trainable parameters")[1]
     dense_and_norm = 16 * 16 + 16 + 2 * 16
-    factors = 2 * 6 * 4 * (16 + 16)  # of all linear layers in two blocks, none of which is wider
+    factors = 2 * 6 * 8 * (16 + 16)  # of all linear layers in two blocks, none of which is wider
     assert counts["head"].split()[1] == str(dense_and_norm)
     assert counts["siva"].split()[1] == f"{factors:,}"
     assert counts["full"].split()[1] == counts["full"].split()[3]
