@@ -32,7 +32,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "base-trec": partial(accuracy_tables.evidence, "trec", is_papers=False),
     "transfer": partial(accuracy_tables.transfer, "minilm"),
     "transfer-mpnet": partial(accuracy_tables.transfer, "mpnet"),
-    "transfer-demo": partial(accuracy_tables.transfer, "bundled"),
+    "transfer-rates": accuracy_tables.transfer_rates,
     "base-wnut17": accuracy_tables.tagging,
     "e2e": accuracy_tables.speaking,
     "e2e-gap": accuracy_tables.generalisation,
