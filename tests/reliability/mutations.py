@@ -4,8 +4,11 @@
     python -m pytest --collect-only -q > short.txt
     PYTHONPATH=tests python -m reliability.mutations .coverage short.txt bench/data/mutations.csv
 
-A fault is one change of one expression or statement, drawn by a seed from the lines that tests reach. Tests that reach
-the line run to the first failure, those of the short suite first. Rows that are in the file are not run again.
+A fault is one change of one expression or statement, drawn by a seed from all lines that run; three of ten are in what
+a run consists of (training, methods, comparison, serving, the command line). Tests that reach the line run to the first
+failure, those of the short suite first; a fault in a line that none reaches is found by none. Of lines that run once,
+as a module is imported, and of Triton's kernels, which coverage does not see, it is the tests that reach the file. Rows
+that are in the file are not run again.
 """
 
 from __future__ import annotations
@@ -18,15 +21,14 @@ import random
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import coverage
 
-PACKAGES = ("ops", "siva", "ladder", "mezo", "prompts", "data")
+OF_A_RUN = ("training", "methods", "comparison", "serving")  # and the modules of the command line, in no package
 COLUMNS = ("fault", "file", "line", "change", "tests", "found_by", "test", "seconds")
-SECONDS = 600  # a fault that keeps the tests from ending is found, too
+SECONDS = 600  # and one a test: a fault that keeps the tests from ending is found, too
 _COMPARED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -85,14 +87,40 @@ def count(source: str) -> int:
     return sum(1 for node in ast.walk(ast.parse(source)) for _ in changes(node))
 
 
-def reached(data: coverage.CoverageData) -> dict[tuple[str, int], set[str]]:
-    """The tests that reach each line, by their ids."""
-    found = defaultdict(set)
-    for file in data.measured_files():
-        name = "fastpeft/" + file.rpartition("/fastpeft/")[2]
-        for line, contexts in data.contexts_by_lineno(file).items():
-            found[name, line] = {each.rpartition("|")[0] for each in contexts if each}
-    return found
+def lines_of(source: str, line: int) -> range:
+    """The lines of the innermost statement that has a line, of a compound one those of its head."""
+    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+    around = [each for each in statements if each.lineno <= line <= (each.end_lineno or each.lineno)]
+    if not around:  # a decorator
+        return range(line, line + 1)
+    innermost = max(around, key=lambda each: each.lineno)
+    body = getattr(innermost, "body", None)
+    end = body[0].lineno - 1 if body else innermost.end_lineno or line
+    return range(innermost.lineno, max(end, line) + 1)
+
+
+def reaching(contexts: dict[int, set[str]], lines: Iterable[int], *, hidden: bool) -> set[str]:
+    """The tests that reach lines of a file, by their ids.
+
+    Args:
+        contexts: of each line of the file that ran, the tests in which it did; "" is outside of tests.
+        lines: those of a statement.
+        hidden: whether coverage does not see what runs there, as in a kernel of Triton.
+    """
+    found = set().union(*(contexts.get(line, set()) for line in lines))
+    if hidden or found == {""}:
+        found = set().union(*contexts.values())
+    return {each.rpartition("|")[0] for each in found} - {""}
+
+
+def draw(places: Iterable[tuple[Path, int]], faults: int, seed: int) -> list[tuple[Path, int]]:
+    """So many places of faults, three of ten in what a run consists of."""
+    of_run: dict[bool, list[tuple[Path, int]]] = {True: [], False: []}
+    for file, number in places:
+        of_run[len(file.parts) == 2 or file.parts[1] in OF_A_RUN].append((file, number))
+    for each in of_run.values():
+        random.Random(seed).shuffle(each)
+    return [of_run[fault % 10 < 3].pop() for fault in range(faults)]
 
 
 def main() -> None:
@@ -106,28 +134,22 @@ def main() -> None:
     arguments = parser.parse_args()
     data = coverage.CoverageData(str(arguments.coverage))
     data.read()
-    tests_of = reached(data)
+    measured = {"fastpeft/" + file.rpartition("/fastpeft/")[2]: file for file in data.measured_files()}
     short = {line.strip() for line in arguments.short.read_text().splitlines() if "::" in line}
-    files = sorted(file for name in PACKAGES for file in Path("fastpeft", name).glob("*.py"))
-    places = [(file, number) for file in files for number in range(count(file.read_text()))]
-    random.Random(arguments.seed).shuffle(places)
+    files = sorted(Path("fastpeft").rglob("*.py"))
+    places = ((file, number) for file in files for number in range(count(file.read_text())))
     part, parts = map(int, arguments.part.split("/"))
     done = set()
     if arguments.table.exists():
         with arguments.table.open(newline="") as stream:
             done = {int(row["fault"]) for row in csv.DictReader(stream)}
-    drawn = 0
-    for file, number in places:
-        if drawn == arguments.faults:
-            break
-        source = file.read_text()
-        text, line, change = faulty(source, number)
-        tests = tests_of.get((str(file), line), set())
-        if not tests:
-            continue
-        drawn += 1
+    for drawn, (file, number) in enumerate(draw(places, arguments.faults, arguments.seed), 1):
         if drawn in done or drawn % parts != part:
             continue
+        source = file.read_text()
+        text, line, change = faulty(source, number)
+        contexts = {each: set(tests) for each, tests in data.contexts_by_lineno(measured.get(str(file), "")).items()}
+        tests = reaching(contexts, lines_of(source, line), hidden=file.parent.name == "kernels")
         ordered = sorted(tests, key=lambda test: (test not in short, test))
         begin = time.perf_counter()
         try:
@@ -144,10 +166,12 @@ def main() -> None:
 
 def _run(tests: list[str], short: set[str]) -> tuple[str, str]:
     """Which suite finds a fault, `short`, `long` or none, and by which test."""
+    if not tests:
+        return "none", ""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(
-            [*command, "-rfE", *tests], capture_output=True, text=True, timeout=SECONDS, env={**os.environ}
+            [*command, "-rfE", *tests], capture_output=True, text=True, timeout=SECONDS + len(tests), env={**os.environ}
         )
     except subprocess.TimeoutExpired:
         return "short", "it does not end"
