@@ -45,7 +45,7 @@ EVIDENCE = (
     ("sst2/full", "full", "full fine-tuning"),
     ("sst2/lora-rank=4-targets=query+key", "lora-query-key", "LoRA"),
     ("sst2/lora-rank=4-targets=key+value", "lora-key-value", "LoRA, key and value"),
-    ("sst2/siva-targets=query+key", "siva-query-key", "SiVA"),
+    ("sst2/siva-rank=4-targets=query+key", "siva-query-key", "SiVA"),
     ("sst2/siva-targets=key+value", "siva-key-value", "SiVA, key and value"),
     ("sst2/siva-targets=all-linear", "siva-all-linear", "SiVA, all linear"),
     ("sst2/k-lst-window=9", "k-lst", "9-LST"),

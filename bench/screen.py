@@ -86,7 +86,7 @@ SCREENS = {
             *(f"k-lst:window=9:layers_per_block=1:learning_rate={rate}" for rate in ("0.001", "0.003")),
             *("lst", "lst:normalise_features=false", "k-lst:window=9", "k-lst:window=9:residual=state"),
             *("lst:reduction=4:learning_rate=0.002", "lst:reduction=2:learning_rate=0.001"),
-            *(f"lst:siva_layers={layers}:targets=q_proj+k_proj" for layers in (4, 15)),
+            *(f"lst:siva_layers={layers}:rank=4:targets=q_proj+k_proj" for layers in (4, 15)),
             "siva:rank=8:targets=all-linear",
             f"siva:rank=4:targets=q_proj+k_proj:layers_to_transform={[*range(14, 30)]}".replace(" ", ""),
         ),
