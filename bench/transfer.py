@@ -32,9 +32,11 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,39 +75,35 @@ def _table(file: Path, delimiter: str, text: str, label: str) -> Rows:
     return [{"text": row[heads.index(text)], "label": row[heads.index(label)]} for row in cells]
 
 
-def _sst2(folder: Path) -> tuple[Rows, Rows]:
-    train, dev = (_table(folder / f"{part}.tsv", "\t", "sentence", "label") for part in ("train", "dev"))
-    return train, dev
+def _files(read: Callable[[Path], Rows], *names: str) -> Callable[[Path], tuple[Rows, Rows]]:
+    """What reads a task whose two parts are files of one form."""
+
+    def parts(folder: Path) -> tuple[Rows, Rows]:
+        train, test = (read(folder / name) for name in names)
+        return train, test
+
+    return parts
 
 
-def _trec(folder: Path) -> tuple[Rows, Rows]:
-    train, test = (_table(folder / f"{part}.tsv", "\t", "text", "label") for part in ("train", "test"))
-    return train, test
-
-
-def _banking(folder: Path) -> tuple[Rows, Rows]:
-    train, test = (_table(folder / f"{part}.csv", ",", "text", "category") for part in ("train", "test"))
-    return train, test
+_banking = _files(partial(_table, delimiter=",", text="text", label="category"), "train.csv", "test.csv")
 
 
 def _some_of_each(folder: Path) -> tuple[Rows, Rows]:
     train, test = _banking(folder)
     random.Random(0).shuffle(train)
-    counts: dict[str, int] = {}
+    met: Counter[str] = Counter()
+    kept = []
     for row in train:
-        row["place"] = counts[row["label"]] = counts.get(row["label"], 0) + 1
-    return [{"text": row["text"], "label": row["label"]} for row in train if row["place"] <= A_CLASS], test
+        met[row["label"]] += 1
+        if met[row["label"]] <= A_CLASS:
+            kept.append(row)
+    return kept, test
 
 
 def _sms(folder: Path) -> tuple[Rows, Rows]:
     rows = list({row["text"]: row for row in _table(folder / "sms.csv", ",", "text", "label")}.values())
     random.Random(0).shuffle(rows)
     return rows[:TRAIN_ROWS], rows[TRAIN_ROWS:]
-
-
-def _wnut17(folder: Path) -> tuple[Rows, Rows]:
-    train, test = (tagged_sentences(folder / f"{part}.conll") for part in ("train", "test"))
-    return train, test
 
 
 def _sick(folder: Path) -> tuple[Rows, Rows]:
@@ -129,11 +127,11 @@ def _sts(folder: Path) -> tuple[Rows, Rows]:
 
 
 TASKS = {
-    "sst2": Source(_sst2),
-    "trec": Source(_trec),
+    "sst2": Source(_files(partial(_table, delimiter="\t", text="sentence", label="label"), "train.tsv", "dev.tsv")),
+    "trec": Source(_files(partial(_table, delimiter="\t", text="text", label="label"), "train.tsv", "test.tsv")),
     "banking77": Source(_some_of_each, rows=None),
     "sms": Source(_sms),
-    "wnut17": Source(_wnut17, "entity_f1"),
+    "wnut17": Source(_files(tagged_sentences, "train.conll", "test.conll"), "entity_f1"),
     "sick": Source(_sick),
     "sts": Source(_sts, "spearman"),
     "banking77-all": Source(_banking, rows=None, folder="banking77"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import memory_tables
 import numpy as np
-from table_rows import DOCS, LORA, NAMES, Row, cells_of, read, rows, settings, table, whole
+from table_rows import DOCS, LORA, NAMES, Row, cells_of, over_seeds, read, rows, settings, table, whole
 
 from fastpeft.comparison.significance import compare_pair, row_scores
 from fastpeft.comparison.suites import PaperRow, get_suite
@@ -75,12 +75,7 @@ def comparison(folder: str) -> dict[str, list[Row]]:
 
 
 def _percent(runs: Sequence[Row], metric: str = "accuracy") -> str:
-    return _over_seeds([100 * float(run[metric]) for run in runs])
-
-
-def _over_seeds(values: Sequence[float]) -> str:
-    """The mean of runs, and their standard deviation."""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return over_seeds([100 * float(run[metric]) for run in runs])
 
 
 def sst2() -> str:
@@ -255,76 +250,6 @@ def tagging() -> str:
     return table(["", *titles, "memory, MB", "learning rate", "seeds"], body)
 
 
-LORA_VALUES = "lora:targets=query+value"  # as PEFT has it
-TRANSFERRED = {  # variants of `bench.transfer` that are compared on every task
-    "siva": "**SiVA**",
-    LORA_VALUES: "LoRA, query and value",
-    "lora:targets=query+key": "LoRA, query and key",
-    "k-lst": "**9-LST**",
-    "lst": "LST",
-    "head": "head only",
-    "full": "full fine-tuning",
-}
-TASKS = {  # in the order of the table
-    "sst2": "SST-2",
-    "trec": "TREC",
-    "banking77": "Banking77, 26 a class",
-    "sms": "SMS spam",
-    "wnut17": "WNUT17, F1 of entities",
-    "sick": "SICK, two sentences",
-    "sts": "STS, Spearman",
-    "banking77-all": "Banking77, all rows",
-}
-ALL_ROWS = "banking77-all"  # which no mean has
-LORA_RATES = {
-    f"{LORA_VALUES}:learning_rate=4e-4": "LoRA, query and value, 4e-4",
-    LORA_VALUES: "1.2e-3, its recipe",
-    f"{LORA_VALUES}:learning_rate=3.6e-3": "3.6e-3",
-    "lora:targets=query+key": "query and key, 1.2e-3",
-}
-
-
-def _transferred(model: str, column: str = "score") -> dict[str, dict[str, list[float]]]:
-    """A value of each run of a model in the suite of transfer: task -> variant -> one a seed."""
-    found: dict[str, dict[str, list[float]]] = {task: {} for task in TASKS}
-    for row in rows("transfer.csv"):
-        if row["model"] == model:
-            found[row["task"]].setdefault(row["variant"], []).append(float(row[column]))
-    return {task: values for task, values in found.items() if values}
-
-
-def transfer(model: str) -> str:
-    """The score, and the loss, of each method with no option given, and its mean where it has run on all tasks."""
-    scores, losses = _transferred(model), _transferred(model, "loss")
-    shown = [variant for variant in TRANSFERRED if any(variant in values for values in scores.values())]
-    body = [
-        [TASKS[task], *(_with_loss(values.get(variant), losses[task].get(variant)) for variant in shown)]
-        for task, values in scores.items()
-    ]
-    means = []
-    for variant in shown:
-        found = [mean(values[variant]) for task, values in scores.items() if task != ALL_ROWS and variant in values]
-        means.append(f"**{mean(found):.1f}**" if len(found) == len(scores.keys() - {ALL_ROWS}) else "-")
-    return table(["", *(TRANSFERRED[variant] for variant in shown)], [*body, ["**mean**", *means]])
-
-
-def _with_loss(scores: list[float] | None, losses: list[float] | None) -> str:
-    return f"{_over_seeds(scores)} ({mean(losses):.2f})" if scores and losses else "-"
-
-
-def transfer_rates() -> str:
-    """SiVA by default beside LoRA at three rates on two sets of layers, and how far it is above the best of them."""
-    body = []
-    for task, values in _transferred("minilm").items():
-        found = [values.get(variant) for variant in LORA_RATES]
-        if "siva" in values and all(found[:3]):
-            best = max(mean(each) for each in found if each)
-            own = mean(values["siva"])
-            cells = (_over_seeds(each) if each else "-" for each in found)
-            body.append([TASKS[task], _over_seeds(values["siva"]), *cells, f"{own - best:+.1f}"])
-    return table(["", "**SiVA**", *LORA_RATES.values(), "SiVA above the best"], body)
-
-
 LAST_16 = "layers_to_transform=[14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29]"
 BESIDE_16 = ":siva_layers=16:rank=4:targets=q_proj+k_proj"
 LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"
@@ -368,7 +293,7 @@ def speaking() -> str:
         if not cells:
             continue
         said, metrics = [cell["test"] for cell in cells], [cell["metrics"] for cell in cells]
-        bleu = _over_seeds([each["bleu"] for each in said])
+        bleu = over_seeds([each["bleu"] for each in said])
         values = [[each["perplexity"] for each in metrics]]
         values += [[each[name] for each in said] for name in ("general_loss_before", "general_loss")]
         shown = [f"{mean(each):.2f}" for each in values]

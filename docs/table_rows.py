@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 DOCS = Path(__file__).parent
@@ -77,3 +78,8 @@ def settings(variant: str) -> dict[str, str]:
 
 def whole(number: str) -> str:
     return f"{float(number):,.0f}" if number else "-"
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    """The mean of runs, and their standard deviation."""
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")

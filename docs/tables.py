@@ -15,6 +15,7 @@ import commands
 import memory_tables
 import reliability_tables
 import speed_tables
+import transfer_tables
 from table_rows import DOCS
 
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?s:.*?)(<!-- end of table -->)")
@@ -30,9 +31,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "base-sst2-all": partial(accuracy_tables.evidence, "sst2-all"),
     "base-rates": accuracy_tables.base_rates,
     "base-trec": partial(accuracy_tables.evidence, "trec", is_papers=False),
-    "transfer": partial(accuracy_tables.transfer, "minilm"),
-    "transfer-mpnet": partial(accuracy_tables.transfer, "mpnet"),
-    "transfer-rates": accuracy_tables.transfer_rates,
+    "transfer": partial(transfer_tables.transfer, "minilm"),
+    "transfer-mpnet": partial(transfer_tables.transfer, "mpnet"),
+    "transfer-rates": transfer_tables.rates,
     "base-wnut17": accuracy_tables.tagging,
     "e2e": accuracy_tables.speaking,
     "e2e-gap": accuracy_tables.generalisation,
