@@ -96,18 +96,17 @@ def extensions() -> tuple[list, dict]:
     found = []
     if "fastpeft._C" in wanted:
         found.append(cpp_extension())
-    if "fastpeft._C_cuda" in wanted:
-        found.append(cuda_extension(cuda_home))
-    return [extension for extension in found if extension is not None], commands()
+    if "fastpeft._C_cuda" in wanted and (extension := cuda_extension(cuda_home)) is not None:
+        found.append(extension)
+    return found, commands()
 
 
-def cpp_extension() -> Extension | None:
-    """`fastpeft._C`, where there is a compiler."""
+def cpp_extension() -> Extension:
+    """`fastpeft._C`; without a compiler the build stops."""
     from torch.utils.cpp_extension import CppExtension
 
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         left_out("fastpeft._C", "no C++ compiler; install one or name it in CXX")
-        return None
     sources = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     return CppExtension("fastpeft._C", sources, extra_compile_args={"cxx": CXX_FLAGS}, **common())
 

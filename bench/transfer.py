@@ -27,6 +27,8 @@ The files of the last two are in the repository github.com/brmson/dataset-sts, i
 from __future__ import annotations
 
 import csv
+import dataclasses
+import json
 import os
 import random
 import subprocess
@@ -37,6 +39,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ from bench.evidence import tagged_sentences, write_lines
 from bench.harness import DATA, Row, machine, option_parser, put_row, read_rows
 from fastpeft.comparison.variants import parse_variant
 from fastpeft.support.files import read_json
+from fastpeft.training.config import TrainConfig
 
 FILE = DATA / "transfer.csv"
 TRAIN_ROWS, TEST_ROWS = 2_000, 1_000
@@ -151,6 +155,16 @@ def write_task(name: str, source: Path, folder: Path) -> Path:
     return target
 
 
+def _flags(name: str, value: Any) -> list[str]:
+    """An option of a run, or a setting of its method, as it is written on the command line."""
+    if name not in {field.name for field in dataclasses.fields(TrainConfig)}:
+        return ["--set", f"{name}={json.dumps(value)}"]
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", str(value)]
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run; its variant is written as for `fastpeft compare`."""
@@ -172,7 +186,7 @@ class Cell:
         method, options, _ = parse_variant(self.variant)
         given = {"method": method, "model": self.model_folder, "data": self.rows, "output": self.output}
         given |= {"seed": self.seed, **options}
-        flags = (part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value)))
+        flags = chain.from_iterable(starmap(_flags, given.items()))
         return [sys.executable, "-m", "fastpeft", "train", *flags, "--overwrite", "--quiet"]
 
     def run(self) -> Row:
@@ -199,13 +213,23 @@ class Cell:
 
 
 def run(cells: Iterable[Cell], file: Path, side_by_side: int) -> Iterator[Row]:
-    """Run the cells that have no row yet, and put each row into the table as its cell ends."""
+    """Run the cells that have no row yet, and put each row into the table as its cell ends.
+
+    Raises:
+        RuntimeError: cells failed; those that did not have their rows.
+    """
     known = {tuple(row[name] for name in KEY) for row in read_rows(file)}
     left = [cell for cell in cells if tuple(cell.key[name] for name in KEY) not in known]
     with ThreadPoolExecutor(side_by_side) as threads:
+        failed = []
         for ended in as_completed([threads.submit(cell.run) for cell in left]):
+            if error := ended.exception():
+                failed.append(str(error))
+                continue
             put_row(file, ended.result(), KEY)
             yield ended.result()
+    if failed:
+        raise RuntimeError("\n".join(failed))
 
 
 def main() -> None:

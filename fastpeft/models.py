@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,13 +40,15 @@ class Classifier:
         model: a `PreTrainedModel`.
         tokenizer: its tokenizer, which has a padding token.
         head: names of the modules that belong to the task or that the checkpoint did not hold.
-        head_is_new: whether the checkpoint lacked (parts of) the head, so that it must be trained.
+        trains_head: whether an adapter trains the head too; one of words that the checkpoint has stays as it is.
+        new_head: those of `head` that were drawn at random, so that they have further to go than all else.
     """
 
     model: Any
     tokenizer: Any
     head: tuple[str, ...]
-    head_is_new: bool = True
+    trains_head: bool = True
+    new_head: tuple[str, ...] = ()
 
     @cached_property
     def max_length(self) -> int:
@@ -157,7 +159,10 @@ def load_classifier(
     _settle_padding(loaded, tokenizer)
     if problem is REGRESSION:
         _keep_float32(loaded)
-    return Classifier(loaded, tokenizer, _head_modules(loaded, info["missing_keys"]))
+    drawn = {*info["missing_keys"], *_mismatched(info)}
+    head = _head_modules(loaded, drawn)
+    new = tuple(name for name in head if any(key.startswith(f"{name}.") for key in drawn))
+    return Classifier(loaded, tokenizer, head, new_head=new)
 
 
 def _read_words_after_a_space(tokenizer: Any) -> None:
@@ -272,7 +277,7 @@ def load_for_next_words(model: str, dtype: torch.dtype = torch.float32) -> Class
     _settle_padding(loaded, tokenizer)
     _leave_out_unread(loaded.generation_config)
     tokenizer.padding_side = "right"  # to train on; to go on from prompts they are padded on the left
-    return Classifier(loaded, tokenizer, (), head_is_new=False)
+    return Classifier(loaded, tokenizer, (), trains_head=False)
 
 
 def _leave_out_unread(config: Any) -> None:
@@ -374,9 +379,8 @@ def _new_in_head(model: Any, info: Mapping[str, Any]) -> list[str]:
 
 def _check_encoder(model: str, prefix: str, info: Mapping[str, Any]) -> None:
     """Refuse an encoder that was drawn at random in parts: only a head or a pooler may be new."""
-    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = {key for key in info["missing_keys"] if ".pooler." not in key}
-    for keys, fault in (mismatched, "has another shape than config.json says"), (missing, "is missing"):
+    for keys, fault in (_mismatched(info), "has another shape than config.json says"), (missing, "is missing"):
         inside = sorted(key for key in keys if key.startswith(f"{prefix}."))
         if inside:
             others = f", and {len(inside) - 1} other weights likewise" if len(inside) > 1 else ""
@@ -386,7 +390,11 @@ def _check_encoder(model: str, prefix: str, info: Mapping[str, Any]) -> None:
             )
 
 
-def _head_modules(model: Any, missing: Sequence[str]) -> tuple[str, ...]:
+def _mismatched(info: Mapping[str, Any]) -> set[str]:
+    return {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+
+
+def _head_modules(model: Any, missing: Iterable[str]) -> tuple[str, ...]:
     """The model's children outside its encoder, and inside it each module that has parameters the checkpoint lacks."""
     encoder = model.base_model_prefix
     head = [name for name, child in model.named_children() if name != encoder and any(True for _ in child.parameters())]

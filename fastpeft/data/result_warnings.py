@@ -195,7 +195,9 @@ def of_changed_rows(data: str) -> list[str]:
     ]
 
 
-def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list[str]:
+def of_training_loss(
+    points: Sequence[tuple[int, float]], before: float, *, over_and_over: bool = True
+) -> list[str]:
     """Whether the training loss ended above its start, or was still falling at the end.
 
     It ended above its start where either is so:
@@ -205,12 +207,14 @@ def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list
       slope nor a few leaps change;
     - the mean of the last tenth is more than twice the loss before training, however large the noise.
 
-    It was still falling where the median of the last fifth is above a fifth of the first loss, and below that of the
-    fifth before by a tenth and by more than two standard errors. Of fewer than ten points nothing is said.
+    It was still falling where the median of the last fifth is above a fifth of the loss before training, and below that
+    of the fifth before by a tenth and by more than two standard errors. Of fewer than ten points nothing is said.
 
     Args:
         points: logged losses, each with its step.
         before: the same loss of the dev rows before training.
+        over_and_over: whether more passes over the rows would help, so that it is said where the loss was still
+            falling. A model that learns next words would repeat its rows.
     """
     losses = [loss for _, loss in points]
     if len(losses) < _FEWEST_POINTS:
@@ -225,20 +229,20 @@ def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list
     elif median(end) > median(start) + _CERTAIN * error:
         first, last = median(start), median(end)
     else:
-        return _still_falling(losses, noise)
+        return _still_falling(losses, before, noise) if over_and_over else []
     return [
         f"The training loss ended above its start ({first:.3g} at the start, {last:.3g} at the end), so training made "
         "the model worse; lower the learning rate."
     ]
 
 
-def _still_falling(losses: Sequence[float], noise: float) -> list[str]:
+def _still_falling(losses: Sequence[float], before: float, noise: float) -> list[str]:
     size = len(losses) // 5
-    before, end = median(losses[-2 * size : -size]), median(losses[-size:])
-    if end < _LEARNED * losses[0] or before - end < max(_FALL * before, _CERTAIN * noise * 1.25 * math.sqrt(2 / size)):
+    late, end = median(losses[-2 * size : -size]), median(losses[-size:])
+    if end < _LEARNED * before or late - end < max(_FALL * late, _CERTAIN * noise * 1.25 * math.sqrt(2 / size)):
         return []
     return [
-        f"The training loss was still falling at the end ({end:.3g}, from {before:.3g} a fifth of the steps before); "
+        f"The training loss was still falling at the end ({end:.3g}, from {late:.3g} a fifth of the steps before); "
         "more epochs would probably give a better model."
     ]
 

@@ -24,7 +24,7 @@ class Preparation:
         rank: rank of an adapter, from 1; None takes the method's own.
         targets: layers to adapt; None takes the method's own.
         settings: further fields of the method's configuration.
-        head_is_new: whether the checkpoint lacked the head; one that it holds is left as it is by an adapter.
+        trains_head: whether an adapter trains the head too; one of words that the checkpoint has stays as it is.
         window: features that each block of a side network reads; None takes the method's own.
         reduction: how many times narrower than the backbone a side network is; None takes the method's own.
         task_type: what PEFT calls the problem.
@@ -36,7 +36,7 @@ class Preparation:
     rank: int | None = None
     targets: Targets = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    head_is_new: bool = True
+    trains_head: bool = True
     window: int | None = None
     reduction: int | None = None
     task_type: str | None = "SEQ_CLS"

@@ -56,6 +56,6 @@ class Recipe:
         of_head = found.head_learning_rate * _WIDE / max(width, _NARROWEST)
         return replace(found, head_learning_rate=float(f"{of_head:.2g}"))
 
-    def epochs_of(self, steps: float) -> float:
+    def epochs_of(self, steps: int) -> float:
         """Passes over the training rows, where one is of so many steps."""
         return max(self.epochs, math.ceil(self.least_steps / steps))

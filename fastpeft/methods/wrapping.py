@@ -71,7 +71,7 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
         values = {**values, "target_modules": _own_names(model, preparation.targets)}
     named = {"target_modules", "target_parameters"} & {*values, *preparation.settings}
     values = {**({} if named else _usual_layers(model, config)), **values}
-    new = list(preparation.head) if preparation.head_is_new else []
+    new = list(preparation.head) if preparation.trains_head else []
     values = {**values, "task_type": preparation.task_type, "modules_to_save": new, **preparation.settings}
     try:
         made = _config_class(config)(**values)

@@ -400,7 +400,7 @@ def load_prompted(model: str, prompt: Prompt, dtype: torch.dtype = torch.float32
         FastpeftError: as `load_language_model`, or a label word is not one token.
     """
     prompted = PromptModel(*load_language_model(model, dtype), prompt)
-    return Classifier(prompted, prompted.tokenizer, prompted.head_modules, head_is_new=False)
+    return Classifier(prompted, prompted.tokenizer, prompted.head_modules, trains_head=False)
 
 
 def _at(states: Tensor, positions: Tensor, length: int) -> Tensor:

@@ -14,7 +14,7 @@ Start = Literal["zero", "random", "empty"]
 
 _LEAST = 0.1  # of the largest singular value; smaller ones count as this, or the product dU dV would have no bound
 
-_RANK = 4  # at which the step was chosen; more triplets share it
+_RANK = 4  # at which `SPECTRAL_STEP` was chosen; more triplets share it
 
 
 class Change(nn.Module):
@@ -90,10 +90,10 @@ def scales(s: Tensor, weight: Tensor, step: float) -> tuple[Tensor, Tensor]:
 
     `a_U = min(step / sqrt(N), 1) min(4 / r, 1) q / s` and `a_V` likewise of K, where `q = |W0|_F / sqrt(min(N, K))` is
     the root mean square of the weight's singular values. When Adam moves every entry of dU by eta, each triplet's part
-    of the weight moves by `eta step q 4 / r` in the spectral norm, and all r together by as much at any r. A learning
-    rate should fix that norm, by the condition for feature learning of Yang, Simon and Bernstein (2023). Plain SGD
-    moves a triplet by `a^2` times its gradient, and would diverge where few narrow layers or few triplets make a large;
-    so would Adam's first steps. Hence each 1.
+    of the weight moves by `eta step q min(4 / r, 1)` in the spectral norm where neither bound of 1 holds, and from rank
+    4 on all together by as much at any r. A learning rate should fix that norm, by the condition for feature learning
+    of Yang, Simon and Bernstein (2023). Plain SGD moves a triplet by `a^2` times its gradient, and would diverge where
+    few narrow layers or few triplets make a large; so would Adam's first steps. Hence each 1.
 
     Args:
         s: singular values `(r,)`, the largest first.

@@ -96,7 +96,7 @@ class SivaLinear(LoadableLinear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, r: int = 4, d: int | None = None, residual: Residual = "frozen", **arguments: Any
+        cls, linear: nn.Module, r: int = 8, d: int | None = None, residual: Residual = "frozen", **arguments: Any
     ) -> SivaLinear:
         """Take over `linear` (which is changed in place) and make its top-r singular triplets trainable.
 

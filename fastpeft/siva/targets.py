@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -103,13 +104,21 @@ def warn_of_strangers(
 
 
 def reading_hidden_states(model: nn.Module, names: Collection[str]) -> set[str]:
-    """The linear layers among `names` that read no more values than a hidden state of the model has.
+    """The linear layers among `names` that read no more values than a hidden state of the model, or its heads, have.
 
     All, where that cannot be told.
     """
-    width = getattr(getattr(model, "config", None), "hidden_size", None)
-    narrow = {name for name in names if type(width) is int and _shape_of(model.get_submodule(name))[1] <= width}
-    return narrow or {*names}
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # of a model of several parts, as one that sees
+        with suppress(ValueError):  # where several parts are of text
+            config = config.get_text_config()
+    width = getattr(config, "hidden_size", None)
+    if type(width) is not int:
+        return {*names}
+    per_head = getattr(config, "head_dim", None)  # whose product may be wider than a hidden state, as in Qwen3
+    if type(per_head) is int:
+        width = max(width, config.num_attention_heads * per_head)
+    return {name for name in names if _shape_of(model.get_submodule(name))[1] <= width} or {*names}
 
 
 def in_chosen_blocks(peft_config: SivaConfig, names: Iterable[str]) -> set[str]:
@@ -143,7 +152,7 @@ def no_target(peft_config: SivaConfig, linear: Collection[str], model: nn.Module
             "side network, or train the head alone."
         )
     wanted = peft_config.target_modules
-    shown = sorted(wanted) if isinstance(wanted, set) else repr(wanted)
+    shown = (sorted(wanted) or None) if isinstance(wanted, set) else repr(wanted)
     where = ""
     if peft_config.layers_to_transform is not None:
         blocks = ", ".join(map(str, _blocks(peft_config, [name for name, _ in model.named_modules()])))
@@ -164,7 +173,7 @@ def leave_heads_out(peft_config: SivaConfig, targets: Iterable[str]) -> None:
 
 
 def limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
-    """Give layers that "all-linear" found and that are smaller than r their full rank."""
+    """Give layers that were not named and that are smaller than r their full rank."""
     limited = {}
     for name, module in targets.items():
         full = min(_shape_of(module))
@@ -172,7 +181,7 @@ def limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
             limited[name] = full
     if limited:
         shown = ", ".join(f"{name} ({rank})" for name, rank in limited.items())
-        logger.warning("all-linear with r=%d: layers that are smaller get their full rank: %s", peft_config.r, shown)
+        logger.warning("r=%d: layers that are smaller get their full rank: %s", peft_config.r, shown)
         patterns = {f"^{re.escape(name)}": rank for name, rank in limited.items()}
         peft_config.rank_pattern = {**peft_config.rank_pattern, **patterns}
 

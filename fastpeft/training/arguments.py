@@ -55,7 +55,7 @@ def training_arguments(task: Task, output: str) -> TrainingArguments:
         # a model that lies on several
         arguments._n_gpu = min(arguments.n_gpu, 1)
         _check(arguments, task)
-        steps = total_steps(arguments, len(task.train_rows))
+        steps = total_steps(arguments, task)
         if values.keys().isdisjoint(("warmup_steps", "warmup_ratio")):
             arguments.warmup_steps = round(recipe.warmup * steps)
         if "logging_steps" not in values:
@@ -252,11 +252,14 @@ def recipe_used(task: Task, arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def shortness(task: Task, arguments: TrainingArguments) -> str:
-    """What is told of a run with less than half of the steps in which its recipe learns a new task; else nothing."""
-    steps, least = total_steps(arguments, len(task.train_rows)), task.setup.recipe.least_steps
-    if 2 * steps >= least:
+    """What is told of a run with less than half of the steps in which its recipe learns a new task; else nothing.
+
+    A run that starts from an earlier one has learned before.
+    """
+    steps, least = total_steps(arguments, task), task.setup.recipe.least_steps
+    if 2 * steps >= least or task.config.init_from is not None:
         return ""
-    epochs = math.ceil(least / steps_per_epoch(arguments, len(task.train_rows)))
+    epochs = math.ceil(least / task.setup.steps_per_epoch(len(task.train_rows)))
     return (
         f"the run has {steps:,} steps, in which {task.method.title} learns little of a new task; its recipe has at "
         f"least {least:,}, which are {epochs:,} epochs of these rows"
@@ -280,14 +283,8 @@ def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def total_steps(arguments: TrainingArguments, rows: int) -> int:
-    """Optimizer steps of a run over `rows` rows, as the Trainer counts them."""
+def total_steps(arguments: TrainingArguments, task: Task) -> int:
+    """Optimizer steps of a run, as the Trainer counts them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    return math.ceil(arguments.num_train_epochs * steps_per_epoch(arguments, rows))
-
-
-def steps_per_epoch(arguments: TrainingArguments, rows: int) -> int:
-    """Optimizer steps of one pass over `rows` rows, as the Trainer counts them."""
-    batches = math.ceil(rows / arguments.train_batch_size)
-    return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(arguments.num_train_epochs * task.setup.steps_per_epoch(len(task.train_rows)))

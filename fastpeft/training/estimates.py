@@ -151,7 +151,7 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
     return TrainPlan(
         trainable_parameters=trainable,
         parameters=total,
-        steps=total_steps(arguments, len(task.train_rows)),
+        steps=total_steps(arguments, task),
         rows=task.setup.rows_trained(len(task.train_rows)) * task.num_train_texts / len(task.train_rows),
         train_rows=task.num_train_texts,
         dev_rows=len(task.dev_rows),
@@ -225,7 +225,7 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
 
 def _measured_between(task: Task, arguments: TrainingArguments) -> int:
     """How many rows a run measures between its first and its last step: for checkpoints, or for the curve."""
-    rows, steps = len(task.dev_rows), total_steps(arguments, len(task.train_rows))
+    rows, steps = len(task.dev_rows), total_steps(arguments, task)
     if task.config.metric is not None and task.config.save_steps is not None:
         return rows * math.ceil(steps / task.config.save_steps)
     rows = min(rows, CURVE_ROWS)

@@ -185,11 +185,20 @@ def load_start(setup: RunSetup) -> Classifier:
 
 
 def new_head(start: Classifier, setup: RunSetup) -> tuple[str, ...]:
-    """The modules of a head that a run draws at random for its labels; none where it goes on with one."""
-    is_new = start.head_is_new and not setup.head.by_words
-    if is_new and setup.config.init_from is not None:
-        is_new = not _earlier(setup)[1].same_head
-    return start.head if is_new else ()
+    """The modules of a head that a run draws at random for its labels; none where it goes on with one.
+
+    Raises:
+        FastpeftError: none is, and the configuration has a rate for it.
+    """
+    goes_on = setup.config.init_from is not None and _earlier(setup)[1].same_head
+    found = () if goes_on else start.new_head
+    if setup.config.head_learning_rate is not None and not found:
+        place = setup.config.init_from if goes_on else setup.config.model
+        raise FastpeftError(
+            f"`head_learning_rate` is {setup.config.head_learning_rate:g}, which is for a head that begins at random, "
+            f"but {place!r} has the head of this run already. Leave it out; `learning_rate` is for the head too."
+        )
+    return found
 
 
 def continue_earlier(model: Any, setup: RunSetup) -> None:

@@ -166,6 +166,7 @@ def _metrics(trainer: RunTrainer, task: Task, before: Beginning, after: _Measure
         **_memory(trainer, task),
         "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},
         "learning_rate": trainer.args.learning_rate,
+        "head_learning_rate": trainer.head_learning_rate,
         "compute_dtype": compute_dtype(trainer.args),
         "seed": config.seed,
         "device": device_name(trainer.args.device),
@@ -205,7 +206,9 @@ def _warnings(trainer: RunTrainer, task: Task, before: Beginning, after: _Measur
         *task.warnings,
         *trainer.warnings_of_head(),
         *result_warnings.of_threshold(len(task.threshold_rows)),
-        *result_warnings.of_training_loss(trainer.points("loss"), before.lowered),
+        *result_warnings.of_training_loss(
+            trainer.points("loss"), before.lowered, over_and_over=bool(task.setup.recipe.least_steps)
+        ),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,14 +99,22 @@ class Setup:
         return self.method.recipe.for_model(causal_lm=causal_lm, hidden_size=hidden_size(self.config.model))
 
     @property
+    def _accumulated(self) -> int:
+        count: int = max(1, self.arguments.get("gradient_accumulation_steps", 1))
+        return count
+
+    @property
     def rows_a_step(self) -> int:
         """Rows that a step trains on."""
-        count: int = self.config.batch_size * max(1, self.arguments.get("gradient_accumulation_steps", 1))
-        return count
+        return self.config.batch_size * self._accumulated
+
+    def steps_per_epoch(self, train_rows: int) -> int:
+        """Optimizer steps of one pass over `train_rows` rows, as the Trainer counts them."""
+        return math.ceil(math.ceil(train_rows / self.config.batch_size) / self._accumulated)
 
     def epochs(self, train_rows: int) -> float:
         """Passes over the training rows, where the data has `train_rows` and no number of steps is given."""
-        return self.config.epochs or self.recipe.epochs_of(train_rows / self.rows_a_step)
+        return self.config.epochs or self.recipe.epochs_of(self.steps_per_epoch(train_rows))
 
     def rows_trained(self, train_rows: int) -> float:
         """Rows that the run trains on, those of every epoch counted, where the data has `train_rows`."""

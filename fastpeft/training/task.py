@@ -208,7 +208,7 @@ def prepare(start: Classifier, setup: RunSetup) -> Any:
     Raises:
         FastpeftError: the method finds nothing to train, as biases where there are none.
     """
-    preparation = dataclasses.replace(setup.preparation, head=start.head, head_is_new=start.head_is_new)
+    preparation = dataclasses.replace(setup.preparation, head=start.head, trains_head=start.trains_head)
     model = setup.method.prepare(start.model, preparation)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FastpeftError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.nonfinite import where_it_began
 from fastpeft.support.processes import Ranks, noticing_lost_processes
-from fastpeft.training.arguments import evaluated_tokens, loader_options, steps_per_epoch
+from fastpeft.training.arguments import evaluated_tokens, loader_options
 from fastpeft.training.callbacks import (
     Clock,
     CudaPeak,
@@ -119,7 +119,7 @@ class RunTrainer(Trainer):
             compute_metrics=self._score,
             preprocess_logits_for_metrics=_logits_alone,
             callbacks=[
-                EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
+                EpochOfOrder(self.order, task.setup.steps_per_epoch(len(lengths))),
                 *measuring,
                 KeptTimings(folder),
                 WholeCheckpoints(folder, self.chosen_by, self.ranks),
@@ -236,12 +236,17 @@ class RunTrainer(Trainer):
             return measured
         return float(self.custom_loss(torch.from_numpy(self._outputs), torch.from_numpy(self._labels)))
 
+    @property
+    def _lower_rate(self) -> str:
+        of_head = "" if self.head_learning_rate is None else f", {self.head_learning_rate:g} for the new head"
+        return f"Lower the learning rate (its peak is {self.args.learning_rate:g}{of_head})"
+
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
         self._outputs, self._labels = outputs, labels = prediction.predictions, prediction.label_ids
         if not np.isfinite(outputs[labels != UNLABELLED] if self.problem.per_token else outputs).all():
             raise FastpeftError(
-                f"the model's outputs are not finite after step {self.state.global_step}, so the run ended. Lower the "
-                f"learning rate (its peak is {self.args.learning_rate:g}) or look for a fault in the data. "
+                f"the model's outputs are not finite after step {self.state.global_step}, so the run ended. "
+                f"{self._lower_rate} or look for a fault in the data. "
                 f"{self.folder.newest_in_words()}"
             )
         scores = self.problem.score(outputs, labels, self.labels)
@@ -289,8 +294,8 @@ class RunTrainer(Trainer):
             what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
             what = what if bad else "in another process the loss or a gradient is not finite"
             raise NotFiniteError(
-                f"{what} at step {self.state.global_step + 1}, so training stopped. Lower the learning rate (its "
-                f"peak is {self.args.learning_rate:g}) or look for a fault in the data."
+                f"{what} at step {self.state.global_step + 1}, so training stopped. {self._lower_rate} "
+                "or look for a fault in the data."
             )
 
     def compute_loss(
@@ -327,9 +332,11 @@ class RunTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.head_learning_rate is not None:
-            named = self.model.named_parameters()
-            head = {id(p) for name, p in named if any(f".{module}." in f".{name}" for module in self.new_head)}
-            _give_rate(optimizer, head, self.head_learning_rate)
+            named = [(f".{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
+            head = {id(p) for name, p in named if any(f".{module}." in name for module in self.new_head)}
+            optimizer.param_groups[:] = _with_rate(optimizer.param_groups, head, self.head_learning_rate)
+            if not head <= {id(p) for group in optimizer.param_groups for p in group["params"]}:  # one for each layer
+                logger.warning("%s has one learning rate for all, also for the new head", self.args.optim.value)
         if is_new and self.steps_in_backward:
             StepsInBackward(optimizer, self._check_finite)
         return optimizer
@@ -389,14 +396,14 @@ def trainer_class(task: Task) -> type[RunTrainer]:
     return _TRAINERS[task.method.optimization]
 
 
-def _give_rate(optimizer: torch.optim.Optimizer, parameters: set[int], learning_rate: float) -> None:
-    """Move parameters, given by their `id`, into groups with a rate of their own."""
-    for group in [*optimizer.param_groups]:
-        moved = [parameter for parameter in group["params"] if id(parameter) in parameters]
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in parameters]
-        if moved:
-            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+def _with_rate(
+    groups: Sequence[Mapping[str, Any]], parameters: set[int], learning_rate: float
+) -> Iterator[dict[str, Any]]:
+    """An optimizer's groups, where some parameters, given by their `id`, have groups with a rate of their own."""
+    for group in groups:
+        for chosen, rate in (False, group["lr"]), (True, learning_rate):
+            if part := [parameter for parameter in group["params"] if (id(parameter) in parameters) == chosen]:
+                yield {**group, "params": part, "lr": rate}
 
 
 def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:

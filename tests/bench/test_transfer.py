@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,15 @@ def test_a_cell_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     _write("trec", tmp_path / "trec")
     rows = transfer.write_task("trec", tmp_path, tmp_path)
     model = str(save_tiny_model(tmp_path / "model"))
-    cell = transfer.Cell("tiny", model, "trec", rows, "head:max_steps=2", 0, tmp_path / "run")
-    (row,) = transfer.run([cell], tmp_path / "table.csv", 1)
-    assert row | {"task": "trec", "variant": "head:max_steps=2", "metric": "accuracy", "steps": "2"} == row
+    variant = "siva:max_steps=2:bf16=false:scaling=plain"
+    cell = transfer.Cell("tiny", model, "trec", rows, variant, 0, tmp_path / "run")
+    broken = dataclasses.replace(cell, variant="siva:targets=nowhere", output=tmp_path / "broken")
+    found = transfer.run([broken, cell], tmp_path / "table.csv", 1)
+    row = next(found)
+    expected = {"task": "trec", "variant": variant, "metric": "accuracy", "steps": "2", "compute_dtype": "float32"}
+    assert row | expected == row
+    with pytest.raises(RuntimeError, match="nowhere"):
+        next(found)
     assert read_rows(tmp_path / "table.csv") == [row]
     monkeypatch.setattr(transfer.Cell, "run", None)
     assert not [*transfer.run([cell], tmp_path / "table.csv", 1)]

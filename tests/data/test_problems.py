@@ -136,7 +136,8 @@ def test_a_run_is_measured_and_used_as_it_was_trained(
 @pytest.mark.parametrize(("kind", "least"), [("regression", 0.9), ("tagging", 0.95)])
 def test_numbers_and_tags_are_learned(config: TrainConfig, tmp_path: Path, kind: str, least: float) -> None:
     data = str(ROWS[kind](tmp_path))
-    metrics = train(replace(config, method="full", data=data, epochs=40, learning_rate=1e-2)).metrics
+    given = {"epochs": 40, "learning_rate": 1e-2, "head_learning_rate": 1e-2}
+    metrics = train(replace(config, method="full", data=data, **given)).metrics
     assert metrics[PROBLEM[kind].primary] > least > metrics[f"{PROBLEM[kind].primary}_before"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from samples import PROMPT, SMALL, Interrupt, prompted, reviews, sampled, write_csv
+from samples import PROMPT, SMALL, Interrupt, prompted, reviews, sampled, save_tiny_model, write_csv
 from unprivileged import bound_by_modes
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
@@ -236,12 +235,12 @@ def test_the_model_is_that_of_the_earlier_run(config: TrainConfig, caplog: pytes
 def test_a_recipe_gives_what_nobody_else_does(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, method="siva", learning_rate=None, max_steps=None)
     task = Task.load(config)
-    epochs = math.ceil(1_200 / (54 / 16))  # so few rows are passed over until they come to so many steps
+    epochs = 300  # of 4 steps, as 54 rows are in batches of 16: so few are passed over until they come to 1,200
     assert recipe_used(task, training_arguments(task, str(tmp_path))) == {
         "learning_rate": 1e-3,
         "head_learning_rate": 0.021,  # 0.008 at a width of 1,024, of which this has less than 384
         "schedule": "linear",
-        "warmup_steps": round(0.06 * epochs * math.ceil(54 / 16)),
+        "warmup_steps": round(0.06 * 1_200),
         "weight_decay": 0.0,
         "epochs": epochs,
     }
@@ -277,8 +276,23 @@ def test_a_head_that_is_not_new_has_the_rate_of_all_else(config: TrainConfig) ->
     later = replace(config, method="lora", init_from=str(first), output="runs/later")
     assert Task.load(later).head_learning_rate is None
     assert Task.load(replace(config, method="siva", **PROMPT)).head_learning_rate is None, "nor have label words"
-    with pytest.raises(FastpeftError, match=r"head_learning_rate is 0[.]1, but MeZO has one rate"):
+    given = "head_learning_rate is 0[.]1"
+    for old_head in later, replace(config, method="siva", **PROMPT), replace(config, method="siva", objective="mlm"):
+        with pytest.raises(FastpeftError, match=rf"{given}, which is for a head that begins at random, but '.*Leave"):
+            Task.load(replace(old_head, head_learning_rate=0.1))
+    with pytest.raises(FastpeftError, match=rf"{given}, but MeZO has one rate"):
         resolve(replace(config, method="mezo", **PROMPT, head_learning_rate=0.1))
+
+
+def test_only_what_was_drawn_at_random_has_the_rate_of_a_new_head(config: TrainConfig, tmp_path: Path) -> None:
+    trained = train(replace(config, method="full", max_steps=1)).folder
+    pretrained = str(trained)  # a classifier of the same classes
+    assert Task.load(replace(config, method="lora", model=pretrained)).head_learning_rate is None
+    three = str(write_csv(tmp_path / "three.csv", reviews(60, ("negative", "positive", "mixed"))))
+    of_others = Task.load(replace(config, method="lora", model=pretrained, data=three))
+    assert of_others.new_head == ("classifier",), "whose shape is another"
+    modern = str(save_tiny_model(tmp_path / "modern", "ModernBert"))
+    assert Task.load(replace(config, method="siva", model=modern)).new_head == ("classifier",), "its `head` is there"
 
 
 def test_a_run_too_short_to_learn_says_so(config: TrainConfig, tmp_path: Path) -> None:

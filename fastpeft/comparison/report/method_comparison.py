@@ -72,7 +72,11 @@ def _train_config(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "max_steps": metrics.get("steps"),
         "eval_steps": next((step for step in _measured(cell.curves() or {}) if step), None),
         "seed": cell.seed,
-        "optimizer_kwargs": {"lr": metrics.get("learning_rate"), "weight_decay": recipe.get("weight_decay")},
+        "optimizer_kwargs": {
+            "lr": metrics.get("learning_rate"),
+            **({} if (of_head := metrics.get("head_learning_rate")) is None else {"head_lr": of_head}),
+            "weight_decay": recipe.get("weight_decay"),
+        },
         "lr_scheduler": recipe.get("schedule"),
         "use_amp": metrics.get("compute_dtype", "float32") != "float32",
     }
