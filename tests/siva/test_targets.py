@@ -20,6 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft import FastpeftError, SivaConfig, SivaLinear
+from fastpeft.siva.targets import reading_hidden_states
 
 
 def layer_names(model: nn.Module) -> set[str]:
@@ -41,18 +42,25 @@ SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_i
         ("Electra", "ForSequenceClassification", r"\d\.output\.dense|embeddings_project"),  # of 128 values
         ("DebertaV2", "ForSequenceClassification", r"\d\.output\.dense"),
         ("Llama", "ForCausalLM", "down_proj"),
+        ("Qwen3", "ForCausalLM", "down_proj"),  # whose heads are together wider than a hidden state
         ("ModernBert", "ForSequenceClassification", r"mlp\.Wo"),  # query, key and value are one layer, as in GPT-2
         ("GPT2", "LMHeadModel", r"mlp\.c_proj"),
     ],
 )
 def test_all_linear_layers_that_read_a_hidden_state_by_default(kind: str, head: str, wide: str) -> None:
-    base = tiny(kind, head, **SPECIAL)
+    base = tiny(kind, head, **SPECIAL, **({"head_dim": 10, "num_key_value_heads": 2} if kind == "Qwen3" else {}))
     linear = {name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     body = {name for name in linear if name.startswith(f"{base.base_model_prefix}.")}
     expected = answers(base)
     model = peft.get_peft_model(base, SivaConfig(r=2))
     assert layer_names(base) == {name for name in body if not re.search(rf"({wide})$", name)} < body < linear
     torch.testing.assert_close(answers(model), expected, **CLOSE)
+
+
+def test_a_hidden_state_of_a_model_in_parts_is_that_of_its_text() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(16, 4))
+    model.config = transformers.LlavaConfig(text_config={"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2})
+    assert reading_hidden_states(model, ("0", "1")) == {"0"}
 
 
 def test_all_linear_layers_by_default_where_no_hidden_state_is_known() -> None:
