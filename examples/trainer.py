@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--data", default="demo", help="a table of texts and classes, or whatever fastpeft train takes")
     parser.add_argument("--tiny", action="store_true", help="few rows")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--targets", help="all-linear, or names joined by commas (default: all that read hidden states)")
+    parser.add_argument(
+        "--targets", help="all-linear, or names joined by commas (default: all that read hidden states)"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--output", type=Path, required=True, help="folder for the adapter")

@@ -195,9 +195,7 @@ def of_changed_rows(data: str) -> list[str]:
     ]
 
 
-def of_training_loss(
-    points: Sequence[tuple[int, float]], before: float, *, over_and_over: bool = True
-) -> list[str]:
+def of_training_loss(points: Sequence[tuple[int, float]], before: float, *, over_and_over: bool = True) -> list[str]:
     """Whether the training loss ended above its start, or was still falling at the end.
 
     It ended above its start where either is so:

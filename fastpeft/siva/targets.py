@@ -108,7 +108,7 @@ def reading_hidden_states(model: nn.Module, names: Collection[str]) -> set[str]:
 
     All, where that cannot be told.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):  # of a model of several parts, as one that sees
         with suppress(ValueError):  # where several parts are of text
             config = config.get_text_config()

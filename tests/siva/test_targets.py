@@ -59,7 +59,9 @@ def test_all_linear_layers_that_read_a_hidden_state_by_default(kind: str, head: 
 
 def test_a_hidden_state_of_a_model_in_parts_is_that_of_its_text() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(16, 4))
-    model.config = transformers.LlavaConfig(text_config={"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2})
+    model.config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
+    )
     assert reading_hidden_states(model, ("0", "1")) == {"0"}
 
 
