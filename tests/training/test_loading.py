@@ -270,6 +270,27 @@ def test_a_new_head_has_a_rate_of_its_own(config: TrainConfig, method: str, tmp_
     assert {rate for name, rate in trained.items() if name not in fast} <= {trainer.args.learning_rate}
 
 
+def test_a_new_head_decays_and_falls_as_all_else(config: TrainConfig, tmp_path: Path) -> None:
+    task = Task.load(replace(config, method="full", learning_rate=0.5, head_learning_rate=0.25))
+    arguments = training_arguments(task, str(tmp_path))
+
+    def optimized(task: Task) -> RunTrainer:
+        trainer = RunTrainer(task, arguments, RunFolder(tmp_path), [])
+        trainer.create_optimizer_and_scheduler(10)
+        return trainer
+
+    def decays(trainer: RunTrainer) -> dict[int, float]:
+        return {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+
+    found = optimized(task)
+    assert decays(found) == decays(optimized(replace(task, new_head=())))
+    assert {*decays(found).values()} == {0.0, arguments.weight_decay} != {0.0}
+    for _ in range(3):
+        found.lr_scheduler.step()
+        fast, slow = sorted({group["lr"] for group in found.optimizer.param_groups})
+        assert 2 * fast == pytest.approx(slow)
+
+
 def test_a_head_that_is_not_new_has_the_rate_of_all_else(config: TrainConfig) -> None:
     first = train(replace(config, method="lora", max_steps=1)).folder
     assert Task.load(replace(config, method="lora")).head_learning_rate > 1e-2
