@@ -30,6 +30,7 @@ from torch import nn
 from bench.backbones import HEADS, MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS, names_in, step_of
 from bench.harness import DATA, Candidates, measure, timing_parser
+from bench.oracles.direct_run import DirectRun
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
 from fastpeft.ops.frozen_linear import set_packing
@@ -42,9 +43,9 @@ DIRECT_AS_TRAINED = "9-lst direct with backbone dropout"
 LORA_PACKED, LORA_WITHOUT_DROPOUT = "lora packed", "lora packed without dropout"
 ENTRIES = {  # of the registry, where a name here is none
     "9-lst": "k-lst",
-    "9-lst direct": "k-lst-direct",
-    DIRECT_AS_TRAINED: "k-lst-direct",
-    "lst direct": "lst-direct",
+    "9-lst direct": "k-lst",
+    DIRECT_AS_TRAINED: "k-lst",
+    "lst direct": "lst",
     LORA_PACKED: "lora",
     LORA_WITHOUT_DROPOUT: "lora",
 }
@@ -61,6 +62,8 @@ def prepared(model: str, method: str, dtype: str = "float32") -> nn.Module:
         [HEADS.get(model, "classifier")], RANK, names_in("query,key", model).split(",") if is_lora else None, settings
     )
     ready = get_method(ENTRIES.get(method, method)).prepare(base, preparation).train()
+    if "direct" in method:
+        ready.side_run = DirectRun
     if method == DIRECT_AS_TRAINED:
         nn.Module.train(ready)  # the backbone too, which a LadderModel keeps in evaluation mode
     elif method in (LORA_PACKED, LORA_WITHOUT_DROPOUT):

@@ -36,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return go_to_work(tmp_path, monkeypatch)
 
 
-@pytest.mark.long(but="mezo-loop")
+@pytest.mark.long(but="mezo")
 @pytest.mark.parametrize("method", SMALL)
 def test_train_eval_predict(place: Path, method: str) -> None:
     trained = run(*TRAIN, "--method", method, "--output", "out")
@@ -65,7 +65,7 @@ def test_train_eval_predict(place: Path, method: str) -> None:
 PROMPT = ("--prompt", "{text} the film is <mask>", "--label-words", "negative=awful,positive=lovely")
 
 
-@pytest.mark.parametrize(("method", "head"), sampled(prompted(SMALL), but=("mezo-loop", "classifier")))
+@pytest.mark.parametrize(("method", "head"), sampled(prompted(SMALL), but=("mezo", "classifier")))
 def test_a_prompted_run(place: Path, method: str, head: str) -> None:
     arguments = (*TRAIN, *PROMPT, "--prompt-head", head, "--method", method, "--learning-rate", "1e-2")
     run(*arguments, "--output", "out", "--save-steps", "3", "--quiet")
@@ -163,7 +163,7 @@ def test_short_names_and_the_version(place: Path) -> None:
 def test_values_are_completed() -> None:
     environment = {"_FASTPEFT_COMPLETE": "complete_bash", "COMP_WORDS": "fastpeft train --method k-", "COMP_CWORD": "3"}
     shown = CliRunner().invoke(app, [], prog_name="fastpeft", env=environment)
-    assert shown.stdout.split() == ["k-lst", "k-lst-direct"]
+    assert shown.stdout.split() == ["k-lst"]
 
 
 def test_progress_for_a_program(place: Path) -> None:

@@ -210,7 +210,7 @@ class CompareConfig:
         if starts:
             values = {"model": starts[0].values["model"], **values, "init_from": starts[0].values["output"]}
         values |= {"output": str(_cells_folder(self.output) / name), "method": method, "seed": seed}
-        if self.protocol == "quick" and not METHODS[method].optimization.zeroth_order and "max_steps" not in values:
+        if self.protocol == "quick" and not METHODS[method].zeroth_order and "max_steps" not in values:
             values.setdefault("epochs", 1)
         config = TrainConfig.from_values(values)
         try:
@@ -401,10 +401,7 @@ def _trains_alike(cell: Cell, other: Cell) -> bool:
     """Whether two cells both train by gradients or both without, with weights in one dtype, and the first does not say
     itself what it computes in.
     """
-    kinds = [
-        (METHODS[each.method].optimization.zeroth_order, each.values.get("dtype") == "bfloat16")
-        for each in (cell, other)
-    ]
+    kinds = [(METHODS[each.method].zeroth_order, each.values.get("dtype") == "bfloat16") for each in (cell, other)]
     return kinds[0] == kinds[1] and "bf16" not in parse_variant(cell.variant)[1]
 
 

@@ -55,7 +55,7 @@ class AdapterMethod(Method):
 
         rank = preparation.rank or self.rank or 0
         values = {**({"r": rank} if rank else {}), **self.fields(rank)}
-        if self.optimization.zeroth_order:
+        if self.zeroth_order:
             values |= self.by_mezo
         return wrap(self._base(model), preparation, self.config, values)
 

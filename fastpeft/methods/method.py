@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,23 +15,6 @@ from fastpeft.support.model_card import loading_snippet
 
 OVER = "over"  # the setting of MeZO that names the method whose parameters it trains
 OPTIONS = ("targets", "rank", "window", "reduction")  # of a run, for some methods only
-
-
-class Optimization(enum.Enum):
-    """What trains: gradients, or forward passes alone."""
-
-    BACKPROPAGATION = "backpropagation"
-    MEZO = "MeZO"
-    MEZO_LOOP = "MeZO by its usual loop"
-
-    @property
-    def zeroth_order(self) -> bool:
-        """Whether there are no gradients; a run then takes the fields of `MeZOConfig`."""
-        return self is not Optimization.BACKPROPAGATION
-
-    @property
-    def keeps_journal(self) -> bool:
-        return self is Optimization.MEZO
 
 
 @dataclass(frozen=True)
@@ -69,7 +51,8 @@ class Method(ABC):
         title: as written in a model card.
         description: one line.
         recipe: how it trains by default.
-        optimization: how the parameters are trained that it leaves to train.
+        zeroth_order: whether what it leaves to train is trained by MeZO, without gradients; a run then takes the fields
+            of `MeZOConfig`.
         options: which of the options in `OPTIONS` it takes.
     """
 
@@ -77,7 +60,7 @@ class Method(ABC):
     title: str
     description: str
     recipe: Recipe
-    optimization: Optimization = Optimization.BACKPROPAGATION
+    zeroth_order: bool = False
     options: tuple[str, ...] = ()
 
     library: ClassVar[str] = "transformers"  # which loads what it saves
@@ -88,7 +71,7 @@ class Method(ABC):
 
     def settings(self) -> dict[str, Any]:
         """What `--set` takes for it, with the type of each."""
-        return {**({OVER: str} if self.optimization.zeroth_order else {}), **self.config_fields()}
+        return {**({OVER: str} if self.zeroth_order else {}), **self.config_fields()}
 
     def config_fields(self) -> dict[str, Any]:
         """Fields of its configuration that `--set` may give, with the type of each."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.adapter import AdapterMethod, PromptTuningMethod
-from fastpeft.methods.method import OVER, Method, Optimization
+from fastpeft.methods.method import OVER, Method
 from fastpeft.methods.preparation import ALL_LINEAR
 from fastpeft.methods.recipes import Recipe
 from fastpeft.methods.side_network import GATED, OF_SIVA, SideNetworkMethod
@@ -44,7 +44,6 @@ _SIDE_NETWORK = Recipe(
 )
 
 # what the methods of a family have in common
-_mezo = partial(WholeModelMethod, recipe=_MEZO, trains=everything)
 _lora = partial(AdapterMethod, recipe=_LORA, config="LoraConfig", rank=8)
 _k_lst = partial(SideNetworkMethod, recipe=_SIDE_NETWORK)
 _lst = partial(_k_lst, fields=GATED, options=("reduction", *OF_SIVA))
@@ -80,11 +79,13 @@ METHODS: dict[str, Method] = {
             recipe=Recipe(2e-5, weight_decay=0.1, for_narrow={"learning_rate": 5e-5}),
             trains=everything,
         ),
-        _mezo(
+        WholeModelMethod(
             name="mezo",
             title="MeZO",
             description="every weight, or what another method trains (--set over=METHOD), by forward passes alone",
-            optimization=Optimization.MEZO,
+            recipe=_MEZO,
+            trains=everything,
+            zeroth_order=True,
         ),
         _lora(
             name="lora",
@@ -168,24 +169,6 @@ METHODS: dict[str, Method] = {
             recipe=Recipe(8e-3, head_learning_rate=None, weight_decay=0.01, for_narrow={"learning_rate": 1.5e-2}),
             trains=head,
         ),
-        _mezo(
-            name="mezo-loop",
-            title="MeZO by its usual loop",
-            description="MeZO with noise drawn anew for each of four passes over the weights, to compare with",
-            optimization=Optimization.MEZO_LOOP,
-        ),
-        _lst(
-            name="lst-direct",
-            title="direct LST",
-            description="LST written directly from its equations, to compare with",
-            direct=True,
-        ),
-        _k_lst(
-            name="k-lst-direct",
-            title="direct k-LST",
-            description="k-LST written directly from its equations, to compare with",
-            direct=True,
-        ),
     )
 }
 
@@ -210,9 +193,9 @@ def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
             f"{did_you_mean(name, METHODS)}"
         )
     method = METHODS[name]
-    if not (method.optimization.zeroth_order and settings and OVER in settings):
+    if not (method.zeroth_order and settings and OVER in settings):
         return method
-    trained = [other.name for other in METHODS.values() if not other.optimization.zeroth_order]
+    trained = [other.name for other in METHODS.values() if not other.zeroth_order]
     over = settings[OVER]
     if over not in trained:
         raise FastpeftError(
@@ -226,5 +209,5 @@ def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         title=method.title if over == "full" else f"{method.title} over {inner.title}",
         description=method.description,
         recipe=method.recipe,
-        optimization=method.optimization,
+        zeroth_order=method.zeroth_order,
     )

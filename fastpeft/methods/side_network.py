@@ -31,11 +31,9 @@ class SideNetworkMethod(Method):
 
     Attributes:
         fields: what its configuration is given before a person's options and settings.
-        direct: whether it is computed as its equations are written, by `DirectRun`.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
-    direct: bool = False
     options: tuple[str, ...] = ("window", "reduction", *OF_SIVA)
 
     frozen_features = True
@@ -94,24 +92,16 @@ class SideNetworkMethod(Method):
         def beside(base: Any) -> Any:
             if config.train_adapters:
                 base = _with_siva(base, preparation, config.feature_modules)
-            return self._computed(LadderModel(base, config))
+            return LadderModel(base, config)
 
         return around(model, beside)
-
-    def _computed(self, ladder: Any) -> Any:
-        """`ladder` in the form of its pass that this method has."""
-        if self.direct:
-            from fastpeft.ladder.direct_run import DirectRun
-
-            ladder.side_run = DirectRun
-        return ladder
 
     def load(self, folder: Path, start: Callable[[], Any], whole: Callable[[], Any]) -> Any:
         from fastpeft.ladder import LadderModel
         from fastpeft.prompts.model import around
 
         base = start()
-        model = around(base.model, lambda each: self._computed(LadderModel.from_pretrained(folder, base=each)))
+        model = around(base.model, lambda each: LadderModel.from_pretrained(folder, base=each))
         return replace(base, model=model)
 
     def load_checkpoint(self, model: Any, checkpoint: Path) -> None:

@@ -128,8 +128,6 @@ class MeZO(torch.optim.Optimizer):
         >>> loss = optimizer.step(lambda: torch.nn.functional.mse_loss(model(x), y))
     """
 
-    weights_type: type[PerturbedWeights] = PerturbedWeights  # of the weights that it makes
-
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
@@ -182,7 +180,7 @@ class MeZO(torch.optim.Optimizer):
         self.noise = noise
         self.restore = restore
         self.rounding = rounding if restore == "exact" else "nearest"
-        self.weights = self.weights_type(model, noise, restore, self.rounding)
+        self.weights = PerturbedWeights(model, noise, restore, self.rounding)
         if params:  # torch refuses an empty list in words of its own
             super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         if not params or not self.weights.params():

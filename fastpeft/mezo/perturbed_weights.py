@@ -153,14 +153,9 @@ class PerturbedWeights:
             seeds, scales, decay = self._owed[index] if self._owed else ([], [], 0.0)
             seeds = [*seeds, *(drawn[draw] for draw, _ in terms)]
             scales = [*scales, *(scale * group["eps"] for _, scale in terms)]
-            self.perturb(*local_parts(group, offsets), seeds, scales, decay, self.noise, self._rounding)
+            mezo_perturb_(*local_parts(group, offsets), seeds, scales, decay, self.noise, self._rounding)
         self._owed = []
         torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the weights before
-
-    @staticmethod
-    def perturb(*args: Any, **kwargs: Any) -> None:
-        """Add noise to tensors, as `mezo_perturb_` does; a subclass may have noise of its own."""
-        mezo_perturb_(*args, **kwargs)
 
     def reshard(self) -> None:
         """Make what the optimizer changes what the next forward sees."""

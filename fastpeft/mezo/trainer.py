@@ -149,7 +149,6 @@ class MeZOTrainer(Trainer):
     """
 
     optimizer: Any  # a MeZO, while training in accelerate's wrapper; None before
-    optimizer_type: type[MeZO] = MeZO  # of the optimizer that the Trainer makes
 
     def __init__(self, model: nn.Module | None = None, args: MeZOConfig | None = None, **kwargs: Any) -> None:
         args = MeZOConfig() if args is None else args
@@ -417,7 +416,7 @@ class MeZOTrainer(Trainer):
                 ]
                 groups = [group for group in groups if group["params"]]  # factors all decay, biases none
             settings = {name: getattr(self.args, name) for name in _SETTINGS}
-            self.optimizer = self.optimizer_type(groups, self.args.learning_rate, defer=True, model=model, **settings)
+            self.optimizer = MeZO(groups, self.args.learning_rate, defer=True, model=model, **settings)
         return self.optimizer
 
     def training_step(

@@ -67,8 +67,9 @@ def training_arguments(task: Task, output: str) -> TrainingArguments:
 
 def _values(task: Task, output: str) -> dict[str, Any]:
     """What the arguments are given: fixed by how runs are made, by the configuration, the recipe, or a setting."""
-    config, recipe, given, optimization = task.config, task.setup.recipe, task.setup.arguments, task.method.optimization
-    keeps_journal = optimization.keeps_journal
+    config, recipe, given = task.config, task.setup.recipe, task.setup.arguments
+    # where nobody asked for checkpoints, that of a run that is stopped holds no weights: the journal leads to them
+    of_mezo = {"journal": True, "save_weights": config.save_steps is not None}
     return {
         "output_dir": output,
         "per_device_train_batch_size": config.batch_size,
@@ -89,9 +90,7 @@ def _values(task: Task, output: str) -> dict[str, Any]:
         "disable_tqdm": True,
         "report_to": "none",  # the run's Trainer begins when its folder is there
         "run_name": Path(config.output).name,
-        **({"journal": keeps_journal} if optimization.zeroth_order else {}),
-        # where nobody asked for checkpoints, that of a run that is stopped holds no weights: the journal leads to them
-        **({"save_weights": config.save_steps is not None} if keeps_journal else {}),
+        **(of_mezo if task.method.zeroth_order else {}),
         **({"max_grad_norm": 0.0} if config.optimizer_in_backward else {}),
         **given,
     }
@@ -200,7 +199,7 @@ def noticing_lack_of_memory(task: Task) -> Iterator[None]:
             raise
         config, given = task.config, task.setup.arguments
         measured = given.get("per_device_eval_batch_size", eval_limits(task.data.problem, config.batch_size)[0])
-        keeps = not (task.method.optimization.zeroth_order or given.get("gradient_checkpointing"))
+        keeps = not (task.method.zeroth_order or given.get("gradient_checkpointing"))
         more = "" if config.optimizer_in_backward else " (for the same steps with more gradient_accumulation_steps)"
         ways = {
             f"a smaller `batch_size`{more}": config.batch_size > 1,

@@ -437,7 +437,7 @@ class TrainConfig:
     def why_not_in_bfloat16(self) -> str:
         """Why the model's weights cannot be kept in bfloat16; empty where they can."""
         method = get_method(self.method, self.settings)
-        if method.optimization.zeroth_order:
+        if method.zeroth_order:
             return "the two losses that MeZO compares differ by less than a rounding to bfloat16. Leave `dtype` out."
         if method.saves_model:
             return (

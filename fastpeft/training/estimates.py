@@ -240,7 +240,7 @@ def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> 
     """
     model, config = task.model, task.config
     optimizer = None
-    if not task.method.optimization.zeroth_order:
+    if not task.method.zeroth_order:
         optimizer = _optimizer(model, arguments)
         if optimizer is None:
             return None

@@ -247,7 +247,7 @@ def _start_in_words(init_from: str) -> str:
 
 def _replay(folder: RunFolder, setup: RunSetup, step: int) -> FinishedRun:
     """The run as it was after `step` of its steps."""
-    if not setup.method.optimization.keeps_journal:
+    if not setup.method.zeroth_order:
         raise FastpeftError(
             f"step is {step}, but the run in {str(folder.path)!r} was made by {setup.method.title}: only the "
             "journal of the method 'mezo' tells of single steps. Leave it out."

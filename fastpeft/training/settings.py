@@ -90,7 +90,7 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
         if name not in hints:
             takers = [other.name for other in METHODS.values() if name in other.settings()]
             advice = f" The name is one of {' and '.join(takers)}." if takers else ""
-            kind = "fastpeft.MeZOConfig" if method.optimization.zeroth_order else "transformers.TrainingArguments"
+            kind = "fastpeft.MeZOConfig" if method.zeroth_order else "transformers.TrainingArguments"
             raise FastpeftError(
                 f"unknown setting {name!r}; allowed for the method {method.name!r} are "
                 f"{', '.join(of_method) or 'none of its own'}, and {len(fields)} fields of {kind}, as "
@@ -127,7 +127,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def arguments_of(method: Method) -> type[TrainingArguments]:
     """The class of a method's arguments for its Trainer."""
-    return MeZOConfig if method.optimization.zeroth_order else TrainingArguments
+    return MeZOConfig if method.zeroth_order else TrainingArguments
 
 
 def checkpointing_options(arguments: TrainingArguments) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -186,12 +186,12 @@ def resolve(config: TrainConfig) -> Setup:
     """
     method = get_method(config.method, config.settings)
     settings, arguments = sort_settings(method, config.settings)
-    if method.optimization.zeroth_order and config.optimizer_in_backward:
+    if method.zeroth_order and config.optimizer_in_backward:
         raise FastpeftError(
             f"`optimizer_in_backward` is on, but the method {method.name!r} has no gradients and no backward pass. "
             "Leave it out."
         )
-    if method.optimization.zeroth_order and config.head_learning_rate is not None:
+    if method.zeroth_order and config.head_learning_rate is not None:
         raise FastpeftError(
             f"`head_learning_rate` is {config.head_learning_rate:g}, but {method.title} has one rate for all that it "
             "perturbs. Leave it out."
@@ -226,7 +226,7 @@ def _bfloat16(method: Method, arguments: Mapping[str, Any]) -> bool:
     """
     on_cpu = training_device(arguments) == "cpu"
     chosen = arguments.get("fp16")  # another one
-    return bool(on_cpu and not chosen and not method.optimization.zeroth_order and prefers_bfloat16())
+    return bool(on_cpu and not chosen and not method.zeroth_order and prefers_bfloat16())
 
 
 def _setup(config: TrainConfig, method: Method, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> Setup:

@@ -24,8 +24,6 @@ from fastpeft.data.packed_rows import texts_of
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS
 from fastpeft.data.token_rows import TokenRow, TokenRows
 from fastpeft.errors import FastpeftError, NotFiniteError
-from fastpeft.methods.method import Optimization
-from fastpeft.mezo.loop import MeZOLoop
 from fastpeft.mezo.sharding import digest
 from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.support.interrupts import StopRequest
@@ -107,7 +105,7 @@ class RunTrainer(Trainer):
             measuring = [CurvePoints(len(curve_rows))]
         elif task.config.patience is not None:
             measuring.append(Patience(self.chosen_by, task.config.patience))
-        self.reports = Reports(self.clock, self.problem.primary, task.method.optimization.zeroth_order)
+        self.reports = Reports(self.clock, self.problem.primary, task.method.zeroth_order)
         multiple = 8 if arguments.device.type == "cuda" else None  # the tile of matrix units
         super().__init__(
             model=task.model,
@@ -131,7 +129,7 @@ class RunTrainer(Trainer):
             ],
         )
         self.remove_callback(PrinterCallback)
-        self._weigh_tokens(task.method.optimization.zeroth_order)
+        self._weigh_tokens(task.method.zeroth_order)
 
     def _weigh_tokens(self, zeroth_order: bool) -> None:
         """Let all tokens of a step have the same weight where the model does that, and warn where it does not."""
@@ -378,22 +376,9 @@ class MeZORunTrainer(RunTrainer, MeZOTrainer):
         return self.folder.all_checkpoints()
 
 
-class MeZOLoopRunTrainer(MeZORunTrainer):
-    """The Trainer of one run by MeZO's usual loop."""
-
-    optimizer_type = MeZOLoop
-
-
-_TRAINERS = {
-    Optimization.BACKPROPAGATION: RunTrainer,
-    Optimization.MEZO: MeZORunTrainer,
-    Optimization.MEZO_LOOP: MeZOLoopRunTrainer,
-}
-
-
 def trainer_class(task: Task) -> type[RunTrainer]:
     """The Trainer of a run on `task`."""
-    return _TRAINERS[task.method.optimization]
+    return MeZORunTrainer if task.method.zeroth_order else RunTrainer
 
 
 def _with_rate(

@@ -9,7 +9,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from bench import bench_ladder as bench
 from bench import harness
-from fastpeft.ladder.direct_run import DirectRun
+from bench.oracles.direct_run import DirectRun
 
 CPU = torch.device("cpu")
 

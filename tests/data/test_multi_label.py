@@ -250,7 +250,7 @@ def test_what_was_never_told_is_warned_of() -> None:
 
 
 @pytest.mark.long(but=("siva", "k-lst"))
-@pytest.mark.parametrize("method", [method for method in SMALL if "direct" not in method])
+@pytest.mark.parametrize("method", SMALL)
 def test_every_method_is_measured_as_it_was_trained(place: Path, tmp_path: Path, method: str) -> None:
     given: dict[str, Any] = {"model": str(place / "model"), "data": str(place / "flags.csv")}
     given |= {"label_column": ",".join(LABELS), "max_steps": 2, "learning_rate": 1e-3, "batch_size": 8}

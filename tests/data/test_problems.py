@@ -91,7 +91,7 @@ def config(tmp_path: Path, checkpoint: str) -> TrainConfig:
             *(("tagging", method) for method in SMALL if method != "prompt-tuning"),
             *((kind, method) for kind in ("three classes", "pairs") for method in ("siva", "k-lst", "full")),
         ],
-        but=("tagging", "mezo-loop"),
+        but=("tagging", "mezo"),
     ),
 )
 def test_a_run_is_measured_and_used_as_it_was_trained(

@@ -10,8 +10,8 @@ from backbones import ladder, logits, tiny, train_a_little, trainable
 from side_networks import EXACT, LAYERS, MASK, features, network
 from torch import Tensor
 
+from bench.oracles.direct_run import DirectRun
 from fastpeft import LadderConfig, LadderModel
-from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 

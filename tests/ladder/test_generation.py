@@ -16,10 +16,10 @@ from tokenizers_for_prompts import make_tokenizer
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
+from bench.oracles.direct_run import DirectRun
 from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder import LadderCache
 from fastpeft.ladder.backbone import CACHES
-from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.ladder.generation import CACHE, with_own_cache
 from fastpeft.ladder.side_step import SideStep
 from fastpeft.methods.side_network import GATED

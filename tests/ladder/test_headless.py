@@ -15,8 +15,8 @@ from pools import rows_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.oracles.direct_run import DirectRun
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, SivaConfig
-from fastpeft.ladder.direct_run import DirectRun
 
 BATCH = {"input_ids": IDS, "attention_mask": MASK}
 T5 = {"num_layers": 3, "d_model": 16, "d_kv": 8}

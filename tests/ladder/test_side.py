@@ -12,9 +12,9 @@ from side_networks import EXACT, LAYERS, MASK, NARROW, WIDTH, features, network
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.oracles.direct_run import DirectRun
 from fastpeft import FastpeftError, LadderConfig
 from fastpeft.ladder import side_run
-from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, WindowFusion
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.methods.registry import get_method

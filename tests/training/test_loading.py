@@ -28,7 +28,7 @@ from fastpeft.training.setup import Head, resolve
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer
 
-SUBSETS = [name for name in SMALL if not METHODS[name].optimization.zeroth_order]
+SUBSETS = [name for name in SMALL if not METHODS[name].zeroth_order]
 
 
 def logits(model: Any, config: TrainConfig) -> torch.Tensor:
@@ -41,7 +41,7 @@ def logits(model: Any, config: TrainConfig) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize(("over", "head"), sampled(prompted(SUBSETS), but=("k-lst-direct", "classifier")))
+@pytest.mark.parametrize(("over", "head"), sampled(prompted(SUBSETS), but=("k-lst", "classifier")))
 def test_mezo_trains_what_another_method_leaves_to_train(config: TrainConfig, over: str, head: str) -> None:
     settings = {"over": over, **({"layers": 1} if over == "last-n" else {})}
     config = replace(config, method="mezo", **PROMPT, prompt_head=head, settings=settings)
@@ -330,7 +330,7 @@ def test_a_run_too_short_to_learn_says_so(config: TrainConfig, tmp_path: Path) -
 def test_a_decoder_has_its_own_recipes() -> None:
     for method in METHODS.values():
         plain, causal_lm = method.recipe, method.recipe.for_model(causal_lm=True)
-        assert causal_lm.epochs == plain.epochs == (12 if method.optimization.zeroth_order else 3)
+        assert causal_lm.epochs == plain.epochs == (12 if method.zeroth_order else 3)
         assert causal_lm.least_steps == 0
         assert causal_lm.learning_rate >= plain.learning_rate
     config, recipe = TrainConfig(output="out", method="lst", objective="causal"), METHODS["lst"].recipe

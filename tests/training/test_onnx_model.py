@@ -12,8 +12,8 @@ from backbones import ladder, tiny, trainable
 from peft import get_peft_model
 from torch import Tensor
 
+from bench.oracles.direct_run import DirectRun
 from fastpeft import FastpeftError, SivaConfig
-from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.training import onnx_model
 from fastpeft.training.onnx_model import trace, write_onnx
 

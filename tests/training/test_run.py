@@ -149,7 +149,7 @@ def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, me
     assert evaluate(result.folder)["accuracy"] == metrics["accuracy"]
 
 
-@pytest.mark.long(but="mezo-loop")
+@pytest.mark.long(but="mezo")
 @pytest.mark.parametrize("method", SMALL)
 def test_the_card_loads_the_model(config: TrainConfig, method: str) -> None:
     folder = train(replace(config, method=method, max_steps=2)).folder
