@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.cli_commands import showing
-from fastpeft.data.splitting import STRATIFIED
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.training.run_folder import RunFolder
@@ -85,7 +84,7 @@ def evaluate_prompt(
         from fastpeft.training import evaluation
 
         # all rows of a file are measured, but where a prompt is found on nine tenths of them
-        texts = evaluation.load_classes(data, **columns, split=STRATIFIED if is_auto(prompt) else None)
+        texts = evaluation.load_classes(data, **columns, split=is_auto(prompt))
         parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, texts, calibrate=calibrate)
         metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)
     return f"{model} with no training{', calibrated' if calibrate else ''} on {data}", metrics

@@ -34,7 +34,7 @@ from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, TrainPlan, plan
 from fastpeft.training.memory import peak_rss_mb
 from fastpeft.training.prediction_files import Predictions
-from fastpeft.training.results import baseline, class_scores, memory, threshold_in_words
+from fastpeft.training.results import baseline, class_scores, memory
 
 _SHOWN_LEFT_OUT = 20  # rows, each with its error
 
@@ -121,8 +121,6 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if always := metrics.get("most_frequent_class"):
         scores = ", ".join(f"{TITLES[name]} {always[name]:.3f}" for name in always if name in TITLES)
         rows.append((baseline(always), f"{scores} (always {always['class']})"))
-    if threshold := threshold_in_words(metrics):
-        rows.append(("threshold", threshold))
     return [*rows, *class_scores(metrics).items()]
 
 

@@ -238,7 +238,7 @@ def test_mezo_needs_the_memory_of_a_forward_pass(place: Path) -> None:
 def test_zero_shot(place: Path) -> None:
     """All rows of a file are measured, as of a finished run."""
     zero_shot = ("eval", "--model", "model", "--data", "reviews.csv", "--label-column", "stars", *PROMPT)
-    texts = load_data("reviews.csv", label_column="stars", split=None)
+    texts = load_data("reviews.csv", label_column="stars", split=False)
     model = load_prompted("model", Prompt(PROMPT[1], ["awful", "lovely"]).for_labels(texts.labels)).model
     for added, title in (((), "no training on"), (("--calibrate",), "no training, calibrated on")):
         if added:
@@ -284,7 +284,7 @@ def test_pairs_are_separated_by_a_tab(place: Path) -> None:
         assert [line.split("\t")[2:] for line in lines] == [["it is funny", "and lovely"], ["a dull plot", "is awful"]]
         assert {line.split("\t")[0] for line in lines} <= {"same", "different"}
     # with no training
-    texts = load_data("pairs.jsonl", split=None)
+    texts = load_data("pairs.jsonl", split=False)
     model = load_prompted("model", Prompt(PAIR_PROMPT[1], ["odd", "lovely"]).for_labels(texts.labels)).model
     guesses = model.calibrate().predict_logits(texts.dev.texts).argmax(-1)
     calibrated = run("eval", *options, *PAIR_PROMPT, "--calibrate").stdout

@@ -69,7 +69,7 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
                 f"a slice of {rows:,} training rows has none of {missing[0]!r}, so learning rates cannot be searched "
                 "on it. Give more rows, or leave rare classes out."
             )
-    return dataclasses.replace(data, train=train, dev=dev, threshold_data=None)
+    return dataclasses.replace(data, train=train, dev=dev)
 
 
 def _apart(data: TextData, order: list[int], rows: int) -> tuple[list[int], list[int]]:

@@ -31,9 +31,9 @@ from fastpeft.training.config import FOR_LABELS, TrainConfig, options
 from fastpeft.training.lineage import check_output
 from fastpeft.training.setup import resolve
 
-_ZERO_SHOT_FIELDS = ("model", "data", "split", "prompt", "label_words", "text_column", "label_column")
+_ZERO_SHOT_FIELDS = ("model", "data", "prompt", "label_words", "text_column", "label_column")
 # fields that decide the rows, which all cells share
-ROW_FIELDS = ("data", "problem_type", "text_column", "label_column", "split_seed", "split")
+ROW_FIELDS = ("data", "problem_type", "text_column", "label_column", "split_seed")
 _CHANGES_DEV_ROWS = ("split_seed", "max_length")  # fields of the dev rows that a zero-shot cell does not take
 
 PROTOCOLS = {"quick": 1, "full": 3}  # their numbers of seeds

@@ -344,7 +344,7 @@ def _check_rows(plan: Plan, fingerprints: dict[tuple[Any, ...], str]) -> None:
 def _rows_key(cell: Cell) -> tuple[Any, ...]:
     """What decides which rows a cell has."""
     config = cell.config
-    return config.objective, config.threshold is not None, *(getattr(config, name) for name in ROW_FIELDS)
+    return config.objective, *(getattr(config, name) for name in ROW_FIELDS)
 
 
 def _words_option(config: TrainConfig, data: TextData, option: str) -> str:

@@ -19,7 +19,7 @@ def main(file: Path) -> None:
     values = read_config(file)
     folder = RunFolder(values["output"])
     model, calibrate = values["model"], values["calibrate"]
-    texts = load_classes(values["data"], values["text_column"], values["label_column"], split=values["split"])
+    texts = load_classes(values["data"], values["text_column"], values["label_column"])
     prompt, values["found_prompt"] = zero_shot_prompt(
         values["prompt"], values["label_words"], model, texts, calibrate=calibrate
     )

@@ -29,7 +29,7 @@ from fastpeft.data.columns import (
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation, is_written, unread
 from fastpeft.data.names import DEMO
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, TAGGING, Problem, get_problem
-from fastpeft.data.splitting import STRATIFIED, Labelled, divide, shuffled, text_key
+from fastpeft.data.splitting import Labelled, divide, shuffled, text_key
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables, is_one_table
 from fastpeft.data.values import (
     SEPARATOR,
@@ -101,8 +101,6 @@ class TextData:
             column; none where the texts alone are learned.
         description: where the rows came from, for a model card.
         problem: what the labels are.
-        threshold_data: rows that are neither learned from nor measured on, to choose a threshold by; None where none
-            were asked for.
         columns: where the training rows were read from; None where they come from no table.
     """
 
@@ -111,13 +109,12 @@ class TextData:
     labels: list[str]
     description: str
     problem: Problem
-    threshold_data: Examples | None = None
     columns: Columns | None = None
 
     @property
     def parts(self) -> list[Examples]:
-        """The rows to train on, the dev rows, and last the rows to choose a threshold by, where there are some."""
-        return [part for part in (self.train, self.dev, self.threshold_data) if part is not None]
+        """The rows to train on, and the dev rows."""
+        return [self.train, self.dev]
 
     @property
     def fingerprint(self) -> str:
@@ -133,8 +130,7 @@ def load_data(
     text_column: str | None = None,
     label_column: str | None = None,
     split_seed: int = 0,
-    split: str | None = STRATIFIED,
-    hold_out: bool = False,
+    split: bool = True,
 ) -> TextData:
     """Load the rows of `data` to train on and to measure on.
 
@@ -152,10 +148,8 @@ def load_data(
             Several labels of a text are a list, or a text with `|` between them, and may be none; or each label has a
             column of its own, of 0 and 1, and this is their names joined by commas.
         split_seed: decides which rows become the dev part where the data has none.
-        split: how they are chosen: `stratified`, by class, by bins of the numbers or by tags, and equal texts on one
-            side, see `fastpeft.data.splitting.stratified`; or `shuffled`, at random. None: all rows are both parts, for
-            what learns nothing.
-        hold_out: hold out a tenth of the training rows too, chosen in the same way, to choose a threshold by.
+        split: whether to choose some, by class, by bins of the numbers or by tags, and equal texts on one side, see
+            `fastpeft.data.splitting.stratified`. Else all rows are both parts, for what learns nothing.
 
     Raises:
         FastpeftError: data is missing, empty or broken, a column is missing, a text (an empty one is one) or a
@@ -183,20 +177,20 @@ def load_data(
     else:
         description = ", ".join(Path(table.name).name for table in tables)
     seen = parts[0]  # of one table the dev rows too: a split by shuffling may leave a rare class to them alone
-    parts, held_out = divide(parts, problem, split, split_seed, hold_out)
+    parts, held_out = divide(parts, problem, split_seed if split else None)
     named = [chosen[0].label] if problem is REGRESSION else list(chosen[0].flags or (names[0] or {}).values())
     labels = _name_labels(seen, parts[1], named, problem, data)
     if problem is CLASSIFICATION and given is None and (joined := _joined(labels)):
         logger.warning(
             "a class is %r, made of others; to learn several labels of a text add --problem-type multi-label", joined
         )
-    train, dev, *rest = [_to_examples(part, labels, problem, data) for part in parts]
+    train, dev = (_to_examples(part, labels, problem, data) for part in parts)
     if texts_in_words(train) != texts_in_words(dev):
         raise FastpeftError(
             f"{data!r} has {texts_in_words(train)} to train on and {texts_in_words(dev)} to measure on. Name columns "
             "that both have with --text-column."
         )
-    return TextData(train, dev, labels, f"{description}{held_out}", problem, next(iter(rest), None), chosen[0])
+    return TextData(train, dev, labels, f"{description}{held_out}", problem, chosen[0])
 
 
 def _joined(labels: Sequence[str]) -> str | None:

@@ -6,7 +6,6 @@ NumPy is imported where something is computed: the command line knows the kinds 
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +21,6 @@ T = TypeVar("T")
 
 LESS_IS_BETTER = (LOSS, "mse", "perplexity")  # of what is measured
 _MOST_IN_MATRIX = 200  # classes of a confusion matrix
-_TINY = 1e-15  # the least probability that is a threshold
 
 ACCURACY = "accuracy"
 
@@ -116,17 +114,6 @@ class Problem:
         """The classes `(N,)` that outputs `(N, outputs)` come to; of labels 1 for those that are given, else 0."""
         return (outputs > 0).astype("int64") if self is MULTI_LABEL else outputs.argmax(-1)
 
-    def decided(self, outputs: np.ndarray, threshold: float | None) -> np.ndarray:
-        """Outputs whose `answers` are the second of two classes, or the labels, above a threshold t of probability.
-
-        Logits are moved by `-log(t / (1 - t))`. None is a half, which moves nothing.
-        """
-        if threshold is None:
-            return outputs
-        moved = outputs.astype("float64")
-        (moved if self is MULTI_LABEL else moved[:, 1])[:] -= math.log(threshold / (1 - threshold))
-        return moved
-
     def check_metric(self, metric: str) -> None:
         """Raise `FastpeftError` unless `metric` is measured here."""
         allowed = (*self.metrics, LOSS)
@@ -179,26 +166,6 @@ def most_frequent(labels: Sequence[Any], problem: Problem) -> list[int] | None:
         counts = np.sum(labels, axis=0)
         return sorted(np.argsort(-counts, kind="stable")[: max(1, round(counts.sum() / len(labels)))].tolist())
     return [int(np.bincount(np.concatenate(labels) if problem.per_token else np.asarray(labels)).argmax())]
-
-
-def best_threshold(problem: Problem, outputs: np.ndarray, labels: np.ndarray) -> float:
-    """The probability of the second of two classes, or of labels, above which to answer it for the best F1.
-
-    Of labels it is one for all, for the best micro F1. It lies in the middle between two probabilities. Where the rows
-    have no such label, or all have it, it is a half. Outputs and labels are as the problem's `score` takes them.
-    """
-    import numpy as np
-    from sklearn.metrics import precision_recall_curve
-
-    logits = (outputs if problem is MULTI_LABEL else outputs[:, 1] - outputs[:, 0]).astype(np.float64).ravel()
-    answers = labels.ravel()
-    if len(np.unique(answers)) < 2:
-        return 0.5
-    probabilities = 1 / (1 + np.exp(-logits))
-    precision, recall, cuts = precision_recall_curve(answers, probabilities)
-    best = int((precision * recall / np.maximum(precision + recall, _TINY))[:-1].argmax())
-    below = cuts[best - 1] if best else 0.0
-    return float(np.clip((cuts[best] + below) / 2, _TINY, 1 - _TINY))
 
 
 def describe(

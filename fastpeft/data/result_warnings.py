@@ -38,7 +38,7 @@ def of_dev_rows(
     labels: np.ndarray,
     names: Sequence[str],
 ) -> list[str]:
-    """Warnings about the rows that were measured, and about the answers to them, by the run's threshold.
+    """Warnings about the rows that were measured, and about the answers to them.
 
     `trained_on` are digests of the texts that the run was trained on.
     """
@@ -79,13 +79,6 @@ def _far_off(outputs: np.ndarray, labels: np.ndarray) -> list[str]:
         "mean of these rows has, so do not use the values. Train longer; numbers are learned as they are, so if they "
         "are far from 0, first shift and divide the column so that most lie between -1 and 1."
     ]
-
-
-def of_threshold(rows: int) -> list[str]:
-    """What makes a threshold doubtful that was chosen on so many rows; none where none was."""
-    if not 0 < rows < _FEW_ROWS:
-        return []
-    return [f"The threshold was chosen on only {rows} rows, so it is rough; use at least {_FEW_ROWS}."]
 
 
 def of_train_rows(problem: Problem, counts: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:

@@ -15,8 +15,6 @@ from fastpeft.data.conversations import USER, Conversation
 from fastpeft.data.problems import NEXT_WORDS, REGRESSION, Problem
 from fastpeft.errors import FastpeftError
 
-STRATIFIED, SHUFFLED = "stratified", "shuffled"
-SPLITS = (STRATIFIED, SHUFFLED)
 _BINS = 10  # of numbers, at most
 # a dev part is split off where none is given
 _DEV_SHARE = 0.1
@@ -62,42 +60,31 @@ def _stripped(key: Any) -> Hashable:
     return tuple(map(_stripped, key)) if isinstance(key, tuple) else key.strip()
 
 
-def divide(
-    read: list[Labelled], problem: Problem, split: str | None, seed: int, hold_out: bool
-) -> tuple[list[Labelled], str]:
-    """Rows to train on, to measure on and with `hold_out` to choose a threshold by, and what to say of this division.
+def divide(read: list[Labelled], problem: Problem, seed: int | None) -> tuple[list[Labelled], str]:
+    """Rows to train on and to measure on, and what to say of this division.
 
     Args:
         read: the rows of each table.
-        problem, split, hold_out: as `fastpeft.data.examples.load_data` has them.
-        seed: decides which rows are held out.
+        problem: what they are.
+        seed: decides which rows of one table are held out; None: all rows are both parts.
     """
-    parts, said = read, ""
-    if split is None:
-        parts = [read[0], read[-1]]
-    elif len(read) == 1:
-        parts = _split(read[0], problem, split, seed)
-        dev_rows = len(parts[1])
-        said = f", {dev_rows:,} rows held out by seed {seed}"
-        logger.info("no dev part: %d of %d rows held out (%s, seed %d)", dev_rows, len(read[0]), split, seed)
-    if hold_out:
-        rest, held = _split(parts[0], problem, split or STRATIFIED, seed)
-        parts = [rest, parts[1], held]
-        said += f", {len(held):,} more kept apart to choose a threshold by"
-        logger.info("%d training rows are kept apart to choose a threshold by", len(held))
-    return parts, said
+    if seed is None:
+        return [read[0], read[-1]], ""
+    if len(read) > 1:
+        return read, ""
+    parts = _split(read[0], problem, seed)
+    dev_rows = len(parts[1])
+    logger.info("no dev part: %d of %d rows held out (seed %d)", dev_rows, len(read[0]), seed)
+    return parts, f", {dev_rows:,} rows held out by seed {seed}"
 
 
-def _split(part: Labelled, problem: Problem, split: str, seed: int) -> list[Labelled]:
+def _split(part: Labelled, problem: Problem, seed: int) -> list[Labelled]:
     """Training and dev rows, in an order that `seed` decides."""
     if len(part) < 2:
         raise FastpeftError(f"{len(part)} row is too few to train and measure on; give at least 2.")
     dev_rows = min(max(1, round(_DEV_SHARE * len(part))), _MAX_DEV_ROWS)
-    if split == SHUFFLED:
-        rows = shuffled(len(part), dev_rows, seed)
-    else:
-        keys = [side_key(text, problem) for text, _ in part]
-        rows = stratified(keys, _strata(part, problem, dev_rows), dev_rows, seed)
+    keys = [side_key(text, problem) for text, _ in part]
+    rows = stratified(keys, _strata(part, problem, dev_rows), dev_rows, seed)
     return [[part[row] for row in side] for side in rows]
 
 
@@ -151,7 +138,7 @@ def stratified(
     if len(groups) < 2:
         raise FastpeftError(
             "all rows have the same text, or begin with the same prompt, so none can be kept apart to measure on. Give "
-            "a dev part, or `split` shuffled."
+            "a dev part."
         )
     dev = _DevPart(groups, strata, dev_rows)
     totals = Counter(chain.from_iterable(strata))

@@ -127,8 +127,8 @@ def _check(arguments: TrainingArguments, task: Task) -> None:
     if arguments.label_smoothing_factor:
         if problem in (REGRESSION, MULTI_LABEL):
             raise ValueError(f"label_smoothing_factor is for classes, but the data has {problem.labels}.")
-        if task.config.custom_loss:
-            raise ValueError("label_smoothing_factor does not go with class_weights or focal_gamma.")
+        if task.config.class_weights:
+            raise ValueError("label_smoothing_factor does not go with class_weights.")
     if task.config.optimizer_in_backward:
         _check_steps_in_backward(arguments)
     stand_in = torch.optim.SGD([torch.zeros(1)], arguments.learning_rate)

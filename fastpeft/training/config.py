@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hin
 
 from fastpeft.data.names import DEMO, FEATURE_DTYPES, LOSS
 from fastpeft.data.problems import OBJECTIVES, PROBLEMS, TITLES
-from fastpeft.data.splitting import SPLITS
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.method import Method
 from fastpeft.methods.registry import METHODS, get_method
@@ -31,7 +30,7 @@ from fastpeft.training.run_folder import read_config
 # without sense for an objective
 FOR_LABELS = (
     *("problem_type", "label_column", "prompt", "label_words", "prompt_head"),
-    *("class_weights", "focal_gamma", "threshold"),
+    "class_weights",
 )
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each the name of its package, and of the Trainer's callback
 _HIGHEST_SEED = 2**32 - 1
@@ -236,14 +235,6 @@ class TrainConfig:
         0,
         most=_HIGHEST_SEED,
     )
-    split: str = option(
-        DATA,
-        "How dev rows are held out: in the proportions of the classes and with identical texts in one part, or at "
-        "random",
-        SPLITS[0],
-        choices=SPLITS,
-        metavar="HOW",
-    )
     save_steps: int | None = option(OUTPUT, "Save a checkpoint every N steps", least=1, unset="none")
     metric: str | None = option(
         OUTPUT,
@@ -338,20 +329,6 @@ class TrainConfig:
         "count rows of the class",
         choices=("balanced",),
         unset="each row counts the same",
-        metavar="HOW",
-    )
-    focal_gamma: float | None = option(
-        TRAINING,
-        "Exponent of the focal loss, in which rows that are easy count less; 2 is usual",
-        unset="the cross entropy",
-        metavar="GAMMA",
-    )
-    threshold: str | None = option(
-        TRAINING,
-        "Choose the decision threshold: the probability, of the second of two classes or of a label, with the best F1 "
-        "on a tenth of the training rows, which is held out for this",
-        choices=("auto",),
-        unset="0.5",
         metavar="HOW",
     )
     settings: dict[str, Any] = field(
@@ -454,12 +431,6 @@ class TrainConfig:
     def in_bfloat16(self) -> bool:
         """Whether the model's frozen weights are kept in bfloat16."""
         return self.dtype == "bfloat16"
-
-    @property
-    def custom_loss(self) -> str:
-        """What the training loss is beside the model's own, in words; empty where it is that."""
-        parts = ("weighted" if self.class_weights else "", "focal" if self.focal_gamma else "")
-        return " ".join(filter(None, parts))
 
     @property
     def awaits_prompt(self) -> bool:

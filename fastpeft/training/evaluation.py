@@ -73,7 +73,7 @@ def evaluate(
         )
     kept = RunFolder(folder)
     trained_on, metrics = kept.trained_on(), kept.metrics()
-    config, warnings = run.config, result_warnings.of_threshold(metrics.get("threshold_rows") or 0)
+    config, warnings = run.config, []
     if data is not None:
         dev = load_rows(
             data,
@@ -91,12 +91,10 @@ def evaluate(
         own = _own_data(run, folder)
         dev = own.dev
         if not kept.has_rows(own.fingerprint):
-            warnings = [*result_warnings.of_changed_rows(config.data), *warnings]
+            warnings = result_warnings.of_changed_rows(config.data)
         frequent = most_frequent(own.train.labels, own.problem)
     _check_form(run, folder, dev, data)
-    measured = _evaluate(run, dev, trained_on, frequent, max_new_tokens, warnings)
-    threshold = {name: metrics.get(name) for name in ("threshold", "threshold_rows")}
-    return {**measured, **(threshold if run.threshold is not None else {})}
+    return _evaluate(run, dev, trained_on, frequent, max_new_tokens, warnings)
 
 
 def _own_data(run: FinishedRun, folder: str | Path) -> TextData:
@@ -159,7 +157,7 @@ def _evaluate(
     max_new_tokens: int | None,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What `evaluate` gives, without the threshold; its warnings begin with `warnings`."""
+    """What `evaluate` gives; its warnings begin with `warnings`."""
     generates = run.problem is NEXT_WORDS and max_new_tokens != 0
     generator = TextGenerator(run, max_new_tokens) if generates else None  # refuses before anything is measured
     rows, cut = run.encoder.encode_counted(dev)
@@ -169,7 +167,7 @@ def _evaluate(
         rows = Masker(run.classifier.tokenizer).fixed(rows)
     join = _padded if run.problem.per_token else np.stack
     outputs, labels = join(outputs_of(run, rows)), join([np.array(row["labels"]) for row in rows])
-    measured, of_figures = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
+    measured, of_figures = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent)
     if generator is not None:
         measured |= measure_generations(generator, dev.texts)
     warnings = [*warnings, *of_figures, *cut_texts]
@@ -203,12 +201,12 @@ def evaluate_zero_shot(
     Raises:
         FastpeftError: model or data cannot be loaded, or the prompt does not fit them.
     """
-    texts = data if isinstance(data, TextData) else load_classes(data, split=None)
+    texts = data if isinstance(data, TextData) else load_classes(data, split=False)
     return answer_zero_shot(model, prompt, texts, calibrate=calibrate)[0]
 
 
 def load_classes(
-    data: str | Path, text_column: str | None = None, label_column: str | None = None, *, split: str | None
+    data: str | Path, text_column: str | None = None, label_column: str | None = None, *, split: bool = True
 ) -> TextData:
     """What a prompt without training is measured on: `load_data` of classes."""
     return load_data(
@@ -272,13 +270,11 @@ def _measure(
     labels: np.ndarray,
     names: Sequence[str],
     frequent: Sequence[int] | None,
-    threshold: float | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The metrics of a problem, the loss and what there is of classes; and warnings."""
-    raw, outputs = outputs, problem.decided(outputs, threshold)
     scores = problem.score(outputs, labels, names)
     if LOSS not in scores:
         assert problem.loss is not None  # which is so where the score has it
-        scores[LOSS] = problem.loss(raw, labels)
+        scores[LOSS] = problem.loss(outputs, labels)
     warnings = [*dev.warnings, *result_warnings.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)]
     return {**scores, **describe(problem, outputs, labels, names, frequent)}, warnings

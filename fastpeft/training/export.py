@@ -134,11 +134,6 @@ def _load_run(source: RunFolder, output: Path, to: str, step: int | None) -> _Lo
         logger.info("the LoRA goes onto the model of the run in %s: export that to merged", setup.config.init_from)
         # not the model that the chain began with, onto which PEFT would put it without a word
         model.active_peft_config.base_model_name_or_path = _start_in_words(setup.config.init_from)
-    if run.threshold is not None and step is None:
-        logger.warning(
-            "the exported model knows nothing of the threshold %.3f by which the run answers; its card tells it",
-            run.threshold,
-        )
     if run.problem is NEXT_WORDS:  # at a turn's end too, which the configuration of a base that never chatted lacks
         tell_ends(model, run.classifier.tokenizer, chats=run.chats)
     card = _card_of_run(run, setup.method.title, source.metrics(), output, to, step)

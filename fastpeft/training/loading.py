@@ -45,7 +45,6 @@ class FinishedRun:
         max_length: where texts are cut, in tokens.
         prompt: what texts are put into; None for the texts alone.
         columns: those of texts and of labels that it learned from; None where that is not known.
-        threshold: the probability above which the second of two classes, or labels, are answered; None: a half.
     """
 
     classifier: Classifier
@@ -57,7 +56,6 @@ class FinishedRun:
     max_length: int
     prompt: Prompt | None = None
     columns: tuple[str | None, str | None] = (None, None)
-    threshold: float | None = None
 
     @classmethod
     def of(cls, setup: RunSetup, metrics: Mapping[str, Any], classifier: Classifier) -> FinishedRun:
@@ -73,7 +71,6 @@ class FinishedRun:
             max_length=metrics["max_length"],
             prompt=head.prompt,
             columns=tuple(metrics.get("columns") or (None, None)),
-            threshold=metrics.get("threshold"),
         )
 
     @property

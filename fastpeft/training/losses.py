@@ -1,4 +1,4 @@
-"""Losses for classes out of balance: weights of classes, and the focal loss. Training alone lowers them."""
+"""The loss for classes out of balance, in which they have weights. Training alone lowers it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch import Tensor
 from fastpeft.data.examples import TextData
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import MULTI_LABEL, Problem
-from fastpeft.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    r"""A cross entropy in which rare classes, or rows that are hard, count more.
+    """A cross entropy in which rare classes count more.
 
-        loss = mean over rows of  w_y (1 - p_y)^gamma (-log p_y)
+        loss = mean over rows of  w_y (-log p_y)
 
     Of several labels a row it is the mean over rows and labels of the same for each label's two answers, with the
     weight `w` where the row has the label and 1 where not, as `pos_weight` of `torch.nn.BCEWithLogitsLoss`.
@@ -31,14 +30,11 @@ class TrainingLoss:
 
     Attributes:
         problem: what the labels are.
-        weights: `w`, `(classes,)`, float32. None: 1.
-        gamma: of the focal loss of Lin et al. 2017, "Focal loss for dense object detection". At 0 it is the cross
-            entropy.
+        weights: `w`, `(classes,)`, float32.
     """
 
     problem: Problem
-    weights: Tensor | None = None
-    gamma: float = 0.0
+    weights: Tensor
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss, a scalar in float32 or wider.
@@ -48,24 +44,18 @@ class TrainingLoss:
             labels: `(N,)`, integers, or `(B, T)` with -100 where a token has none; of labels `(N, classes)`, 0 and 1.
         """
         logits = logits if logits.dtype is torch.float64 else logits.float()
-        weights = None if self.weights is None else self.weights.to(logits)
+        weights = self.weights.to(logits)
         if self.problem is MULTI_LABEL:
             labels = labels.to(logits)
             losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
             counted = torch.ones_like(losses)
-            weight = None if weights is None else 1 + (weights - 1) * labels
+            weight = 1 + (weights - 1) * labels
         else:
             logits, labels = logits.flatten(0, -2), labels.flatten()
             losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=UNLABELLED)
             counted = labels != UNLABELLED
-            weight = None if weights is None else weights[labels.clamp_min(0)]
-        if self.gamma:
-            # 1 - p of the label, kept above 0, where a power below 1 has no slope
-            missed = (-torch.expm1(-losses)).clamp_min(torch.finfo(losses.dtype).eps)
-            losses = missed**self.gamma * losses
-        if weight is not None:
-            losses = weight * losses
-        return losses.sum() / counted.sum()
+            weight = weights[labels.clamp_min(0)]
+        return (weight * losses).sum() / counted.sum()
 
 
 def balanced(problem: Problem, labels: Sequence[Any], classes: int) -> Tensor:
@@ -85,9 +75,6 @@ def balanced(problem: Problem, labels: Sequence[Any], classes: int) -> Tensor:
     return torch.from_numpy(weights).float()
 
 
-def training_loss(config: TrainConfig, data: TextData) -> TrainingLoss:
-    """The loss that `config` asks for, with the weights of the rows to train on in `data`."""
-    weights = None
-    if config.class_weights is not None:
-        weights = balanced(data.problem, data.train.labels, len(data.labels))
-    return TrainingLoss(data.problem, weights, config.focal_gamma or 0.0)
+def training_loss(data: TextData) -> TrainingLoss:
+    """The loss with weights that balance the rows to train on in `data`."""
+    return TrainingLoss(data.problem, balanced(data.problem, data.train.labels, len(data.labels)))

@@ -19,7 +19,6 @@ from fastpeft.data.problems import (
     MASKED_WORDS,
     NEXT_WORDS,
     best_of,
-    best_threshold,
     describe,
     most_frequent,
     title_of,
@@ -71,14 +70,12 @@ class _Measured:
 
     Attributes:
         chosen: the step whose weights were kept as the best; None: the last weights are.
-        threshold: above which probability the second class, or a label, is answered; None where none was chosen.
         scores: of the dev rows.
-        outputs, labels: of the dev rows, the outputs by the threshold.
+        outputs, labels: of the dev rows.
         points: by name, what dev rows measured before, during and after training.
     """
 
     chosen: int | None
-    threshold: float | None
     scores: dict[str, float]
     outputs: np.ndarray
     labels: np.ndarray
@@ -101,25 +98,17 @@ def finish(trainer: RunTrainer, task: Task, before: Beginning) -> dict[str, Any]
 
 
 def _measure(trainer: RunTrainer, task: Task, before: Beginning) -> _Measured:
-    """Measure the dev rows, with the weights and by the threshold that are to be kept."""
-    data, chosen = task.data, _take_best(trainer, task)
+    """Measure the dev rows, with the weights that are to be kept."""
+    chosen = _take_best(trainer, task)
     # before anything is measured again, which is logged too
     points = {
         name: [(0, before.scores[name]), *trainer.points(f"eval_{name}")] for name in dict.fromkeys((task.metric, LOSS))
     }
-    threshold = None
-    if task.threshold_rows:
-        trainer.measure(task.threshold_rows)
-        threshold = best_threshold(data.problem, *trainer.answers())
     scores = trainer.measure(task.dev_rows)
     if chosen is None:
         for name, curve in points.items():
             curve.append((trainer.state.global_step, scores[name]))
-    outputs, labels = trainer.answers()
-    if threshold is not None:
-        outputs = data.problem.decided(outputs, threshold)
-        scores |= data.problem.score(outputs, labels, data.labels)
-    return _Measured(chosen, threshold, scores, outputs, labels, points)
+    return _Measured(chosen, scores, *trainer.answers(), points)
 
 
 def _take_best(trainer: RunTrainer, task: Task) -> int | None:
@@ -157,8 +146,6 @@ def _metrics(trainer: RunTrainer, task: Task, before: Beginning, after: _Measure
         "found_prompt": config.found_prompt,
         "metric": config.metric,
         "best_step": after.chosen,
-        "threshold": after.threshold,
-        "threshold_rows": len(task.threshold_rows) or None,
         "train_rows": task.num_train_texts,
         "dev_rows": len(task.dev_rows),
         "trainable_parameters": trainable,
@@ -205,7 +192,6 @@ def _warnings(trainer: RunTrainer, task: Task, before: Beginning, after: _Measur
         *of_classes(task),
         *task.warnings,
         *trainer.warnings_of_head(),
-        *result_warnings.of_threshold(len(task.threshold_rows)),
         *result_warnings.of_training_loss(
             trainer.points("loss"), before.lowered, over_and_over=bool(task.setup.recipe.least_steps)
         ),
@@ -223,7 +209,7 @@ def _write(trainer: RunTrainer, task: Task, before: Beginning, after: _Measured,
     """Write the result into its folder, which marks the run as finished."""
     config, problem, folder = task.config, task.data.problem, trainer.folder
     staged = folder.staging / "result"
-    kind = config.custom_loss or ("smoothed" if trainer.args.label_smoothing_factor else "")
+    kind = "weighted" if config.class_weights else ("smoothed" if trainer.args.label_smoothing_factor else "")
     loss_title = f"{kind} training loss".strip()  # one of another kind is not to be compared
     losses = trainer.points("loss")
     curves = {loss_title: losses, **{f"dev {name}": curve for name, curve in after.points.items()}}
@@ -235,11 +221,11 @@ def _write(trainer: RunTrainer, task: Task, before: Beginning, after: _Measured,
         if problem is CLASSIFICATION:
             predictions = {
                 "labels": task.data.dev.labels,
-                "predictions": trainer.classes(task.dev_rows, after.threshold),
+                "predictions": trainer.classes(task.dev_rows),
             }
             files.write_json(staged / PREDICTIONS, predictions)
         elif problem.tested is not None:
-            above, below = zip(*trainer.parts(task.dev_rows, after.threshold))
+            above, below = zip(*trainer.parts(task.dev_rows))
             files.write_json(staged / ROW_SCORES, {"metric": problem.tested, "above": above, "below": below})
         title, shown = f"{task.method.title} on {config.data}", title_of(task.metric)
         draw_curves(staged / "curves.png", title, losses, after.points[task.metric], loss_title, shown)

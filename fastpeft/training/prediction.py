@@ -108,7 +108,6 @@ class Predictor:
             ]
         if problem is REGRESSION:
             return outputs
-        # in float32 all that are near 1 would be 1, on whichever side of a threshold they are
         logits = [torch.from_numpy(output).double() for output in outputs]
         return [(each.sigmoid() if problem is MULTI_LABEL else each.softmax(-1)).numpy() for each in logits]
 
@@ -116,8 +115,8 @@ class Predictor:
         """What `predict` returns for a text, or for one of its words, given the scores of that."""
         run = self.run
         if run.problem is MULTI_LABEL:
-            return [(name, float(p)) for name, p in zip(run.labels, scores) if p > (run.threshold or 0.5)]
-        best = int(scores.argmax() if run.threshold is None else scores[1] > run.threshold)
+            return [(name, float(p)) for name, p in zip(run.labels, scores) if p > 0.5]
+        best = int(scores.argmax())
         return run.labels[best], float(scores[best])
 
 
@@ -133,9 +132,8 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
         For each text its most likely class and the probability of that; for a run on numbers the name of the number
         and its value; for a run on tags a list with the most likely tag of every word and the probability of that; for
         a run on several labels a list of those that are answered, which may be empty, each with its probability; for a
-        run on next words what it generates, see `fastpeft.training.generation.TextGenerator`. Where the run has a
-        threshold, it decides between two classes, and which labels are answered. How many texts were longer than the
-        run reads is logged.
+        run on next words what it generates, see `fastpeft.training.generation.TextGenerator`. How many texts were
+        longer than the run reads is logged.
 
     Raises:
         FastpeftError: as `Predictor`; or `texts` is one text, whose characters would be taken for texts; or one of

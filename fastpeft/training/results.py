@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastpeft.data.names import DEMO
-from fastpeft.data.problems import MULTI_LABEL, TAGGING, TITLES, get_problem, title_of
+from fastpeft.data.problems import MULTI_LABEL, TAGGING, TITLES, Problem, get_problem, title_of
 from fastpeft.training.config import TrainConfig
 
 _MOST_ROWS, _WORST = 10, 5  # classes that are all shown, and how many are of more
 _ON_THE_CARD = (  # fields of a `TrainConfig`
-    *("objective", "problem_type", "class_weights", "focal_gamma", "metric", "patience"),
+    *("objective", "problem_type", "class_weights", "metric", "patience"),
     *("prompt", "label_words", "prompt_head", "init_from"),
     *("targets", "rank", "window", "reduction", "cache_dtype", "batch_size", "seed", "dtype", "bf16"),
 )
@@ -34,7 +34,7 @@ def card_fields(
         "on_hub": config.model != DEMO,
         "labels": metrics["labels"],
         "labels_are": get_problem(metrics["problem_type"]).labels,
-        "answers": _answers_in_words(metrics if measured else {**metrics, "threshold": None}),
+        "answers": _answers_in_words(get_problem(metrics["problem_type"])),
         "chosen_by": title_of(metrics["metric"]) if measured and metrics["best_step"] is not None else None,
         "metrics": _results(metrics) if measured else None,
         "settings": {**recipe, "max_length": metrics["max_length"], **_settings(config)},
@@ -72,22 +72,13 @@ def _results(metrics: Mapping[str, Any]) -> dict[str, str]:
     return {**shown, **memory(metrics), "trainable parameters": parameters}
 
 
-def threshold_in_words(metrics: Mapping[str, Any]) -> str | None:
-    """The threshold in a `metrics.json`, and what it was chosen by; None where none was chosen."""
-    threshold, rows = metrics.get("threshold"), metrics.get("threshold_rows")
-    return None if threshold is None else f"{threshold:.3f}, chosen on {rows:,} training rows that were kept apart"
-
-
-def _answers_in_words(metrics: Mapping[str, Any]) -> str | None:
+def _answers_in_words(problem: Problem) -> str | None:
     """How answers follow from the model's outputs, for a card; None where the most likely class is the answer."""
-    threshold, problem = threshold_in_words(metrics), get_problem(metrics["problem_type"])
     if problem is TAGGING:
         return 'a word has the tag of its first token, as a pipeline says it with aggregation_strategy="first"'
     if problem is MULTI_LABEL:
-        return f"every label whose probability, the sigmoid of its logit, is above {threshold or '0.5'}"
-    if threshold is None:
-        return None
-    return f"{metrics['labels'][1]} where its probability is above {threshold}; else {metrics['labels'][0]}"
+        return "every label whose probability, the sigmoid of its logit, is above 0.5"
+    return None
 
 
 def class_scores(metrics: Mapping[str, Any]) -> dict[str, str]:

@@ -102,7 +102,6 @@ class _Metrics(dict[str, Any]):
                 names is None or (isinstance(names, list) and list(map(type, names)) in ([str, str], [str, type(None)]))
             ),
             "max_length": lambda length: type(length) is int and length > 0,
-            "threshold": lambda found: found is None or (isinstance(found, float) and 0 < found < 1),
             "most_frequent_class": lambda found: isinstance(found, dict) and isinstance(found.get("class"), str),
         }
         for name, fit in fits.items():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastpeft.data.examples import Examples, TextData, texts_in_words
-from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, OBJECTIVES, Problem, get_problem
+from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS, OBJECTIVES, Problem, get_problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import OPTIONS, OVER, Method
 from fastpeft.methods.preparation import Preparation, parse_targets
@@ -252,19 +252,11 @@ def setup_of_run(folder: RunFolder) -> RunSetup:
 
 
 def _check_classes(config: TrainConfig, data: TextData) -> None:
-    """Raise `FastpeftError` where what is for classes, or for two of them, does not go with what the data has."""
-    for name in ("class_weights", "focal_gamma"):
-        if getattr(config, name) is not None and not data.problem.has_classes:
-            raise FastpeftError(
-                f"`{name}` is {getattr(config, name)!r}, which is for classes, tags and labels, but the data has "
-                f"{data.problem.labels}. Leave it out."
-            )
-    two = data.problem is CLASSIFICATION and len(data.labels) == 2
-    if config.threshold is not None and not (two or data.problem is MULTI_LABEL):
-        what = "numbers" if not data.problem.has_classes else f"{len(data.labels)} {data.problem.labels}"
+    """Raise `FastpeftError` where what is for classes does not go with what the data has."""
+    if config.class_weights is not None and not data.problem.has_classes:
         raise FastpeftError(
-            f"`threshold` is {config.threshold!r}, which is for two classes, or several labels of a text, but the data "
-            f"has {what}. Leave it out."
+            f"`class_weights` is {config.class_weights!r}, which is for classes, tags and labels, but the data has "
+            f"{data.problem.labels}. Leave it out."
         )
 
 

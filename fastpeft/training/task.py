@@ -46,7 +46,6 @@ class Task:
         data: texts and labels.
         train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, they are hidden in the
             dev rows and not yet in the others; with `packing` those to train on are joined.
-        threshold_rows: likewise those to choose a threshold by; none where there are none.
         max_length: where texts were cut, in tokens.
         warnings: about these texts; the result has them too.
     """
@@ -58,7 +57,6 @@ class Task:
     data: TextData
     train_rows: TokenRows
     dev_rows: TokenRows
-    threshold_rows: TokenRows
     max_length: int
     warnings: list[str]
 
@@ -89,7 +87,7 @@ class Task:
         max_length = _max_length(config, usual, classifier.max_length, own_tokens)
         report("encoding texts")
         encoder = Encoder(classifier.tokenizer, max_length, setup.prompt, data.problem)
-        (train_rows, dev_rows, *kept), warnings = _encode(data, encoder, classifier.max_length - own_tokens)
+        (train_rows, dev_rows), warnings = _encode(data, encoder, classifier.max_length - own_tokens)
         context = earlier_context(config)
         if context is None and (count := setup.method.examples(setup.preparation)):
             context, train_rows = _take_examples(train_rows, count, config.seed)
@@ -108,7 +106,6 @@ class Task:
             fuse_any_head(model)
         if training_device(setup.arguments) == "cpu" or not config.pack_weights:
             set_packing(model, config.pack_weights)
-        threshold_rows = kept[0] if kept else TokenRows()
         return cls(
             setup,
             model,
@@ -117,7 +114,6 @@ class Task:
             data,
             train_rows,
             dev_rows,
-            threshold_rows,
             max_length,
             warnings,
         )
@@ -191,8 +187,6 @@ def data_for(config: TrainConfig) -> TextData:
         text_column=config.text_column,
         label_column=config.label_column,
         split_seed=config.split_seed,
-        split=config.split,
-        hold_out=config.threshold is not None,
     )
 
 

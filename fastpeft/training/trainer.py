@@ -97,7 +97,7 @@ class RunTrainer(Trainer):
         self.chosen_by = task.config.metric
         self.new_head, self.head_learning_rate = task.new_head, task.head_learning_rate
         self.starts_from_a_run = task.config.init_from is not None
-        self.custom_loss = training_loss(task.config, task.data) if task.config.custom_loss else None
+        self.custom_loss = training_loss(task.data) if task.config.class_weights else None
         curve_rows: Sequence[TokenRow] = task.dev_rows
         measuring: list[TrainerCallback] = [MeasuredCheckpoints()]
         if self.chosen_by is None:
@@ -206,15 +206,14 @@ class RunTrainer(Trainer):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
 
-    def classes(self, rows: Sequence[TokenRow], threshold: float | None) -> list[int]:
-        """The class that is answered for each of `rows`, which were measured last, by a threshold or the likeliest."""
-        return _as_given(rows, self.problem.answers(self.problem.decided(self._outputs, threshold)))
+    def classes(self, rows: Sequence[TokenRow]) -> list[int]:
+        """The likeliest class of each of `rows`, which were measured last."""
+        return _as_given(rows, self.problem.answers(self._outputs))
 
-    def parts(self, rows: Sequence[TokenRow], threshold: float | None) -> list[list[int]]:
+    def parts(self, rows: Sequence[TokenRow]) -> list[list[int]]:
         """The `parts` of the problem's tested metric of each of `rows`, which were measured last."""
         assert self.problem.parts is not None  # which is so where the problem has a tested metric
-        outputs = self.problem.decided(self._outputs, threshold)
-        return _as_given(rows, self.problem.parts(outputs, self._labels, self.labels))
+        return _as_given(rows, self.problem.parts(self._outputs, self._labels, self.labels))
 
     def answers(self) -> tuple[np.ndarray, np.ndarray]:
         """Outputs and labels, as the problem scores them, of the rows that were measured last."""

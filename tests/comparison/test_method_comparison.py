@@ -26,7 +26,7 @@ def told(cell: Cell) -> dict[str, Any]:
     return method_comparison.result(cell, metrics)
 
 
-@pytest.mark.parametrize("kind", ["", "weighted ", "focal ", "weighted focal ", "smoothed "])
+@pytest.mark.parametrize("kind", ["", "weighted ", "smoothed "])
 def test_every_point_has_the_last_training_loss_before_it(cell: Cell, kind: str) -> None:
     finish(cell, 100, 10.0, 1.0, steps=80)
     file = cell.folder.path / "curves.json"

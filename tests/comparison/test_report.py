@@ -243,14 +243,6 @@ def test_classes_have_their_scores(tmp_path: Path) -> None:
     assert "class 5" not in many
 
 
-def test_a_threshold_is_not_that_of_the_curves(tmp_path: Path) -> None:
-    made = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["lora", "siva"]), "fastpeft compare")
-    told = "- Curves and the choice of checkpoints use a threshold of 0.5; the table uses each run's own threshold."
-    for cell, threshold, noted in zip(made.results, (None, 0.3), (False, True)):
-        finish(cell, 150, 1.0, 1.0, threshold=threshold)
-        assert (told in written(made, whole=False)) is noted
-
-
 def test_loras_lag_is_told_in_steps(plan: Plan) -> None:
     """By a loss, which falls, as by an accuracy that rises as much."""
     for cell in plan.results:

@@ -107,7 +107,7 @@ def test_a_parquet_file_of_a_data_set_has_the_names_of_its_features(tmp_path: Pa
     """As the hub's files are, where -1 is no label."""
     hidden = {"sentence": "hidden", "label": -1}
     make_dataset(train=[*SENTENCES, hidden])["train"].to_parquet(tmp_path / "rows.parquet")
-    data = load_data(str(tmp_path / "rows.parquet"), split=None)
+    data = load_data(str(tmp_path / "rows.parquet"), split=False)
     assert (data.labels, data.train.texts) == (["negative", "positive"], [row["sentence"] for row in SENTENCES])
 
 

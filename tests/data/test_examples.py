@@ -154,7 +154,7 @@ def test_codes_are_classes_as_they_are_written(tmp_path: Path, kind: str) -> Non
 def test_too_many_classes_may_be_numbers(tmp_path: Path, label: str, remedy: str) -> None:
     file = write_csv(tmp_path / "rows.csv", [(f"text {n}", label.format(n)) for n in range(50)])
     with pytest.raises(FastpeftError, match=rf"50 different classes in 50 rows.* Check the label column{remedy}\."):
-        load_data(str(file), split=None)
+        load_data(str(file), split=False)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -217,7 +217,7 @@ def test_columns_are_found_named_and_told(tmp_path: Path, caplog: pytest.LogCapt
 def test_of_columns_that_differ_in_case_the_usual_one_is_taken(tmp_path: Path) -> None:
     names = ("text", "Text", "label", " label")
     file = write_csv(tmp_path / "rows.csv", [("a", "A", "no", "0"), ("b", "B", "yes", "1")], names)
-    data = load_data(str(file), split=None)
+    data = load_data(str(file), split=False)
     assert (data.train.texts, data.labels) == (["a", "b"], ["no", "yes"])
 
 

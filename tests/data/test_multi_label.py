@@ -192,9 +192,6 @@ def test_metrics_by_hand() -> None:
     assert found["most_frequent_class"]["micro_f1"] == pytest.approx(2 * 2 / (2 * 2 + 2 + 3))
     assert found["per_class"]["negative"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
     assert found["confusion_matrix"] is None
-    # a threshold of 0.2 is a logit of -1.39
-    lower = MULTI_LABEL.answers(MULTI_LABEL.decided(outputs, 0.2))
-    assert lower.tolist() == (outputs > np.log(0.2 / 0.8)).astype(int).tolist()
 
 
 @pytest.mark.parametrize("joined", ["dull|fun", "['dull', 'fun']"])  # the latter by pandas' to_csv
@@ -254,12 +251,12 @@ def test_what_was_never_told_is_warned_of() -> None:
 def test_every_method_is_measured_as_it_was_trained(place: Path, tmp_path: Path, method: str) -> None:
     given: dict[str, Any] = {"model": str(place / "model"), "data": str(place / "flags.csv")}
     given |= {"label_column": ",".join(LABELS), "max_steps": 2, "learning_rate": 1e-3, "batch_size": 8}
-    config = TrainConfig(output=str(tmp_path / "run"), method=method, threshold="auto", **given)
+    config = TrainConfig(output=str(tmp_path / "run"), method=method, **given)
     result = train(config)
     found = evaluate(result.folder)
     names = (*MULTI_LABEL.metrics, "loss")
     assert {n: result.metrics[n] for n in names} == pytest.approx({n: found[n] for n in names}, abs=1e-4)
-    # for paired tests: by row, and by the threshold
+    # for paired tests: by row
     dev = data_for(config).dev
     said = [{name for name, _ in labels} for labels in predict(result.folder, dev.texts)]
     true = [{name for name, has in zip(LABELS, row) if has} for row in dev.labels]

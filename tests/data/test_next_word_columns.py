@@ -49,7 +49,7 @@ def test_an_answer_beside_a_text_is_not_lost(tmp_path: Path) -> None:
     assert load_data(file, problem_type="next_words", text_column="text,completion").train.is_pair
     assert not load_data(file, problem_type="next_words", text_column="text").train.is_pair
     whole = [{"instruction": "add", "input": f"{row}", "output": "a", "text": f"add {row}: a"} for row in range(4)]
-    data = load_data(str(write_jsonl(tmp_path / "whole.jsonl", whole)), problem_type="next_words", split=None)
+    data = load_data(str(write_jsonl(tmp_path / "whole.jsonl", whole)), problem_type="next_words", split=False)
     assert data.train.texts[0] == "add 0: a"
 
 

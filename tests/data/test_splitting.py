@@ -133,7 +133,7 @@ def test_the_split_is_that_of_its_seed_in_every_process(monkeypatch: pytest.Monk
 
 
 def test_shuffled_is_what_it_was() -> None:
-    """The demo's rows depend on it, and so do runs with `--split shuffled`."""
+    """The demo's rows depend on it."""
     assert shuffled(10, 3, 0) == ([5, 3, 4, 2, 0, 9, 6], [7, 8, 1])
 
 

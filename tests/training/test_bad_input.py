@@ -347,7 +347,6 @@ CASES = [
     (["--max-length", "1"], ["--max-length is 1", "from 2"]),
     (["--max-length", "500"], ["--max-length 500", "38 tokens"]),
     (["--seed", "-1"], ["--seed is -1"]),
-    (["--split", "halves"], ["--split is 'halves'", "stratified or shuffled"]),
     (["--save-steps", "0"], ["--save-steps is 0"]),
     # settings
     (["--set", "lora_alpha"], ["'lora_alpha'", "key=value"]),

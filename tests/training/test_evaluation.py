@@ -130,7 +130,7 @@ def test_other_data_is_read_by_the_columns_of_the_run(
         evaluate(folder, file, label_column="label")
 
 
-@pytest.mark.parametrize("given", [{"threshold": "auto"}, {"metric": "accuracy", "save_steps": 2}], ids=str)
+@pytest.mark.parametrize("given", [{}, {"metric": "accuracy", "save_steps": 2}], ids=str)
 def test_curves_are_of_dev_rows_alone_and_of_steps_in_order(config: TrainConfig, given: dict[str, Any]) -> None:
     result = train(replace(config, max_steps=4, **given))
     for name in ("dev accuracy", "dev loss"):

@@ -100,7 +100,7 @@ def _measured(curves: Curves) -> dict[int, dict[str, Any]]:
 def _course(cell: Cell, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What was measured on the way, each with the last training loss before it; last what the kept weights reach.
 
-    The loss is the one that training lowers, whichever kind it is: weighted, focal or smoothed as well.
+    The loss is the one that training lowers, whichever kind it is: weighted or smoothed as well.
     """
     curves = cell.curves() or {}
     last = {f"valid {title_of(name)}": metrics[name] for name in in_order(metrics)}

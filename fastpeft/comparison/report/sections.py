@@ -286,10 +286,6 @@ def _notes(plan: Plan, compared: Sequence[Variant]) -> list[str]:
             "These variants kept the checkpoint that was best on the dev rows, so their results on the dev rows are "
             f"optimistic: {', '.join(names)}."
         )
-    if any(metrics.get("threshold") is not None for metrics in finished):
-        notes.append(
-            "Curves and the choice of checkpoints use a threshold of 0.5; the table uses each run's own threshold."
-        )
     if len(set(filter(None, map(_device, finished)))) > 1:
         notes.append(
             "Not all cells ran on the same device with as many threads. Compare speeds and seconds only among those "
