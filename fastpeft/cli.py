@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import shlex
 import sys
@@ -108,13 +107,6 @@ def train(
     ),
     overwrite: bool = panel_option(False, "--overwrite", panel=OUTPUT, help="Replace the run in the output folder."),
     quiet: bool = QUIET,
-    progress: str = panel_option(
-        "auto",
-        panel=OUTPUT,
-        metavar="KIND",
-        help="How progress is shown: auto, a bar on a terminal and lines elsewhere; json, one object per line on "
-        "standard output, the result last; or none",
-    ),
     dry_run: bool = panel_option(
         False,
         "--dry-run",
@@ -128,7 +120,7 @@ def train(
     """Fine-tune a model."""
     first = is_first()  # of the processes of a launcher; it alone shows anything
     if not first:
-        quiet, progress = True, "none"
+        quiet = True
     run = _run_config(_given(values), config, parse_settings(settings), resume)
     folder = RunFolder(run.output)
     check_budget(memory_budget, dry_run)
@@ -137,9 +129,9 @@ def train(
     if run.data != DEMO and not (resume and folder.finished):
         check_there(run.data, TEXT_READERS if run.objective else READERS)
     command = shlex.join(["fastpeft", *sys.argv[1:]])
-    from fastpeft.progress import shown, write_json
+    from fastpeft.progress import shown
 
-    with shown("none" if quiet and progress == "auto" else progress):
+    with shown(quiet):
         from fastpeft import console
         from fastpeft.training.run import train as train_run
 
@@ -150,12 +142,8 @@ def train(
             result = train_run(run, resume=resume, overwrite=overwrite, command=command)
     if not first:
         return
-    if dry_run and progress == "json":
-        write_json({"stage": "finished", "plan": dataclasses.asdict(plan)})
-    elif dry_run:
+    if dry_run:
         console.show_run_plan(run, plan, memory_budget)
-    elif progress == "json":
-        write_json({"stage": "finished", "folder": str(result.folder), "metrics": result.metrics})
     elif not quiet:
         console.show_metrics(result.folder, result.metrics)
 
@@ -379,7 +367,7 @@ def compare(
             raise FastpeftError(f"{name} cannot be set as a setting; use `{name}`.")
     from fastpeft.progress import shown
 
-    with shown("none" if quiet else "auto", lines=False):
+    with shown(quiet, lines=False):
         from fastpeft import console
         from fastpeft.comparison.plan import CompareConfig
         from fastpeft.comparison.run import Comparison

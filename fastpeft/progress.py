@@ -1,22 +1,20 @@
-"""How far a command has come, as a person or a program sees it. It answers at once: no other library loads here."""
+"""How far a command has come, as a person sees it. It answers at once: no other library loads here."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 from fastpeft.data.problems import title_of
-from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.support.stages import listening, report
 
 
@@ -36,10 +34,8 @@ class _Errors(Console):
 console = Console(highlight=False, markup=False, emoji=False)
 errors = _Errors(stderr=True, highlight=False, markup=False, emoji=False)
 
-KINDS = ("auto", "json", "none")  # of `--progress`
 TRAINING = "training"  # the stage whose bar stays
 LINES_EVERY_S = 10.0
-JSON_EVERY_S = 1.0
 
 _SHOWN = {
     "loss": "loss {:.3f}",
@@ -143,37 +139,21 @@ class Bars(_Stages):
 class Lines(_Stages):
     """In a file: a line when a stage begins and where it ends, and between them one in ten seconds."""
 
-    def __init__(self, every: float, write: Callable[[dict[str, Any], Mapping[str, float]], None]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.every, self.write = every, write
         self.told = -float("inf")
 
     def show(self, stage: str, done: int, total: int | None, measured: Mapping[str, float], notable: bool) -> None:
-        if notable or time.monotonic() - self.told >= self.every:
-            self.told = time.monotonic()
-            pace = self.paces[stage]
-            left = pace.left(total)
-            known = {"stage": stage, "done": done, "total": total, "seconds": round(pace.seconds, 2)}
-            self.write({**known, "seconds_left": None if left is None else round(left, 2)}, measured)
-
-
-def _write_line(known: Mapping[str, Any], measured: Mapping[str, float]) -> None:
-    """A report for a person who reads a log."""
-    stage, total, left = known["stage"], known["total"], known["seconds_left"]
-    words = [stage if total is None else f"{stage} {known['done']}/{total}", in_words(measured)]
-    words += [f"{clock(left)} left"] if left else []
-    try:
-        errors.print("  ".join(filter(None, words)), soft_wrap=True)
-    except OSError:
-        _let_go(sys.stderr)
-
-
-def write_json(known: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> None:
-    """A report for a program: an object a line, on standard output."""
-    try:
-        print(json.dumps({**known, **(measured or {})}), flush=True)
-    except OSError:
-        _let_go(sys.stdout)
+        if not notable and time.monotonic() - self.told < LINES_EVERY_S:
+            return
+        self.told = time.monotonic()
+        left = self.paces[stage].left(total)
+        words = [stage if total is None else f"{stage} {done}/{total}", in_words(measured)]
+        words += [f"{clock(left)} left"] if left else []
+        try:
+            errors.print("  ".join(filter(None, words)), soft_wrap=True)
+        except OSError:
+            _let_go(sys.stderr)
 
 
 def clock(seconds: float) -> str:
@@ -183,33 +163,22 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def shown(kind: str = "auto", lines: bool = True) -> Iterator[None]:
+def shown(quiet: bool = False, lines: bool = True) -> Iterator[None]:
     """Show how far what runs in the block has come; first, that libraries load.
 
+    It is a bar on a terminal, and lines elsewhere.
+
     Args:
-        kind: `auto`, a bar on a terminal and lines elsewhere; `json`; or `none`.
+        quiet: show nothing.
         lines: whether it is worth lines where there is no terminal.
     """
-    stages = _stages(kind, lines)
-    if stages is None:
+    if quiet or not (errors.is_terminal or lines):
         yield
         return
+    stages = Bars() if errors.is_terminal else Lines()
     try:
         with listening(stages):
             report("loading libraries")
             yield
     finally:
         stages.close()
-
-
-def _stages(kind: str, lines: bool) -> _Stages | None:
-    if kind not in KINDS:
-        raise FastpeftError(
-            f"--progress is {kind!r}; it must be one of {', '.join(KINDS)}. Choose one of these."
-            f"{did_you_mean(kind, KINDS)}"
-        )
-    if kind == "json":
-        return Lines(JSON_EVERY_S, write_json)
-    if kind == "auto" and errors.is_terminal:
-        return Bars()
-    return Lines(LINES_EVERY_S, _write_line) if kind == "auto" and lines else None

@@ -166,29 +166,12 @@ def test_values_are_completed() -> None:
     assert shown.stdout.split() == ["k-lst"]
 
 
-def test_progress_for_a_program(place: Path) -> None:
-    shown = run(*TRAIN, "--method", "siva", "--output", "out", "--progress", "json")
-    told = [json.loads(line) for line in shown.stdout.splitlines()]
-    stages = list(dict.fromkeys(each["stage"] for each in told))
-    assert stages == [
-        "loading libraries",
-        "reading data",
-        "loading the model",
-        "encoding texts",
-        "preparing the model",
-        "adapting layers",
-        "measuring before training",
-        "training",
-        "measuring",
-        "measuring after training",
-        "simulating memory",
-        "saving",
-        "finished",
-    ]
-    assert told[-1]["metrics"] == json.loads((place / "out" / "metrics.json").read_text())
-    steps = [each for each in told if each["stage"] == "training"]
-    assert (steps[-1]["done"], steps[-1]["total"], steps[-1]["seconds_left"]) == (4, 4, 0.0)
-    assert steps[-1]["samples_per_second"] > 0
+def test_progress_in_a_file_has_each_stage(place: Path) -> None:
+    shown = run(*TRAIN, "--method", "siva", "--output", "out").stderr
+    stages = ("loading libraries", "reading data", "encoding texts", "adapting layers", "measuring before", "saving")
+    places = [shown.index(f"{stage}") for stage in stages]
+    assert places == sorted(places)
+    assert "training 4/4" in shown
 
 
 def test_a_run_reports_to_tensorboard(place: Path) -> None:
@@ -383,7 +366,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     assert sorted(place.rglob("*")) == before
 
 
-@pytest.mark.parametrize("form", [(), ("--progress", "json"), ("--quiet",)])
+@pytest.mark.parametrize("form", [(), ("--quiet",)])
 def test_a_dry_run_is_shown_by_the_first_process_alone(
     place: Path, monkeypatch: pytest.MonkeyPatch, form: tuple[str, ...]
 ) -> None:

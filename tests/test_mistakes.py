@@ -58,13 +58,11 @@ MISTAKES = [
     ("train --method lorra", "--method is 'lorra'.* Did you mean lora"),
     ("train --method LORA", "--method is 'LORA'"),
     ("train --cache-dtype fp8 --cache-features kept", "--cache-dtype is 'fp8'"),
-    ("train --split stratifed", "Did you mean stratified"),
     ("train --metric acc --save-steps 5", "--metric is 'acc'.* Did you mean accuracy"),
     ("train --metric meteor --save-steps 5", "--metric is 'meteor'.*accuracy"),
     ("train --problem-type clasification", "--problem-type is 'clasification'"),
     ("train --prompt-head word --prompt sst2", "--prompt-head is 'word'"),
     ("train --prompt sst3", "Did you mean sst5"),
-    ("train --progress jsn", "--progress is 'jsn'.*Did you mean json"),
     # values
     ("train --epochs 0", "--epochs is 0.0; it must be a number above 0"),
     ("train --epochs ten", "--epochs.*valid number"),

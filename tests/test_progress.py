@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from peft import get_peft_model
 from rich.console import Console
 from siva_adapters import tiny
 
-from fastpeft import FastpeftError, SivaConfig, progress
+from fastpeft import SivaConfig, progress
 from fastpeft.support.stages import listening, report
 
 
@@ -43,14 +42,14 @@ def errors(monkeypatch: pytest.MonkeyPatch) -> Callable[..., io.StringIO]:
     return make
 
 
-@pytest.mark.parametrize("kind", ["auto", "none"])
-def test_on_a_terminal(errors: Callable[..., io.StringIO], kind: str) -> None:
+@pytest.mark.parametrize("quiet", [False, True])
+def test_on_a_terminal(errors: Callable[..., io.StringIO], quiet: bool) -> None:
     screen = errors(terminal=True)
-    with progress.shown(kind):
+    with progress.shown(quiet):
         adapt()
         work()
     for text in ("loading libraries", "adapting layers", "4/4", "loss 0.500", "31.2 samples/s"):
-        assert (text in screen.getvalue()) == (kind == "auto"), text
+        assert (text in screen.getvalue()) != quiet, text
 
 
 def test_the_bar_of_the_training_stays(errors: Callable[..., io.StringIO]) -> None:
@@ -84,46 +83,25 @@ def test_in_a_file(errors: Callable[..., io.StringIO]) -> None:
     assert screen.getvalue() == ""
 
 
-def test_for_a_program(errors: Callable[..., io.StringIO], capsys: pytest.CaptureFixture[str]) -> None:
-    screen = errors(terminal=True)
-    with progress.shown("json"):
-        work()
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(each["stage"], each["done"], each["total"]) for each in told] == [
-        ("loading libraries", 0, None),
-        ("encoding texts", 0, None),
-        ("training", 0, 4),
-        ("measuring", 1, 1),
-        ("training", 3, 4),
-        ("training", 4, 4),
-    ]
-    assert told[-1]["loss"] == 0.5
-    assert told[2]["seconds_left"] is None
-    assert told[-1]["seconds_left"] == 0.0
-    assert screen.getvalue() == ""
-
-
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("kind", ["auto", "json"])
-def test_a_reader_that_ends_does_not_end_the_run(kind: str, full: bool) -> None:
+def test_a_reader_that_ends_does_not_end_the_run(full: bool) -> None:
     """As in `fastpeft train 2>&1 | less`, left by q; nor does a log whose disk is full."""
-    script = f"""
+    script = """
 import sys
 from fastpeft import progress
 from fastpeft.support.stages import report
-with progress.shown({kind!r}):
+with progress.shown():
     for stage in ("encoding texts", "training", "saving"):
         report(stage)
-(sys.stderr if {kind!r} == "json" else sys.stdout).write("to the end")
+sys.stdout.write("to the end")
 """
     read, write = os.pipe()
     os.close(read)
     if full:
         os.dup2(os.open("/dev/full", os.O_WRONLY), write)
-    streams = {"stdout": write, "stderr": subprocess.PIPE} if kind == "json" else {"stderr": write, "stdout": -1}
-    ended = subprocess.run([sys.executable, "-c", script], text=True, **streams)  # type: ignore[call-overload]
+    ended = subprocess.run([sys.executable, "-c", script], text=True, stderr=write, stdout=subprocess.PIPE)
     os.close(write)
-    assert (ended.stdout or ended.stderr, ended.returncode) == ("to the end", 0)
+    assert (ended.stdout, ended.returncode) == ("to the end", 0)
 
 
 def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +113,6 @@ def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now, pace.done = 104.0, 12
     assert (pace.seconds, pace.left(20), pace.left(None)) == (4.0, 16.0, None)
     assert progress.clock(3661.4) == "1:01:01"
-
-
-def test_an_unknown_kind() -> None:
-    with pytest.raises(FastpeftError, match=r"--progress is 'jsn'; .*Did you mean json\?"), progress.shown("jsn"):
-        pass
 
 
 def test_the_library_tells_and_draws_nothing(capfd: pytest.CaptureFixture[str]) -> None:
