@@ -22,22 +22,21 @@ from bench.backbones import MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS
 from bench.harness import DATA, Candidates, measure, timing_parser
 from fastpeft import LadderConfig, LadderModel
-from fastpeft.data.names import FEATURE_DTYPES
 
 FILE = DATA / "feature_cache.csv"
 BATCHES = 32  # so many that no feature is still in the processor's caches when its turn comes again
-UNCACHED = "uncached"
+CACHED, UNCACHED = "cached in bfloat16", "uncached"
 
 
-def training_step(model: str, dtype: str | None, folder: Path, device: torch.device) -> Callable[[], object]:
-    """Forward, backward and AdamW of the next batch, with features cached in `dtype`; None computes them."""
+def training_step(model: str, folder: Path | None, device: torch.device) -> Callable[[], object]:
+    """Forward, backward and AdamW of the next batch, with features cached in `folder`; None computes them."""
     torch.manual_seed(0)
     ladder = LadderModel(MODELS[model](), LadderConfig(window_size=9)).to(device).train()
     trained = [p for p in ladder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
     batches = torch.randint(5, 8_000, (BATCHES, BATCH_SIZE, TOKENS), device=device)
-    if dtype is not None:
-        ladder.cache_features(folder, dtype)
+    if folder is not None:
+        ladder.cache_features(folder)
         with torch.no_grad():
             for ids in (*batches, *batches):
                 ladder(ids, attention_mask=torch.ones_like(ids))
@@ -53,9 +52,8 @@ def training_step(model: str, dtype: str | None, folder: Path, device: torch.dev
 
 
 def candidates(model: str, folder: Path, device: torch.device) -> Candidates:
-    """Steps that read features of each dtype, bfloat16 first, and one that computes them."""
-    steps = {f"cached in {dtype}": training_step(model, dtype, folder, device) for dtype in FEATURE_DTYPES}
-    return {**steps, UNCACHED: training_step(model, None, folder, device)}
+    """A step that reads features, and one that computes them."""
+    return {CACHED: training_step(model, folder, device), UNCACHED: training_step(model, None, device)}
 
 
 def main() -> None:

@@ -68,16 +68,6 @@ def test_a_resume_says_what_it_starts_from(place: Path) -> None:
         assert told in " ".join(run("train", "--output", "out", "--resume").stderr.split())
 
 
-def test_a_run_is_resumed_with_the_rounding_it_began_with(place: Path) -> None:
-    arguments = (*TRAIN, "--method", "mezo", "--set", "over=k-lst", "--output", "out", "--quiet")
-    run(*arguments, "--cache-features", "kept", "--cache-dtype", "int8")
-    (place / "out" / "metrics.json").unlink()
-    refused = CliRunner().invoke(app, [*arguments, "--cache-features", "kept", "--cache-dtype", "float32", "--resume"])
-    assert "cache_dtype 'int8' -> 'float32'" in refused.stderr
-    run(*arguments, "--resume")
-    assert json.loads((place / "out" / "metrics.json").read_text())["feature_cache"]["misses"] == 0
-
-
 @pytest.mark.long
 @pytest.mark.kill
 @pytest.mark.parametrize("seed", range(3))

@@ -57,7 +57,6 @@ MISTAKES = [
     ("predict run --fil", "No such option: --fil \\(Possible"),
     ("train --method lorra", "--method is 'lorra'.* Did you mean lora"),
     ("train --method LORA", "--method is 'LORA'"),
-    ("train --cache-dtype fp8 --cache-features kept", "--cache-dtype is 'fp8'"),
     ("train --metric acc --save-steps 5", "--metric is 'acc'.* Did you mean accuracy"),
     ("train --metric meteor --save-steps 5", "--metric is 'meteor'.*accuracy"),
     ("train --problem-type clasification", "--problem-type is 'clasification'"),
@@ -85,7 +84,6 @@ MISTAKES = [
     # what does not go together
     ("train --patience 3", "--patience is 3, but there is no metric"),
     ("train --metric accuracy", "--save-steps"),
-    ("train --cache-dtype int8", "--cache-features"),
     ("train --cache-features kept --method lora", "--cache-features is 'kept'.*no frozen features"),
     ("train --label-words bad,good", "--label-words is 'bad,good', but there is no prompt"),
     ("train --memory-budget 100", "goes with --dry-run"),

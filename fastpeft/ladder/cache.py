@@ -5,7 +5,7 @@ and configuration, of which layers are read, and of the version of transformers.
 folder: a hash of its token ids, token types and positions without the padding around them, and of the dtype of
 autocast. So batches of any composition and padding share rows, and so do runs, seeds and processes.
 
-Features are rounded to the cache's dtype when they are computed, so a row has the same features whether they were
+Features are rounded to bfloat16 when they are computed, so a row has the same features whether they were
 read, were computed or did not fit.
 """
 
@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastpeft.data.names import FEATURE_DTYPES
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER, Backbone
 from fastpeft.ladder.backbone_passes import features_of
@@ -41,7 +40,7 @@ from fastpeft.support.record_store import KEY_BYTES, Record, RecordStore, bytes_
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # raise it when the same backbone and row give another record
+_FORMAT = 3  # raise it when the same backbone and row give another record
 _GIB = 2**30
 
 # the fields of a model's configuration that do not change its features: one body under any head shares them
@@ -62,14 +61,12 @@ _NOT_OF_FEATURES = (
 class FeatureCache:
     """The features `B_0 .. B_L` of a backbone, read from a folder, or else computed and stored there.
 
-    A record holds a row's features one token after another, `(n, (L + 1) d)`. In int8 each vector of a token has a
-    scale, its largest magnitude / 127; the scales come before the values, `(n, L + 1)` in float32.
+    A record holds a row's features one token after another, `(n, (L + 1) d)` in bfloat16.
 
     Args:
         backbone: the model.
-        folder: made if need be; any number of backbones, dtypes, runs and processes may share it. It can be deleted at
-            any time.
-        dtype: the dtype to which features are rounded.
+        folder: made if need be; any number of backbones, runs and processes may share it. It can be deleted at any
+            time.
         max_bytes: the most that the folder may take. None is half of the sum of what it takes and the disk has free.
 
     Attributes:
@@ -80,9 +77,7 @@ class FeatureCache:
         FastpeftError: an argument cannot be used, or the backbone does not read tokens.
     """
 
-    def __init__(self, backbone: Backbone, folder: str | os.PathLike[str], dtype: str, max_bytes: int | None) -> None:
-        if dtype not in FEATURE_DTYPES:
-            raise FastpeftError(f"the feature cache's dtype is {dtype!r}; choose one of {', '.join(FEATURE_DTYPES)}.")
+    def __init__(self, backbone: Backbone, folder: str | os.PathLike[str], max_bytes: int | None) -> None:
         if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
             raise FastpeftError(f"max_bytes is {max_bytes!r}; give a whole number from 1, or None for the default.")
         if backbone.input_name != "input_ids":
@@ -95,11 +90,10 @@ class FeatureCache:
                 "the base has trained tokens or prefixes of PEFT beside a row's tokens, so its features cannot be "
                 "cached. Leave `cache_features` out, or use another base."
             )
-        self._arguments = (backbone, folder, dtype, max_bytes)
+        self._arguments = (backbone, folder, max_bytes)
         self.hits = self.misses = 0
         self._backbone = backbone
         self._root = path_of(folder).absolute()
-        self._dtype: torch.dtype = getattr(torch, dtype)
         self._widths = backbone.feature_sizes
         self._stamp: list[Any] = []
         self._refused: dict[bytes, int] | None = {}  # rows that did not fit: their bytes; None after the warning
@@ -151,49 +145,28 @@ class FeatureCache:
         part = rows.select(list(chosen.values()), max(end for _, end in spans))
         features = features_of(self._backbone, part)
         device = features[-1].device
-        values, scales = self._round([feature.to(device) for feature in features])
-        columns = [_bytes(tensor) for tensor in (scales, values) if tensor is not None]
+        values = _bytes(torch.cat([feature.to(device, torch.bfloat16) for feature in features], dim=-1))
         return {
-            key: np.concatenate([column[index, start:end].reshape(-1) for column in columns])
-            for index, (key, (start, end)) in enumerate(zip(chosen, spans))
+            key: values[index, start:end].reshape(-1) for index, (key, (start, end)) in enumerate(zip(chosen, spans))
         }
-
-    def _round(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """All features in the cache's dtype, `(B, T, (L + 1) d)`, and in int8 their scales `(B, T, L + 1)`."""
-        if self._dtype is not torch.int8:
-            return torch.cat([feature.to(self._dtype) for feature in features], dim=-1), None
-        scales = torch.stack([feature.float().abs().amax(-1) for feature in features], dim=-1) / 127
-        divisors = scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1).unbind(-2)
-        codes = [(feature / divisor).round().to(torch.int8) for feature, divisor in zip(features, divisors)]
-        return torch.cat(codes, dim=-1), scales
 
     def _unpack(self, rows: _CacheRows, records: Mapping[bytes, Record]) -> list[Tensor]:
         """The features of a batch from its rows' records."""
-        shape, device = rows.ids.shape, self._backbone.device
-        pinned = device.type == "cuda"
-        values = torch.zeros(*shape, sum(self._widths), dtype=self._dtype, pin_memory=pinned)
-        scales = torch.zeros(*shape, len(self._widths), pin_memory=pinned) if self._dtype is torch.int8 else None
-        columns = [_bytes(tensor) for tensor in (scales, values) if tensor is not None]
+        device = self._backbone.device
+        shape = (*rows.ids.shape, sum(self._widths))
+        values = torch.zeros(shape, dtype=torch.bfloat16, pin_memory=device.type == "cuda")
+        places = _bytes(values)
         for row, (key, (start, end)) in enumerate(zip(rows.keys, rows.spans)):
-            at = 0
-            for column in columns:
-                place = column[row, start:end].reshape(-1)  # a view
-                place[:] = records[key][at : at + len(place)]
-                at += len(place)
-        dtype = self._backbone.core.dtype
-        values = values.to(device, non_blocking=True)
-        if scales is None:
-            return list(values.to(dtype).split(self._widths, dim=-1))
-        factors = scales.to(device, non_blocking=True).unsqueeze(-1).unbind(-2)
-        return [(codes * factor).to(dtype) for codes, factor in zip(values.split(self._widths, dim=-1), factors)]
+            places[row, start:end].reshape(-1)[:] = records[key]  # a view
+        values = values.to(device, non_blocking=True).to(self._backbone.core.dtype)
+        return list(values.split(self._widths, dim=-1))
 
     def _find_store(self) -> None:
         """Read and write the store for the backbone as it is now: its weights or active adapters may have changed."""
         stamp = stamp_of(self._backbone)
         if stamp != self._stamp:
-            name = f"{self._dtype}-{_identity(self._backbone)}".removeprefix("torch.")
             # together: a Ctrl-C while the weights are hashed must not leave the new stamp beside the old store
-            self._store, self._stamp = RecordStore(self._root, name, self._max_bytes), stamp
+            self._store, self._stamp = RecordStore(self._root, _identity(self._backbone), self._max_bytes), stamp
 
     def _keep(self, records: Mapping[bytes, Record]) -> None:
         """Store the records that fit. If the folder cannot be written, warn once and go on without it."""
@@ -213,7 +186,7 @@ class FeatureCache:
         # a row that did not fit came again, so all rows were seen and the size of all is known
         logger.warning(
             "the features of %d rows do not fit into the %.3g GiB that %s may take, and are computed each time; all "
-            "rows seen so far need %.3g GiB. Give a larger max_bytes, a folder on a larger disk, or int8",
+            "rows seen so far need %.3g GiB. Give a larger max_bytes, or a folder on a larger disk",
             len(self._refused),
             self._max_bytes / _GIB,
             self._root,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from fastpeft.data.names import FEATURE_DTYPES
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone, activation_of
 from fastpeft.ladder.backbone_passes import compile_layers
@@ -532,26 +531,23 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         compile_layers(self.backbone, options)
 
     @overload
-    def cache_features(self, folder: None, dtype: str = ..., max_bytes: int | None = ...) -> None: ...
+    def cache_features(self, folder: None, max_bytes: int | None = ...) -> None: ...
 
     @overload
-    def cache_features(
-        self, folder: str | os.PathLike[str], dtype: str = ..., max_bytes: int | None = ...
-    ) -> FeatureCache: ...
+    def cache_features(self, folder: str | os.PathLike[str], max_bytes: int | None = ...) -> FeatureCache: ...
 
     def cache_features(
-        self, folder: str | os.PathLike[str] | None, dtype: str = FEATURE_DTYPES[0], max_bytes: int | None = None
+        self, folder: str | os.PathLike[str] | None, max_bytes: int | None = None
     ) -> FeatureCache | None:
         """From now on read the backbone's features from a folder, and run the backbone only on new rows.
 
-        Results differ only by the rounding of features to `dtype`, which applies to new rows too. The last bits of a
+        Results differ only by the rounding of features to bfloat16, which applies to new rows too. The last bits of a
         row's features depend on the batch in which they were computed, so a run repeats to the bit on the same folder
         or a new one, otherwise to rounding. A pass on `inputs_embeds`, or with images or `others` beside a text, does
         not use the cache.
 
         Args:
             folder: made if need be. Side networks, backbones, runs and processes may share it. None ends caching.
-            dtype: `"bfloat16"`, `"float32"` or `"int8"`, in which each token of a layer has a scale.
             max_bytes: the most that the folder may take; rows that do not fit are computed each time. None is half of
                 the sum of what it takes and its disk has free.
 
@@ -562,7 +558,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             FastpeftError: an argument cannot be used, the folder cannot be written, or the base reads no tokens.
 
         Notes:
-            A token takes `(L + 1) d` values. A backbone with changed weights has features of its own, but a change
+            A token takes `2 (L + 1) d` bytes. A backbone with changed weights has features of its own, but a change
             through `.data` is not noticed. So have another dtype of autocast and another version of transformers. A
             damaged record is computed again.
 
@@ -576,5 +572,5 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
                     "an adapter in the backbone trains too (train_adapters), so its features change at every step and "
                     "cannot be cached. Use only one of the two."
                 )
-            self.feature_cache = FeatureCache(self.backbone, folder, dtype, max_bytes)
+            self.feature_cache = FeatureCache(self.backbone, folder, max_bytes)
         return self.feature_cache

@@ -11,7 +11,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from fastpeft.data.names import FEATURE_DTYPES
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import INPUTS, Backbone
 from fastpeft.ladder.backbone_passes import features_of, run_body
@@ -397,22 +396,20 @@ class LadderPool:
         return {name: trainer.losses for name, trainer in trainers.items()}
 
     @overload
-    def cache_features(self, folder: None, dtype: str = ..., max_bytes: int | None = ...) -> None: ...
+    def cache_features(self, folder: None, max_bytes: int | None = ...) -> None: ...
 
     @overload
-    def cache_features(
-        self, folder: str | os.PathLike[str], dtype: str = ..., max_bytes: int | None = ...
-    ) -> FeatureCache: ...
+    def cache_features(self, folder: str | os.PathLike[str], max_bytes: int | None = ...) -> FeatureCache: ...
 
     def cache_features(
-        self, folder: str | os.PathLike[str] | None, dtype: str = FEATURE_DTYPES[0], max_bytes: int | None = None
+        self, folder: str | os.PathLike[str] | None, max_bytes: int | None = None
     ) -> FeatureCache | None:
         """From now on `fit` and `outputs` read features from a folder, and run the backbone only on new rows.
 
         It is the folder of `LadderModel.cache_features`, with the same arguments, result and errors. A `LadderModel`
         with this backbone shares its rows. Calls of the pool do not use the cache.
         """
-        self.feature_cache = None if folder is None else FeatureCache(self.backbone, folder, dtype, max_bytes)
+        self.feature_cache = None if folder is None else FeatureCache(self.backbone, folder, max_bytes)
         return self.feature_cache
 
     def _features(self, batches: Mapping[str, Batch]) -> dict[str, tuple[list[Tensor], Batch]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
-from fastpeft.data.names import DEMO, FEATURE_DTYPES, LOSS
+from fastpeft.data.names import DEMO, LOSS
 from fastpeft.data.problems import OBJECTIVES, PROBLEMS, TITLES
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.method import Method
@@ -282,13 +282,6 @@ class TrainConfig:
         folder=True,
         unset="computed in every epoch",
     )
-    cache_dtype: str | None = option(
-        ADVANCED,
-        "What cached features are rounded to",
-        choices=FEATURE_DTYPES,
-        unset=FEATURE_DTYPES[0],
-        metavar="DTYPE",
-    )
     dtype: str | None = option(
         TRAINING,
         "Keep the model's frozen weights in this dtype. bfloat16 takes half the memory of float32 and computes by "
@@ -362,10 +355,6 @@ class TrainConfig:
     def _check_together(self) -> None:
         """Raise `FastpeftError` where values do not go together."""
         method = get_method(self.method, self.settings)
-        if self.cache_dtype is not None and self.cache_features is None:
-            self._refuse(
-                "cache_dtype", "no features are cached. Name a folder by `cache_features`, or remove `cache_dtype`."
-            )
         if self.cache_features is not None and (reason := self._why_not_cached(method)):
             self._refuse("cache_features", reason)
         if self.in_bfloat16 and (reason := self.why_not_in_bfloat16):

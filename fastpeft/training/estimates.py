@@ -199,7 +199,7 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
     with tempfile.TemporaryDirectory() as elsewhere:
         # no checkpoint and no cache of features, which would be written, and no report of it
         unmeasured: dict[str, Any] = {"save_steps": None, "metric": None, "patience": None}
-        unmeasured |= {"cache_features": None, "cache_dtype": None, "report_to": None}
+        unmeasured |= {"cache_features": None, "report_to": None}
         short = dataclasses.replace(task.config, output=elsewhere, max_steps=_STEPS + 1, **unmeasured)
         try:
             task = dataclasses.replace(task, setup=dataclasses.replace(task.setup, config=short))

@@ -13,7 +13,7 @@ _MOST_ROWS, _WORST = 10, 5  # classes that are all shown, and how many are of mo
 _ON_THE_CARD = (  # fields of a `TrainConfig`
     *("objective", "problem_type", "class_weights", "metric", "patience"),
     *("prompt", "label_words", "prompt_head", "init_from"),
-    *("targets", "rank", "window", "reduction", "cache_dtype", "batch_size", "seed", "dtype", "bf16"),
+    *("targets", "rank", "window", "reduction", "batch_size", "seed", "dtype", "bf16"),
 )
 SIMULATED = "simulated"  # as `metrics.json` calls where a peak comes from
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, set_seed
 
 from fastpeft.data import result_warnings
 from fastpeft.data.examples import labels_in_words
-from fastpeft.data.names import DEMO, FEATURE_DTYPES, LOSS
+from fastpeft.data.names import DEMO, LOSS
 from fastpeft.data.splitting import digest
 from fastpeft.errors import (
     FastpeftError,
@@ -220,7 +220,7 @@ def _prepare(
     """The Trainer of a run, and what it measures before training; None where the run to resume is finished."""
     config = task.config
     if config.cache_features is not None:
-        inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or FEATURE_DTYPES[0])
+        inside_prompt(task.model).cache_features(config.cache_features)
     with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
         arguments = training_arguments(task, elsewhere)
         if (ranks := Ranks()).size > 1:

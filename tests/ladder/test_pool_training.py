@@ -14,7 +14,6 @@ from pools import BATCH, SMALL, pool_of, shuffled
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
-from fastpeft.data.names import FEATURE_DTYPES
 
 RATES = {"slow": 1e-3, "fast": 1e-2, "gated": 1e-2}
 CONFIGS = {
@@ -319,16 +318,15 @@ def counted_passes(pool: LadderPool) -> list[None]:
     return passes
 
 
-@pytest.mark.long(but="int8-batches of their own")
+@pytest.mark.long(but="batches of their own")
 @pytest.mark.parametrize("own", [False, True], ids=["batches for all", "batches of their own"])
-@pytest.mark.parametrize("dtype", FEATURE_DTYPES)
-def test_a_warm_cache_needs_no_pass_and_trains_to_the_bit_as_a_cold_one(tmp_path: Path, dtype: str, own: bool) -> None:
+def test_a_warm_cache_needs_no_pass_and_trains_to_the_bit_as_a_cold_one(tmp_path: Path, own: bool) -> None:
     lengths = {"slow": (3, 9, 1), "fast": (5, 6, 2), "gated": (2, 12, 3)}
     data: Any = {name: batches(*shape) for name, shape in lengths.items()} if own else batches()
     results = []
     for expected_passes in (4, 0):
         pool = new_pool()
-        cache, passes = pool.cache_features(tmp_path, dtype), counted_passes(pool)
+        cache, passes = pool.cache_features(tmp_path), counted_passes(pool)
         results.append(pool.fit(data, {name: optimizer_of(pool[name], name) for name in RATES}, seed=4))
         assert cache is not None
         assert len(passes) == expected_passes
@@ -337,14 +335,14 @@ def test_a_warm_cache_needs_no_pass_and_trains_to_the_bit_as_a_cold_one(tmp_path
     if not own:
         for name in RATES:
             model = new_member(name)
-            model.cache_features(tmp_path, dtype)
+            model.cache_features(tmp_path)
             assert results[0][name] == trained_apart(name, data, 4, model)[1]
 
 
 def test_calls_and_batches_without_tokens_do_without_the_cache(tmp_path: Path) -> None:
     pool = pool_of(tiny(), {}, {})
     expected = [answer.logits for answer in pool(BATCH, ["0", "1", "0"])]
-    cache = pool.cache_features(tmp_path, "int8")
+    cache = pool.cache_features(tmp_path)
     assert cache is not None
     assert all(answer.logits.equal(logits) for answer, logits in zip(pool(BATCH, ["0", "1", "0"]), expected))
     embedded = pool.backbone.body.embeddings.word_embeddings(BATCH["input_ids"]).detach()

@@ -168,8 +168,6 @@ CASES = [
     (["--cache-features", "kept"], ["--cache-features is 'kept'", "'lora' has no frozen features", "k-lst, lst"]),
     (["--method", "lst", "--cache-features", "good.csv"], ["cannot keep features in", "good.csv"]),
     (["--method", "lst", "--cache-features", ""], ["--cache-features is ''"]),
-    (["--method", "lst", "--cache-dtype", "int8"], ["--cache-dtype is 'int8'", "--cache-features"]),
-    (["--method", "lst", "--cache-features", "kept", "--cache-dtype", "int3"], ["'int3'", "bfloat16, float32, int8"]),
     (["--method", "lst", "--cache-features", "kept", "--objective", "mlm"], ["other words in every epoch"]),
     (
         ["--method", "lst", "--cache-features", "kept", "--set", "siva_layers=1"],
