@@ -43,7 +43,7 @@ STAGES = [
     Stage("mezo_perturb", "tests/kernels -k mezo_perturb", ["bench_mezo_perturb --model large", "bench_mezo"]),
     Stage(
         "steps",
-        "tests/ops tests/mezo/test_captured_step.py tests/siva -m gpu",
+        "tests/ops tests/siva -m gpu",
         [
             f"bench_training --adapters --model large --tokens 128 {STEPS} --candidates siva,limit,lora",
             f"bench_ladder --model large --tokens 128 {STEPS} --methods 9-lst,lora,lst",

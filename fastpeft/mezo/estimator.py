@@ -12,11 +12,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fastpeft.errors import FastpeftError
 
-Number = Any  # a float, or a tensor that has one
 Point = tuple[int, int]
 Term = tuple[int, float]
 
@@ -109,9 +107,7 @@ def moves(start: Point, end: Point) -> list[Term]:
     return terms
 
 
-def update(
-    point: Point, slopes: Sequence[Number], first_eps: float, lr: Number, eps: float, decay: float
-) -> list[tuple[int, Number]]:
+def update(point: Point, slopes: Sequence[float], first_eps: float, lr: float, eps: float, decay: float) -> list[Term]:
     """The terms of one pass that restores and updates: from `point` to `(1 - decay) theta - lr sum slope_i z_i`.
 
     Args:

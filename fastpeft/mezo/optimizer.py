@@ -41,7 +41,7 @@ from fastpeft.support.processes import Ranks
 logger = logging.getLogger(__name__)
 
 _WATCH_EVERY = 100  # steps; to look at each op takes long
-LARGEST = torch.finfo(torch.float32).max
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class MeZO(torch.optim.Optimizer):
@@ -163,7 +163,6 @@ class MeZO(torch.optim.Optimizer):
         if model is not None:
             refuse_fsdp1(model)
             keep_form(model)
-        # beside what the class's text names, `CapturedStep` reads ranks, weights and draw_seeds()
         self.ranks = Ranks(process_group)
         self.seed = self.ranks.gather(seed)[0]
         self.max_projected_grad = None if max_projected_grad is None else float(max_projected_grad)
@@ -495,7 +494,7 @@ class MeZO(torch.optim.Optimizer):
                 "get_state_dict of torch.distributed.checkpoint makes such a step."
             )
         owed = self.weights.update(self._slopes, self.draw_seeds())
-        if not self._skip and not all(abs(scale) <= LARGEST for each in owed for scale in each.scales):
+        if not self._skip and not all(abs(scale) <= _LARGEST for each in owed for scale in each.scales):
             self._give_up(f"the update is not finite (projected gradient {self.projected_grad:g})")
         self._write(Kind.SKIPPED if self._skip else Kind.MADE, self._points_seen)  # which may raise, so it comes first
         if self._skip:
