@@ -41,8 +41,6 @@ SHAPE = (
 
 _MOST_BLOCKS = 6  # of the default
 _WIDE_WINDOW, _WIDE_WINDOW_DROPOUT = 9, 0.2  # the paper drops features from 9 slots on
-# other names that somebody may give a field: that of a command line's option, or of the property with None resolved
-_OTHER_NAMES = {"window": "window_size", "reduction": "reduction_factor", "dropout": "feature_dropout"}
 
 
 class LadderConfig(PretrainedConfig):
@@ -259,7 +257,7 @@ def _refuse_misspelt(names: Iterable[str]) -> None:
     """
     fields = list(inspect.signature(LadderConfig.__init__).parameters)[1:-1]
     for name in names:
-        meant = _OTHER_NAMES.get(name, name)
-        advice = did_you_mean(meant, fields, cutoff=0.8)  # no field of transformers' own configurations is so near
-        if advice and not hasattr(PretrainedConfig, name):
+        advice = did_you_mean(name, fields, cutoff=0.8)  # no field of transformers' own configurations is so near
+        is_property = isinstance(getattr(LadderConfig, name, None), property)
+        if (advice or is_property) and not hasattr(PretrainedConfig, name):
             raise FastpeftError(f"LadderConfig has no field {name!r}.{advice} Fields are {', '.join(fields)}.")

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from fastpeft.errors import FastpeftError, first_line, is_out_of_memory
-from fastpeft.siva.loading import current_keys
 from fastpeft.support import files
 from fastpeft.support.adapter_files import CONFIG, WEIGHTS, check_adapter
 from fastpeft.support.hub import OWN_ATTENTION, source_options
@@ -39,7 +38,7 @@ def check_weights(model: PeftModel, folder: Path) -> None:
     """
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     with safe_open(folder / WEIGHTS, "pt") as file:
-        kinds = current_keys({key: file.get_slice(key).get_dtype() for key in sorted(file.keys())})
+        kinds = {key: file.get_slice(key).get_dtype() for key in sorted(file.keys())}
     _refuse(folder, "is missing", sorted(own.keys() - kinds.keys()))
     _refuse(folder, "belongs to no part of it", sorted(kinds.keys() - own.keys()))
     floating = [key for key, tensor in own.items() if tensor.is_floating_point()]  # a norm counts batches otherwise

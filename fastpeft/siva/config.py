@@ -154,8 +154,6 @@ class SivaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SIVA
-        if self.init_weights is False and self.base_fingerprints:
-            self.init_weights = "saved"  # as earlier versions wrote it
         if self.init_weights not in (True, False, "saved"):
             raise FastpeftError(f"init_weights={self.init_weights!r}; allowed are True, False and 'saved'.")
         if self.scaling not in get_args(Scaling):

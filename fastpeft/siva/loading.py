@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,6 @@ from fastpeft.ops.quantise import QuantisedWeight
 from fastpeft.siva.adapters import AdaptedLinear
 from fastpeft.siva.change import plus, weight_of
 from fastpeft.siva.decompose import Factors, add, belongs, mismatch
-
-T = TypeVar("T")
 
 
 class LoadableLinear(AdaptedLinear):
@@ -45,8 +43,14 @@ class LoadableLinear(AdaptedLinear):
         Raises:
             FastpeftError: `initial` are no singular triplets of the layer's weight.
         """
-        tensors = {"u": trained.u, "v": trained.v, "s": initial.s, "u0": initial.u, "v0": initial.v}
-        self.load_state_dict({f"siva_{part}.{adapter_name}": each for part, each in tensors.items()}, strict=False)
+        tensors = {"s": initial.s, "u0": initial.u, "v0": initial.v}
+        state = {f"siva_{part}.{adapter_name}": each for part, each in tensors.items()}
+        changes = zip("uv", (trained.u, trained.v), (initial.u, initial.v), self._scales(adapter_name, initial.s))
+        for part, whole, start, scale in changes:
+            state[f"siva_d{part}.{adapter_name}.weight"] = weight_of(whole, start, scale)
+            if scale is not None:
+                state[f"siva_d{part}.{adapter_name}.scale"] = scale
+        self.load_state_dict(state, strict=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Refuse factors that do not fit the layer's weight, before they are loaded."""
@@ -72,7 +76,6 @@ class LoadableLinear(AdaptedLinear):
             )
         if loaded and self.merged and not merged:
             self.unmerge()  # what is merged is about to change
-        self._convert_whole_factors(state_dict, prefix)
         for name in loaded:
             self._check_scaling(name, state_dict, prefix)
             self._expect_dtypes(name, state_dict, prefix)
@@ -152,20 +155,6 @@ class LoadableLinear(AdaptedLinear):
                 "base weights before the adapter is put onto the model."
             )
         return None
-
-    def _convert_whole_factors(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Replace whole factors, U and V, by changes: those of PiSSA's files, and of SiVA's that hold them."""
-        for name in self.siva_du:
-            keys = {part: f"{prefix}siva_{part}.{name}" for part in ("u", "v", "s", "u0", "v0")}
-            if not all(key in state_dict for key in keys.values()):
-                continue
-            of_u, of_v = self._scales(name, state_dict[keys["s"]])
-            for part, scale in ("u", of_u), ("v", of_v):
-                whole, initial = state_dict.pop(keys[part]), state_dict[keys[f"{part}0"]]
-                change = f"{prefix}siva_d{part}.{name}"
-                state_dict[f"{change}.weight"] = weight_of(whole, initial, scale)
-                if scale is not None:
-                    state_dict[f"{change}.scale"] = scale
 
     def _check_scaling(self, name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Raise `FastpeftError` where changes arrive that another `scaling` multiplies."""
@@ -264,8 +253,7 @@ def _take_in_loaded(layer: LoadableLinear, _incompatible_keys: Any) -> None:
             raise FastpeftError(
                 f"{layer.name}: adapter {name!r} was made with init_weights='saved' and lacks siva_du or siva_dv: "
                 "nothing was loaded for it, or a file without them or where they do not fit or are not finite. Load a "
-                "saved adapter into it, or create it with init_weights=True. A file with siva_u and siva_v is of an "
-                "earlier form: load it by PeftModel.from_pretrained and save it again."
+                "saved adapter into it, or create it with init_weights=True."
             )
         if layer.d[name] is not None:
             layer._share_residual(name)
@@ -281,18 +269,3 @@ def _save_in_float32(layer: LoadableLinear, state_dict: dict[str, Tensor], prefi
         factor = key.startswith(f"{prefix}siva_") and not key.startswith(f"{prefix}siva_residual")
         if factor and tensor.dtype in HALVES:
             state_dict[key] = tensor.float()
-
-
-def current_keys(keys: Mapping[str, T]) -> dict[str, T]:
-    """What an adapter's file holds, with the names of earlier versions replaced by those of this one.
-
-    Quantised residuals, which earlier versions saved too, are left out.
-    """
-    current: dict[str, T] = {}
-    for key, value in keys.items():
-        layer, whole, part = key.rpartition(".siva_")
-        if whole and part in ("u", "v"):
-            current |= {f"{layer}.siva_d{part}.{each}": value for each in ("weight", "scale")}
-        elif ".quantised." not in key:
-            current[key] = value
-    return current

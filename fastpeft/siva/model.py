@@ -227,17 +227,6 @@ class SivaModel(BaseTuner):
         found: dict[str, Tensor] = super()._get_adapter_state_dict(*args, **kwargs)
         return {key: tensor for key, tensor in found.items() if ".siva_" in key or key.endswith("bias")}
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SivaConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Add the adapter's name to whole factors too, which earlier versions saved and which the layer converts."""
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        whole = (".siva_u", ".siva_v")
-        return {f"{key}.{adapter_name}" if key.endswith(whole) else key: value for key, value in remapped.items()}
-
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if not merge:
             for layer in self._siva_layers():

@@ -230,7 +230,6 @@ def test_layers_between_are_recognised_by_some_entries(tmp_path: Path, change: s
     [
         ("window", "window_size"),
         ("reduction", "reduction_factor"),
-        ("dropout", "feature_dropout"),
         ("normalize_features", "normalise_features"),
         ("num_head", "num_heads"),
         ("layer_dropout", "layer_drop"),
@@ -239,6 +238,8 @@ def test_layers_between_are_recognised_by_some_entries(tmp_path: Path, change: s
 def test_names_that_are_nearly_those_of_fields_are_refused(name: str, field: str) -> None:
     with pytest.raises(FastpeftError, match=rf"no field '{name}'\. Did you mean {field}\? Fields are window_size, "):
         LadderConfig(**{name: 0.5})
+    with pytest.raises(FastpeftError, match=r"no field 'dropout'\. Fields are .*feature_dropout"):
+        LadderConfig(dropout=0.5)
 
 
 def test_fields_of_transformers_and_of_other_versions_are_kept(tmp_path: Path) -> None:

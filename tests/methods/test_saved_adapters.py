@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from fastpeft import FastpeftError, SivaConfig
-from fastpeft.methods.saved_adapters import check_weights, load_adapter
 from fastpeft.training.export import export
 
 AUTO = {
@@ -173,17 +172,6 @@ def test_vllm_loads_the_lora_of_a_decoder(
             base.get_submodule(path).weight += layer.scaling * layer.lora_b @ layer.lora_a
         torch.testing.assert_close(base(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(before, model(tokens).logits, rtol=1e-3, atol=1e-3)
-
-
-def test_a_file_with_codes_as_earlier_versions_saved_them_is_taken(base: Path, tmp_path: Path) -> None:
-    expected = saved(base, tmp_path, SivaConfig(r=2, task_type="SEQ_CLS", residual_dtype="int8"))
-    model, _ = load_adapter(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    tensors |= {key: tensor for key, tensor in model.state_dict().items() if ".quantised." in key}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    model, _ = load_adapter(tmp_path)
-    check_weights(model, tmp_path)
-    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize(

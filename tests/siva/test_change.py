@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from samples import load_adapter
 from siva_adapters import CLOSE, RESIDUALS, move, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import optimizer as optimizers
 
 from fastpeft import FastpeftError, MeZO, SivaConfig, SivaLinear
-from fastpeft.methods.saved_adapters import check_weights
 from fastpeft.siva.change import scales
 from fastpeft.siva.decompose import decompose
 from fastpeft.siva.model import SPECTRAL_STEP
@@ -221,55 +217,6 @@ def test_a_reference_adapter_of_the_same_configuration_takes_a_copy(
     assert output(model).equal(trained)
 
 
-# -- files of earlier versions -------------------------------------------------------------------------------------
-
-
-def as_before(folder: Path) -> None:
-    """Give a saved adapter the form that it had when the factors themselves trained."""
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    for key in [key for key in tensors if ".siva_d" in key and key.endswith(".weight")]:
-        layer, part = key.removesuffix(".weight").split(".siva_d")
-        scale = tensors.pop(f"{layer}.siva_d{part}.scale")
-        tensors[f"{layer}.siva_{part}"] = tensors[f"{layer}.siva_{part}0"] + tensors.pop(key) * scale
-    save_file(tensors, file, metadata={"format": "pt"})
-    config = json.loads((folder / "adapter_config.json").read_text())
-    del config["scaling"]
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_weights": False}))
-
-
-@RESIDUALS
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_files_of_whole_factors_load(residual: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
-    model = adapted(residual=residual)
-    model.save_pretrained(str(tmp_path))
-    as_before(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage).eval()
-    torch.testing.assert_close(output(loaded), output(model), rtol=0, atol=1e-6)
-    changes = {name: p for name, p in loaded.named_parameters() if "siva_d" in name}
-    assert len(changes) == 8
-    for name, change in model.named_parameters():
-        if name in changes:
-            torch.testing.assert_close(changes[name], change, rtol=0, atol=1e-7)
-    scales = [name for name, _ in loaded.named_buffers() if name.endswith("scale")]
-    assert all(loaded.get_buffer(name).equal(model.get_buffer(name)) for name in scales)
-    assert len(scales) == 8
-
-
-def test_a_run_checks_files_of_whole_factors(tmp_path: Path) -> None:
-    model = adapted()
-    model.save_pretrained(str(tmp_path))
-    as_before(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path))
-    check_weights(loaded, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    del tensors[next(key for key in tensors if key.endswith(".siva_u"))]
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(FastpeftError, match=r"siva_du.* is missing"):
-        check_weights(loaded, tmp_path)
-
-
 # -- the size of a step --------------------------------------------------------------------------------------------
 
 
@@ -359,29 +306,6 @@ def test_scales_stay_in_float32() -> None:
     layer.to(torch.bfloat16)
     assert layer.siva_du["default"].weight.dtype == torch.bfloat16
     assert layer.siva_du["default"].scale.equal(scale)
-
-
-def test_a_whole_state_dict_of_whole_factors_loads() -> None:
-    layer = move(SivaLinear.from_linear(linear(), 4), 1, 0.05)
-    state = layer.state_dict()
-    for part in "uv":
-        change = state.pop(f"siva_d{part}.default.weight")
-        state[f"siva_{part}.default"] = state[f"siva_{part}0.default"] + change
-    other = SivaLinear.from_linear(linear(), 4)
-    other.load_state_dict(state)
-    x = torch.randn(3, 20)
-    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=1e-6)
-
-
-@load_adapter
-def test_whole_factors_are_refused_where_they_cannot_be_converted(tmp_path: Path) -> None:
-    """Transformers sets the tensors of a file one by one and leaves out what it does not know."""
-    adapted().save_pretrained(str(tmp_path))
-    as_before(tmp_path)
-    model = tiny_bert()
-    model.load_adapter(str(tmp_path))
-    with pytest.raises(FastpeftError, match=r"lacks siva_du or siva_dv.*PeftModel\.from_pretrained"):
-        output(model)
 
 
 # -- what others see -----------------------------------------------------------------------------------------------

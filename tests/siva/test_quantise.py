@@ -281,7 +281,7 @@ def test_initial_factors_beside_4_bits_are_kept_in_bfloat16_and_saved_in_float32
 
 @KINDS
 def test_initial_factors_that_bfloat16_would_round_stay_as_they_are(kind: Any) -> None:
-    """As files of earlier versions have them."""
+    """As those of a PiSSA adapter may be."""
     base, exact = linear(), decompose(matrix(), 4).factors
     state = quantised(kind).state_dict() | {"siva_u0.default": exact.u, "siva_v0.default": exact.v}
     of_adapter = {name: tensor for name, tensor in state.items() if "siva" in name} | {"siva_s.default": exact.s}
