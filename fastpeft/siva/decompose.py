@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastpeft.errors import FastpeftError
-from fastpeft.siva import cache
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,6 @@ def decompose(
     Notes:
         Two calls on one machine agree bit by bit, and as a rule with another number of threads too, since float64 is
         rounded to float32 last. Two machines agree to rounding, which a small gap between singular values magnifies.
-        The factors may come from the cache, see `fastpeft.siva.cache`.
 
     Raises:
         FastpeftError: the weight is not a finite floating matrix, or r or d is out of range.
@@ -94,19 +92,11 @@ def decompose(
 
 def top_triplets(weight: Tensor, r: int, name: str = "weight", niter: int | None = None) -> Factors:
     """The factors that `decompose` gives for a weight of full rank, without the rest."""
-    entry = cache.entry(weight, r, niter)
-    held = None if entry is None else cache.read(entry)
-    if held is not None:
-        return Factors(**{part: tensor.to(weight.device) for part, tensor in held.items()})
     if niter is None:
-        factors = _fix_signs(*_triplets(weight, r, name), weight.device)
-    else:
-        generator = torch.Generator().manual_seed(_SEED)
-        start = torch.randn(weight.shape[1], min(r + _NEAR, *weight.shape), generator=generator)
-        factors = near_triplets(weight, r, start, niter)
-    if entry is not None:
-        cache.write(entry, factors._asdict())
-    return factors
+        return _fix_signs(*_triplets(weight, r, name), weight.device)
+    generator = torch.Generator().manual_seed(_SEED)
+    start = torch.randn(weight.shape[1], min(r + _NEAR, *weight.shape), generator=generator)
+    return near_triplets(weight, r, start, niter)
 
 
 def near_triplets(weight: Tensor, r: int, start: Tensor, niter: int = 0) -> Factors:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,7 +17,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastpeft.errors import FastpeftError, did_you_mean
-from fastpeft.siva import cache
 from fastpeft.siva.config import SivaConfig
 from fastpeft.siva.decompose import check_decomposable
 from fastpeft.siva.frozen import check_kind, matrix, original_fingerprint
@@ -227,18 +225,17 @@ def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool], names: Iter
 
 
 def warn_of_a_long_start(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
-    """Warn where decomposing the targets exactly may keep a CPU for minutes, and nothing keeps their factors."""
+    """Warn where decomposing the targets exactly may keep a CPU for minutes."""
     near = peft_config.svd_niter is not None or (peft_config.residual_dtype and peft_config.quant_iterations)
-    if near or peft_config.d is not None or os.environ.get(cache.VARIABLE):  # with d neither advice would help
+    if near or peft_config.d is not None:  # with d the advice would not help
         return
     made = [module for module in targets.values() if not isinstance(module, SivaLinear)]
     shapes = [_shape_of(module) for module in made if module.weight.device.type == "cpu"]
     if sum(min(shape) ** 2 * sum(shape) for shape in shapes) > _LONG:
         logger.warning(
             "decomposing %d weights exactly may take minutes on a CPU. svd_niter=4 decomposes nearly, in a small "
-            "part of the time, and the model starts the same; %s=FOLDER keeps the factors for the next time",
+            "part of the time, and the model starts the same",
             len(shapes),
-            cache.VARIABLE,
         )
 
 
