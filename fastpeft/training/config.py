@@ -72,7 +72,6 @@ class Option(NamedTuple):
         unset: what None stands for.
         least, most: the range of a whole number.
         choices: the texts that are allowed. Empty: any text.
-        stored: the names by which `run.json` has some choices, by the choice. They are allowed as values too.
         metavar: what stands for a value on the command line. None: N for a number, NAME for a text.
         folder: whether the value is the name of a folder.
         panel: the heading under which help has it.
@@ -88,7 +87,6 @@ class Option(NamedTuple):
     least: int = 0
     most: int | None = None
     choices: Collection[str] = ()
-    stored: Mapping[str, str] = {}
     metavar: str | None = None
     folder: bool = False
     panel: str = ""
@@ -113,8 +111,7 @@ class Option(NamedTuple):
         if value is None:
             return self.default is None
         if self.kind is str:
-            allowed = (*self.choices, *self.stored.values())
-            return is_text(value) and (value in allowed if self.choices else value != "")
+            return is_text(value) and (value in self.choices if self.choices else value != "")
         if self.kind is int:
             return type(value) is int and self.least <= value <= (self.most or math.inf)
         if self.kind is float:
@@ -190,7 +187,6 @@ class TrainConfig:
         DATA,
         "What the labels are",
         choices=PROBLEMS,
-        stored={short: problem.name for short, problem in PROBLEMS.items()},
         unset="found from the data",
         metavar="KIND",
     )
@@ -349,8 +345,7 @@ class TrainConfig:
             if not known.takes(value):
                 advice = did_you_mean(value, known.choices) if isinstance(value, str) else _advice(known, value)
                 raise FastpeftError(f"`{known.name}` is {_in_short(value)}; it must be {known.allowed}.{advice}")
-            value = copy.deepcopy(value)  # of dictionaries, which the caller may change
-            object.__setattr__(self, known.name, known.stored.get(value, value) if known.stored else value)
+            object.__setattr__(self, known.name, copy.deepcopy(value))  # of dictionaries, which the caller may change
 
     def _check_together(self) -> None:
         """Raise `FastpeftError` where values do not go together."""

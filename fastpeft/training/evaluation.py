@@ -100,7 +100,7 @@ def evaluate(
 def _own_data(run: FinishedRun, folder: str | Path) -> TextData:
     """The data that a run learned from, as it is now; refused where it has other classes."""
     config = run.config
-    own = data_for(config if config.objective else replace(config, problem_type=run.problem.name))
+    own = data_for(config if config.objective else replace(config, problem_type=run.problem.short))
     if own.labels != run.labels:  # the indices of other classes would be compared with what the run says
         raise FastpeftError(
             f"the run in {str(folder)!r} learned the {run.problem.labels} {', '.join(run.labels)}, but its data "

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import SMALL, Interrupt, labelled, reviews, save_tiny_model, write_csv, write_jsonl
+from samples import SMALL, Interrupt, labelled, save_tiny_model, write_csv, write_jsonl
 from typer.testing import CliRunner
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.data.examples import load_data, load_rows
-from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, describe, get_problem, most_frequent
+from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, describe, most_frequent
 from fastpeft.data.result_warnings import of_dev_rows, of_names, of_train_rows
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.export import export
@@ -322,7 +322,6 @@ def test_a_run_goes_on_and_another_starts_from_it(place: Path, tmp_path: Path) -
     given: dict[str, Any] = {"data": str(place / "sign.csv"), "problem_type": "multi-label", "batch_size": 8}
     given |= {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3}
     config = TrainConfig(output=str(tmp_path / "run"), method="siva", init_from=str(place / "run"), **given)
-    assert config.problem_type == "multi_label_classification"
     whole = train(replace(config, output=str(tmp_path / "whole")))
     with pytest.raises(KeyboardInterrupt):
         train(config, callbacks=[Interrupt(3)])
@@ -348,16 +347,3 @@ def test_what_goes_with_classes_alone_is_refused(place: Path, tmp_path: Path, gi
             )
         )
     assert not (tmp_path / "run").exists()
-
-
-def test_long_names_of_problems_stay(tmp_path: Path) -> None:
-    for short, long in {
-        "classification": "single_label_classification",
-        "tags": "token_classification",
-        "multi-label": "multi_label_classification",
-    }.items():
-        assert get_problem(short) is get_problem(long)
-        stored = {TrainConfig(output="run", problem_type=name).values()["problem_type"] for name in (short, long)}
-        assert stored == {long}
-    data = str(write_csv(tmp_path / "rows.csv", reviews(20)))
-    assert load_data(data, problem_type="single_label_classification") == load_data(data, problem_type="classification")
