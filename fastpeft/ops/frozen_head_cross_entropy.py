@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpeft.errors import FastpeftError
 from fastpeft.ops.autotune import is_captured
+from fastpeft.ops.checks import check_kinds
 from fastpeft.ops.define import NAMESPACE, check_first_derivative, define, is_transformed
 from fastpeft.ops.dtypes import compute_dtype, no_autocast
 from fastpeft.ops.products import as_matrix, multiplies_in_float32
@@ -217,3 +219,75 @@ def _gradients(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tens
 
 
 torch.library.register_autograd(f"{NAMESPACE}::frozen_head_cross_entropy", _gradients, setup_context=_setup_context)
+
+
+def frozen_head_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The cross entropy of an LM head that does not train, without its logits in memory.
+
+    `F.cross_entropy(hidden W^T + b, labels)`, of which N x V logits and their gradient never exist at one time.
+
+    Args:
+        hidden: `(*, K)`, the states that the decoder reads.
+        weight: `(V, K)`, frozen: it requires no gradient, but under `torch.no_grad` it may. Not a quantised one, which
+            has no rows to multiply by.
+        labels: int64 `(*)`, 0 to V - 1, or `ignore_index`. A label for the next token is shifted by the caller.
+        bias: `(V,)` or None; frozen.
+        ignore_index: the label of tokens without a loss. They are left out before the first product.
+        reduction: "mean" over the tokens that are not ignored (NaN where all are), "sum" or "none".
+
+    All operands are brought to the dtype of `weight`, under autocast to autocast's dtype.
+
+    Returns:
+        float32, float64 for float64: a scalar, or with "none" the losses `(*)`, 0 where the label is ignored.
+
+    Raises:
+        FastpeftError: shapes do not fit, an operand is of another kind or on another device, `weight` or `bias`
+            requires a gradient, or a second derivative is asked for.
+
+    Notes:
+        Works by chunks of tokens with all words: 2^22 logits, but at least 128 tokens on a CPU and 256 on a GPU, whose
+        products need that many. Losses are in float32. Where hidden requires a gradient, this is made in the same pass
+        and saved for backward, as many bytes as hidden; without gradients, as in MeZO, the losses alone. On a CPU
+        without instructions for half precision the products run in float32, with a copy of 2^22 numbers of the weight
+        at a time. A label outside the vocabulary raises on a CPU; on a GPU its loss is NaN or an assertion fails.
+        Deterministic. Under a transform of `torch.func`, such as `jvp`, all logits exist.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(100, 8)
+        >>> labels = torch.randint(100, (2, 5))
+        >>> frozen_head_cross_entropy(hidden, weight, labels).shape
+        torch.Size([])
+    """
+    v, k = weight.shape if weight.dim() == 2 else (-1, -1)
+    fits = hidden.dim() > 0 and hidden.shape[-1] == k and labels.shape == hidden.shape[:-1]
+    if not fits or labels.dtype != torch.int64 or (bias is not None and bias.shape != (v,)):
+        raise FastpeftError(
+            "frozen_head_cross_entropy takes hidden (*, K), weight (V, K), int64 labels (*) and bias (V,) or None; got "
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, {labels.dtype} labels {tuple(labels.shape)} "
+            f"and bias {None if bias is None else tuple(bias.shape)}."
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise FastpeftError(
+            f"frozen_head_cross_entropy: reduction is {reduction!r}; allowed are 'mean', 'sum' and 'none'."
+        )
+    check_kinds("frozen_head_cross_entropy", hidden.device, "hidden weight bias", hidden, weight, bias)
+    if labels.device != hidden.device:
+        raise FastpeftError(
+            f"frozen_head_cross_entropy: labels are on the device {labels.device} and hidden on {hidden.device}; put "
+            "them on one."
+        )
+    trained = [name for name, t in (("weight", weight), ("bias", bias)) if t is not None and t.requires_grad]
+    if trained and torch.is_grad_enabled():
+        raise FastpeftError(
+            f"frozen_head_cross_entropy: weight and bias are frozen by definition but {trained[0]} requires a "
+            "gradient; call requires_grad_(False) on it, or take F.cross_entropy of the logits."
+        )
+    return loss_of_head(hidden, weight, labels, bias, ignore_index, reduction)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastpeft.errors import FastpeftError
+from fastpeft.ops.checks import check_kinds
 from fastpeft.ops.define import define
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.products import as_matrix
@@ -95,3 +97,58 @@ def multiply(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tenso
     inside = torch.float32 if x.device.type == "cpu" and dtype not in _DTYPES else dtype
     h: Tensor = torch.ops.fastpeft.int8_linear(x.to(inside), codes, scales, sums, bias)
     return h.to(dtype)
+
+
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""A linear layer whose weight is codes of 8 bits, multiplied as integers; for what asks for no gradient.
+
+    `h = a_m w_n (q codes^T - z_m sums) + b`, where row m of x is `a_m (q - z_m)` to rounding: 255 even steps from its
+    smallest value to its largest, 0 among them.
+
+    Args:
+        x: `(*, in_features)`, a floating dtype; a CPU computes others than float32 and bfloat16 in float32.
+        codes: int8 `(out_features, in_features)`; `codes * scales` is the weight. At most 65793 in_features: of more,
+            a sum may not fit into 32 bits.
+        scales: float32 `(out_features,)` or `(out_features, 1)`.
+        sums: int32 `(out_features,)`, the sums of the rows of codes.
+        bias: `(out_features,)` or None.
+
+    Returns:
+        `(*, out_features)` in the dtype of x, under autocast in that of autocast. A row of x that is not finite gives
+        NaN. No gradient flows through it.
+
+    Raises:
+        FastpeftError: shapes or dtypes do not fit, in_features are too many, or operands are on several devices.
+
+    Notes:
+        Integers are added exactly, so every implementation gives the same bits. On a CPU PyTorch multiplies (oneDNN, by
+        VNNI or AMX), and C++ makes codes of a block of rows and numbers of its sums while they are in cache.
+
+    Example:
+        >>> codes = torch.randint(-127, 128, (5, 8), dtype=torch.int8)
+        >>> int8_linear(torch.randn(3, 8), codes, torch.ones(5), codes.sum(1, dtype=torch.int32)).shape
+        torch.Size([3, 5])
+    """
+    n, k = codes.shape if codes.dim() == 2 else (-1, -1)
+    kinds = codes.dtype, scales.dtype, sums.dtype
+    fits = x.dim() > 0 and x.shape[-1] == k and scales.shape in ((n,), (n, 1)) and sums.shape == (n,)
+    if not fits or (bias is not None and bias.shape != (n,)) or kinds != (torch.int8, torch.float32, torch.int32):
+        raise FastpeftError(
+            "int8_linear takes x (*, K), int8 codes (N, K), float32 scales (N,) or (N, 1), int32 sums (N,) and bias "
+            f"(N,) or None; got x {tuple(x.shape)}, {codes.dtype} codes {tuple(codes.shape)}, {scales.dtype} scales "
+            f"{tuple(scales.shape)}, {sums.dtype} sums {tuple(sums.shape)} and bias "
+            f"{None if bias is None else tuple(bias.shape)}."
+        )
+    if k > MOST_FEATURES:
+        raise FastpeftError(
+            f"int8_linear: x has {k} features, whose sum may pass 32 bits; allowed are at most {MOST_FEATURES}. Add up "
+            "the products of parts of x and codes, or multiply by `codes * scales`."
+        )
+    check_kinds("int8_linear", x.device, "x scales bias", x, scales, bias)
+    if codes.device != x.device or sums.device != x.device:
+        raise FastpeftError(
+            f"int8_linear: x is on the device {x.device}, codes on {codes.device} and sums on {sums.device}; put all "
+            "on one."
+        )
+    with torch.no_grad():
+        return multiply(x, codes, scales, sums, bias)

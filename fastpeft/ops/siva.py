@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.errors import FastpeftError
-from fastpeft.functional.checks import check_kinds
+from fastpeft.ops.checks import check_kinds
 from fastpeft.ops.define import is_transformed
 from fastpeft.ops.dtypes import compute_dtype, factors_dtype
 from fastpeft.ops.packing import Packs, operand
