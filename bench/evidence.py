@@ -135,7 +135,7 @@ def said(cell: Path, rows: Path) -> dict[str, float]:
     return {
         **measure_generations(TextGenerator(run), test.texts),
         "general_loss_before": _loss_of_base(run.config.model),
-        "general_loss": _general_loss(run.classifier.model, run.classifier.tokenizer),
+        "general_loss": _general_loss(run.loaded.model, run.loaded.tokenizer),
     }
 
 

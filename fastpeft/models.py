@@ -33,7 +33,7 @@ _OF_SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", 
 
 
 @dataclass(frozen=True)
-class Classifier:
+class LoadedModel:
     """A model with the head of its problem, and its tokenizer.
 
     Attributes:
@@ -124,7 +124,7 @@ def _unloadable(model: str, error: Exception) -> FastpeftError:
 
 def load_classifier(
     model: str, labels: Sequence[str], problem: Problem, dtype: torch.dtype = torch.float32
-) -> Classifier:
+) -> LoadedModel:
     """Load `model` with the head of `problem`; a head or pooler that its checkpoint lacks is drawn at random.
 
     Weights are read from safetensors only and come in `dtype` whatever the file holds.
@@ -162,7 +162,7 @@ def load_classifier(
     drawn = {*info["missing_keys"], *_mismatched(info)}
     head = _head_modules(loaded, drawn)
     new = tuple(name for name in head if any(key.startswith(f"{name}.") for key in drawn))
-    return Classifier(loaded, tokenizer, head, new_head=new)
+    return LoadedModel(loaded, tokenizer, head, new_head=new)
 
 
 def _read_words_after_a_space(tokenizer: Any) -> None:
@@ -242,7 +242,7 @@ def _without_words(model: str, what: str) -> FastpeftError:
     )
 
 
-def load_for_masked_words(model: str, dtype: torch.dtype = torch.float32) -> Classifier:
+def load_for_masked_words(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load `model` to predict masked words, with the head that it has or else a new one.
 
     The layer of the vocabulary is never new: it is the embeddings.
@@ -253,10 +253,10 @@ def load_for_masked_words(model: str, dtype: torch.dtype = torch.float32) -> Cla
     loaded, tokenizer, head_is_new = _load_masked_lm(model, dtype)
     if head_is_new:
         logger.info("the model %r has no masked-word head; a new one is trained", model)
-    return Classifier(loaded, tokenizer, masked_lm_head_layers(loaded, loaded), head_is_new)
+    return LoadedModel(loaded, tokenizer, masked_lm_head_layers(loaded, loaded), head_is_new)
 
 
-def load_for_next_words(model: str, dtype: torch.dtype = torch.float32) -> Classifier:
+def load_for_next_words(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load `model` to generate text, with the head that it has.
 
     Raises:
@@ -277,7 +277,7 @@ def load_for_next_words(model: str, dtype: torch.dtype = torch.float32) -> Class
     _settle_padding(loaded, tokenizer)
     _leave_out_unread(loaded.generation_config)
     tokenizer.padding_side = "right"  # to train on; to go on from prompts they are padded on the left
-    return Classifier(loaded, tokenizer, (), trains_head=False)
+    return LoadedModel(loaded, tokenizer, (), trains_head=False)
 
 
 def _leave_out_unread(config: Any) -> None:

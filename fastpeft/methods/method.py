@@ -96,7 +96,7 @@ class Method(ABC):
 
     @abstractmethod
     def load(self, folder: Path, start: Callable[[], Any], whole: Callable[[], Any]) -> Any:
-        """The model of the finished run in a folder, as a `Classifier`.
+        """The model of the finished run in a folder, as a `LoadedModel`.
 
         `start` loads one of what the run started from, and `whole` one of a whole model that the folder holds.
         """
@@ -136,7 +136,7 @@ class Method(ABC):
         self.check_merges(f"the run in {run.name!r}")
 
     def start_later(self, run: EarlierRun, later: Preparation) -> Any:
-        """The `Classifier` that a later run, which is given `later`, starts from.
+        """The `LoadedModel` that a later run, which is given `later`, starts from.
 
         That is the pretrained model with the weights that `run`, by this method, left it.
         """

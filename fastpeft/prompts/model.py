@@ -21,7 +21,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from fastpeft.data.batches import compute_by_length
 from fastpeft.data.token_rows import TokenRow
 from fastpeft.errors import FastpeftError, first_line, is_out_of_memory
-from fastpeft.models import Classifier, is_causal_lm, load_language_model, longest_input, masked_lm_head_layers
+from fastpeft.models import LoadedModel, is_causal_lm, load_language_model, longest_input, masked_lm_head_layers
 from fastpeft.ops.dtypes import keeping_dtypes
 from fastpeft.prompts.core import core_for, find_core
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
@@ -393,14 +393,14 @@ def holds_label_words(source: str) -> bool:
     return Prompt.from_values(files.read_json(Path(file))).head == "label_words"
 
 
-def load_prompted(model: str, prompt: Prompt, dtype: torch.dtype = torch.float32) -> Classifier:
+def load_prompted(model: str, prompt: Prompt, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load `model` with its head for words in `dtype`, as a classifier by the label words of `prompt`.
 
     Raises:
         FastpeftError: as `load_language_model`, or a label word is not one token.
     """
     prompted = PromptModel(*load_language_model(model, dtype), prompt)
-    return Classifier(prompted, prompted.tokenizer, prompted.head_modules, trains_head=False)
+    return LoadedModel(prompted, prompted.tokenizer, prompted.head_modules, trains_head=False)
 
 
 def _at(states: Tensor, positions: Tensor, length: int) -> Tensor:

@@ -30,7 +30,7 @@ from fastpeft.serving.generation import GenerationRequest, generate_batch
 from fastpeft.serving.shared_weights import share_weights
 from fastpeft.support.files import path_of
 from fastpeft.support.stages import report
-from fastpeft.training.generation import eos_token_ids, generates_text, keeps_tokens, minds_padding
+from fastpeft.training.generation import depends_on_padding, eos_token_ids, generates_text, keeps_tokens
 from fastpeft.training.loading import EncodedText, FinishedRun, load_run
 from fastpeft.training.prediction import Predictor
 
@@ -75,7 +75,7 @@ class Shared:
 
     def unlike(self, run: FinishedRun) -> str:
         """Why rows of a run cannot stand in one batch with those that are here; empty where they can."""
-        own, other = self.tokenizer, run.classifier.tokenizer
+        own, other = self.tokenizer, run.loaded.tokenizer
         if self.generates_text != (run.problem is NEXT_WORDS):
             return f"other runs generate {'text' if self.generates_text else 'no text'}"
         if self.bf16 != bool(run.config.bf16):
@@ -84,7 +84,7 @@ class Shared:
             return f"it keeps weights in {'float32' if self.in_bfloat16 else 'bfloat16'}, and other runs do not"
         if (own.pad_token_id, own.padding_side) != (other.pad_token_id, other.padding_side):
             return "its tokenizer pads otherwise than that of other runs"
-        core, model = self.pool.backbone.core, run.classifier.model
+        core, model = self.pool.backbone.core, run.loaded.model
         if self.generates_text and core.generation_config != model.generation_config:  # one for all rows
             return "its generation_config is another than that of other runs"
         return ""
@@ -118,7 +118,7 @@ class Task:
         reason: why its backbone is its own; empty where others may share it.
         member: its name in the pool. No later task gets it, so that what was encoded for this one is never answered by
             another of the same name.
-        alone: whether each text is generated alone, see `fastpeft.training.generation.minds_padding`.
+        alone: whether each text is generated alone, see `fastpeft.training.generation.depends_on_padding`.
         held: the bytes of its own model that other tasks hold too.
     """
 
@@ -133,7 +133,7 @@ class Task:
 
     def generate(self, requests: Sequence[GenerationRequest]) -> None:
         """Generate text for requests, of this task and of others on its backbone, until each has ended."""
-        model, tokenizer = self.run.classifier.model, self.run.classifier.tokenizer
+        model, tokenizer = self.run.loaded.model, self.run.loaded.tokenizer
         uncached = {} if keeps_tokens(model) else {"use_cache": False}
         generate: Callable[..., Any] = lambda batch, **options: model.generate(**batch, **uncached, **options)  # noqa: E731
         if self.shared is not None:
@@ -224,7 +224,7 @@ class Tasks:
             predictor = None if generates_text(folder) else Predictor(folder, self._device, self._max_length)
             run = self._for_generation(load_run(folder, self._device)) if predictor is None else predictor.run
             # asked before it shares a backbone, whose answers to others the passes would disturb
-            alone = predictor is None and minds_padding(run.classifier.model)
+            alone = predictor is None and depends_on_padding(run.loaded.model)
             with self._changing:
                 task = replace(self._placed(name, run, predictor), alone=alone)
                 try:
@@ -243,15 +243,15 @@ class Tasks:
 
     def _for_generation(self, run: FinishedRun) -> FinishedRun:
         """The run with the `max_length` of its model, which may read more than the run did: prompts are not cut."""
-        most = run.classifier.max_length
+        most = run.loaded.max_length
         return replace(run, max_length=min(most, self._max_length or most))
 
     def _placed(self, name: str, run: FinishedRun, predictor: Predictor | None) -> Task:
         """The run on a backbone that is here already, where there is one that it can share."""
-        ladder = inside_prompt(run.classifier.model)
+        ladder = inside_prompt(run.loaded.model)
         if not isinstance(ladder, LadderModel):
             ladder.requires_grad_(False)  # what trained in one run is frozen in another, and both only answer
-            models = [inside_prompt(task.run.classifier.model) for task in self]
+            models = [inside_prompt(task.run.loaded.model) for task in self]
             # not with a side network's, whose packs replace weights
             held = share_weights(ladder, [each for each in models if not isinstance(each, LadderModel)])
             return Task(name, run, predictor, None, f"{run.config.method} has no side network", held=held)
@@ -264,25 +264,25 @@ class Tasks:
                 reason = reason or unlike  # of one that is alike it is known what else differs
                 continue
             try:
-                shared.pool.add(member, run.classifier.model)
+                shared.pool.add(member, run.loaded.model)
                 return Task(name, run, predictor, shared, member=member)
             except FastpeftError as error:  # it names what differs
                 reason = str(error).partition(". ")[0]
         try:
             config = ladder.config
             pool = LadderPool(ladder.base, config.feature_modules, config.backbone_dtype, config.context)
-            pool.add(member, run.classifier.model)
+            pool.add(member, run.loaded.model)
         except FastpeftError as error:  # as of an adapter that trained inside the backbone
             return Task(name, run, predictor, None, str(error).partition(". ")[0])
         shared = Shared(
             pool,
-            run.classifier.tokenizer,
+            run.loaded.tokenizer,
             bool(run.config.bf16),
             run.config.in_bfloat16,
             run.problem is NEXT_WORDS,
         )
         if shared.generates_text:  # the pool generates by its base's
-            pool.backbone.core.generation_config = run.classifier.model.generation_config
+            pool.backbone.core.generation_config = run.loaded.model.generation_config
         return Task(name, run, predictor, shared, reason, member)
 
     def remove(self, name: str) -> None:
@@ -358,7 +358,7 @@ class Tasks:
         return RefusedError("memory is not enough for the request. Send shorter texts, or try again later.", 503)
 
     def _most_rows(self, task: Task) -> int:
-        on_cpu = task.run.classifier.model.device.type == "cpu"
+        on_cpu = task.run.loaded.model.device.type == "cpu"
         return min(self.max_rows, _MOST_ON_CPU) if on_cpu else self.max_rows
 
     def _together(self, asked: Sequence[EncodedRequest]) -> list[list[np.ndarray]]:
@@ -417,7 +417,7 @@ class Tasks:
     def _request(
         self, task: Task, asked: Conversation | str, max_tokens: int | None, **options: Any
     ) -> GenerationRequest:
-        chats, tokenizer = isinstance(asked, Conversation), task.run.classifier.tokenizer
+        chats, tokenizer = isinstance(asked, Conversation), task.run.loaded.tokenizer
         param = "messages" if chats else "prompt"
         if chats and not task.run.chats:
             raise RefusedError(
@@ -428,7 +428,7 @@ class Tasks:
             )
         try:
             tokens = prompt_tokens(tokenizer, asked)
-            eos = eos_token_ids(task.run.classifier.model, tokenizer, chats=chats)
+            eos = eos_token_ids(task.run.loaded.model, tokenizer, chats=chats)
         except FastpeftError as error:  # of the template
             raise RefusedError(str(error), 400, param) from error
         if not tokens:
@@ -467,7 +467,7 @@ class Tasks:
     def _batches(self, group: list[GenerationRequest]) -> Iterator[list[GenerationRequest]]:
         """Requests to answer together: no more than rows of a pass, and none that others would pad beyond its model."""
         size = 1 if group[0].task.alone else self._most_rows(group[0].task)
-        limit = min(request.task.run.classifier.max_length for request in group)
+        limit = min(request.task.run.loaded.max_length for request in group)
         batch: list[GenerationRequest] = []
         for request in sorted(group, key=lambda request: len(request.tokens)):
             most = max(each.max_tokens for each in (*batch, request))

@@ -39,7 +39,7 @@ from fastpeft.siva.targets import (
     tied_parameters,
     warn_of_a_long_start,
     warn_of_stacks,
-    warn_of_strangers,
+    warn_of_unmatched,
 )
 from fastpeft.support.fingerprints import fingerprints_agree
 from fastpeft.support.four_bits import keep_form
@@ -121,7 +121,7 @@ class SivaModel(BaseTuner):
             raise no_target(peft_config, linear, model)
         if peft_config.init_weights != "saved" and self._pissa is None:  # what a file says was given to another model
             names = () if wanted is None or isinstance(wanted, str) else wanted
-            warn_of_strangers(peft_config, names, linear, targets, model, self._is_head)
+            warn_of_unmatched(peft_config, names, linear, targets, model, self._is_head)
             warn_of_stacks(model, self._is_head, None if by_kind else endings(targets))
         if by_kind:
             leave_heads_out(peft_config, targets)

@@ -42,7 +42,7 @@ def endings(names: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def warn_of_strangers(
+def warn_of_unmatched(
     peft_config: SivaConfig,
     wanted: Iterable[str],
     linear: list[str],

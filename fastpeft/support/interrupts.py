@@ -132,7 +132,7 @@ def interrupted_once() -> Iterator[None]:
         yield
 
 
-def heed_parent_alone(_: int) -> None:
+def init_worker(_: int) -> None:
     """Begin a process that loads rows, which ignores SIGINT, SIGHUP, and the SIGTERM of any but the one that made it.
 
     A launcher or scheduler sends signals to all processes, but the one that trains has yet to make its step of rows.

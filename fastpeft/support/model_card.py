@@ -118,7 +118,7 @@ def _chained_snippet(folder: str, prompt_head: str | None) -> str:
         "from fastpeft.training.loading import load_run",
         "",
         f"run = load_run({folder!r})  # with the models that it was trained on",
-        "model, tokenizer = run.classifier.model, run.classifier.tokenizer",
+        "model, tokenizer = run.loaded.model, run.loaded.tokenizer",
         "# with run.autocast(): the model computes as it did in training",
     ]
     if prompt_head is not None:

@@ -22,7 +22,7 @@ from fastpeft.errors import FastpeftError, NotEnoughMemoryError, first_line, is_
 from fastpeft.ladder.model import LadderModel
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import processes
-from fastpeft.support.interrupts import heed_parent_alone
+from fastpeft.support.interrupts import init_worker
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.settings import arguments_of, checkpointing_options
 from fastpeft.training.task import Task
@@ -276,7 +276,7 @@ def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
         "num_workers": arguments.dataloader_num_workers,
         "pin_memory": arguments.dataloader_pin_memory,
         "persistent_workers": arguments.dataloader_persistent_workers,
-        "worker_init_fn": heed_parent_alone,
+        "worker_init_fn": init_worker,
         "prefetch_factor": arguments.dataloader_prefetch_factor,
         "multiprocessing_context": getattr(arguments, "dataloader_multiprocessing_context", None),  # not in the older
     }

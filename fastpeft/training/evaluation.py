@@ -164,7 +164,7 @@ def _evaluate(
     run.encoder.warn_of_texts(dev, rows)
     cut_texts = result_warnings.of_cut_texts(cut, len(dev), len(dev) - len(rows), run.max_length)
     if run.problem is MASKED_WORDS:
-        rows = Masker(run.classifier.tokenizer).fixed(rows)
+        rows = Masker(run.loaded.tokenizer).fixed(rows)
     join = _padded if run.problem.per_token else np.stack
     outputs, labels = join(outputs_of(run, rows)), join([np.array(row["labels"]) for row in rows])
     measured, of_figures = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent)

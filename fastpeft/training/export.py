@@ -20,7 +20,7 @@ from fastpeft.methods.registry import METHODS
 from fastpeft.methods.saved_adapters import load_adapter
 from fastpeft.methods.wrapping import merge
 from fastpeft.mezo import Journal
-from fastpeft.models import Classifier, resolve_model
+from fastpeft.models import LoadedModel, resolve_model
 from fastpeft.prompts.template import Prompt, is_of_decoder
 from fastpeft.siva.export import save_as_lora
 from fastpeft.support import files
@@ -129,15 +129,15 @@ def _load_run(source: RunFolder, output: Path, to: str, step: int | None) -> _Lo
         _check_onnx(setup, source)
     load = assemble if to == "lora" else assemble_in_float32  # a LoRA is made of the adapter alone
     run = load(source) if step is None else _replay(source, setup, step)
-    model = run.classifier.model
+    model = run.loaded.model
     if to == "lora" and setup.config.init_from is not None:
         logger.info("the LoRA goes onto the model of the run in %s: export that to merged", setup.config.init_from)
         # not the model that the chain began with, onto which PEFT would put it without a word
         model.active_peft_config.base_model_name_or_path = _start_in_words(setup.config.init_from)
     if run.problem is NEXT_WORDS:  # at a turn's end too, which the configuration of a base that never chatted lacks
-        tell_ends(model, run.classifier.tokenizer, chats=run.chats)
+        tell_ends(model, run.loaded.tokenizer, chats=run.chats)
     card = _card_of_run(run, setup.method.title, source.metrics(), output, to, step)
-    return _Loaded(model, run.classifier.tokenizer, run.prompt, card, _batches(run) if to == "onnx" else ())
+    return _Loaded(model, run.loaded.tokenizer, run.prompt, card, _batches(run) if to == "onnx" else ())
 
 
 def _check_onnx(setup: RunSetup, folder: RunFolder) -> None:
@@ -160,7 +160,7 @@ def _batches(run: FinishedRun) -> list[Any]:
     rows = run.encoder.encode(Examples(texts, labels))
     for row in rows:
         del row["labels"]
-    pad = DataCollatorWithPadding(run.classifier.tokenizer)
+    pad = DataCollatorWithPadding(run.loaded.tokenizer)
     return [dict(pad(some)) for some in (rows[:2], rows[2:], rows)]
 
 
@@ -224,7 +224,7 @@ def _card_of_run(
             problem_type=run.problem.name,
             prompt_head=None if run.prompt is None else run.prompt.head,
             masked_words=run.problem is MASKED_WORDS and start is None,
-            decoder=is_of_decoder(run.classifier.tokenizer),
+            decoder=is_of_decoder(run.loaded.tokenizer),
             tokenizer=run.problem is NEXT_WORDS,
         )
     return model_card(
@@ -261,4 +261,4 @@ def _replay(folder: RunFolder, setup: RunSetup, step: int) -> FinishedRun:
     start = draw_start(setup)
     model: Any = prepare(start, setup)
     journal.replay(model, stop=step)
-    return FinishedRun.of(setup, folder.metrics(), Classifier(model.eval(), start.tokenizer, start.head))
+    return FinishedRun.of(setup, folder.metrics(), LoadedModel(model.eval(), start.tokenizer, start.head))

@@ -65,7 +65,7 @@ def keeps_tokens(model: Any) -> bool:
 
 
 @torch.inference_mode()
-def minds_padding(model: Any) -> bool:
+def depends_on_padding(model: Any) -> bool:
     """Whether padding before a text changes how a decoder goes on: RWKV reads it, those of BART's kind count it.
 
     Such a one is given each text alone. (RWKV's cache is also wrong in a batch without padding, in transformers 5.24.)
@@ -100,7 +100,7 @@ class TextGenerator:
     """
 
     def __init__(self, run: FinishedRun, max_new_tokens: int | None = None) -> None:
-        limit = run.classifier.max_length
+        limit = run.loaded.max_length
         self.run = run
         self.cut = 0  # answers so far that were not at their end
         self.max_new_tokens = min(_MAX_NEW_TOKENS, limit // 2) if max_new_tokens is None else max_new_tokens
@@ -117,7 +117,7 @@ class TextGenerator:
 
         Neither is measured.
         """
-        tokenizer = self.run.classifier.tokenizer
+        tokenizer = self.run.loaded.tokenizer
         return opening(tokenizer) if self.run.chats else "", tokenizer.eos_token or ""
 
     def encode(self, text: Any) -> EncodedText:
@@ -128,7 +128,7 @@ class TextGenerator:
             FastpeftError: it is not what the run reads, or longer than the model reads.
         """
         given = self._as_prompt(text)
-        tokens = prompt_tokens(self.run.classifier.tokenizer, given)
+        tokens = prompt_tokens(self.run.loaded.tokenizer, given)
         if not tokens:
             raise FastpeftError(f"{text!r} has no tokens to continue from. Give a text.")
         if len(tokens) > self._reads:
@@ -150,13 +150,13 @@ class TextGenerator:
         raise FastpeftError(f"the run continues a text or a conversation; got {text!r}. Give one, in UTF-8.")
 
     @cached_property
-    def _minds_padding(self) -> bool:
-        return minds_padding(self.run.classifier.model)
+    def _depends_on_padding(self) -> bool:
+        return depends_on_padding(self.run.loaded.model)
 
     @torch.inference_mode()
     def generate(self, encoded: Sequence[EncodedText]) -> list[str]:
         """What the run generates from each text, greedily."""
-        tokenizer, model = self.run.classifier.tokenizer, self.run.classifier.model
+        tokenizer, model = self.run.loaded.tokenizer, self.run.loaded.model
         ends = eos_token_ids(model, tokenizer, chats=self.run.chats)
         uncached = {} if keeps_tokens(model) else {"use_cache": False}
         rows = [each.row for each in encoded]
@@ -182,7 +182,7 @@ class TextGenerator:
             texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             said.update((index, text.strip()) for index, text in zip(chosen, texts))
 
-        apart = len(rows) > 1 and self._minds_padding
+        apart = len(rows) > 1 and self._depends_on_padding
         compute_by_length(compute, rows, 1 if apart else _BATCH_SIZE)
         return [said[index] for index in range(len(rows))]
 

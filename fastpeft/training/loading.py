@@ -15,7 +15,7 @@ from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, Problem
 from fastpeft.data.token_rows import TokenRow
 from fastpeft.errors import FastpeftError, NotEnoughMemoryError, first_line, is_out_of_memory
 from fastpeft.methods.method import OVER, EarlierRun
-from fastpeft.models import Classifier, load_classifier, load_for_masked_words, load_for_next_words
+from fastpeft.models import LoadedModel, load_classifier, load_for_masked_words, load_for_next_words
 from fastpeft.ops.frozen_linear import set_packing
 from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.template import Prompt
@@ -36,7 +36,7 @@ class FinishedRun:
     """A run's model, with what the run's folder says of it.
 
     Attributes:
-        classifier: model and tokenizer.
+        loaded: model and tokenizer.
         config: how the run was started.
         problem: what it learned.
         labels: names of the model's outputs: its classes or tags, or what its number is.
@@ -47,7 +47,7 @@ class FinishedRun:
         columns: those of texts and of labels that it learned from; None where that is not known.
     """
 
-    classifier: Classifier
+    loaded: LoadedModel
     config: TrainConfig
     problem: Problem
     labels: list[str]
@@ -58,11 +58,11 @@ class FinishedRun:
     columns: tuple[str | None, str | None] = (None, None)
 
     @classmethod
-    def of(cls, setup: RunSetup, metrics: Mapping[str, Any], classifier: Classifier) -> FinishedRun:
+    def of(cls, setup: RunSetup, metrics: Mapping[str, Any], loaded: LoadedModel) -> FinishedRun:
         """The run of a configuration, with what its `metrics.json` says and the model that it left."""
         head = setup.head
         return cls(
-            classifier,
+            loaded,
             setup.config,
             head.problem,
             head.labels,
@@ -76,11 +76,11 @@ class FinishedRun:
     @property
     def encoder(self) -> Encoder:
         """What makes texts the rows that its model reads."""
-        return Encoder(self.classifier.tokenizer, self.max_length, self.prompt, self.problem)
+        return Encoder(self.loaded.tokenizer, self.max_length, self.prompt, self.problem)
 
     def autocast(self) -> torch.autocast:
         """The context in which its model computes, in bfloat16 where the run did."""
-        return torch.autocast(self.classifier.model.device.type, torch.bfloat16, enabled=bool(self.config.bf16))
+        return torch.autocast(self.loaded.model.device.type, torch.bfloat16, enabled=bool(self.config.bf16))
 
     def check_conversations(self) -> None:
         """Raise `FastpeftError` where the run learned from texts, to which a chat template was never put."""
@@ -112,9 +112,9 @@ def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
     report("loading the model")
     run = assemble(RunFolder(folder))
     where = torch.device(device or best_device())
-    put(run.classifier.model, where)
+    put(run.loaded.model, where)
     if where.type == "cpu" or not run.config.pack_weights:
-        set_packing(run.classifier.model, run.config.pack_weights)
+        set_packing(run.loaded.model, run.config.pack_weights)
     return run
 
 
@@ -140,25 +140,25 @@ def assemble(folder: RunFolder) -> FinishedRun:
     setup, metrics = setup_of_run(folder), folder.metrics()
     folder.check_readable()
 
-    def start() -> Classifier:
+    def start() -> LoadedModel:
         check_places(folder)
         check_start(folder)
         return load_start(setup)
 
-    classifier: Classifier = setup.method.load(folder.path, start, lambda: _load_model(str(folder.path), setup))
-    classifier.model.eval()
-    return FinishedRun.of(setup, metrics, classifier)
+    loaded: LoadedModel = setup.method.load(folder.path, start, lambda: _load_model(str(folder.path), setup))
+    loaded.model.eval()
+    return FinishedRun.of(setup, metrics, loaded)
 
 
 def assemble_in_float32(folder: RunFolder) -> FinishedRun:
     """The run in `folder` as `assemble` has it, its frozen weights in float32: a merge into bfloat16 would round it."""
     run = assemble(folder)
     if run.config.in_bfloat16:
-        run.classifier.model.float()
+        run.loaded.model.float()
     return run
 
 
-def load_start(setup: RunSetup) -> Classifier:
+def load_start(setup: RunSetup) -> LoadedModel:
     """Load the model that a run goes on from, before its method has prepared it.
 
     That is its `model`, with the weights of the run that it starts from, as the method of that run leaves them. The
@@ -177,11 +177,11 @@ def load_start(setup: RunSetup) -> Classifier:
             "Leave the model out."
         )
     earlier.method.check_successor(setup.method, run)
-    start: Classifier = earlier.method.start_later(run, setup.preparation)
+    start: LoadedModel = earlier.method.start_later(run, setup.preparation)
     return start
 
 
-def new_head(start: Classifier, setup: RunSetup) -> tuple[str, ...]:
+def new_head(start: LoadedModel, setup: RunSetup) -> tuple[str, ...]:
     """The modules of a head that a run draws at random for its labels; none where it goes on with one.
 
     Raises:
@@ -235,12 +235,12 @@ def _earlier(setup: RunSetup) -> tuple[RunSetup, EarlierRun]:
         preparation=earlier.preparation,
         same_head=setup.head.can_take_over(earlier.head),
         start=lambda: load_start(dataclasses.replace(earlier, config=in_float32, head=setup.head)),
-        result=lambda: assemble_in_float32(folder).classifier.model,
+        result=lambda: assemble_in_float32(folder).loaded.model,
         pretrained=lambda: _load_model(setup.config.model, setup),
     )
 
 
-def _load_model(model: str, setup: RunSetup) -> Classifier:
+def _load_model(model: str, setup: RunSetup) -> LoadedModel:
     """Load `model` in the dtype of a run, and its head in float32, since that trains.
 
     The head is one of its own, that of masked or next words, or the label words of a prompt.

@@ -48,7 +48,7 @@ class Predictor:
         if max_length is not None:
             if type(max_length) is not int:
                 raise FastpeftError(f"`max_length` is {max_length!r}; it must be a whole number. Give one, or None.")
-            special = self.run.classifier.tokenizer.num_special_tokens_to_add(self.run.is_pair)
+            special = self.run.loaded.tokenizer.num_special_tokens_to_add(self.run.is_pair)
             if max_length <= special:
                 raise FastpeftError(
                     f"`max_length` is {max_length}, but the run in {str(folder)!r} reads {special} special tokens "
@@ -192,8 +192,8 @@ def _as_input(text: Any, run: FinishedRun) -> Any:
 @torch.inference_mode()
 def outputs_of(run: FinishedRun, rows: Sequence[TokenRow]) -> list[np.ndarray]:
     """The outputs to score of each row in float32: `(outputs,)`, or `(T, outputs)` where every token has some."""
-    collate = collator(run.classifier.tokenizer, run.problem)
-    model = run.classifier.model
+    collate = collator(run.loaded.tokenizer, run.problem)
+    model = run.loaded.model
     found: dict[int, np.ndarray] = {}
 
     def compute(chosen: list[int]) -> None:

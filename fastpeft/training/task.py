@@ -21,7 +21,7 @@ from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, OBJECTIVES
 from fastpeft.data.token_rows import TokenRow, TokenRows
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
-from fastpeft.models import Classifier
+from fastpeft.models import LoadedModel
 from fastpeft.ops.frozen_linear import set_packing
 from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.support.stages import report
@@ -81,24 +81,24 @@ class Task:
             found = search_prompt(plan.config, data, config.max_length or DEFAULT_MAX_LENGTH)
             setup = dataclasses.replace(plan, config=found).for_data(data)
         report("loading the model")
-        classifier = draw_start(setup)
+        loaded = draw_start(setup)
         usual = DEFAULT_MAX_LENGTH_CAUSAL if data.problem is NEXT_WORDS else DEFAULT_MAX_LENGTH
         own_tokens = setup.method.own_tokens(setup.preparation)
-        max_length = _max_length(config, usual, classifier.max_length, own_tokens)
+        max_length = _max_length(config, usual, loaded.max_length, own_tokens)
         report("encoding texts")
-        encoder = Encoder(classifier.tokenizer, max_length, setup.prompt, data.problem)
-        (train_rows, dev_rows), warnings = _encode(data, encoder, classifier.max_length - own_tokens)
+        encoder = Encoder(loaded.tokenizer, max_length, setup.prompt, data.problem)
+        (train_rows, dev_rows), warnings = _encode(data, encoder, loaded.max_length - own_tokens)
         context = earlier_context(config)
         if context is None and (count := setup.method.examples(setup.preparation)):
             context, train_rows = _take_examples(train_rows, count, config.seed)
         if context is not None:
-            _check_room(context, chain(train_rows, dev_rows), config.model, classifier.max_length)
-            max_length = min(max_length, classifier.max_length - len(context))
+            _check_room(context, chain(train_rows, dev_rows), config.model, loaded.max_length)
+            max_length = min(max_length, loaded.max_length - len(context))
             setup = setup.after(context)
         if data.problem is MASKED_WORDS:
-            dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
+            dev_rows = Masker(loaded.tokenizer).fixed(dev_rows)
         report("preparing the model")
-        model = prepare(classifier, setup)
+        model = prepare(loaded, setup)
         if config.packing:
             packed_rows.prepare_for_joined_rows(model, train_rows, str(config.model))
             train_rows = packed_rows.pack(train_rows, max_length)
@@ -109,8 +109,8 @@ class Task:
         return cls(
             setup,
             model,
-            new_head(classifier, setup),
-            classifier.tokenizer,
+            new_head(loaded, setup),
+            loaded.tokenizer,
             data,
             train_rows,
             dev_rows,
@@ -190,13 +190,13 @@ def data_for(config: TrainConfig) -> TextData:
     )
 
 
-def draw_start(setup: RunSetup) -> Classifier:
+def draw_start(setup: RunSetup) -> LoadedModel:
     """What `load_start` loads, with the new head that a run draws."""
     set_seed(setup.config.seed)
     return load_start(setup)
 
 
-def prepare(start: Classifier, setup: RunSetup) -> Any:
+def prepare(start: LoadedModel, setup: RunSetup) -> Any:
     """The module that a run trains, made of what `draw_start` loaded, as it is before the first step.
 
     Raises:

@@ -186,7 +186,7 @@ def test_the_card_says_how_to_load_the_model(config: TrainConfig, method: str) -
     found: dict[str, Any] = {}
     exec(snippet, found)
     ids = found["tokenizer"]("the film is <mask>", return_tensors="pt")["input_ids"]
-    expected = load_run(result.folder).classifier.model
+    expected = load_run(result.folder).loaded.model
     with torch.no_grad():
         assert torch.equal(found["model"].eval()(ids).logits, expected(ids).logits)
 
@@ -199,7 +199,7 @@ def test_metrics_are_the_means_over_hidden_words(config: TrainConfig) -> None:
     for item in task.dev_rows:
         ids, labels = torch.tensor([item["input_ids"]]), torch.tensor(item["labels"])
         with torch.no_grad():
-            logits = run.classifier.model(ids).logits[0]
+            logits = run.loaded.model(ids).logits[0]
         hidden = labels != UNLABELLED
         losses += cross_entropy(logits[hidden], labels[hidden], reduction="none").tolist()
         hits += (logits[hidden].argmax(-1) == labels[hidden]).tolist()
@@ -271,7 +271,7 @@ def test_a_model_goes_on_with_labels_by_any_method(
         data=str(place / "reviews.csv"),
     )
     start = Task.load(then).model
-    trained = load_run(words.folder).classifier.model
+    trained = load_run(words.folder).loaded.model
     name = "encoder.layer.0.attention.self.query.weight"
     merged = (trained.merge_and_unload() if method == "siva" else trained).roberta.state_dict()[name]
     assert start.base.roberta.state_dict()[name].equal(merged)

@@ -187,11 +187,11 @@ def test_a_run_measures_the_mean_loss_of_what_is_said(place: Path, config: Train
     metrics = train(replace(config, data=str(place / form))).metrics
     run = load_run(config.output)
     rows, _ = encode_counted(
-        run.classifier.tokenizer, load_data(str(place / form), problem_type="next_words").dev.texts, 38
+        run.loaded.tokenizer, load_data(str(place / form), problem_type="next_words").dev.texts, 38
     )
     losses = []
     for row in rows:
-        logits = run.classifier.model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        logits = run.loaded.model(torch.tensor([row["input_ids"]])).logits[0, :-1]
         found = cross_entropy(logits, torch.tensor(row["labels"][1:]), ignore_index=UNLABELLED, reduction="none")
         losses += [float(loss) for loss, label in zip(found, row["labels"][1:]) if label != UNLABELLED]
     assert metrics["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
@@ -221,7 +221,7 @@ def test_where_memory_is_not_enough_fewer_prompts_are_continued_at_once(
     generator = TextGenerator(load_run(config.output), 3)
     encoded = [generator.encode(f"film {word}") for word in FIRST.values()]
     expected, cut = generator.generate(encoded), generator.cut
-    model = generator.run.classifier.model
+    model = generator.run.loaded.model
     monkeypatch.setattr(model, "generate", for_one_row(model.generate))
     assert (generator.generate(encoded), generator.cut) == (expected, 2 * cut)
 
@@ -403,7 +403,7 @@ def test_accumulated_parts_are_one_batch(tmp_path: Path, config: TrainConfig, me
         output = str(tmp_path / f"run{parts}")
         changes = {"data": str(tmp_path), "output": output, "method": method, "batch_size": size, "max_steps": 1}
         train(replace(config, settings=settings, learning_rate=0.1, **changes))
-        weights.append(load_run(output).classifier.model.state_dict())
+        weights.append(load_run(output).loaded.model.state_dict())
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
 

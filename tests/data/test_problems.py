@@ -482,6 +482,6 @@ def test_a_run_keeps_what_each_dev_row_scored_in_their_order(config: TrainConfig
     if kind == "next_words":
         run = load_run(tmp_path / "run")
         dev = load_data(str(tmp_path / "rows.jsonl"), problem_type="next_words").dev
-        rows, _ = Encoder(run.classifier.tokenizer, 512, None, NEXT_WORDS).encode_counted(dev)
+        rows, _ = Encoder(run.loaded.tokenizer, 512, None, NEXT_WORDS).encode_counted(dev)
         assert kept["below"] == [sum(label != UNLABELLED for label in row["labels"]) for row in rows]
         assert len({*kept["below"]}) > 1

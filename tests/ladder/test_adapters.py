@@ -245,7 +245,7 @@ def test_a_side_network_and_its_adapter_go_on(
     settings = {} if layers is None else {"siva_layers": layers}
     then = replace(config, **changes, init_from=str(words.folder), output=str(tmp_path / "then"), settings=settings)
     task = Task.load(then)
-    begun, trained = task.model.masked_lm if changes else task.model, load_run(words.folder).classifier.model
+    begun, trained = task.model.masked_lm if changes else task.model, load_run(words.folder).loaded.model
     rows = {"input_ids": torch.tensor([[0, 5, 6, 7, 2]])}
     with torch.no_grad():
         states = [m.eval()(**rows, output_hidden_states=True).hidden_states for m in (begun, trained)]

@@ -15,7 +15,7 @@ from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.recipes import Recipe
 from fastpeft.methods.registry import METHODS, get_method
-from fastpeft.models import Classifier, load_classifier
+from fastpeft.models import LoadedModel, load_classifier
 
 LABELS = ("no", "yes", "perhaps")
 
@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def classifier(checkpoint: Path) -> Classifier:
+def classifier(checkpoint: Path) -> LoadedModel:
     torch.manual_seed(0)
     return load_classifier(str(checkpoint), LABELS, CLASSIFICATION)
 
@@ -55,7 +55,7 @@ HEAD = {"classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj
     ],
 )
 def test_adapters_train_their_targets_and_the_head(
-    classifier: Classifier, name: str, targets: Any, expected: tuple[str, ...]
+    classifier: LoadedModel, name: str, targets: Any, expected: tuple[str, ...]
 ) -> None:
     model = get_method(name).prepare(classifier.model, Preparation(classifier.head, 2, targets))
     adapted = trained(model) - HEAD
@@ -64,20 +64,20 @@ def test_adapters_train_their_targets_and_the_head(
     assert layers == set(expected)
 
 
-def test_siva_takes_a_quantised_residual_as_a_setting(classifier: Classifier) -> None:
+def test_siva_takes_a_quantised_residual_as_a_setting(classifier: LoadedModel) -> None:
     preparation = Preparation(classifier.head, settings={"residual_dtype": "int8"})
     model = get_method("siva").prepare(classifier.model, preparation)
     assert any(path.endswith("quantised.codes") for path, _ in model.named_parameters())
     assert trained(model) > HEAD
 
 
-def test_full_trains_all_and_head_only_the_head(classifier: Classifier) -> None:
+def test_full_trains_all_and_head_only_the_head(classifier: LoadedModel) -> None:
     everything = {name for name, _ in classifier.model.named_parameters()}
     assert trained(get_method("full").prepare(classifier.model, Preparation(classifier.head))) == everything
     assert trained(get_method("head").prepare(classifier.model, Preparation(classifier.head))) == HEAD
 
 
-def test_last_layers_and_biases(classifier: Classifier) -> None:
+def test_last_layers_and_biases(classifier: LoadedModel) -> None:
     names = {name for name, _ in classifier.model.named_parameters()}
     last = get_method("last-n").prepare(classifier.model, Preparation(classifier.head, settings={"layers": 1}))
     assert trained(last) == {name for name in names if ".layer.1." in name} | HEAD
@@ -89,7 +89,7 @@ def test_last_layers_and_biases(classifier: Classifier) -> None:
 
 @pytest.mark.parametrize(("name", "fusion", "window"), [("k-lst", "cross_attention", 9), ("lst", "gated", 1)])
 def test_side_networks_train_beside_a_frozen_backbone(
-    classifier: Classifier, name: str, fusion: str, window: int
+    classifier: LoadedModel, name: str, fusion: str, window: int
 ) -> None:
     model = get_method(name).prepare(classifier.model, Preparation(classifier.head))
     assert (model.config.fusion, model.config.window_size) == (fusion, window)
@@ -97,7 +97,7 @@ def test_side_networks_train_beside_a_frozen_backbone(
     assert {f"base.{name}" for name in HEAD} <= trained(model)
 
 
-def test_pissa_starts_from_singular_vectors(classifier: Classifier) -> None:
+def test_pissa_starts_from_singular_vectors(classifier: LoadedModel) -> None:
     model = get_method("pissa").prepare(classifier.model, Preparation(classifier.head, 2))
     config = model.peft_config["default"]
     assert (config.init_lora_weights, config.r, config.lora_alpha) == ("pissa", 2, 2)
@@ -118,7 +118,7 @@ def test_models_load_in_float32_with_named_classes(tmp_path: Path) -> None:
     assert model.config.id2label == dict(enumerate(LABELS))
 
 
-def test_settings_and_rank_reach_the_configuration(classifier: Classifier) -> None:
+def test_settings_and_rank_reach_the_configuration(classifier: LoadedModel) -> None:
     settings = {"d": 12, "rank_pattern": {"key": 3}}
     model = get_method("siva").prepare(classifier.model, Preparation(classifier.head, 2, None, settings))
     config = model.peft_config["default"]
@@ -149,7 +149,7 @@ def test_targets_as_written(text: str | None, targets: Any) -> None:
     ],
 )
 def test_refusals_name_what_is_allowed(
-    classifier: Classifier, name: str, rank: int, targets: Any, parts: tuple[str, ...]
+    classifier: LoadedModel, name: str, rank: int, targets: Any, parts: tuple[str, ...]
 ) -> None:
     with pytest.raises(FastpeftError) as error:
         get_method(name).prepare(classifier.model, Preparation(classifier.head, rank, targets))
@@ -171,7 +171,7 @@ def test_rates_follow_the_width_of_a_model(width: int | None, rate: float, of_he
     assert METHODS["k-lst"].recipe.for_model(hidden_size=width).head_learning_rate is None
 
 
-def test_siva_has_another_form_by_mezo(classifier: Classifier) -> None:
+def test_siva_has_another_form_by_mezo(classifier: LoadedModel) -> None:
     preparation = Preparation(classifier.head, 2)
     siva = get_method("siva").prepare(copy.deepcopy(classifier.model), preparation)
     by_mezo = get_method("mezo", {"over": "siva"}).prepare(classifier.model, preparation)

@@ -19,7 +19,7 @@ from fastpeft import CompareConfig, FastpeftError, PromptCollator, TrainConfig, 
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
-from fastpeft.models import Classifier, load_classifier
+from fastpeft.models import LoadedModel, load_classifier
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.export import export
@@ -42,7 +42,7 @@ def config(config: TrainConfig) -> TrainConfig:
 
 
 @pytest.fixture
-def classifier(place: Path) -> Classifier:
+def classifier(place: Path) -> LoadedModel:
     return load_classifier(str(place / "model"), ("no", "yes"), CLASSIFICATION)
 
 
@@ -90,7 +90,7 @@ def test_query_key_and_value_are_what_the_model_calls_so(
     assert set(model.peft_config["default"].target_modules) == expected
 
 
-def test_one_matrix_for_all_is_no_query(classifier: Classifier) -> None:
+def test_one_matrix_for_all_is_no_query(classifier: LoadedModel) -> None:
     with pytest.raises(FastpeftError, match=r"targets \['query', 'key'\].* Its linear layers are named .*Wqkv"):
         get_method("lora").prepare(tiny("ModernBert"), Preparation((), targets=["query", "key"], rank=2))
 
@@ -145,7 +145,7 @@ def test_a_run_on_layers_that_peft_has_no_default_for(config: TrainConfig, tmp_p
 # -- vectors before the words ------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_of_vectors_and_the_head_train(classifier: Classifier) -> None:
+def test_a_prompt_of_vectors_and_the_head_train(classifier: LoadedModel) -> None:
     preparation = Preparation(classifier.head, settings={"num_virtual_tokens": 3})
     model: Any = get_method("prompt-tuning").prepare(classifier.model, preparation)
     vectors, *head = sorted(trained(model), reverse=True)
@@ -188,7 +188,7 @@ def test_vectors_are_for_heads_that_read_a_text_as_a_whole(config: TrainConfig, 
 # -- a base in 4 bits --------------------------------------------------------------------------------------------------
 
 
-def in_4_bits(classifier: Classifier) -> Any:
+def in_4_bits(classifier: LoadedModel) -> Any:
     pytest.importorskip("bitsandbytes")
     return get_method("qlora").prepare(classifier.model, Preparation(classifier.head, 2))
 
@@ -198,7 +198,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}
 
 
-def test_the_backbones_linear_layers_are_in_4_bits_and_all_have_an_adapter(classifier: Classifier) -> None:
+def test_the_backbones_linear_layers_are_in_4_bits_and_all_have_an_adapter(classifier: LoadedModel) -> None:
     before = classifier.model.roberta.encoder.layer[0].output.dense.weight.detach().clone()
     with torch.no_grad():
         expected = classifier.model.eval()(**batch()).logits
@@ -218,7 +218,7 @@ def test_the_backbones_linear_layers_are_in_4_bits_and_all_have_an_adapter(class
     assert 0 < (found - expected).abs().max() < 0.05
 
 
-def test_gradients_pass_through_the_base_after_an_evaluation(classifier: Classifier) -> None:
+def test_gradients_pass_through_the_base_after_an_evaluation(classifier: LoadedModel) -> None:
     model = in_4_bits(classifier)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -252,7 +252,7 @@ def test_a_run_in_4_bits(config: TrainConfig) -> None:
     rows = PromptCollator(task.tokenizer)(task.dev_rows[:4])
     rows.pop("labels")
     with torch.no_grad():
-        first, second = (m.eval()(**rows).logits for m in (loaded["model"], load_run(result.folder).classifier.model))
+        first, second = (m.eval()(**rows).logits for m in (loaded["model"], load_run(result.folder).loaded.model))
     assert torch.equal(first, second)
     # a run that ended after its checkpoint comes to the same weights
     weights = result.folder / "adapter_model.safetensors"

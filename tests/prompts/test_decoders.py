@@ -196,7 +196,7 @@ def test_the_card_loads_an_adapter(place: Path, tmp_path: Path) -> None:
     card = (tmp_path / "run" / "README.md").read_text()
     names: dict[str, Any] = {}
     exec(card[card.index("```python") + 9 : card.rindex("```")], names)
-    expected = load_run(tmp_path / "run").classifier.model.predict_logits(TEXTS)
+    expected = load_run(tmp_path / "run").loaded.model.predict_logits(TEXTS)
     assert torch.equal(names["model"].get_base_model().predict_logits(TEXTS), expected)
 
 

@@ -138,7 +138,7 @@ def test_tasks_on_one_backbone_say_their_words_in_one_batch(
 
 def test_predict_is_greedy_whatever_the_model_says(place: Path, expected: dict[tuple[str, str], str]) -> None:
     generator = TextGenerator(load_run(place / "own"), 8)
-    generator.run.classifier.model.generation_config.num_beams = 4
+    generator.run.loaded.model.generation_config.num_beams = 4
     assert said_by(generator) == [expected["own", text] for text in ASKED]
 
 
@@ -202,7 +202,7 @@ def test_each_request_has_its_own_row_whatever_the_model_says(
     given: dict[str, Any],
 ) -> None:
     task = tasks[name]
-    base = task.run.classifier.model if task.shared is None else task.shared.pool.backbone.core
+    base = task.run.loaded.model if task.shared is None else task.shared.pool.backbone.core
     for option, value in given.items():
         monkeypatch.setattr(base.generation_config, option, value)
     assert answers(tasks, name) == [expected[name, text] for text in ASKED]

@@ -79,7 +79,7 @@ def test_a_further_adapter_holds_little_and_answers_to_the_same_bits(runs: Path,
     texts = [[text, "a dull film"] for text in TEXTS]
     tasks = Tasks({"number": runs / "number", "pairs": runs / "pairs", "a": runs / "a", "other": other})
     number, pairs, beside, again = tasks
-    size = sum(each.nbytes for each in again.run.classifier.model.state_dict().values())
+    size = sum(each.nbytes for each in again.run.loaded.model.state_dict().values())
     assert number.held == beside.held == 0, "the first, and a side network"
     assert 0.3 * size < pairs.held < again.held, "with a head alone it shares what it does not adapt"
     assert again.held > 0.9 * size, "all but what was made when it was loaded"

@@ -218,7 +218,7 @@ CASES = [
     (["--data", "no-class.csv"], ["row 2 of no-class.csv has no class", "Give it one, remove the row"]),
     (["--data", "nan.jsonl"], ["row 2 of nan.jsonl has no class"]),
     (
-        ["--data", "measures.csv", "--problem-type", "single_label_classification"],
+        ["--data", "measures.csv", "--problem-type", "classification"],
         ["'0.25'", "whole numbers", "--problem-type regression"],
     ),
     (["--data", "some/where"], ["cannot load the data set 'some/where'", "nyu-mll/glue:sst2"]),
@@ -233,7 +233,7 @@ CASES = [
         ["--problem-type is 'ranking'", "must be one of classification, regression, tags, multi-label"],
     ),
     (["--problem-type", "regression"], ["row 1 of good.csv has 'negative'", "must be a number"]),
-    (["--problem-type", "token_classification"], ["row 1 of good.csv", "must be a list of words", "jsonl and parquet"]),
+    (["--problem-type", "tags"], ["row 1 of good.csv", "must be a list of words", "jsonl and parquet"]),
     (["--data", "short-tags.jsonl"], ["row 2 of short-tags.jsonl has a list of 1", "each of the 2 words"]),
     (["--data", "no-word.jsonl"], ["row 1 of no-word.jsonl has ' ' as word 2", "none of them empty"]),
     (["--data", "spans.jsonl"], ["row 1 of spans.jsonl has [[0, 1, 'X']] in column 'label'", "a list of its words"]),

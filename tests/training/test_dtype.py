@@ -55,7 +55,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 
 def logits(model: Any, run: FinishedRun) -> torch.Tensor:
-    rows = run.classifier.tokenizer([text for text, _ in reviews(12)], padding=True, return_tensors="pt")
+    rows = run.loaded.tokenizer([text for text, _ in reviews(12)], padding=True, return_tensors="pt")
     with torch.inference_mode():
         answer: torch.Tensor = model(**rows).logits
     return answer
@@ -101,7 +101,7 @@ def test_a_run_goes_on_in_the_dtype_it_began_with(config: TrainConfig, tmp_path:
 def test_a_merge_is_in_float32(config: TrainConfig, tmp_path: Path, kind: dict[str, Any]) -> None:
     """In bfloat16 it would lose what was trained: a change is smaller than a rounding of the weight."""
     run = load_run(train(replace(config, **kind)).folder)
-    expected = logits(run.classifier.model.float(), run)
+    expected = logits(run.loaded.model.float(), run)
     export(config.output, tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert {each.dtype for each in merged.parameters()} == {torch.float32}
@@ -114,7 +114,7 @@ def test_a_later_run_has_float32(config: TrainConfig, tmp_path: Path, first: str
     chained = replace(config, method=later, dtype=None, bf16=False, init_from=config.output, output=str(tmp_path / "b"))
     model = Task.load(chained).model.eval()
     assert {each.dtype for each in model.parameters()} == {torch.float32}
-    difference = logits(model, earlier) - logits(earlier.classifier.model.float(), earlier)
+    difference = logits(model, earlier) - logits(earlier.loaded.model.float(), earlier)
     assert difference.abs().max() < (1e-6 if first == "siva" else 1e-2)  # a side network is beside the files' weights
 
 

@@ -49,7 +49,7 @@ def logits(model: Any, folder: Path) -> torch.Tensor:
 
 def agree(exported: Any, run: str | Path, folder: Path) -> None:
     """An exported model says what the run's own does, to the rounding of a weight that is put together anew."""
-    own = logits(load_run(run).classifier.model.cpu(), folder)
+    own = logits(load_run(run).loaded.model.cpu(), folder)
     torch.testing.assert_close(logits(exported, folder), own, rtol=1e-5, atol=1e-5)
 
 
@@ -186,7 +186,7 @@ def test_a_lora_leaves_the_base_in_bfloat16(
     monkeypatch.setattr(PeftModel, "float", lambda _: pytest.fail("the base was converted whole"), raising=False)
     export(run, tmp_path / "lora", "lora")
     monkeypatch.undo()
-    model = load_run(run).classifier.model
+    model = load_run(run).loaded.model
     save_as_lora(model.float(), tmp_path / "float32")
     found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "float32"))
     assert found.keys() == expected.keys()
@@ -240,9 +240,9 @@ def test_onnx(config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert AutoConfig.from_pretrained(folder).id2label == dict(enumerate(run.labels))
     text: Any = [["A", "warm", "film"]] if run.problem.per_token else ["A warm film."]
     given = (text, ["Two friends meet."]) if run.is_pair else (text,)
-    batch = run.classifier.tokenizer(*given, is_split_into_words=run.problem.per_token, return_tensors="pt")
+    batch = run.loaded.tokenizer(*given, is_split_into_words=run.problem.per_token, return_tensors="pt")
     with torch.no_grad():
-        expected = run.classifier.model.cpu()(**batch).logits
+        expected = run.loaded.model.cpu()(**batch).logits
     torch.testing.assert_close(onnx_logits(folder), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -255,7 +255,7 @@ def test_what_has_no_onnx_form(config: TrainConfig, tmp_path: Path) -> None:
         run = train(replace(config, output=str(tmp_path / f"{number}"), **changes)).folder
         with pytest.raises(FastpeftError, match=message):
             export(run, tmp_path / "onnx", "onnx")
-    load_run(tmp_path / "0").classifier.model.save_pretrained(tmp_path / "adapter")
+    load_run(tmp_path / "0").loaded.model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(FastpeftError, match="holds an adapter alone, and only a run is exported to onnx"):
         export(tmp_path / "adapter", tmp_path / "onnx", "onnx")
     assert not (tmp_path / "onnx").exists()

@@ -9,14 +9,14 @@ import pytest
 from causal_models import causal_model
 from torch import Tensor
 
-from fastpeft.training.generation import minds_padding
+from fastpeft.training.generation import depends_on_padding
 
 
 @pytest.mark.parametrize(
     ("kind", "minds"), [("rwkv", True), ("bart", True), ("mamba", False), ("llama", False), ("bloom", False)]
 )
-def test_whether_a_decoder_minds_padding(kind: str, minds: bool) -> None:
-    assert minds_padding(causal_model(kind, initializer_range=0.5).eval()) is minds
+def test_whether_a_decoder_depends_on_padding(kind: str, minds: bool) -> None:
+    assert depends_on_padding(causal_model(kind, initializer_range=0.5).eval()) is minds
 
 
 def test_a_decoder_may_heed_the_mask_of_several_rows_alone() -> None:
@@ -26,4 +26,4 @@ def test_a_decoder_may_heed_the_mask_of_several_rows_alone() -> None:
         read = tokens * attention_mask if len(tokens) > 1 else tokens
         return SimpleNamespace(logits=[read.sum(1, keepdim=True)])
 
-    assert not minds_padding(SimpleNamespace(device="cpu", generate=generate))
+    assert not depends_on_padding(SimpleNamespace(device="cpu", generate=generate))

@@ -50,7 +50,7 @@ def test_mezo_trains_what_another_method_leaves_to_train(config: TrainConfig, ov
     trained = {name for name, parameter in before.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in other.named_parameters() if parameter.requires_grad}
     result = train(config)
-    after = dict(load_run(result.folder).classifier.model.named_parameters())
+    after = dict(load_run(result.folder).loaded.model.named_parameters())
     assert after.keys() == dict(before.named_parameters()).keys()
     changed = {
         name
@@ -93,14 +93,14 @@ def test_a_chain_starts_from_what_was_trained_and_loads_again(config: TrainConfi
             before = load_run(start)
             head = Head.of(link, before.labels, CLASSIFICATION)
             begun = load_start(resolve(link).with_head(head)).model
-            expected = encoder(before.classifier.model)
+            expected = encoder(before.loaded.model)
             assert all(torch.equal(value, expected[name]) for name, value in encoder(begun).items())
         result = train(link)
         assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
         start = output
     loaded: dict[str, Any] = {}
     exec((result.folder / "README.md").read_text().split("```python\n")[1].split("```")[0], loaded)
-    assert torch.equal(logits(loaded["model"], link), logits(load_run(result.folder).classifier.model, link))
+    assert torch.equal(logits(loaded["model"], link), logits(load_run(result.folder).loaded.model, link))
 
 
 def encoder(model: Any) -> dict[str, torch.Tensor]:
@@ -122,7 +122,7 @@ def test_the_first_output_is_the_earlier_runs_last(config: TrainConfig, then: An
     first = {"method": "k-lst"} if then["method"] == "mezo" else {"method": "lora"}
     folder = train(replace(config, **first, **prompt)).folder
     second = replace(config, output="next", init_from=str(folder), **then, **prompt)
-    expected, untrained = logits(load_run(folder).classifier.model, second), replace(second, init_from=None)
+    expected, untrained = logits(load_run(folder).loaded.model, second), replace(second, init_from=None)
     torch.testing.assert_close(logits(Task.load(second).model, second), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(Task.load(untrained).model, second), expected, rtol=1e-3, atol=1e-3)
 
@@ -139,7 +139,7 @@ def test_a_head_for_other_classes_is_new(config: TrainConfig, tmp_path: Path) ->
     other = str(write_csv(tmp_path / "other.csv", renamed))
     second = replace(config, output="next", init_from=config.output)
     kept, fresh = Task.load(second).model, Task.load(replace(second, data=other)).model
-    trained = load_run(config.output).classifier.model
+    trained = load_run(config.output).loaded.model
     assert torch.equal(kept.classifier.dense.weight, trained.classifier.dense.weight)
     assert not torch.equal(fresh.classifier.dense.weight, trained.classifier.dense.weight)
     assert fresh.config.id2label == {0: "bad", 1: "good"}
@@ -203,7 +203,7 @@ def test_where_to_say_that_what_a_run_began_with_moved(config: TrainConfig, tmp_
 def test_a_cpu_packs_weights_by_whatever_name_it_is_given(config: TrainConfig) -> None:
     folder = train(replace(config, method="siva")).folder
     for device in ("cpu", "cpu:0"):
-        assert any(type(module) is PackedLinear for module in load_run(folder, device).classifier.model.modules())
+        assert any(type(module) is PackedLinear for module in load_run(folder, device).loaded.model.modules())
 
 
 @pytest.mark.parametrize("method", ["siva", "lst", "head"])

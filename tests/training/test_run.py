@@ -161,7 +161,7 @@ def test_the_card_loads_the_model(config: TrainConfig, method: str) -> None:
     model, run = names["model"].eval(), load_run(folder)
     inputs = names["tokenizer"]("a lovely film", return_tensors="pt")
     # to the order of additions: a finished run is loaded with packed weights, the card's model without
-    torch.testing.assert_close(model(**inputs).logits, run.classifier.model(**inputs).logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(**inputs).logits, run.loaded.model(**inputs).logits, rtol=1e-5, atol=1e-6)
     assert model.config.id2label == {0: "negative", 1: "positive"}
 
 
