@@ -28,6 +28,7 @@ from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_ite
 from fastpeft.data.names import DEMO
 from fastpeft.data.tables import READERS, TEXT_READERS, check_there
 from fastpeft.errors import FastpeftError
+from fastpeft.methods.peft_types import PREFIX
 from fastpeft.methods.registry import METHODS
 from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.launcher import is_first
@@ -37,7 +38,7 @@ from fastpeft.version import __version__
 
 # what imports PyTorch is imported in the commands, so that `fastpeft train --help` and wrong paths answer at once
 
-_NAMES = ", ".join((*METHODS, ZERO_SHOT))
+_NAMES = ", ".join((*METHODS, f"{PREFIX}TYPE", ZERO_SHOT))
 
 
 app = typer.Typer(

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fastpeft.errors import FastpeftError, did_you_mean
-from fastpeft.methods.registry import METHODS
+from fastpeft.errors import FastpeftError
+from fastpeft.methods.registry import METHODS, unknown
 from fastpeft.training.config import parse_value
 
 ZERO_SHOT = "zero-shot"  # the row with no training
@@ -39,12 +39,10 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
         raise FastpeftError(
             f"nothing follows the colon of {method!r}. Write a key and its value after it, as siva:rank=8, or none."
         )
-    known = (*METHODS, ZERO_SHOT)
-    if method not in known:
+    if method not in METHODS and method != ZERO_SHOT:
         raise FastpeftError(
-            f"unknown method {method!r}; allowed are {', '.join(known)}. Write a variant as siva or "
-            'siva:targets=query+value:rank=8, where + is a comma; put a value that has a comma itself in "".'
-            f"{did_you_mean(method, known)}"
+            f"{unknown(method, ZERO_SHOT)} Write a variant as siva or siva:targets=query+value:rank=8, where + is a "
+            'comma; put a value that has a comma itself in "".'
         )
     if chain and ZERO_SHOT in (method, earlier.partition(":")[0]):
         raise FastpeftError(f"{ZERO_SHOT} trains nothing, so it cannot start from a run, and no run can start from it.")

@@ -14,6 +14,7 @@ from typing import Any
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.adapter import AdapterMethod, PromptTuningMethod
 from fastpeft.methods.method import OVER, Method
+from fastpeft.methods.peft_types import PREFIX, method_of, types
 from fastpeft.methods.preparation import ALL_LINEAR
 from fastpeft.methods.recipes import Recipe
 from fastpeft.methods.side_network import GATED, OF_SIVA, SideNetworkMethod
@@ -48,9 +49,21 @@ _lora = partial(AdapterMethod, recipe=_LORA, config="LoraConfig", rank=8)
 _k_lst = partial(SideNetworkMethod, recipe=_SIDE_NETWORK)
 _lst = partial(_k_lst, fields=GATED, options=("reduction", *OF_SIVA))
 
+
+class _Methods(dict[str, Method]):
+    """Methods by name. Beside those that it lists, `peft:TYPE` is any of PEFT's types of adapters, by LoRA's recipe."""
+
+    def __contains__(self, name: object) -> bool:
+        listed = super().__contains__(name)
+        return listed or (isinstance(name, str) and name.startswith(PREFIX) and name[len(PREFIX) :] in types())
+
+    def __missing__(self, name: str) -> Method:
+        return method_of(name, _LORA_BY_WIDTH)
+
+
 # of adapters: as PEFT has them, LoRA with its usual scaling of 2, what starts from the weight itself unscaled
-METHODS: dict[str, Method] = {
-    method.name: method
+METHODS: dict[str, Method] = _Methods(
+    (method.name, method)
     for method in (
         AdapterMethod(
             name="siva",
@@ -170,7 +183,19 @@ METHODS: dict[str, Method] = {
             trains=head,
         ),
     )
-}
+)
+
+
+def unknown(name: str, *more: str) -> FastpeftError:
+    """The error where there is no method `name`, nor one of the names in `more`."""
+    if name.startswith(PREFIX):
+        near = did_you_mean(name.removeprefix(PREFIX), types())
+        return FastpeftError(f"unknown type of PEFT in {name!r}; allowed are {', '.join(types())}. Choose one.{near}")
+    allowed = (*METHODS, *more)
+    return FastpeftError(
+        f"unknown method {name!r}; allowed are {', '.join(allowed)}, and {PREFIX}TYPE with a type of PEFT. Choose one "
+        f"of these.{did_you_mean(name, allowed)}"
+    )
 
 
 def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
@@ -188,10 +213,7 @@ def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         True
     """
     if name not in METHODS:
-        raise FastpeftError(
-            f"unknown method {name!r}; allowed are {', '.join(METHODS)}. Choose one of these."
-            f"{did_you_mean(name, METHODS)}"
-        )
+        raise unknown(name)
     method = METHODS[name]
     if not (method.zeroth_order and settings and OVER in settings):
         return method

@@ -89,7 +89,7 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
             f"{dict(preparation.settings)}: {reason}. Its linear layers are named "
             f"{', '.join(endings(_layers(model)))}; name some, or use all-linear."
         ) from error
-    for name, module in wrapped.named_modules():
+    for name, module in wrapped.named_modules() if "r" in values else ():  # PEFT knows what its own defaults allow
         if isinstance(module, BaseTunerLayer) and (ranks := getattr(module, "r", None)):  # not all have any
             rank, limit = max(ranks.values()), min(module.in_features, module.out_features)
             if rank > limit:

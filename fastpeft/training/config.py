@@ -19,7 +19,8 @@ from fastpeft.data.names import DEMO, LOSS
 from fastpeft.data.problems import OBJECTIVES, PROBLEMS, TITLES
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.method import Method
-from fastpeft.methods.registry import METHODS, get_method
+from fastpeft.methods.peft_types import PREFIX
+from fastpeft.methods.registry import METHODS, get_method, unknown
 from fastpeft.methods.side_network import SIVA_LAYERS
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import HEADS, Prompt, is_text
@@ -155,7 +156,13 @@ class TrainConfig:
         letter="o",
         common=True,
     )
-    method: str = option(METHOD, "How the model is trained", "siva", choices=METHODS, common=True)
+    method: str = option(
+        METHOD,
+        "How the model is trained; peft:TYPE is any type of adapter of PEFT",
+        "siva",
+        choices=METHODS,
+        common=True,
+    )
     model: str = option(
         MODEL, "demo, a folder or a hub id", unset="demo, or the model of `init_from`", letter="m", common=True
     )
@@ -343,6 +350,8 @@ class TrainConfig:
             value = getattr(self, known.name)
             value = str(value) if isinstance(value, Path) else value
             if not known.takes(value):
+                if isinstance(value, str) and value.startswith(PREFIX):
+                    raise unknown(value)
                 advice = did_you_mean(value, known.choices) if isinstance(value, str) else _advice(known, value)
                 raise FastpeftError(f"`{known.name}` is {_in_short(value)}; it must be {known.allowed}.{advice}")
             object.__setattr__(self, known.name, copy.deepcopy(value))  # of dictionaries, which the caller may change
