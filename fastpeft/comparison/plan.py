@@ -359,7 +359,7 @@ class Plan:
         """Tell cells that try rates what the labels are: scores of a slice alone may all be whole, as classes are."""
         for cell in self.searches:
             if cell.values["objective"] is None:
-                self._replace(dataclasses.replace(cell, values={**cell.values, "problem_type": problem.name}))
+                self._replace(dataclasses.replace(cell, values={**cell.values, "problem_type": problem.short}))
 
     def _replace(self, cell: Cell) -> None:
         for cells in (self.cells, self.wanted):

@@ -232,7 +232,7 @@ def test_cached_features_are_known_by_what_the_backbone_is_now(tmp_path: Path, k
     exact, model, same = (ladder(tiny(architecture), backbone_dtype=each) for each in (None, kind, kind))
     assert _identity(model.eval().backbone) == _identity(same.backbone) != _identity(exact.backbone)
     expected = logits(model)
-    cache = model.cache_features(tmp_path, "float32")
+    cache = model.cache_features(tmp_path)
     for _ in range(2):
         torch.testing.assert_close(logits(model), expected)
     assert (cache.misses, cache.hits) == (3, 3)
@@ -415,7 +415,7 @@ def test_a_compiled_model_can_be_simulated_cached_and_in_a_pool(tmp_path: Path) 
     model.compile_backbone(backend="eager")
     assert simulate_training_step(model, BATCH) == simulate_training_step(plain, BATCH)
     expected = logits(plain.eval())
-    model.eval().cache_features(tmp_path, "float32")
+    model.eval().cache_features(tmp_path)
     for _ in range(2):
         torch.testing.assert_close(logits(model), expected)
     model.cache_features(None)

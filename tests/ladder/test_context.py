@@ -121,8 +121,8 @@ def test_features_are_kept_for_each_context(tmp_path: Path) -> None:
     model = moved(causal_model("llama"), context=CONTEXT).eval()
     expected, seen = logits(model)[MASK.bool()], MASK.bool()
     other = moved(causal_model("llama")).eval()
-    model.cache_features(tmp_path, "float32")
-    other.cache_features(tmp_path, "float32")
+    model.cache_features(tmp_path)
+    other.cache_features(tmp_path)
     for misses in (3, 3):
         torch.testing.assert_close(logits(model)[seen], expected, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(logits(other)[seen], expected, atol=1e-3)

@@ -361,7 +361,7 @@ def test_a_cache_of_inference_mode_goes_on_outside_of_it() -> None:
 def test_features_that_are_cached_on_disk_are_left_alone(tmp_path: Path) -> None:
     model = moved(causal_model("llama"))
     expected = written(model)
-    features = model.cache_features(tmp_path, dtype="float32")
+    features = model.cache_features(tmp_path)
     assert written(model).equal(expected)
     assert features is not None
     assert (features.hits, features.misses) == (0, 0)

@@ -118,7 +118,7 @@ def test_save_and_load_by_the_auto_class(tmp_path: Path, checkpoint: Path, adapt
 def test_cached_features(tmp_path: Path) -> None:
     model = ladder(tiny(head="Model")).eval()
     expected = states(model)
-    cache = model.cache_features(tmp_path, dtype="float32")
+    cache = model.cache_features(tmp_path)
     assert cache is not None
     for _ in range(2):
         torch.testing.assert_close(states(model)[MASK.bool()], expected[MASK.bool()])
