@@ -113,9 +113,8 @@ def reading_hidden_states(model: nn.Module, names: Collection[str]) -> set[str]:
     width = getattr(config, "hidden_size", None)
     if type(width) is not int:
         return {*names}
-    per_head = getattr(config, "head_dim", None)  # whose product may be wider than a hidden state, as in Qwen3
-    if type(per_head) is int:
-        width = max(width, config.num_attention_heads * per_head)
+    with suppress(AttributeError, TypeError, ValueError):  # not every kind has heads of one width
+        width = max(width, config.num_attention_heads * config.head_dim)  # wider than a hidden state in Qwen3
     return {name for name in names if _shape_of(model.get_submodule(name))[1] <= width} or {*names}
 
 
