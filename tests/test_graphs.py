@@ -116,9 +116,8 @@ def on_card(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [siva, side_network], ids=["siva", "k-lst"])
-def test_nothing_waits_for_a_card(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_a_card(make: Callable[[], nn.Module]) -> None:
     """The forward on fake tensors, on which reading a number raises."""
-    monkeypatch.setattr("fastpeft.ops.mezo_perturb._check_no_overlap", lambda *_: None)  # all addresses are 0
     model = make()
     with FakeTensorMode():
         model = on_card(model)

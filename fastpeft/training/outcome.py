@@ -193,7 +193,7 @@ def _warnings(trainer: RunTrainer, task: Task, before: Beginning, after: _Measur
         *task.warnings,
         *trainer.warnings_of_head(),
         *result_warnings.of_training_loss(
-            trainer.points("loss"), before.lowered, over_and_over=bool(task.setup.recipe.least_steps)
+            trainer.points("loss"), before.lowered, over_and_over=data.problem is not NEXT_WORDS
         ),
     ]
 

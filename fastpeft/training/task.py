@@ -82,6 +82,7 @@ class Task:
             setup = dataclasses.replace(plan, config=found).for_data(data)
         report("loading the model")
         loaded = draw_start(setup)
+        of_head = new_head(loaded, setup)  # refuses before a model is prepared, which takes its time
         usual = DEFAULT_MAX_LENGTH_CAUSAL if data.problem is NEXT_WORDS else DEFAULT_MAX_LENGTH
         own_tokens = setup.method.own_tokens(setup.preparation)
         max_length = _max_length(config, usual, loaded.max_length, own_tokens)
@@ -109,7 +110,7 @@ class Task:
         return cls(
             setup,
             model,
-            new_head(loaded, setup),
+            of_head,
             loaded.tokenizer,
             data,
             train_rows,

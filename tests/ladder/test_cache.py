@@ -22,7 +22,7 @@ from fastpeft.ladder.cache import _CacheRows
 from fastpeft.training.memory import simulate_training_step
 
 Runs = list[int]
-ROUNDED = {"rtol": 2e-2, "atol": 1e-3}
+ROUNDED = {"rtol": 1e-2, "atol": 2e-4}
 
 
 def counted(model: LadderModel) -> Runs:
@@ -76,7 +76,7 @@ def test_features_are_those_of_the_backbone_rounded(tmp_path: Path, kind: str, h
         assert ((first - second)[real].abs() <= 2**-8 * first[real].abs()).all()
         assert not first.equal(second)
     seen = real if expected.dim() == 3 else slice(None)  # at padding logits mean nothing
-    torch.testing.assert_close(logits(model)[seen], expected[seen], **ROUNDED)
+    torch.testing.assert_close(logits(model)[seen], expected[seen], rtol=1e-2, atol=1e-3)
     assert counts(model) == (3, 3)
 
 
@@ -223,9 +223,10 @@ def test_adapters_in_the_backbone(tmp_path: Path) -> None:
     model = ladder(adapted()).eval()
     expected = logits(model)
     model.cache_features(tmp_path)
-    torch.testing.assert_close(logits(model), expected, **ROUNDED)
+    kept = logits(model)
+    torch.testing.assert_close(kept, expected, **ROUNDED)
     with model.base.disable_adapter():
-        assert not logits(model).equal(expected)
+        assert not logits(model).equal(kept)
     assert counts(model) == (0, 6)
     logits(model)
     assert counts(model) == (3, 6)
@@ -348,7 +349,7 @@ def test_a_head_that_makes_inputs_for_the_layers_is_refused(tmp_path: Path) -> N
         model(IDS, attention_mask=MASK)
     given = {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": torch.arange(9).gt(4).long().repeat(3, 1)}
     expected = ladder(base)(**given).start_logits
-    torch.testing.assert_close(model(**given).start_logits[MASK.bool()], expected[MASK.bool()], **ROUNDED)
+    torch.testing.assert_close(model(**given).start_logits[MASK.bool()], expected[MASK.bool()], rtol=1e-2, atol=5e-4)
 
 
 def test_a_copy_has_its_own_files(tmp_path: Path) -> None:

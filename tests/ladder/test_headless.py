@@ -121,7 +121,7 @@ def test_cached_features(tmp_path: Path) -> None:
     cache = model.cache_features(tmp_path)
     assert cache is not None
     for _ in range(2):
-        torch.testing.assert_close(states(model)[MASK.bool()], expected[MASK.bool()], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(states(model)[MASK.bool()], expected[MASK.bool()], rtol=1e-2, atol=5e-3)
     assert (cache.hits, cache.misses) == (3, 3)
 
 
