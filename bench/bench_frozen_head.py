@@ -30,7 +30,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from bench.harness import DATA, Candidates, Row, machine, measure, option_parser, put_row
-from bench.tune import HEADS
 from fastpeft import LadderConfig, LadderModel, SivaConfig, fuse_head, unfuse_head
 from fastpeft.functional import frozen_head_cross_entropy
 from fastpeft.ops import aten
@@ -41,6 +40,7 @@ FILE, MEMORY_FILE = DATA / "frozen_head.csv", DATA / "frozen_head_memory.csv"
 CPU = torch.device("cpu")
 TOKENS = 512, 2048
 ROUNDS = 5
+HEADS = (576, 49152), (2048, 128256), (4096, 128256)  # SmolLM2, Llama-3.2-1B, Llama-3.1-8B: width, words
 FORMS: dict[str, Callable[[Any], Any]] = {"frozen head": fuse_head, "logits": unfuse_head}
 
 

@@ -1,8 +1,8 @@
 """`python -m bench.gpu`: on a machine with a GPU, its tests and then every bench, in calls of under nine minutes.
 
-The tests of an operation come first, in parallel, and gate its own benches alone. Then whole steps, and the times by
-which calls choose among forms (`bench.tune`). Every row is written as it is measured, to `bench/data/gpu`. What is done
-for these sources is kept in `done.json` there: a call goes on where the last one was cut off, and `--anew` begins anew.
+The tests of an operation come first, in parallel, and gate its own benches alone. Then whole steps. Every row is
+written as it is measured, to `bench/data/gpu`. What is done for these sources is kept in `done.json` there: a call goes
+on where the last one was cut off, and `--anew` begins anew.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ STAGES = [
             "bench_feature_cache",
         ],
     ),
-    Stage("choices", "tests/ops/test_dispatch.py", ["tune", "predictions --against"]),
 ]
 
 

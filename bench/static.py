@@ -38,7 +38,6 @@ from fastpeft.kernels import (
     siva_linear,
     siva_linear_backward,
     siva_linear_mixed,
-    siva_linear_split_k,
     siva_linear_sums,
     tiles,
     window_attention,
@@ -52,14 +51,12 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KERNELS = {
-    "siva_linear_fwd": siva_linear._siva_linear_fwd_kernel,
-    "siva_linear_bwd_dx": siva_linear_backward._siva_linear_bwd_dx_kernel,
+    "siva_linear_fwd": siva_linear._siva_linear_fwd_kernel.fn,
+    "siva_linear_bwd_dx": siva_linear_backward._siva_linear_bwd_dx_kernel.fn,
     "siva_linear_bwd_partials": siva_linear_sums._siva_linear_bwd_partials_kernel,
     "siva_linear_bwd_sum": siva_linear_sums._siva_linear_bwd_sum_kernel,
-    "siva_linear_group_fwd": siva_linear._siva_linear_fwd_kernel,
-    "siva_linear_group_bwd_dx": siva_linear_backward._siva_linear_bwd_dx_kernel,
-    "siva_linear_split_k_ranges": siva_linear_split_k._siva_linear_split_k_ranges_kernel,
-    "siva_linear_split_k_join": siva_linear_split_k._siva_linear_split_k_join_kernel,
+    "siva_linear_group_fwd": siva_linear._siva_linear_fwd_kernel.fn,
+    "siva_linear_group_bwd_dx": siva_linear_backward._siva_linear_bwd_dx_kernel.fn,
     "siva_linear_mixed_fwd": siva_linear_mixed._siva_linear_mixed_kernel,
     "siva_linear_mixed_bwd_dx": siva_linear_mixed._siva_linear_mixed_kernel,
     "siva_linear_mixed_bwd_partials": siva_linear_mixed._siva_linear_mixed_bwd_partials_kernel,
@@ -87,8 +84,6 @@ ARGUMENT_TYPES = {  # of what is neither a pointer to operands in the row's dtyp
     **dict.fromkeys(("siva_linear_bwd_partials", "siva_linear_bwd_sum"), _SUMS),
     **dict.fromkeys(("siva_linear_mixed_fwd", "siva_linear_mixed_bwd_dx"), _MIXED),
     "siva_linear_mixed_bwd_partials": {**ROW_TYPES, **_SUMS},
-    "siva_linear_split_k_ranges": dict.fromkeys(("sums_ptr", "p_sums_ptr"), "*fp32"),
-    "siva_linear_split_k_join": dict.fromkeys(("sums_ptr", "p_sums_ptr", "u_ptr", "s_ptr", "p_ptr"), "*fp32"),
     "mezo_perturb": {
         **{"table_ptr": "*i64", "tensor_ptr": "*i32", "seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_bits": "i64"}
     },
@@ -99,7 +94,7 @@ ARGUMENT_TYPES = {  # of what is neither a pointer to operands in the row's dtyp
     "window_attention_bwd_keys": WINDOW_ATTENTION_TYPES,
     "frozen_head_softmax": {"labels_ptr": "*i64", "losses_ptr": "*fp32"},
 }
-_SHOWN = ("BLOCK_", "P", "IS_", "NEED_G", "TMA", "CAUSAL", "DROPOUT")  # constants of a tile begin with one of these
+_SHOWN = ("BLOCK_", "P", "IS_", "NEED_G", "CAUSAL", "DROPOUT")  # constants of a tile begin with one of these
 KEY = ("kernel", "arch", "dtype", "tile")  # the columns that name a row
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
@@ -136,7 +131,7 @@ SIVA_LINEAR_ARCHS = tuple(arch for arch in TARGETS if arch != "sm_75")  # where 
 MULTIPROCESSORS = 304  # of an MI300X; on other GPUs nothing that is compiled depends on it
 
 
-def siva_linear_constants(layers: int, tma: bool = False) -> dict[str, dict[str, Any]]:
+def siva_linear_constants(layers: int) -> dict[str, dict[str, Any]]:
     """The products of so many layers, whose operands are contiguous: strides of 1."""
     many, ones = (None,) * layers, (1,) * layers
     fwd = {
@@ -149,17 +144,10 @@ def siva_linear_constants(layers: int, tma: bool = False) -> dict[str, dict[str,
         **dict.fromkeys(("columns", "ranks", "strides_dhm", "strides_wn"), many),
         **dict.fromkeys(("strides_dhn", "strides_wk"), ones),
     }
-    if not tma:
-        fwd, dx = ({**each, **dict.fromkeys(DESCRIPTORS)} for each in (fwd, dx))
     name = "siva_linear" if layers == 1 else "siva_linear_group"
     return {f"{name}_fwd": fwd, f"{name}_bwd_dx": dx}
 
 
-DESCRIPTORS = {  # what the blocks of each are
-    **dict.fromkeys(("x_desc", "dh_desc"), ("BLOCK_M", "BLOCK_K")),
-    **dict.fromkeys(("v_desc", "u_desc"), ("BLOCK_R", "BLOCK_K")),
-    "w_desc": ("BLOCK_N", "BLOCK_K"),  # the other way around beside dh
-}
 SIVA_LINEAR_MIXED = {
     "siva_linear_mixed_fwd": {
         **dict.fromkeys(("stride_xk", "stride_wk", "stride_ur", "stride_vk"), 1),
@@ -169,10 +157,6 @@ SIVA_LINEAR_MIXED = {
         **dict.fromkeys(("stride_xk", "stride_wn", "stride_un", "stride_vr"), 1),
         **{"HAS_BIAS": False, "HAS_ORDER": True},
     },
-}
-SIVA_LINEAR_SPLIT_K = {  # of h
-    "siva_linear_split_k_ranges": {"stride_xk": 1, "stride_wk": 1},
-    "siva_linear_split_k_join": {"stride_ur": 1, "stride_pr": 1, "HAS_BIAS": True},
 }
 SIVA_LINEAR_SUMS = {
     "siva_linear_bwd_partials": {  # of one dU and of dV
@@ -185,27 +169,18 @@ SIVA_LINEAR_SUMS = {
 
 
 def siva_linear_variants(arch: str) -> Iterator[Variant]:
-    """SiVA's kernels: the products of one layer, also by ranges of K, of three, and of mixed rows; the sums of rows.
+    """SiVA's kernels: the products of one layer, of three, and of mixed rows; the sums of rows.
 
     Of operands of 16 bits bfloat16 stands for both.
     """
     if arch not in SIVA_LINEAR_ARCHS:
         return
-    for tile in tiles.siva_linear_tiles(arch):
-        for project, rank in ((False, 1), *((True, r) for r in RANK_BLOCKS)):
-            kernels: dict[str, Any] = {}
-            if not project or rank <= tile.max_rank:
-                kernels |= siva_linear_constants(1, tile.tma)
-            if arch in SHARED_ARCHS and not tile.tma and (not project or rank <= tile.shared_rank):
-                kernels |= siva_linear_constants(3) | (SIVA_LINEAR_MIXED if project else {})
-            for kernel, constants in kernels.items():
-                if tile.tma and not project:
-                    constants = {**constants, **dict.fromkeys(("v_desc", "u_desc"))}
-                yield siva_linear_variant(kernel, arch, tile, project, rank, constants)
-    for tile, rank in itertools.product(tiles.SPLIT_K, RANK_BLOCKS):
-        if rank <= tile.max_rank:
-            for kernel, constants in SIVA_LINEAR_SPLIT_K.items():
-                yield siva_linear_variant(kernel, arch, tile, True, rank, constants)
+    for tile, rank in itertools.product(tiles.siva_linear(arch, 1), RANK_BLOCKS):
+        kernels: dict[str, Any] = siva_linear_constants(1) if tile in tiles.siva_linear(arch, rank) else {}
+        if arch in SHARED_ARCHS and tile in tiles.siva_linear(arch, rank, layers=3):
+            kernels |= siva_linear_constants(3) | SIVA_LINEAR_MIXED
+        for kernel, constants in kernels.items():
+            yield siva_linear_variant(kernel, arch, tile, rank, constants)
     if arch not in SHARED_ARCHS:
         return
     sums = tiles.SIVA_LINEAR_SUMS
@@ -215,15 +190,10 @@ def siva_linear_variants(arch: str) -> Iterator[Variant]:
     yield Variant("siva_linear_bwd_sum", arch, "bf16", {"BLOCK_E": tiles.SUM_BLOCK}, tiles.SUM_WARPS, num_stages=1)
 
 
-def siva_linear_variant(
-    kernel: str, arch: str, tile: tiles.Tile, project: bool, rank: int, constants: dict[str, Any]
-) -> Variant:
+def siva_linear_variant(kernel: str, arch: str, tile: tiles.Tile, rank: int, constants: dict[str, Any]) -> Variant:
     """One of them with what it is launched with, beside the constants of its operands."""
-    way = tiles.siva_linear_constants(tile, project, rank, tiles.Gpu(arch, MULTIPROCESSORS))
-    constants = {**way, "PROJECT": project, "TMA": tile.tma, **constants}
-    taken = inspect.signature(KERNELS[kernel].fn).parameters
-    constants = {name: value for name, value in constants.items() if name in taken}
-    return Variant(kernel, arch, "bf16", constants, tile.num_warps, tile.num_stages)
+    of_gpu = {"XCDS": tiles.Gpu(arch, MULTIPROCESSORS).dies, "GROUP_M": tiles.GROUP_M, "BLOCK_R": rank}
+    return Variant(kernel, arch, "bf16", {**tile.constants(), **of_gpu, **constants}, tile.num_warps, tile.num_stages)
 
 
 MEZO_DTYPES = {"fp32": tl.float32, "fp64": tl.float64, "i16": tl.int16, "fp16": tl.float16}  # bfloat16 goes as its bits
@@ -340,11 +310,6 @@ def compile_variant(variant: Variant) -> Any:
         elif name in variant.constants:
             signature[name] = "constexpr"
             constants[(position,)] = constant
-        elif name in DESCRIPTORS:
-            block = [variant.constants[side] for side in DESCRIPTORS[name]]
-            if name == "w_desc" and "dh_desc" in signature:
-                block.reverse()
-            signature[name] = f"tensordesc<{variant.dtype}{block}>".replace(" ", "")
         else:
             signature[name] = argument(name, f"*{variant.dtype}" if name.endswith("_ptr") else "i32", (position,))
     return triton.compile(

@@ -485,27 +485,17 @@ def serve(
 
 
 @app.command(cls=Command)
-def info(
-    timings: bool = typer.Option(
-        False, "--timings", help="Show also the timings by which implementations were chosen."
-    ),
-) -> None:
+def info() -> None:
     """Show versions, devices, and what each op runs on and why."""
     with showing():
         from fastpeft import console
-        from fastpeft.ops import autotune, backends
+        from fastpeft.ops import backends
         from fastpeft.support import environment
 
     ops = [(f"{choice.op} on {choice.device}", f"{choice.backend}: {choice.reason}") for choice in backends.choices()]
     console.show_table("versions", environment.versions().items())
     console.show_table("devices", environment.devices().items())
     console.show_table("ops", ops)
-    timed = autotune.timings.known()
-    if timed and not timings:
-        typer.echo(f"{len(timed):,} timings of implementations are in {autotune.timings.file}; --timings shows them")
-    elif timed:
-        rows = [(question, autotune.in_words(times)) for question, times in timed.items()]
-        console.show_table(f"timings of implementations; delete {autotune.timings.file} to measure them again", rows)
 
 
 def main() -> None:

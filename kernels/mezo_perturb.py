@@ -30,7 +30,7 @@ from torch import Tensor
 from fastpeft.kernels.philox import eight_in_order, random_words
 from fastpeft.kernels.tiles import MEZO_PERTURB
 from fastpeft.ops import noise as contract
-from fastpeft.ops.autotune import is_captured
+from fastpeft.ops.define import is_captured
 
 # a kernel reads numbers of its module only in this form
 _A, _B = tl.constexpr(contract.BEND_A), tl.constexpr(contract.BEND_B)

@@ -12,31 +12,10 @@ One layer is a group of one; several, such as query, key and value, read the sam
     R_i  rank
 
 **h.** Every program owns a BLOCK_M x BLOCK_N tile of one h_i. The column blocks of all layers lie side by side, so that
-those of one group of row blocks read x from cache whichever layer they belong to. Where PROJECT says so a program
-accumulates its rows of p next to x W^T, from the same tiles of x: x is read once, and p makes no trip through memory
-before it is used. The price is that every column of tiles computes p anew. At rank 16 or less, with tiles of 128 x 128
-and of 128 x 256, that is for each program
-
-                                                           128 x 128     128 x 256
-    multiply-adds                                          12.5 %        6.3 %
-    loads through the second-level cache                   6.3 %         4.2 %
-    reads of shared memory, operands in registers (sm_80)  33 %
-    the same, operands in shared memory (sm_90)            42 %          25 %
-
-(`fastpeft.kernels.tiles.siva_linear_clocks`; the third line is also what the machine code for sm_80 has.) The other way
-is a small product for p, which reads x once more and costs a launch. Which of them is the shorter depends on the GPU:
-`fastpeft.kernels.tiles` estimates it for each launch from the data sheets.
-
-Of few rows there are fewer tiles than multiprocessors; `fastpeft.kernels.siva_linear_split_k` then cuts K into ranges.
-
-**TMA.** On sm_90 and sm_100 the kernels of one layer can read x, W and V by descriptors, in place of an address for
-every 16 bytes. Rows must then be aligned and dense; what is not takes addresses. The descriptors are made on the host:
-made by the programs, they would cost each of them two or three writes to memory and a fence before its first load, and
-Triton an allocator, which is one for all of a process's kernels. A group is launched layer by layer then, since Triton
-3.6 takes no tuple of descriptors; dx of a group takes addresses. What Triton 3.9 offers besides gains nothing here by
-its machine code. Warp specialisation leaves sm_90's code as it is, fails to compile for sm_100 without p inside, and
-spills on sm_120. Programs that go on to further tiles overlap nothing until both loops are one; then U is staged in
-shared memory beside x and W, 232 KiB of the 227 that a program can have, and what comes out for sm_100 is empty.
+those of one group of row blocks read x from cache whichever layer they belong to. A program accumulates its rows of p
+next to x W^T, from the same tiles of x: x is read once, and p makes no trip through memory before it is used. The price
+is that every column of tiles computes p anew: at rank 16 or less 12.5 % more multiply-adds with tiles of 128 x 128, and
+6.3 % with tiles of 128 x 256.
 
 **dx.** Every program owns a tile of dx and runs through the layers in order, adding all their terms up in one
 accumulator.
@@ -55,30 +34,40 @@ Elements moved through memory, beside the weights and what has R columns, where 
     dV           M K                          n M K
     launches     1, then 4                    n, then 4 n - 1
 
-A p that a product before the kernel makes costs one more M K in the forward of a group, n of them layer by layer. All
-of it is counted, not measured, without the casts of factors. Accumulation is in float32 everywhere. On a GPU products
-of float32 operands go to cuBLAS (`fastpeft.kernels.launch.is_for_kernels`).
+All of it is counted, not measured, without the casts of factors. Accumulation is in float32 everywhere. On a GPU
+products of float32 operands go to cuBLAS (`fastpeft.kernels.launch.is_for_kernels`).
 
 Source: SiVA, the adaptation by singular vectors described in `fastpeft.siva`.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import is_for_kernels
-from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
-from fastpeft.kernels.siva_linear_plan import Plan, dense, lengths, like, plan_of, strides_of
-from fastpeft.kernels.siva_linear_split_k import split_k
+from fastpeft.kernels.siva_linear_parts import (
+    accumulate,
+    add_low_rank,
+    constants_of,
+    dense,
+    lengths,
+    like,
+    pick,
+    strides_of,
+    tile_of,
+)
 from fastpeft.ops import aten
+from fastpeft.ops.dispatch import next_power_of_two
 from fastpeft.ops.products import as_matrix
 
 
+@tiles.tuned
 @triton.jit
 def _siva_linear_fwd_kernel(
     x_ptr,
@@ -90,6 +79,7 @@ def _siva_linear_fwd_kernel(
     h_ptrs,
     p_ptr,
     M,
+    rows,
     K,
     columns,
     ranks,
@@ -100,12 +90,7 @@ def _siva_linear_fwd_kernel(
     strides_wk,
     stride_pm,
     stride_pr,
-    x_desc,
-    w_desc,
-    v_desc,
-    PROJECT: tl.constexpr,
     APART: tl.constexpr,
-    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -142,18 +127,13 @@ def _siva_linear_fwd_kernel(
     mask_r = offs_r < R
     stride_wk = pick(strides_wk, layer)
 
-    # 4. Both products from one read of x, or x W^T alone; then the low-rank product on the accumulator.
+    # 4. Both products from one read of x; then the low-rank product on the accumulator.
     acc_h = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_h, acc_p = accumulate(
         acc_h,
         x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
         pick(w_ptrs, layer) + offs_n[None, :] * pick(strides_wn, layer) + offs_k[:, None] * stride_wk,
         pick(v_ptrs, layer) + offs_r[None, :] * K + offs_k[:, None],
-        x_desc,
-        w_desc,
-        v_desc,
-        block_m * BLOCK_M,
-        block_n * BLOCK_N,
         mask_m,
         mask_n,
         mask_r,
@@ -161,10 +141,7 @@ def _siva_linear_fwd_kernel(
         stride_xk,
         stride_wk,
         1,
-        True,
-        PROJECT,
         APART,
-        TMA,
         BLOCK_M,
         BLOCK_K,
         BLOCK_R,
@@ -178,14 +155,9 @@ def _siva_linear_fwd_kernel(
         pick(u_ptrs, layer) + offs_n[None, :] * R + offs_r[:, None],
         mask_m,
         mask_n,
-        R,
-        stride_pr,
-        1,
-        1,
+        mask_r,
         block_n == 0,
         x_ptr.dtype.element_ty,
-        PROJECT,
-        BLOCK_R,
     )
 
     # 5. The bias, of which a layer without one has no columns, and h.
@@ -196,15 +168,9 @@ def _siva_linear_fwd_kernel(
 
 
 def siva_linear(
-    x: Tensor,
-    weight: Tensor,
-    u: Tensor,
-    s: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    ways: tuple[str, ...] = tiles.WAYS,
+    x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`h = x W^T + ((x V^T) * s) U^T + b` and `p = x V^T`.
+    """`h = x W^T + ((x V^T) * s) U^T + b` and `p = x V^T`: a group of one.
 
     Args:
         x: `(*, K)`, on the device of all operands. Any strides, here and below.
@@ -214,7 +180,6 @@ def siva_linear(
         s: `(R,)`.
         v: `(R, K)`.
         bias: `(N,)` or None.
-        ways: which of `tiles.WAYS` the model of costs picks from, here and below.
 
     Returns:
         h `(*, N)` and p `(*, R)`, contiguous.
@@ -226,11 +191,9 @@ def siva_linear(
     """
     if not is_for_kernels(x, len(s)):
         return aten.siva_linear(x, weight, u, s, v, bias)
-    rows, (v_here,) = as_matrix(x), like(x, [v])
-    plan = plan_of(rows, [weight], [v_here], (len(weight),), (len(s),), ways)
-    p = v.new_empty(*x.shape[:-1], len(s)) if plan.project else F.linear(x, v_here).to(v.dtype)
-    (h,) = _outputs(rows, [weight], [u], [s], [v_here], [bias], as_matrix(p), plan)
-    return h.view(*x.shape[:-1], len(weight)), p
+    p = v.new_empty(*x.shape[:-1], len(s))
+    (h,) = _outputs(x, [weight], [u], [s], [v], [bias], as_matrix(p))
+    return h, p
 
 
 def siva_linear_group(
@@ -240,7 +203,6 @@ def siva_linear_group(
     ss: list[Tensor],
     vs: list[Tensor],
     biases: list[Tensor | None],
-    ways: tuple[str, ...] = tiles.WAYS,
 ) -> tuple[list[Tensor], Tensor]:
     """Each `h_i = x W_i^T + ((x V_i^T) * s_i) U_i^T + b_i`, and p^T of all layers.
 
@@ -258,57 +220,49 @@ def siva_linear_group(
     Notes:
         Copies and calls of ATen are as in `siva_linear`.
     """
-    ranks, columns = lengths(ss), lengths(weights)
+    ranks = lengths(ss)
     if not is_for_kernels(x, max(ranks)):
         return aten.siva_linear_group(x, weights, us, ss, vs, biases)
-    rows, vs_here = as_matrix(x), like(x, vs)
-    plan = plan_of(rows, weights, vs_here, columns, ranks, ways)
-    p = vs[0].new_empty(sum(ranks), len(rows))
-    if not plan.project:
-        p.copy_(torch.cat(vs_here) @ rows.t())
-    hs = _outputs(rows, weights, us, ss, vs_here, biases, p.t(), plan)
-    return [h.view(*x.shape[:-1], n) for h, n in zip(hs, columns, strict=True)], p
+    p = vs[0].new_empty(sum(ranks), math.prod(x.shape[:-1]))
+    return _outputs(x, weights, us, ss, vs, biases, p.t()), p
 
 
 def _outputs(
-    rows: Tensor,
+    x: Tensor,
     weights: list[Tensor],
     us: list[Tensor],
     ss: list[Tensor],
     vs: list[Tensor],
     biases: list[Tensor | None],
     p: Tensor,
-    plan: Plan,
 ) -> list[Tensor]:
-    """Each h `(M, N_i)`; p `(M, sum of R_i)`, of any strides, is written where the plan computes it, else read."""
-    if plan.tile.tma and len(weights) > 1:
-        layers = zip(weights, us, ss, vs, biases, p.split(lengths(ss), 1), strict=True)
-        return [_outputs(rows, [w], [u], [s], [v], [bias], part, plan)[0] for w, u, s, v, bias, part in layers]
-    tile, (m, k), columns = plan.tile, rows.shape, lengths(weights)
-    hs = [rows.new_empty(m, n) for n in columns]
-    if plan.ranges > 1:
-        bias = None if biases[0] is None else biases[0].contiguous()
-        split_k(rows, weights[0], us[0], ss[0].contiguous(), vs[0], bias, hs[0], p, plan)
+    """Each h `(*, N_i)`; p `(M, sum of R_i)`, of any strides, is written."""
+    rows, columns = as_matrix(x), lengths(weights)
+    m, k = rows.shape
+    hs = [rows.new_empty(*x.shape[:-1], n) for n in columns]
+    if m == 0:
         return hs
-    programs = triton.cdiv(m, tile.block_m) * sum(max(triton.cdiv(n, tile.block_n), 1) for n in columns)
-    if programs > 0:
-        with torch.cuda.device_of(rows):
-            _siva_linear_fwd_kernel[(programs,)](
-                rows,
-                tuple(weights),
-                *dense(us, ss, vs),
-                tuple(rows if bias is None else bias.contiguous() for bias in biases),  # in its place, never read
-                tuple(hs),
-                p,
-                m,
-                k,
-                columns,
-                lengths(ss),
-                tuple(0 if bias is None else len(bias) for bias in biases),
-                *rows.stride(),
-                *strides_of(weights),
-                *p.stride(),
-                *plan.descriptors(rows, weights[0], vs[0], (tile.block_n, tile.block_k)),
-                **plan.constants,
+    with torch.cuda.device_of(rows):
+        _siva_linear_fwd_kernel[
+            lambda tile: (
+                triton.cdiv(m, tile["BLOCK_M"]) * sum(max(triton.cdiv(n, tile["BLOCK_N"]), 1) for n in columns),
             )
+        ](
+            rows,
+            tuple(weights),
+            *dense(us, ss, like(rows, vs)),
+            tuple(rows if bias is None else bias.contiguous() for bias in biases),  # in its place, never read
+            tuple(hs),
+            p,
+            m,
+            next_power_of_two(m, 16),
+            k,
+            columns,
+            lengths(ss),
+            tuple(0 if bias is None else len(bias) for bias in biases),
+            *rows.stride(),
+            *strides_of(weights),
+            *p.stride(),
+            **constants_of(rows, lengths(ss)),
+        )
     return hs

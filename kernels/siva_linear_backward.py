@@ -9,14 +9,24 @@ from torch import Tensor
 
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import is_for_kernels
-from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
-from fastpeft.kernels.siva_linear_plan import dense, lengths, like, plan_of, strides_of
-from fastpeft.kernels.siva_linear_split_k import split_k
+from fastpeft.kernels.siva_linear_parts import (
+    accumulate,
+    add_low_rank,
+    constants_of,
+    dense,
+    lengths,
+    like,
+    pick,
+    strides_of,
+    tile_of,
+)
 from fastpeft.kernels.siva_linear_sums import Term, factor_gradients
 from fastpeft.ops import aten
+from fastpeft.ops.dispatch import next_power_of_two
 from fastpeft.ops.products import as_matrix
 
 
+@tiles.tuned
 @triton.jit
 def _siva_linear_bwd_dx_kernel(
     dh_ptrs,
@@ -27,6 +37,7 @@ def _siva_linear_bwd_dx_kernel(
     dx_ptr,
     q_ptr,
     M,
+    rows,
     K,
     columns,
     ranks,
@@ -34,12 +45,7 @@ def _siva_linear_bwd_dx_kernel(
     strides_dhn,
     strides_wn,
     strides_wk,
-    dh_desc,
-    w_desc,
-    u_desc,
-    PROJECT: tl.constexpr,
     APART: tl.constexpr,
-    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -73,11 +79,6 @@ def _siva_linear_bwd_dx_kernel(
             dh_ptrs_m + offs_n[None, :] * stride_dhn,
             pick(w_ptrs, layer) + offs_n[:, None] * stride_wn + offs_k[None, :] * pick(strides_wk, layer),
             pick(u_ptrs, layer) + offs_r[None, :] * N + offs_n[:, None],
-            dh_desc,
-            w_desc,
-            u_desc,
-            block_m * BLOCK_M,
-            block_k * BLOCK_N,
             mask_m,
             mask_k,
             offs_r < R,
@@ -85,10 +86,7 @@ def _siva_linear_bwd_dx_kernel(
             stride_dhn,
             stride_wn,
             1,
-            False,
-            PROJECT,
             APART,
-            TMA,
             BLOCK_M,
             BLOCK_K,
             BLOCK_R,
@@ -102,14 +100,9 @@ def _siva_linear_bwd_dx_kernel(
             pick(v_ptrs, layer) + offs_r[:, None] * K + offs_k[None, :],
             mask_m,
             mask_k,
-            R,
-            stride_qr,
-            1,
-            K,
+            offs_r < R,
             block_k == 0,
             dx_ptr.dtype.element_ty,
-            PROJECT,
-            BLOCK_R,
         )
         q_ptr += stride_qr * R
 
@@ -130,7 +123,6 @@ def siva_linear_backward(
     need_du: bool,
     need_dv: bool,
     need_dbias: bool,
-    ways: tuple[str, ...] = tiles.WAYS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `siva_linear`: those of a group of one.
 
@@ -148,7 +140,7 @@ def siva_linear_backward(
         return aten.siva_linear_backward(dh, x, weight, u, s, v, p, need_dx, need_du, need_dv, need_dbias)
     turned = as_matrix(p).t() if need_du else p
     dx, (du,), dv, (dbias,) = siva_linear_group_backward(
-        [dh], x, [weight], [u], [s], [v], turned, need_dx, [need_du], need_dv, [need_dbias], ways
+        [dh], x, [weight], [u], [s], [v], turned, need_dx, [need_du], need_dv, [need_dbias]
     )
     return dx, du, dv, dbias
 
@@ -165,7 +157,6 @@ def siva_linear_group_backward(
     need_du: list[bool],
     need_dv: bool,
     need_dbias: list[bool],
-    ways: tuple[str, ...] = tiles.WAYS,
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """Gradients of `siva_linear_group`.
 
@@ -192,32 +183,30 @@ def siva_linear_group_backward(
     dx, dv = rows[0].new_empty(0), vs[0].new_empty(0)
     if need_dx or need_dv:
         turned = like(dx, [u.t() for u in us])
-        plan = plan_of(rows, weights, turned, (k,), ranks, ways)
         q = dv.new_empty(sum(ranks), m)  # transposed, as p
-        if not (plan.project and need_dx):
+        if not need_dx:
             for dh, u, part in zip(rows, turned, q.split(ranks), strict=True):
                 part.copy_(u @ dh.t())
     if need_dx:
         dx = dx.new_empty(*dhs[0].shape[:-1], k)
-        if plan.ranges > 1:
-            split_k(rows[0], weights[0].t(), vs[0].t(), ss[0].contiguous(), turned[0], None, dx.view(m, k), q.t(), plan)
-        elif dx.numel() > 0:
-            tile = plan.tile
+        if dx.numel() > 0:
             with torch.cuda.device_of(dx):
-                _siva_linear_bwd_dx_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(k, tile.block_n),)](
+                _siva_linear_bwd_dx_kernel[
+                    lambda tile: (triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(k, tile["BLOCK_N"]),)
+                ](
                     tuple(rows),
                     tuple(weights),
                     *dense(turned, ss, vs),
                     dx,
                     q,
                     m,
+                    next_power_of_two(m, 16),
                     k,
                     columns,
                     ranks,
                     *strides_of(rows),
                     *strides_of(weights),
-                    *plan.descriptors(rows[0], weights[0], turned[0], (tile.block_k, tile.block_n)),
-                    **plan.constants,
+                    **constants_of(dx, ranks),
                 )
     dus = [u.new_empty(0) for u in us]
     needed = [i for i, need in enumerate(need_du) if need]

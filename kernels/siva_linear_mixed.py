@@ -37,11 +37,10 @@ from torch import Tensor
 
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import is_for_kernels
-from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
-from fastpeft.kernels.siva_linear_plan import lengths
+from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, constants_of, lengths, pick, tile_of
 from fastpeft.kernels.siva_linear_sums import add_up, rows_of, sum_over_rows
 from fastpeft.ops import aten
-from fastpeft.ops.autotune import is_captured
+from fastpeft.ops.define import is_captured
 from fastpeft.ops.products import as_matrix
 
 _BLOCK_FIELDS = tl.constexpr(6)  # of the table of row blocks
@@ -110,11 +109,6 @@ def _siva_linear_mixed_kernel(
         x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk,
         w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk,
         v_ptr + (first_r + offs_r)[None, :] * stride_vr + offs_k[:, None] * stride_vk,
-        None,
-        None,
-        None,
-        0,
-        0,
         mask_m,
         mask_n,
         offs_r < R,
@@ -122,10 +116,7 @@ def _siva_linear_mixed_kernel(
         stride_xk,
         stride_wk,
         stride_vk,
-        True,
-        True,
         APART,
-        False,
         BLOCK_M,
         BLOCK_K,
         BLOCK_R,
@@ -139,14 +130,9 @@ def _siva_linear_mixed_kernel(
         u_ptr + offs_n[None, :] * stride_un + (first_r + offs_r)[:, None] * stride_ur,
         mask_m,
         mask_n,
-        R,
-        stride_pr,
-        1,
-        stride_ur,
+        offs_r < R,
         block_n == 0,
         x_ptr.dtype.element_ty,
-        True,
-        BLOCK_R,
     )
 
     # 4. The bias, and h in the order of x.
@@ -358,8 +344,7 @@ def _linear(
     h = x.new_empty(*x.shape[:-1], n)
     p = v.new_empty(sum(m * rank for m, rank in zip(rows, ranks, strict=True)))
     v = v.to(x.dtype)  # which is read anew at each step along K
-    gpu = tiles.gpu(x.device)
-    tile = tiles.siva_linear(rows, k, (n,), max(ranks), gpu, ("fused",), shared=True).tile
+    tile = tiles.siva_linear_mixed(tiles.gpu(x.device).architecture, tiles.rank_block(max(ranks)), rows)
     table = _block_table(rows, ranks, tile.block_m, x.is_cuda)
     if len(table) == 0:
         return h, p
@@ -385,7 +370,10 @@ def _linear(
             *v.stride(),
             HAS_BIAS=bias is not None,
             HAS_ORDER=order is not None,
-            **tiles.siva_linear_constants(tile, True, max(ranks), gpu),
+            **constants_of(x, ranks),
+            **tile.constants(),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
     return h, p
 

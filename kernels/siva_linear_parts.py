@@ -1,4 +1,4 @@
-"""What SiVA's kernels of h and of dx have in common: the order of programs, and the two products of a tile.
+"""What SiVA's kernels of h and of dx have in common: the order of programs, the products of a tile, and operands.
 
 Letters are those of `fastpeft.kernels.siva_linear`.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastpeft.kernels import tiles
 
 
 @triton.jit
@@ -42,11 +45,6 @@ def accumulate(
     x_ptrs,
     w_ptrs,
     v_ptrs,
-    x_desc,
-    w_desc,
-    v_desc,
-    first_m,
-    first_n,
     mask_m,
     mask_n,
     mask_r,
@@ -54,20 +52,16 @@ def accumulate(
     stride_xk,
     stride_wk,
     stride_vk,
-    N_FIRST: tl.constexpr,
-    PROJECT: tl.constexpr,
     APART: tl.constexpr,
-    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`acc_h + x W^T` and, where PROJECT says so, `x V^T`, from one read of x.
+    """`acc_h + x W^T` and `x V^T` from one read of x.
 
     The pointers are to the first tiles along K: (BLOCK_M, BLOCK_K) of x, (BLOCK_K, BLOCK_N) of W^T, (BLOCK_K, BLOCK_R)
-    of V^T. With TMA the descriptors' blocks are read instead, beginning at row first_m of x and row first_n of W, which
-    lies (N, K) where N_FIRST says so, else at column first_n of W^T; V lies (R, K). What lies outside is 0.
+    of V^T. What lies outside is 0.
 
     APART puts the second product into a branch that is always taken. Two that share x in one block get one arrangement
     of warps, a column; where warps read operands into registers, W would be read from shared memory twice as often.
@@ -77,26 +71,18 @@ def accumulate(
     acc_p = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         mask_k = offs_k < K - k
-        if TMA:
-            x = x_desc.load([first_m, k])
-            w = tl.trans(w_desc.load([first_n, k])) if N_FIRST else w_desc.load([k, first_n])
-        else:
-            x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc_h = tl.dot(x, w, acc_h)
-        if PROJECT:
-            if TMA:
-                v = tl.trans(v_desc.load([0, k]))
-            else:
-                v = tl.load(v_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
-            if APART:
-                if k < K:
-                    acc_p = tl.dot(x, v, acc_p)
-            else:
+        v = tl.load(v_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
+        if APART:
+            if k < K:
                 acc_p = tl.dot(x, v, acc_p)
-            v_ptrs += step * stride_vk
+        else:
+            acc_p = tl.dot(x, v, acc_p)
         x_ptrs += step * stride_xk
         w_ptrs += step * stride_wk
+        v_ptrs += step * stride_vk
     return acc_h, acc_p
 
 
@@ -109,38 +95,42 @@ def add_low_rank(
     u_ptrs,
     mask_m,
     mask_n,
-    R,
-    stride_pr,
-    stride_s,
-    stride_ur,
+    mask_r,
     is_first,
     DTYPE: tl.constexpr,
-    PROJECT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):
-    """`acc_h + (p * s) U^T`, multiplied in DTYPE.
+    """`acc_h + (p * s) U^T`, multiplied in DTYPE; the programs of the first column block store p.
 
-    With all of p at once where it was computed inside, which the programs of the first column block store; else in
-    steps of BLOCK_R columns of the p that a product before this kernel stored. The pointers are to the first tiles
-    along R: (BLOCK_M, BLOCK_R) of p, (BLOCK_R,) of s, (BLOCK_R, BLOCK_N) of U^T.
+    The pointers are to (BLOCK_M, BLOCK_R) of p, (BLOCK_R,) of s, (BLOCK_R, BLOCK_N) of U^T.
     """
-    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
-    if PROJECT:
-        mask_r = offs_r < R
-        if is_first:
-            tl.store(p_ptrs, acc_p.to(p_ptrs.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
-        s = tl.load(s_ptrs, mask=mask_r, other=0.0).to(tl.float32)
-        u = tl.load(u_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(DTYPE)
-        acc_h = tl.dot((acc_p * s[None, :]).to(DTYPE), u, acc_h)
-    else:
-        step = tl.full((), BLOCK_R, tl.int64)
-        for r in tl.range(0, R, BLOCK_R, num_stages=1):  # few steps, which pipelining would only make spill
-            mask_r = offs_r < R - r
-            p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(tl.float32)
-            s = tl.load(s_ptrs, mask=mask_r, other=0.0).to(tl.float32)
-            u = tl.load(u_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(DTYPE)
-            acc_h = tl.dot((p * s[None, :]).to(DTYPE), u, acc_h)
-            p_ptrs += step * stride_pr
-            s_ptrs += step * stride_s
-            u_ptrs += step * stride_ur
-    return acc_h
+    if is_first:
+        tl.store(p_ptrs, acc_p.to(p_ptrs.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+    s = tl.load(s_ptrs, mask=mask_r, other=0.0).to(tl.float32)
+    u = tl.load(u_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(DTYPE)
+    return tl.dot((acc_p * s[None, :]).to(DTYPE), u, acc_h)
+
+
+def lengths(tensors: list[Tensor]) -> tuple[int, ...]:
+    """N of each weight `(N, K)`, R of each s `(R,)`."""
+    return tuple(t.shape[0] for t in tensors)
+
+
+def strides_of(matrices: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The strides of the rows of each, and of the columns."""
+    return tuple(matrix.stride(0) for matrix in matrices), tuple(matrix.stride(1) for matrix in matrices)
+
+
+def like(x: Tensor, factors: list[Tensor]) -> list[Tensor]:
+    """The factors that are read anew at each step along K, contiguous and in the dtype of x."""
+    return [t if t.dtype == x.dtype and t.is_contiguous() else x.new_empty(t.shape).copy_(t) for t in factors]
+
+
+def dense(*operands: list[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+    """The factors of all layers, each contiguous."""
+    return tuple(tuple(t.contiguous() for t in each) for each in operands)
+
+
+def constants_of(rows: Tensor, ranks: tuple[int, ...]) -> dict[str, int]:
+    """What a launch is compiled with beside its tile."""
+    dies = tiles.gpu(rows.device).dies
+    return {"BLOCK_R": tiles.rank_block(max(ranks)), "GROUP_M": tiles.GROUP_M, "XCDS": dies, "enable_fp_fusion": True}

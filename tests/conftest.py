@@ -33,7 +33,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that a test starts
 # most tests compare bits or small errors; what a run computes in by default is in training/test_bfloat16.py
 os.environ["FASTPEFT_BF16"] = "0"
-os.environ["FASTPEFT_MEASURE"] = "0"  # what is timed is in ops/test_autotune.py
 
 import torch
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -180,17 +179,12 @@ def _register(library: torch.library.Library, choice: Choice, is_asked_for: bool
 
 
 def gpu_forms(op: str) -> dict[str, Callable[..., Any]]:
-    """What computes an op on a GPU: "triton", its launcher, and "aten" where there is that form for GPUs.
-
-    A launcher of several ways picks one by a model; each is a form too.
-    """
+    """What computes an op on a GPU: "triton", its launcher, and "aten" where there is that form for GPUs."""
     module: ModuleType = importlib.import_module(f"fastpeft.kernels.{_TRITON_LAUNCHERS[op]}")
     launcher, aten = getattr(module, op), OPS[op].aten
     forms = {"triton": launcher}
     if aten is not None and "aten" in IMPLEMENTED[op, "cuda"]:
         forms["aten"] = aten
-    if "ways" in inspect.signature(launcher).parameters:
-        forms |= {way: partial(launcher, ways=(way,)) for way in module.tiles.WAYS}
     return forms
 
 

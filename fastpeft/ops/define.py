@@ -92,6 +92,11 @@ def is_differentiated() -> bool:
     return is_forward() or any(level.key() == TransformType.Grad for level in levels)
 
 
+def is_captured() -> bool:
+    """Whether what a GPU is told now goes into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def asks_for_gradients(x: Tensor, bias: Tensor | None) -> bool:
     """Whether a product with a frozen weight is to pass gradients on: to x, or to a bias that trains."""
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

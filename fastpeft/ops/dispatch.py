@@ -1,64 +1,112 @@
-"""Which form of an op runs on a GPU: its Triton kernel, by the way that a model of costs picks, or ATen's calls.
+"""Which form of an op runs on a GPU: its Triton kernel or ATen's calls, whichever was the faster at the first call.
 
-A question is an op, the dtype, a class of shapes (rows to the next power of two) and an architecture. It is answered by
-what a run has kept; else by the times of this GPU that the package brings (`fastpeft/ops/tuned`, made by
-`python -m bench.tune`) or that were taken here before; else by timing both at the first call. Only the package's times
-have each way of a kernel. Nothing is timed while a CUDA graph is captured: warm up with the shapes that it will have.
+A question is an op, the dtype, a class of shapes (rows to the next power of two) and an architecture. A run keeps its
+answers, and the tiles that `triton.autotune` found for its kernels, so that a resumed one computes the same bits.
+Nothing is timed where only deterministic algorithms are allowed, nor while a CUDA graph is captured: warm up with the
+shapes that it will have.
 
-Some choices are fixed: nothing times them at a call, so only times in a file override them. SiVA's products of fewer
-than 16 rows, of which a tile is mostly padding, go to ATen, as those in float32 always do. Window attention with
-dropout goes to Triton, for elsewhere many operations of PyTorch draw it, and so does the loss of a frozen head, whose
-forms share their products.
+Some choices are fixed. SiVA's products of fewer than 16 rows, of which a tile is mostly padding, go to ATen, as those
+in float32 always do. Window attention with dropout goes to Triton, for elsewhere many operations of PyTorch draw it,
+and so does the loss of a frozen head, whose forms share their products.
 """
 
 from __future__ import annotations
 
+import ast
+import math
 import re
 from collections.abc import Callable, Hashable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from fastpeft.ops.autotune import Candidates, Timings, is_captured, timings
-from fastpeft.ops.define import Op
+from fastpeft.ops.define import Op, is_captured
 from fastpeft.ops.dtypes import HALVES
 from fastpeft.ops.packing import num_rows
 
 _FEWEST_ROWS = 16  # that fill a tile
+_CLEARLY = 0.97  # of Triton's time: what takes more does not replace it
+
+tuners: dict[str, Any] = {}  # the autotuned kernels, by name
+_answers: dict[tuple[Hashable, ...], str] = {}  # question -> form
+_kept: dict[str, str] = {}  # the same of a run that goes on, with questions in words
 
 
-def choosing(
-    op: Op, forms: Mapping[str, Callable[..., Any]], timings: Timings = timings, times_all: bool = False
-) -> Callable[..., Any]:
-    """What to register for `op` on a GPU: at each call the fastest of its `forms`.
+def choosing(op: Op, forms: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """What to register for `op` on a GPU: at each call the faster of its `forms`, "triton" and "aten".
 
     Args:
         op: of SiVA, window attention, or the loss of a frozen head.
-        forms: by name, among them "triton" and "aten".
-        timings: what keeps the times.
-        times_all: time all forms, and those too whose answer is predicted; else these two.
     """
     names = _names(op)
 
     def call(*arguments: Any) -> Any:
         named = dict(zip(names, arguments, strict=True))
         of = (_of_window if "q" in named else _of_head if "hidden" in named else _of_siva)(named)
-
-        def candidates() -> Candidates:
-            return {each: partial(forms[each], *arguments) for each in (forms if times_all else ("triton", "aten"))}
-
-        is_timed = (times_all or of.is_open) and not is_captured()
+        if not of.is_open or torch.are_deterministic_algorithms_enabled():
+            return forms[of.predicted](*arguments)
         question = op.name, *of.question, "on", architecture(of.device)
-        form = timings.answer(question, of.predicted, candidates if is_timed else None, of.device)
-        return forms.get(form, forms[of.predicted])(*arguments)
+        form = _answers.get(question) or _kept.get(_in_words(question))
+        if form is None and is_captured():
+            return forms["aten"](*arguments)  # Triton's may have to time its tiles
+        if form is None:
+            form = _faster({name: partial(forms[name], *arguments) for name in forms}, of.device)
+        _answers[question] = form
+        return forms[form](*arguments)
 
     return call
+
+
+def _in_words(question: tuple[Hashable, ...]) -> str:
+    return " ".join(str(part).removeprefix("torch.") for part in question)
 
 
 def _names(op: Op) -> list[str]:
     """The names of its arguments."""
     return re.findall(r"(\w+)[,)]", op.schema.partition("->")[0])
+
+
+def _faster(calls: Mapping[str, Callable[[], object]], device: torch.device) -> str:
+    """The form that takes less time; one that fails, as for want of memory, is not taken, unless both do."""
+    times: dict[str, float] = {}
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes():
+        for name, call in calls.items():
+            try:
+                times[name] = milliseconds(call)
+            except Exception:  # Triton's are no RuntimeError
+                if len(calls) == 1:
+                    raise
+                return _faster({other: calls[other] for other in calls if other != name}, device)
+    return "aten" if times.get("aten", math.inf) < _CLEARLY * times.get("triton", math.inf) else "triton"
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """The median time that a GPU takes for a call."""
+    from triton.testing import do_bench  # a CPU imports no Triton
+
+    call()  # which compiles and tunes
+    return float(do_bench(call, warmup=5, rep=25, return_mode="median"))
+
+
+def chosen() -> dict[str, dict[str, str]]:
+    """What was timed here, for a run to keep: by question the form, and by kernel and sizes the tile."""
+    forms = {**_kept, **{_in_words(question): form for question, form in _answers.items()}}
+    tiles = {f"{kernel} {key}": str(config) for kernel, tuner in tuners.items() for key, config in tuner.cache.items()}
+    return {name: found for name, found in (("forms", forms), ("tiles", tiles)) if found}
+
+
+def take_over(kept: Mapping[str, Mapping[str, str]]) -> None:
+    """Answer as the run did that `chosen` was kept of."""
+    _answers.clear()
+    _kept.clear()
+    _kept.update(kept.get("forms", {}))
+    for asked, tile in kept.get("tiles", {}).items():
+        kernel, _, key = asked.partition(" ")
+        if kernel in tuners:
+            configs = {str(config): config for config in tuners[kernel].configs}
+            tuners[kernel].cache[ast.literal_eval(key)] = configs[tile]
 
 
 class _Call(NamedTuple):

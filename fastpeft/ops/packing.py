@@ -10,7 +10,7 @@ On a GPU a product reads a weight as it lies. Autocast would cast it at every ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,10 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastpeft.ops.autotune import Candidates, is_captured, timings
+from fastpeft.ops.define import is_captured
 
-_MOST_TIMED = 1 << 26  # entries of a weight: 128 rows then take a second; with 512 rows a quarter of it
-_GAINS = 0.9  # of the plain product's time: a pack takes memory, and what is around it 0.1 to 0.3 ms a layer
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals itself as an integer
@@ -132,32 +130,9 @@ def is_token(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
-    """Whether a product of so many rows is faster by the pack, for a weight in the dtype of the product.
-
-    Timed for 1, 16, 128 and 512 rows, which stand for less, and the last for more: with AVX2 a pack may gain a third at
-    128 rows and lose a tenth at 512. What it must gain is in `_GAINS`. Where it is not timed, as for a weight that
-    is fake or takes seconds, it counts as faster from two rows on: one row reads the whole weight once for little work,
-    and the product by a pack takes longer to begin.
-    """
-    most = 512 if weight.numel() <= _MOST_TIMED // 4 else 128
-    rows = next((each for each in (1, 16, 128) if rows <= each), most)
-    n, k = weight.shape
-    dtype = weight.dtype
-    is_timed = weight.numel() <= _MOST_TIMED and not isinstance(weight, FakeTensor)
-
-    def candidates() -> Candidates:
-        frozen = weight.detach()
-        x = torch.ones(rows, n if transposed else k, dtype=dtype)
-        packed = pack(frozen.t() if transposed else frozen)
-        plain = partial(torch.mm, x, frozen) if transposed else partial(F.linear, x, frozen)
-        return {"packed": partial(packed_linear, x, packed, None), "plain": plain}
-
-    untimed = "plain" if rows == 1 else "packed"
-    product = "rows times weight" if transposed else "frozen product"
-    question = product, dtype, n, "x", k, "rows", rows
-    asked = candidates if is_timed else None
-    return timings.answer(question, "plain", asked, clearly=_GAINS, untimed=untimed) == "packed"
+def is_faster_packed(rows: int, dtype: torch.dtype) -> bool:
+    """Whether a product of so many rows is faster by a pack, for a weight in the dtype of the product."""
+    return rows > 1
 
 
 class Packs:
@@ -196,7 +171,7 @@ class Packs:
         found = self._packed.get((dtype, transposed))
         if found is None and not (self.enabled and can_pack(weight, dtype)):
             return None
-        if rows is not None and weight.dtype is dtype and not _is_faster_packed(weight, transposed, rows):
+        if rows is not None and weight.dtype is dtype and not is_faster_packed(rows, dtype):
             return None
         if self._holds(weight):
             found = self._packed.get((dtype, transposed))  # after it holds: another thread may have noticed a change

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerState
 
 from fastpeft.data.names import LOSS
 from fastpeft.data.problems import best_of
-from fastpeft.ops.autotune import timings
+from fastpeft.ops import dispatch
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.launcher import is_first
 from fastpeft.support.processes import Ranks
@@ -115,20 +115,17 @@ class WholeCheckpoints(TrainerCallback):
         self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best))
 
 
-class KeptTimings(TrainerCallback):
-    """Writes which ways of computing were timed, as soon as a step has asked for one: a resumed run takes them."""
+class KeptChoices(TrainerCallback):
+    """Writes which ways of computing were timed on a GPU, as soon as a step has asked: a resumed run takes them."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.kept: dict[str, Any] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_step_end(args, state, control)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if is_first() and timings.used != self.kept:
-            self.kept = timings.used
-            self.folder.keep_timings(self.kept)
+        if is_first() and (chosen := dispatch.chosen()) != self.kept:
+            self.kept = chosen
+            self.folder.keep_choices(chosen)
 
 
 class Stopping(TrainerCallback):

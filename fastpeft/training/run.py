@@ -30,7 +30,7 @@ from fastpeft.errors import (
 )
 from fastpeft.mezo.journal import Journal
 from fastpeft.models import is_stored_in_bfloat16
-from fastpeft.ops.autotune import timings
+from fastpeft.ops import dispatch
 from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
@@ -43,7 +43,7 @@ from fastpeft.training.arguments import noticing_lack_of_memory, recipe_used, re
 from fastpeft.training.config import TrainConfig, check_config
 from fastpeft.training.lineage import check_output, earlier_run
 from fastpeft.training.outcome import Beginning, finish, of_classes, save_model
-from fastpeft.training.run_folder import JOURNAL, TIMINGS, RunFolder, check_whole, model_fingerprint
+from fastpeft.training.run_folder import JOURNAL, RunFolder, check_whole, model_fingerprint
 from fastpeft.training.setup import training_device
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer, trainer_class
@@ -108,7 +108,7 @@ def train(
         return _finished(folder)
     if resume:
         config = _as_begun(config, folder)
-    timings.begin(folder.timings() if resume and (folder.path / TIMINGS).is_file() else None)
+    dispatch.take_over(folder.choices() if resume else {})
     with _determinism(config.deterministic), ExitStack() as held:
         _tell_dtype(config)
         task = Task.load(config)

@@ -9,7 +9,7 @@ adapter/          a part of the result: the adapter that trained beside a side n
 curves.json       what was logged while it trained, as pairs of step and value by name; curves.png shows it
 predictions.json  of classes: that of each dev row, by its label and by the result
 row_scores.json   of anything else: what each dev row adds to the metric that paired tests compare
-timings.json      which ways of computing were the fastest, timed; a resumed run takes the same
+choices.json      which ways of computing a GPU was the fastest by; a resumed run takes the same
 logs/             what TensorBoard shows, where the run was to report to it
 trained_on.txt    a digest of each text that its weights were trained on, by the runs that it started from too
 metrics.json      what was measured; written last, so it marks a run as finished
@@ -39,7 +39,7 @@ from fastpeft.version import __version__
 
 JOURNAL = "mezo.journal"  # of `fastpeft.mezo.journal`, which imports PyTorch
 CURVES = "curves.json"
-TIMINGS = "timings.json"
+CHOICES = "choices.json"
 PREDICTIONS, ROW_SCORES = "predictions.json", "row_scores.json"
 LOGS = "logs"
 TRAINED_ON = "trained_on.txt"
@@ -82,7 +82,7 @@ _WRITTEN = (
     CURVES,
     PREDICTIONS,
     ROW_SCORES,
-    TIMINGS,
+    CHOICES,
     TRAINED_ON,
     "run.json",
 )
@@ -156,23 +156,25 @@ class RunFolder:
         config = self.config()
         return {name: config[name] for name in _FOUND if config.get(name) is not None}
 
-    def timings(self) -> dict[str, Any]:
-        """What `timings.json` holds, of `fastpeft.ops.autotune`.
+    def choices(self) -> dict[str, Any]:
+        """What `choices.json` holds, of `fastpeft.ops.dispatch`; nothing where nothing was timed.
 
         Raises:
             FastpeftError: it is damaged.
         """
+        if not (self.path / CHOICES).is_file():
+            return {}
         try:
-            return files.read_json(self.path / TIMINGS)
+            return files.read_json(self.path / CHOICES)
         except FastpeftError as error:
             raise FastpeftError(
                 f"{error} Or delete it: implementations are then timed again, and results may differ in the last bits."
             ) from None
 
-    def keep_timings(self, timings: Mapping[str, Any]) -> None:
-        """Write `timings.json`."""
+    def keep_choices(self, choices: Mapping[str, Any]) -> None:
+        """Write `choices.json`."""
         with self.saving("which ways of computing are the fastest"):
-            files.write_json(self.path / TIMINGS, dict(timings))
+            files.write_json(self.path / CHOICES, dict(choices))
 
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds.

@@ -35,7 +35,7 @@ from fastpeft.training.callbacks import (
     CudaPeak,
     CurvePoints,
     EpochOfOrder,
-    KeptTimings,
+    KeptChoices,
     MeasuredCheckpoints,
     Patience,
     Reports,
@@ -119,7 +119,7 @@ class RunTrainer(Trainer):
             callbacks=[
                 EpochOfOrder(self.order, task.setup.steps_per_epoch(len(lengths))),
                 *measuring,
-                KeptTimings(folder),
+                KeptChoices(folder),
                 WholeCheckpoints(folder, self.chosen_by, self.ranks),
                 self.stopping,
                 self.clock,

@@ -116,25 +116,6 @@ def test_the_gaussian_pass_in_triton_is_short(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "product"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")])
-def test_the_large_tile_of_the_forward_loads_by_tma(arch, product):
-    code = f"""
-from bench import static
-code = next(
-    static._read_cubin(static.compile_variant(variant).asm)[2]
-    for variant in static.variants()
-    if variant.arch == {arch!r} and variant.kernel == "siva_linear_fwd" and variant.constants["TMA"]
-    and variant.constants["BLOCK_N"] == 256 and variant.constants["PROJECT"]
-)
-print(code.count("UTMALDG"), code.count({product!r}), code.count("LDGSTS"))
-"""
-    loads, products, others = map(int, run_apart(code).split())
-    assert loads >= 12  # of x, W and V: three ahead or more, and one in the loop
-    assert products > 0
-    assert others == 0
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_window_attention_multiplies_features_as_they_are_loaded(arch, width):

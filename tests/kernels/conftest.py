@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fastpeft.kernels import tiles
+from fastpeft.ops.dispatch import tuners
 
 TILES = {
-    f"{'x'.join(map(str, tile[:3]))}{'-tma' if tile.tma else ''}": tile
+    f"{'x'.join(map(str, tile[:3]))}{'-apart' if tile.apart else ''}": tile
     for tile in dict.fromkeys(itertools.chain(*tiles.SIVA_LINEAR.values()))
 }
 
@@ -42,16 +43,18 @@ def bfloat16_products(device: str) -> Iterator[None]:
 def tile(request: pytest.FixtureRequest, device: str) -> tiles.Tile:
     """Each tile that is shipped; on a GPU those that are shipped to it."""
     given: tiles.Tile = request.param
-    if device == "cuda" and given not in tiles.siva_linear_tiles(tiles.gpu(torch.device(device, 0)).architecture):
+    if device == "cuda" and given not in tiles.siva_linear(tiles.gpu(torch.device(device, 0)).architecture, 1):
         pytest.skip("not shipped to this GPU")
     return given
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes every launch use this tile, compute p inside or not, and cut K into ranges."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[tiles.Tile], None]:
+    """Makes every launch use this tile."""
 
-    def launched(tile: tiles.Tile, project: bool, ranges: int = 1) -> None:
-        monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: tiles.Choice(tile, project, ranges))
+    def launched(tile: tiles.Tile) -> None:
+        for tuner in tuners.values():
+            monkeypatch.setattr(tuner, "configs", [tile.config()])
+        monkeypatch.setattr(tiles, "siva_linear_mixed", lambda *_: tile)
 
     return launched

@@ -10,12 +10,12 @@ from poison import in_nan, poisoned_memory
 from siva_operands import assert_gradients, assert_outputs, expected_of, in_order, operands
 from torch import Tensor
 
-from fastpeft.ops import aten, reference
+from fastpeft.ops import aten, dispatch, reference
 
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear as kernel
 from fastpeft.kernels import siva_linear_backward as kernel_backward
-from fastpeft.kernels import siva_linear_plan, tiles
+from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import dot_kind, is_for_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -101,133 +101,22 @@ def test_every_rank(r, device):
     check(*map(in_nan, operands(19, 67, 71, r, torch.float32, device)))
 
 
-@pytest.mark.long(only=("64x64x64-before", "128x128x32-before", "128x256x64-before", "128x256x64-inside"))
-@pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
-def test_every_tile_with_p_inside_or_before(tile, project, device, launched):
-    launched(tile, project)
-    rank = min(tile.max_rank, 33) if project else 33
-    step = 8 if tile.tma else 1  # elements of 16 bits in 16 bytes
-    args = operands(tile.block_m + 1, tile.block_k + step, tile.block_n + step, rank, torch.bfloat16, device)
-    check(*(in_nan(a, step) for a in args), step=step)
-
-
-@pytest.fixture
-def with_tma(monkeypatch: pytest.MonkeyPatch, device: str) -> list[bool]:
-    """On a GPU that has descriptors: of each launch, whether it had any."""
-    gpu = tiles.gpu(torch.device(device, 0) if device == "cuda" else torch.device(device))
-    if device == "cuda" and not any(tile.tma for tile in tiles.siva_linear_tiles(gpu.architecture)):
-        pytest.skip("this GPU has no descriptors")
-    if device == "cpu":
-        monkeypatch.setattr(tiles, "gpu", lambda _: H100)
-    found = []
-    plan = siva_linear_plan.plan_of
-
-    def planned(*args):
-        found.append(plan(*args[:-1], ("fused tma", "split tma")))
-        return found[-1]
-
-    for module in (kernel, kernel_backward):
-        monkeypatch.setattr(module, "plan_of", planned)
-    return found
-
-
-@pytest.mark.long(but="200-136-264-5")
-@pytest.mark.parametrize(
-    ("m", "k", "n", "r"), [(200, 136, 264, 5), (1, 8, 8, 1), (129, 64, 8, 16), (33, 72, 136, 17), (40, 80, 24, 64)]
-)
-def test_aligned_operands_have_descriptors(m, k, n, r, device, with_tma):
-    args = operands(m, k, n, r, torch.bfloat16, device, bias=m != 33)
-    check(*(None if a is None else in_nan(a, 8) for a in args), step=8)
-    assert all(plan.tile.tma for plan in with_tma)
-    assert with_tma
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", tiles.SPLIT_K, ids=["32", "64"])
-def test_ranges_of_k(tile, dtype, device, launched):
-    launched(tile, True, ranges=3)
-    rank = tile.max_rank // 3
-    check(*map(in_nan, operands(tile.block_m + 1, 2 * tile.block_k + 9, 3 * tile.block_k, rank, dtype, device)))
-
-
-@pytest.mark.parametrize(
-    ("m", "k", "n", "r"), [(1, 1, 1, 1), (33, 300, 64, 64), (70, 64, 230, 17), (0, 5, 7, 2), (3, 0, 7, 2), (3, 7, 0, 2)]
-)
-@pytest.mark.parametrize("ranges", [2, 16])
-def test_ranges_of_a_sum_that_is_short_or_empty(ranges, m, k, n, r, device, launched):
-    launched(tiles.SPLIT_K[0], True, ranges)
-    check(*operands(m, k, n, r, torch.float32, device))
-
-
-def test_ranges_honour_strides_and_go_without_bias(device, launched):
-    launched(tiles.SPLIT_K[0], True, ranges=2)
-    x, weight, u, s, v, _ = operands(24, 233, 198, 4, torch.float16, device, bias=False)
-    s = s.repeat_interleave(2)[::2]
-    check(x.t().contiguous().t(), weight.t().contiguous().t(), u.t().contiguous().t(), s, v.t().contiguous().t(), None)
-
-
-def test_k_is_cut_where_rows_fill_no_gpu():
-    few, many, short = (
-        tiles.siva_linear((m,), k, (1024,), 16, H100) for m, k in ((32, 4096), (4096, 4096), (32, 1024))
-    )
-    assert (few.way, few.tile.block_m) == ("split-k", 32)
-    assert few.ranges * 1024 // few.tile.block_n <= H100.multiprocessors
-    assert many.ranges == short.ranges == 1
-    assert tiles.siva_linear((32,), 4096, (1024, 1024), 16, H100, shared=True).ranges == 1
-    assert tiles.siva_linear((32,), 256, (1024,), 16, H100, ("split-k",)).way == "fused"
-
-
-@pytest.mark.parametrize("way", tiles.WAYS)
-def test_a_caller_names_the_way(way, device, monkeypatch):
-    found = []
-    plan = siva_linear_plan.plan_of
-    for module in (kernel, kernel_backward):
-        monkeypatch.setattr(module, "plan_of", lambda *args: found.append(plan(*args)) or found[-1])
-    if device == "cpu":
-        monkeypatch.setattr(tiles, "gpu", lambda _: H100)
-    x, weight, u, s, v, _ = operands(40, 512, 512, 3, torch.bfloat16, device, bias=False)
-    h, p = kernel.siva_linear(x, weight, u, s, v, None, ways=(way,))
-    kernel_backward.siva_linear_backward(h, x, weight, u, s, v, p, True, True, True, False, ways=(way,))
-    assert [tiles.Choice(*each[:3]).way for each in found] == [way] * 2
-    torch.testing.assert_close(
-        h.float(), reference.siva_linear(x, weight, u, s, v, None)[0].float(), rtol=0.02, atol=0.1
-    )
-
-
-@pytest.mark.parametrize("what", ["width", "pitch", "beginning", "turned", "repeated"])
-def test_others_take_addresses(what, device, with_tma):
-    x, *rest = operands(20, 9 if what == "width" else 16, 24, 3, torch.bfloat16, device)
-    if what == "pitch":
-        x = in_nan(x)
-    elif what == "beginning":
-        x = x.new_empty(20, 24)[:, 4:20].copy_(x)
-    elif what == "turned":
-        x = x.t().contiguous().t()
-    elif what == "repeated":
-        x = x[:1].expand(20, 16)
-    check_forward(x, *rest)
-    assert [plan.tile.tma for plan in with_tma] == [False]
-
-
-def test_a_gpu_without_descriptors_takes_addresses(device):
-    x, weight, _, _, v, _ = operands(16, 16, 16, 3, torch.bfloat16, device)
-    plan = siva_linear_plan.plan_of(x, [weight], [v], (16,), (3,), ("fused tma",))
-    assert plan.project
-    assert not plan.tile.tma or device == "cuda"
+def test_every_tile(tile, device, launched):
+    launched(tile)
+    rank = min(tile.max_rank, 33)
+    args = operands(tile.block_m + 1, tile.block_k + 1, tile.block_n + 1, rank, torch.bfloat16, device)
+    check(*map(in_nan, args))
 
 
 @pytest.mark.parametrize("dies", [6, 8])
 def test_programs_are_dealt_to_dies_in_ranges_of_tiles(dies, device, monkeypatch):
-    constants = tiles.siva_linear_constants
-    gpu = tiles.Gpu("gfx942", 38 * dies)
-    assert constants(tiles.SIVA_LINEAR["gfx942"][0], True, 3, gpu)["XCDS"] == dies
-    monkeypatch.setattr(tiles, "siva_linear_constants", lambda *args: {**constants(*args), "XCDS": dies})
+    monkeypatch.setattr(tiles, "gpu", lambda _: tiles.Gpu("gfx942", 38 * dies))
     check(*operands(300, 20, 200, 3, torch.float32, device))
 
 
 def test_more_row_blocks_than_a_group(device, launched):
     tile = tiles.SIVA_LINEAR[tiles.ANY][0]
-    launched(tile, True)
+    launched(tile)
     check(*operands((tiles.GROUP_M + 1) * tile.block_m + 1, 8, 2 * tile.block_n + 1, 2, torch.float32, device))
 
 
@@ -261,14 +150,13 @@ def test_empty_sizes(m, k, n, r, device):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
-def test_factors_in_float32_are_read_as_they_are(project, device, launched):
+def test_factors_in_float32_are_read_as_they_are(device, launched):
     """The same bits as with factors in float16, but for what is then not rounded to it.
 
     Not in bfloat16, to which Triton's interpreter truncates.
     """
     dtype = torch.float16
-    launched(tiles.SIVA_LINEAR[tiles.ANY][1], project)
+    launched(tiles.SIVA_LINEAR[tiles.ANY][1])
     halves = operands(70, 35, 66, 5, dtype, device)
     wide = [a.float() if i in (2, 3, 4) else a for i, a in enumerate(halves)]
     dh = torch.randn(70, 66).to(halves[0])
@@ -369,58 +257,66 @@ def test_rank_block(rank, expected):
     assert tiles.rank_block(rank) == expected
 
 
-A100, H100 = tiles.Gpu("sm_80", 108), tiles.Gpu("sm_90", 132)
+@pytest.mark.parametrize("arch", [*tiles.SIVA_LINEAR, "sm_89"])
+def test_every_rank_has_tiles(arch):
+    """An architecture without a line takes those of any."""
+    for layers in (1, 3):
+        found = [tiles.siva_linear(arch, rank, layers) for rank in (16, 32, tiles.MAX_RANK)]
+        assert all(found)
+        assert len(found[0]) > 1
+        assert found[0][0] == found[-1][0]  # what runs where nothing may be timed
 
 
-def test_p_is_computed_inside_until_that_costs_more_than_reading_x_again():
-    inside = {
-        (m, n): tiles.siva_linear((m,), 1024, (n,), 4, A100)[1] for m, n in ((512, 1024), (2048, 1024), (16384, 8192))
-    }
-    assert inside == {(512, 1024): True, (2048, 1024): True, (16384, 8192): False}
-    assert not tiles.siva_linear((8192,), 4096, (4096,), 64, H100)[1]
+@pytest.fixture
+def tuning(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All tiles for the forward, timed as if each were faster than those before; which were."""
+    tuner, timed = kernel._siva_linear_fwd_kernel, []
+
+    def bench(call, quantiles):
+        call()
+        timed.append(tuner.nargs["rows"])
+        return [1 / len(timed)] * 3
+
+    every = [tile.config() for tile in tiles.SIVA_LINEAR[tiles.ANY]]
+    monkeypatch.setattr(tuner, "configs", every)
+    monkeypatch.setattr(tuner, "cache", {})
+    monkeypatch.setattr(tuner, "_do_bench", bench)
+    monkeypatch.setattr(tuner, "do_bench", bench)
+    monkeypatch.setattr(tiles, "architecture", lambda _: tiles.ANY)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return timed
 
 
-@pytest.mark.parametrize("architecture", tiles.SHEETS)
-def test_sheets_agree_with_whole_multiply_adds_a_clock(architecture):
-    sheet = tiles.SHEETS[architecture]
-    rate = sheet.teraflops * 1e6 / sheet.megahertz / sheet.multiprocessors / 2
-    assert round(rate / 256) * 256 == pytest.approx(rate, rel=2e-3)
+def launch(m: int, r: int = 3) -> str:
+    """The tile of a forward that gives what the reference does."""
+    args = operands(m, 40, 48, r, torch.float16, "cpu")
+    assert_outputs(kernel.siva_linear(*args), expected_of(reference.siva_linear, args))
+    return str(kernel._siva_linear_fwd_kernel.best_config)
 
 
-@pytest.mark.parametrize("architecture", [*tiles.SHEETS, "interpreter"])
-def test_few_rows_take_small_tiles_and_many_take_large_ones(architecture):
-    gpu = tiles.Gpu(architecture, 128)
-    few, many = (tiles.siva_linear((m,), 1024, (1024,), 4, gpu)[0] for m in (17, 65536))
-    sizes = [tile.block_m * tile.block_n for tile in tiles.siva_linear_tiles(architecture)]
-    assert (few.block_m * few.block_n, many.block_m * many.block_n) == (min(sizes), max(sizes))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a GPU")
+def test_tiles_are_timed_once_for_a_class_of_rows_and_kept_with_a_run(tuning):
+    first, *_, last = (str(tile.config()) for tile in tiles.SIVA_LINEAR[tiles.ANY])
+    assert [launch(rows) for rows in (17, 32, 20, 33)] == [last] * 4
+    assert tuning == [32] * 3 + [64] * 3
+    kept = {name: found for name, found in dispatch.chosen()["tiles"].items() if "_fwd_" in name}
+    assert [*kept.values()] == [last] * 2
+    dispatch.take_over({"tiles": dict.fromkeys(kept, first)})
+    assert launch(20) == first
+    assert len(tuning) == 6
+    dispatch.take_over({})
 
 
-@pytest.mark.parametrize("ways", [tiles.WAYS, ("fused", "fused tma")], ids=["chosen", "fused"])
-def test_on_an_h100_the_forward_waits_for_memories_hardly_longer_than_a_bare_product(ways):
-    """4096 x 4096 x 4096 at rank 16: reads of shared memory, and loads through the second-level cache."""
-    size, rank, sheet = 4096, 16, tiles.SHEETS["sm_90"]
-    tile, project, _ = tiles.siva_linear((size,), size, (size,), rank, H100, ways)
-    ours, bare = (tiles.siva_linear_clocks(tile, block_r, "sm_90") for block_r in (rank * project, 0))
-    programs = size / tile.block_m * size / tile.block_n / H100.multiprocessors
-    x = 0 if project else 2 * size**2  # bytes that a product for p reads before
-    shared = ours.shared + x / H100.multiprocessors / sheet.shared / programs / size
-    cached = ours.cached + x / sheet.cached / programs / size
-    assert max(shared, cached) <= 1.05 * max(bare.shared, bare.cached)
-    assert cached <= 1.05 * bare.cached
-    if not project:
-        assert shared <= 1.05 * bare.shared
-
-
-def test_an_architecture_without_a_line_takes_the_tiles_of_any():
-    assert tiles.siva_linear_tiles("sm_89") == tiles.SIVA_LINEAR[tiles.ANY]
-
-
-def test_p_is_computed_inside_only_where_it_fits():
-    for rank in range(1, tiles.MAX_RANK + 1):
-        for way in ("fused", "fused tma"):
-            choice = tiles.siva_linear((17,), 64, (64,), rank, H100, (way,))
-            assert choice.project
-            assert rank <= choice.tile.max_rank
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a GPU")
+def test_where_a_run_is_deterministic_the_first_tile_runs(tuning):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert launch(20) == str(tiles.SIVA_LINEAR[tiles.ANY][0].config())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert tuning == []
+    launch(20, r=17)
+    assert len(tuning) == 2  # of these ranks one tile has no room
 
 
 @pytest.mark.parametrize("block_r", [16, 64])

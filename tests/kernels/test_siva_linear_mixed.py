@@ -73,7 +73,7 @@ def test_every_rank(r, device):
 @pytest.mark.interp_full
 @pytest.mark.parametrize("tile", tiles.SIVA_LINEAR[tiles.ANY], ids=str)
 def test_every_tile(tile, device, launched):
-    launched(tile, True)
+    launched(tile)
     ranks = min(tile.shared_rank, 33), 3
     args = batch((7, tile.block_m // 2 + 1, tile.block_k + 1), tile.block_n + 1, ranks, (4, 3), torch.bfloat16, device)
     check(*each(in_nan, args))
@@ -161,8 +161,5 @@ def test_blocks_of_rows_end_with_their_adapter():
 
 def test_many_short_adapters_take_small_tiles():
     """Blocks of rows do not reach from one adapter into the next, so a large tile would be mostly empty."""
-    gpu = tiles.Gpu("sm_80", 108)
-    many, one = (
-        tiles.siva_linear(rows, 1024, (1024,), 4, gpu, ("fused",), shared=True)[0] for rows in ((16,) * 256, (4096,))
-    )
+    many, one = (tiles.siva_linear_mixed("sm_80", 16, rows) for rows in ((16,) * 256, (4096,)))
     assert many.block_m < one.block_m

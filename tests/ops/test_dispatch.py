@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastpeft.ops import autotune, dispatch
-from fastpeft.ops.autotune import Timings
+from fastpeft.errors import FastpeftError
+from fastpeft.ops import dispatch
 from fastpeft.ops.backends import IMPLEMENTED
 from fastpeft.ops.define import OPS
 from fastpeft.ops.dispatch import choosing
+from fastpeft.training.run_folder import RunFolder
 
 BOTH = [op for (op, device), names in IMPLEMENTED.items() if device == "cuda" and {"triton", "aten"} <= set(names)]
 
 
 class Forms(dict[str, Any]):
-    """Two forms of an op, of which one sleeps; `called` has the names in order."""
+    """Two forms of an op; `timed` has how often each was timed."""
 
-    def __init__(self, slow: str) -> None:
-        self.called: list[str] = []
-        self.slow = slow
-        super().__init__({name: lambda *_, name=name: self._run(name) for name in ("triton", "aten")})
+    def __init__(self) -> None:
+        super().__init__({name: lambda *_, name=name: name for name in ("triton", "aten")})
+        self.timed: list[str] = []
 
-    def _run(self, name: str) -> str:
-        self.called.append(name)
-        time.sleep(0.002 if name == self.slow else 0)
-        return name
+
+@pytest.fixture
+def forms(monkeypatch: pytest.MonkeyPatch) -> Forms:
+    """ATen's is the faster."""
+    found = Forms()
+
+    def milliseconds(call: Any) -> float:
+        found.timed.append(call())
+        return 1.0 if found.timed[-1] == "aten" else 2.0
+
+    monkeypatch.setattr(dispatch, "milliseconds", milliseconds)
+    monkeypatch.setattr(dispatch, "_answers", {})
+    monkeypatch.setattr(dispatch, "_kept", {})
+    monkeypatch.setattr(dispatch, "tuners", {})
+    return found
 
 
 def siva(rows: int = 64, dtype: torch.dtype = torch.bfloat16, rank: int = 4) -> tuple[Tensor | None, ...]:
@@ -47,86 +54,86 @@ def window(tokens: int = 9, **changes: Any) -> tuple[Any, ...]:
     return q, c, p, *named.values()
 
 
-@pytest.fixture(autouse=True)
-def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The folder of the times that the package brings, empty."""
-    monkeypatch.setattr(autotune, "TUNED", tmp_path / "tuned")
-    (tmp_path / "tuned").mkdir()
-    autotune._tuned.cache_clear()
-    yield tmp_path / "tuned"
-    autotune._tuned.cache_clear()
+def asked() -> list[str]:
+    """The questions that were answered by a time."""
+    return [question.partition(" on ")[0] for question in dispatch.chosen().get("forms", {})]
 
 
-@pytest.mark.parametrize("slow", ["triton", "aten"])
-def test_the_faster_form_computes_and_a_class_of_shapes_is_timed_once(tmp_path: Path, slow: str) -> None:
-    forms, timings = Forms(slow), Timings(tmp_path / "times.json")
-    call = choosing(OPS["siva_linear"], forms, timings)
-    fast = "aten" if slow == "triton" else "triton"
-    assert call(*siva(64)) == fast
-    timed = len(forms.called)
-    assert timed > 3
-    assert call(*siva(34)) == fast  # more than 32 and up to 64 rows are one class, ranks up to 16 another
-    assert call(*siva(64, rank=9)) == fast
-    assert len(forms.called) == timed + 2
-    call(*siva(66))
-    assert len(forms.called) > timed + 5
-    asked = [question.partition(" on ")[0] for question in timings.used]
-    assert asked == [f"siva_linear bfloat16 24x40 rank 16 rows {rows}" for rows in (64, 128)]
+def test_the_faster_form_computes_and_a_class_of_shapes_is_timed_once(forms):
+    call = choosing(OPS["siva_linear"], forms)
+    for operands in (siva(64), siva(34), siva(64, rank=9), siva(66)):
+        assert call(*operands) == "aten"
+    assert forms.timed == ["triton", "aten"] * 2
+    assert asked() == [f"siva_linear bfloat16 24x40 rank 16 rows {rows}" for rows in (64, 128)]
+
+
+def test_a_form_that_is_hardly_faster_does_not_replace_the_kernel(forms, monkeypatch):
+    monkeypatch.setattr(dispatch, "milliseconds", lambda call: 0.98 if call() == "aten" else 1.0)
+    assert choosing(OPS["siva_linear"], forms)(*siva()) == "triton"
 
 
 @pytest.mark.parametrize("operands", [siva(64, torch.float32), siva(14)])
-def test_float32_and_few_rows_are_left_to_aten_unless_a_table_says_otherwise(
-    tmp_path: Path, tuned: Path, operands: tuple[Any, ...]
-) -> None:
-    forms, timings = Forms("aten"), Timings(tmp_path / "times.json")
-    choosing(OPS["siva_linear"], forms, timings)(*siva(16))  # whatever a full tile took
-    forms.called.clear()
-    assert choosing(OPS["siva_linear"], forms, timings)(*operands) == "aten"
-    assert forms.called == ["aten"]  # and not timed
-    assert choosing(OPS["siva_linear"], forms, Timings(tmp_path / "all.json"), times_all=True)(*operands) == "triton"
-    (tuned / "cpu.json").write_text((tmp_path / "all.json").read_text())
-    autotune._tuned.cache_clear()
-    called = len(forms.called)
-    assert choosing(OPS["siva_linear"], forms, Timings(tmp_path / "none.json", enabled=False))(*operands) == "triton"
-    assert len(forms.called) == called + 1
-    assert not (tmp_path / "none.json").exists()
+def test_float32_and_few_rows_are_left_to_aten(forms, operands):
+    choosing(OPS["siva_linear"], forms)(*siva(16))  # whatever a full tile took
+    timed = len(forms.timed)
+    assert choosing(OPS["siva_linear"], forms)(*operands) == "aten"
+    assert len(forms.timed) == timed
 
 
-def test_a_form_that_fails_is_not_taken(tmp_path: Path) -> None:
+def test_nothing_is_timed_where_a_run_is_deterministic(forms):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choosing(OPS["siva_linear"], forms)(*siva()) == "triton"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert forms.timed == []
+
+
+def test_a_form_that_fails_is_not_taken(forms):
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    forms = Forms("aten")
-    call = choosing(OPS["siva_linear"], {**forms, "triton": out_of_memory}, Timings(tmp_path / "times.json"))
-    assert call(*siva()) == "aten"
-    both = choosing(OPS["siva_linear"], dict.fromkeys(forms, out_of_memory), Timings(tmp_path / "none.json"))
+    for failing, other in (("triton", "aten"), ("aten", "triton")):
+        dispatch._answers.clear()
+        assert choosing(OPS["siva_linear"], {**forms, failing: out_of_memory})(*siva()) == other
+    dispatch._answers.clear()
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
-        both(*siva())
+        choosing(OPS["siva_linear"], dict.fromkeys(forms, out_of_memory))(*siva())
 
 
-def test_window_attention_is_chosen_by_what_its_time_depends_on(tmp_path: Path) -> None:
-    timings = Timings(tmp_path / "times.json")
-    call = choosing(OPS["window_attention"], Forms("triton"), timings)
+def test_window_attention_is_chosen_by_what_its_time_depends_on(forms):
+    call = choosing(OPS["window_attention"], forms)
     call(*window())
     call(*window(block=2))
     call(*window(16))
     call(*window(mask=torch.ones(2, 9, dtype=torch.bool), causal=True))
     assert call(*window(dropout=0.1)) == "triton"  # for elsewhere many operations draw it
     of_all = "window_attention float32 batch 2 heads 1 slots 3 tokens 16 width 8"
-    asked = [question.partition(" on ")[0] for question in timings.used]
-    assert asked == [of_all, f"{of_all} mask causal"]
+    assert asked() == [of_all, f"{of_all} mask causal"]
 
 
-def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+def test_while_a_graph_is_captured_what_was_timed_before_runs_and_else_aten(forms, monkeypatch):
     monkeypatch.setattr(dispatch, "is_captured", lambda: True)
-    forms, timings = Forms("triton"), Timings(tmp_path / "times.json")
-    with FakeTensorMode():
-        on_gpu = [None if operand is None else torch.empty_like(operand, device="cuda") for operand in siva()]
-        assert choosing(OPS["siva_linear"], forms, timings)(*on_gpu) == "triton"
-        assert forms.called == ["triton"]
-        timings.begin({"siva_linear bfloat16 24x40 rank 16 rows 64 on sm_90": {"triton": 2.0, "aten": 1.0}})
-        assert choosing(OPS["siva_linear"], forms, timings)(*on_gpu) == "aten"
+    call = choosing(OPS["siva_linear"], forms)
+    assert call(*siva()) == "aten"
+    assert forms.timed == []
+    dispatch.take_over({"forms": {"siva_linear bfloat16 24x40 rank 16 rows 64 on cpu": "triton"}})
+    assert call(*siva()) == "triton"
+
+
+def test_a_run_keeps_what_was_chosen_and_a_resumed_one_takes_it(forms, tmp_path):
+    call = choosing(OPS["siva_linear"], forms)
+    call(*siva())
+    folder = RunFolder(tmp_path)
+    assert folder.choices() == {}
+    folder.keep_choices({"forms": dict.fromkeys(dispatch.chosen()["forms"], "triton")})
+    dispatch.take_over(folder.choices())
+    assert call(*siva()) == "triton"
+    assert len(forms.timed) == 2
+    assert dispatch.chosen() == folder.choices() == json.loads((tmp_path / "choices.json").read_text())
+    (tmp_path / "choices.json").write_text("{")
+    with pytest.raises(FastpeftError, match="implementations are then timed again"):
+        folder.choices()
 
 
 @pytest.mark.parametrize("op", BOTH)
@@ -136,22 +143,15 @@ def test_arguments_have_the_names_of_the_schema(op: str) -> None:
     assert dispatch._names(OPS[op]) == [argument.name for argument in schema.arguments]
 
 
-def test_a_backward_pass_is_chosen_by_the_gradients_that_it_makes(tmp_path: Path) -> None:
-    timings = Timings(tmp_path / "times.json")
+def test_a_backward_pass_is_chosen_by_the_gradients_that_it_makes(forms):
     x, weight, u, s, v, _ = siva()
     dh, p = torch.ones(2, 32, 24, dtype=torch.bfloat16), torch.ones(4, 64)
-    single = choosing(OPS["siva_linear_backward"], Forms("aten"), timings)
-    single(dh, x, weight, u, s, v, p, True, False, True, False)
-    mixed = choosing(OPS["siva_linear_mixed_backward"], Forms("aten"), timings)
+    choosing(OPS["siva_linear_backward"], forms)(dh, x, weight, u, s, v, p, True, False, True, False)
     ofs = [u, u], [s, s], [v, v], [p, p]
+    mixed = choosing(OPS["siva_linear_mixed_backward"], forms)
     mixed(dh, x, weight, *ofs, [1, 1], None, False, [False, True], [False, False], False)
     layer = "bfloat16 24x40 rank 16 rows 64"
-    assert [question.partition(" on ")[0] for question in timings.used] == [
+    assert asked() == [
         f"siva_linear_backward {layer} need_dx need_dv",
         f"siva_linear_mixed_backward {layer} adapters 2 need_du",
     ]
-
-
-def test_times_that_the_package_brings_are_readable() -> None:
-    for file in (Path(dispatch.__file__).parent / "tuned").glob("*.json"):
-        assert autotune._readable(json.loads(file.read_text()))

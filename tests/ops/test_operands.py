@@ -19,7 +19,6 @@ from siva_operands import each, flat, in_double
 from torch import Tensor
 
 from fastpeft import FastpeftError, functional
-from fastpeft.kernels import tiles
 from fastpeft.ops import aten, backends, define, reference
 from fastpeft.ops.packing import quantise_rows
 from fastpeft.ops.quantise import Format, QuantisedWeight
@@ -212,10 +211,8 @@ def implementations() -> Iterator[Any]:
 @pytest.mark.parametrize("op", list(backends._TRITON_LAUNCHERS))
 def test_launchers_take_what_the_op_passes(op: str) -> None:
     pytest.importorskip("triton")
-    taken = dict(inspect.signature(launcher(op)).parameters)
-    ways = taken.pop("ways", None)
+    taken = inspect.signature(launcher(op)).parameters
     assert [*taken] == [argument.name for argument in getattr(torch.ops.fastpeft, op).default._schema.arguments]
-    assert ways is None or ways.default == tiles.WAYS
 
 
 everywhere = pytest.mark.parametrize(("op", "backend"), list(implementations()))
