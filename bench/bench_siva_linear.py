@@ -82,7 +82,8 @@ class _Plain(nn.Module):
         self.u, self.v = nn.Parameter(u.contiguous()), nn.Parameter(v.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.siva_linear(x, self.weight, self.u, self.s, self.v, self.bias)[0]
+        (h,), _ = reference.siva_linear(x, [self.weight], [self.u], [self.s], [self.v], [self.bias])
+        return h
 
 
 def _through_peft(make: Callable[..., Any], **settings: Any) -> Callable[[Layers], nn.Module]:

@@ -99,7 +99,7 @@ KEY = ("kernel", "arch", "dtype", "tile")  # the columns that name a row
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
 ANY = (  # but not counts, rows of R and what does not specialise
-    *("M", "R", "splits", "ranges", "stride_pm", "stride_pr", "stride_un", "stride_vk", "num_terms", "keep_bits"),
+    *("M", "R", "splits", "stride_un", "stride_vk", "num_terms", "keep_bits"),
     *("size", "size_u", "ranks", "strides_nr", "strides_pc", "strides_pr", "blocks_m", "tokens"),
     *("rows", "T", "S", "parts", "slots", "absent", "seed_ptr", "ordinal", "last_dropped", "scale"),
 )
@@ -137,7 +137,7 @@ def siva_linear_constants(layers: int) -> dict[str, dict[str, Any]]:
     fwd = {
         **dict.fromkeys(("w_ptrs", "u_ptrs", "s_ptrs", "v_ptrs", "bias_ptrs", "h_ptrs"), many),
         **dict.fromkeys(("columns", "ranks", "biases", "strides_wn"), many),
-        **{"strides_wk": ones, "stride_xk": 1, "stride_pr" if layers == 1 else "stride_pm": 1},
+        **{"strides_wk": ones, "stride_xk": 1},
     }
     dx = {
         **dict.fromkeys(("dh_ptrs", "w_ptrs", "u_ptrs", "s_ptrs", "v_ptrs"), many),

@@ -42,8 +42,6 @@ Source: SiVA, the adaptation by singular vectors described in `fastpeft.siva`.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -88,8 +86,6 @@ def _siva_linear_fwd_kernel(
     stride_xk,
     strides_wn,
     strides_wk,
-    stride_pm,
-    stride_pr,
     APART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -126,6 +122,7 @@ def _siva_linear_fwd_kernel(
     mask_n = offs_n < N
     mask_r = offs_r < R
     stride_wk = pick(strides_wk, layer)
+    stride_pr = tl.full((), 1, tl.int64) * M  # of p^T
 
     # 4. Both products from one read of x; then the low-rank product on the accumulator.
     acc_h = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -150,7 +147,7 @@ def _siva_linear_fwd_kernel(
     acc_h = add_low_rank(
         acc_h,
         acc_p,
-        p_ptr + offs_m[:, None] * stride_pm + (first_r + offs_r)[None, :] * stride_pr,
+        p_ptr + offs_m[:, None] + (first_r + offs_r)[None, :] * stride_pr,
         pick(s_ptrs, layer) + offs_r,
         pick(u_ptrs, layer) + offs_n[None, :] * R + offs_r[:, None],
         mask_m,
@@ -168,35 +165,6 @@ def _siva_linear_fwd_kernel(
 
 
 def siva_linear(
-    x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`h = x W^T + ((x V^T) * s) U^T + b` and `p = x V^T`: a group of one.
-
-    Args:
-        x: `(*, K)`, on the device of all operands. Any strides, here and below.
-        weight: `(N, K)`, in the dtype of x, as the bias.
-        u: `(N, R)`; factors have the dtype of x or float32, as p and their gradients then. What of them and of biases
-            is not contiguous is copied.
-        s: `(R,)`.
-        v: `(R, K)`.
-        bias: `(N,)` or None.
-
-    Returns:
-        h `(*, N)` and p `(*, R)`, contiguous.
-
-    Notes:
-        Fused ATen calls serve ranks above 64 (`tiles.MAX_RANK`); float64, because the kernels accumulate in float32;
-        16-bit operands on GPUs before compute capability 8.0, whose matrix units Triton does not use but PyTorch does;
-        and float32 on any GPU (`fastpeft.kernels.launch.is_for_kernels`).
-    """
-    if not is_for_kernels(x, len(s)):
-        return aten.siva_linear(x, weight, u, s, v, bias)
-    p = v.new_empty(*x.shape[:-1], len(s))
-    (h,) = _outputs(x, [weight], [u], [s], [v], [bias], as_matrix(p))
-    return h, p
-
-
-def siva_linear_group(
     x: Tensor,
     weights: list[Tensor],
     us: list[Tensor],
@@ -207,9 +175,10 @@ def siva_linear_group(
     """Each `h_i = x W_i^T + ((x V_i^T) * s_i) U_i^T + b_i`, and p^T of all layers.
 
     Args:
-        x: `(*, K)`, on the device of all operands; dtypes are as in `siva_linear`. Any strides, here and below.
-        weights: `(N_i, K)` each.
-        us: `(N_i, R_i)` each.
+        x: `(*, K)`, on the device of all operands. Any strides, here and below.
+        weights: `(N_i, K)` each, in the dtype of x, as the biases.
+        us: `(N_i, R_i)` each; factors have the dtype of x or float32, as p and their gradients then. What of them and
+            of biases is not contiguous is copied.
         ss: `(R_i,)` each.
         vs: `(R_i, K)` each.
         biases: `(N_i,)` each, or None.
@@ -218,30 +187,19 @@ def siva_linear_group(
         Each h `(*, N_i)`, and p^T `(sum of R_i, M)`, contiguous.
 
     Notes:
-        Copies and calls of ATen are as in `siva_linear`.
+        Fused ATen calls serve ranks above 64 (`tiles.MAX_RANK`); float64, because the kernels accumulate in float32;
+        16-bit operands on GPUs before compute capability 8.0, whose matrix units Triton does not use but PyTorch does;
+        and float32 on any GPU (`fastpeft.kernels.launch.is_for_kernels`).
     """
-    ranks = lengths(ss)
+    ranks, columns = lengths(ss), lengths(weights)
     if not is_for_kernels(x, max(ranks)):
-        return aten.siva_linear_group(x, weights, us, ss, vs, biases)
-    p = vs[0].new_empty(sum(ranks), math.prod(x.shape[:-1]))
-    return _outputs(x, weights, us, ss, vs, biases, p.t()), p
-
-
-def _outputs(
-    x: Tensor,
-    weights: list[Tensor],
-    us: list[Tensor],
-    ss: list[Tensor],
-    vs: list[Tensor],
-    biases: list[Tensor | None],
-    p: Tensor,
-) -> list[Tensor]:
-    """Each h `(*, N_i)`; p `(M, sum of R_i)`, of any strides, is written."""
-    rows, columns = as_matrix(x), lengths(weights)
+        return aten.siva_linear(x, weights, us, ss, vs, biases)
+    rows = as_matrix(x)
     m, k = rows.shape
-    hs = [rows.new_empty(*x.shape[:-1], n) for n in columns]
+    hs = [x.new_empty(*x.shape[:-1], n) for n in columns]
+    p = vs[0].new_empty(sum(ranks), m)
     if m == 0:
-        return hs
+        return hs, p
     with torch.cuda.device_of(rows):
         _siva_linear_fwd_kernel[
             lambda tile: (
@@ -258,11 +216,10 @@ def _outputs(
             next_power_of_two(m, 16),
             k,
             columns,
-            lengths(ss),
+            ranks,
             tuple(0 if bias is None else len(bias) for bias in biases),
             *rows.stride(),
             *strides_of(weights),
-            *p.stride(),
-            **constants_of(rows, lengths(ss)),
+            **constants_of(rows, ranks),
         )
-    return hs
+    return hs, p

@@ -112,40 +112,6 @@ def _siva_linear_bwd_dx_kernel(
 
 
 def siva_linear_backward(
-    dh: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    u: Tensor,
-    s: Tensor,
-    v: Tensor,
-    p: Tensor,
-    need_dx: bool,
-    need_du: bool,
-    need_dv: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `siva_linear`: those of a group of one.
-
-    Args:
-        dh: `(*, N)`, the gradient of h. Any strides, here and below.
-        x: `(*, K)`; not read without `need_dv`, and may then have 0 elements.
-        weight, u, s, v: as in the forward.
-        p: `(*, R)` of the forward; not read without `need_du`, and may then have 0 elements.
-        need_dx, need_du, need_dv, need_dbias: which gradients to compute.
-
-    Returns:
-        dx `(*, K)`, dU `(N, R)`, dV `(R, K)` and db `(N,)`, contiguous; 0 elements in place of one that is not needed.
-    """
-    if not is_for_kernels(dh, len(s)):
-        return aten.siva_linear_backward(dh, x, weight, u, s, v, p, need_dx, need_du, need_dv, need_dbias)
-    turned = as_matrix(p).t() if need_du else p
-    dx, (du,), dv, (dbias,) = siva_linear_group_backward(
-        [dh], x, [weight], [u], [s], [v], turned, need_dx, [need_du], need_dv, [need_dbias]
-    )
-    return dx, du, dv, dbias
-
-
-def siva_linear_group_backward(
     dhs: list[Tensor],
     x: Tensor,
     weights: list[Tensor],
@@ -158,7 +124,7 @@ def siva_linear_group_backward(
     need_dv: bool,
     need_dbias: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """Gradients of `siva_linear_group`.
+    """Gradients of `siva_linear`.
 
     Args:
         dhs: `(*, N_i)` each, the gradients of h. Any strides, here and below.
@@ -177,7 +143,7 @@ def siva_linear_group_backward(
     """
     ranks, columns = lengths(ss), lengths(weights)
     if not is_for_kernels(dhs[0], max(ranks)):
-        return aten.siva_linear_group_backward(dhs, x, weights, us, ss, vs, p, need_dx, need_du, need_dv, need_dbias)
+        return aten.siva_linear_backward(dhs, x, weights, us, ss, vs, p, need_dx, need_du, need_dv, need_dbias)
     rows = [as_matrix(dh) for dh in dhs]
     m, k = len(rows[0]), weights[0].shape[1]
     dx, dv = rows[0].new_empty(0), vs[0].new_empty(0)

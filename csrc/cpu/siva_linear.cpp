@@ -1,4 +1,4 @@
-// fastpeft::siva_linear, siva_linear_quantised, siva_linear_group and their backward on CPU tensors:
+// fastpeft::siva_linear, siva_linear_quantised and their backward on CPU tensors:
 // siva_linear_passes.h with one adapter, whose factors all rows take. One layer is a group of one.
 #include <torch/csrc/stable/library.h>
 
@@ -37,13 +37,6 @@ std::tuple<Tensor, Tensor> layer(const Tensor& x, const Weight& weight, const Te
     return {h[0], p};
 }
 
-std::tuple<Tensor, Tensor> siva_linear(Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v,
-                                       std::optional<Tensor> bias) {
-    if (is_supported(x, {s})) return layer(x, {weight}, u, s, v, bias);
-    const Tensors found = by_aten("fastpeft::siva_linear_aten", x, weight, u, s, v, bias);
-    return {found[0], found[1]};
-}
-
 std::tuple<Tensor, Tensor> siva_linear_quantised(Tensor x, Tensor codes, Tensor scales, Tensor u, Tensor s, Tensor v,
                                                  std::optional<Tensor> bias) {
     if (is_supported(x, {s})) return layer(x, quantised(codes, scales), u, s, v, bias);
@@ -51,10 +44,9 @@ std::tuple<Tensor, Tensor> siva_linear_quantised(Tensor x, Tensor codes, Tensor 
     return {found[0], found[1]};
 }
 
-std::tuple<Tensors, Tensor> siva_linear_group(Tensor x, Tensors weights, Tensors us, Tensors ss, Tensors vs,
-                                              Biases biases) {
+std::tuple<Tensors, Tensor> siva_linear(Tensor x, Tensors weights, Tensors us, Tensors ss, Tensors vs, Biases biases) {
     if (!is_supported(x, ss)) {
-        Tensors found = by_aten("fastpeft::siva_linear_group_aten", x, weights, us, ss, vs, biases);
+        Tensors found = by_aten("fastpeft::siva_linear_aten", x, weights, us, ss, vs, biases);
         return {Tensors(found.begin(), found.end() - 1), found.back()};
     }
     const int64_t sum = Ranks(ss).sum, m = num_rows(x);
@@ -78,16 +70,6 @@ LayerGradients layer_backward(const Tensor& dh, const Tensor& x, const Weight& w
     return {found.dx, found.du[0][0], found.dv[0], found.dbias[0]};
 }
 
-LayerGradients siva_linear_backward(Tensor dh, Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor p,
-                                    bool need_dx, bool need_du, bool need_dv, bool need_dbias) {
-    if (is_supported(dh, {s})) {
-        return layer_backward(dh, x, {weight}, u, s, v, p, s.numel(), need_dx, need_du, need_dv, need_dbias);
-    }
-    const Tensors found = by_aten("fastpeft::siva_linear_backward_aten", dh, x, weight, u, s, v, p, need_dx, need_du,
-                                  need_dv, need_dbias);
-    return {found[0], found[1], found[2], found[3]};
-}
-
 LayerGradients siva_linear_quantised_backward(Tensor dh, Tensor x, Tensor codes, Tensor scales, Tensor u, Tensor s,
                                               Tensor v, Tensor p, bool need_dx, bool need_du, bool need_dv,
                                               bool need_dbias) {
@@ -101,14 +83,13 @@ LayerGradients siva_linear_quantised_backward(Tensor dh, Tensor x, Tensor codes,
     return {found[0], found[1], found[2], found[3]};
 }
 
-std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_group_backward(Tensors dhs, Tensor x, Tensors weights,
-                                                                        Tensors us, Tensors ss, Tensors vs, Tensor p,
-                                                                        bool need_dx, Flags need_du, bool need_dv,
-                                                                        Flags need_dbias) {
+std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_backward(Tensors dhs, Tensor x, Tensors weights, Tensors us,
+                                                                  Tensors ss, Tensors vs, Tensor p, bool need_dx,
+                                                                  Flags need_du, bool need_dv, Flags need_dbias) {
     check(!dhs.empty());
     if (!is_supported(dhs[0], ss)) {
-        const Tensors found = by_aten("fastpeft::siva_linear_group_backward_aten", dhs, x, weights, us, ss, vs, p,
-                                      need_dx, need_du, need_dv, need_dbias);
+        const Tensors found = by_aten("fastpeft::siva_linear_backward_aten", dhs, x, weights, us, ss, vs, p, need_dx,
+                                      need_du, need_dv, need_dbias);
         const auto dv = found.begin() + 1 + us.size();
         return {found[0], Tensors(found.begin() + 1, dv), *dv, Tensors(dv + 1, found.end())};
     }
@@ -123,12 +104,10 @@ std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_group_backward(Tensors 
 }  // namespace
 
 // implementations only: the schemas are declared once, in fastpeft/ops; a call with a pack has a key of its own
-#define FASTPEFT_IMPLEMENTATIONS(key)                                                 \
-    STABLE_TORCH_LIBRARY_IMPL(fastpeft, key, m) {                                     \
-        m.impl("siva_linear", TORCH_BOX(&siva_linear));                               \
-        m.impl("siva_linear_backward", TORCH_BOX(&siva_linear_backward));             \
-        m.impl("siva_linear_group", TORCH_BOX(&siva_linear_group));                   \
-        m.impl("siva_linear_group_backward", TORCH_BOX(&siva_linear_group_backward)); \
+#define FASTPEFT_IMPLEMENTATIONS(key)                                     \
+    STABLE_TORCH_LIBRARY_IMPL(fastpeft, key, m) {                         \
+        m.impl("siva_linear", TORCH_BOX(&siva_linear));                   \
+        m.impl("siva_linear_backward", TORCH_BOX(&siva_linear_backward)); \
     }
 
 FASTPEFT_IMPLEMENTATIONS(CPU)

@@ -9,6 +9,7 @@ On a GPU a product reads a weight as it lies. Autocast would cast it at every ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastpeft.ops.define import is_captured
+from fastpeft.support.processor import has_bfloat16
 
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -131,8 +133,22 @@ def is_token(x: Tensor, weight: Tensor) -> bool:
 
 
 def is_faster_packed(rows: int, dtype: torch.dtype) -> bool:
-    """Whether a product of so many rows is faster by a pack, for a weight in the dtype of the product."""
-    return rows > 1
+    """Whether a pack makes a product of so many rows a tenth faster, for a weight in the dtype of the product.
+
+    One row reads the whole weight once for little work, and the product by a pack takes longer to begin.
+    """
+    return 1 < rows <= _most_rows_packed(dtype)
+
+
+@cache
+def _most_rows_packed(dtype: torch.dtype) -> float:
+    """Measured on a processor with AVX512-BF16 and on the same held to fewer instructions, see docs/methods/kernels.md.
+
+    What was not measured, such as ARM, packs nothing: a pack takes as much memory as the weight.
+    """
+    if dtype is torch.float32:
+        return {"AVX512": math.inf, "AVX2": 64}.get(torch.backends.cpu.get_cpu_capability(), 0)
+    return 64 if has_bfloat16() else 0
 
 
 class Packs:

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from fastpeft.ops.define import check_first_derivative, define
 from fastpeft.ops.products import as_matrix
-from fastpeft.ops.siva_linear import siva_linear_backward_shapes, siva_linear_shapes
 
 BLOCK = 64  # values of nf4 that share a scale
 COARSE = 256  # scales that share a scale of their own
@@ -71,8 +70,8 @@ def siva_linear_quantised_reference(
 ) -> tuple[Tensor, Tensor]:
     """`siva_linear` with W~ `(N, K)`, on what that runs on."""
     weight = dequantise(codes, scales, (len(u), v.shape[1]), x.dtype)
-    h, p = torch.ops.fastpeft.siva_linear(x, weight, u, s, v, bias)
-    return h, p
+    (h,), p = torch.ops.fastpeft.siva_linear(x, [weight], [u], [s], [v], [bias])
+    return h, p.t().reshape(*x.shape[:-1], len(s))
 
 
 def siva_linear_quantised_backward_reference(
@@ -95,29 +94,41 @@ def siva_linear_quantised_backward_reference(
     """
     shape = (len(u), v.shape[1])
     weight = dequantise(codes, scales, shape, dh.dtype) if need_dx else dh.new_empty(1, 1).expand(shape)
-    backward, trained = torch.ops.fastpeft.siva_linear_backward, p.shape[-1]
-    if trained == len(s) or not (need_du or need_dv):
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = backward(
-            dh, x, weight, u, s, v, p, need_dx, need_du, need_dv, need_dbias
+    trained = p.shape[-1] if need_du or need_dv else len(s)
+
+    def backward(
+        u: Tensor, s: Tensor, v: Tensor, need_dx: bool, need_du: bool, need_dv: bool, need_dbias: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        turned = as_matrix(p).t() if need_du else p
+        dx, (du,), dv, (dbias,) = torch.ops.fastpeft.siva_linear_backward(
+            [dh], x, [weight], [u], [s], [v], turned, need_dx, [need_du], need_dv, [need_dbias]
         )
-        return found
-    dx, _, _, dbias = backward(dh, x, weight, u, s, v, p, need_dx, False, False, need_dbias)
-    u, s, v = u[:, :trained], s[:trained], v[:trained]
-    _, du, dv, _ = backward(dh, x, weight, u, s, v, p, False, need_du, need_dv, False)
+        return dx, du, dv, dbias
+
+    if trained == len(s):
+        return backward(u, s, v, need_dx, need_du, need_dv, need_dbias)
+    dx, _, _, dbias = backward(u, s, v, need_dx, False, False, need_dbias)
+    _, du, dv, _ = backward(u[:, :trained], s[:trained], v[:trained], False, need_du, need_dv, False)
     return dx, du, dv, dbias
 
 
 def _siva_linear_quantised_shapes(
-    x: Tensor, codes: Tensor, scales: Tensor, u: Tensor, *rest: Any
+    x: Tensor, codes: Tensor, scales: Tensor, u: Tensor, s: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return siva_linear_shapes(x, u, u, *rest)  # of the weight they ask how many rows it has, as U has
+    return x.new_empty((*x.shape[:-1], u.shape[0])), v.new_empty((*x.shape[:-1], v.shape[0]))
 
 
 def _siva_linear_quantised_backward_shapes(
     dh: Tensor, x: Tensor, codes: Tensor, scales: Tensor, u: Tensor, s: Tensor, v: Tensor, p: Tensor, *needs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    trained = p.shape[-1]
-    return siva_linear_backward_shapes(dh, x, u, u[:, :trained], s, v[:trained], p, *needs)
+    need_dx, need_du, need_dv, need_dbias = needs
+    (n, _), (_, k), trained = u.shape, v.shape, p.shape[-1]
+    return (
+        dh.new_empty((*dh.shape[:-1], k) if need_dx else (0,)),
+        u.new_empty((n, trained) if need_du else (0,)),
+        v.new_empty((trained, k) if need_dv else (0,)),
+        dh.new_empty((n,) if need_dbias else (0,)),
+    )
 
 
 # h (*, N)

@@ -15,7 +15,6 @@ from fastpeft.ops.dtypes import compute_dtype, factors_dtype
 from fastpeft.ops.packing import Packs, operand
 from fastpeft.ops.products import split
 from fastpeft.ops.siva_linear import SivaLinear, siva_linear_reference
-from fastpeft.ops.siva_linear_group import SivaLinearGroup
 from fastpeft.ops.siva_linear_mixed import SivaLinearMixed
 
 
@@ -73,11 +72,11 @@ def siva_linear(
         u, s, v = _cast(of_factors, u, s, v)
     h: Tensor
     if is_transformed():  # which does not take our autograd formula
-        h, _ = siva_linear_reference(x, weight.to(dtype), u, s, v, bias)
+        (h,), _ = siva_linear_reference(x, [weight.to(dtype)], [u], [s], [v], [bias])
     elif torch.is_grad_enabled() and not torch.compiler.is_exporting():  # a graph to export has the op
-        h = SivaLinear.apply(x, weight, u, s, v, bias, packs)
+        (h,) = SivaLinear.apply((packs,), x, weight, u, s, v, bias)
     else:
-        h, _ = torch.ops.fastpeft.siva_linear.default(x, operand(weight, packs, x), u, s, v, bias)
+        (h,), _ = torch.ops.fastpeft.siva_linear.default(x, [operand(weight, packs, x)], [u], [s], [v], [bias])
     return h
 
 
@@ -107,8 +106,7 @@ def siva_linear_group(
 
     Notes:
         Saved for backward: as by `siva_linear`, but x once, and `p` of all layers in one `(sum of r, rows)`. The
-        gradient of x is summed in one tensor, where autograd would make one for each layer and add them. Where an op
-        has no grouped implementation each layer runs by itself.
+        gradient of x is summed in one tensor, where autograd would make one for each layer and add them.
 
     Example:
         >>> x, w = torch.randn(3, 8), torch.randn(5, 8)
@@ -137,10 +135,10 @@ def siva_linear_group(
     x, *biases = _cast(dtype, x, *biases)
     factors = _cast(factors_dtype(dtype, x.device), *us, *ss, *vs)
     if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-        hs: tuple[Tensor, ...] = SivaLinearGroup.apply(packs, x, *weights, *factors, *biases)
+        hs: tuple[Tensor, ...] = SivaLinear.apply(packs, x, *weights, *factors, *biases)
         return hs
     frozen = [operand(weight, each, x) for weight, each in zip(weights, packs, strict=True)]
-    found, _ = torch.ops.fastpeft.siva_linear_group.default(x, frozen, *split(factors, len(weights)), biases)
+    found, _ = torch.ops.fastpeft.siva_linear.default(x, frozen, *split(factors, len(weights)), biases)
     return tuple(found)
 
 

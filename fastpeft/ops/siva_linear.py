@@ -1,14 +1,20 @@
-"""`fastpeft::siva_linear`: a linear layer whose weight is a frozen part and a trained product of rank R.
+"""`fastpeft::siva_linear`: linear layers whose weights are a frozen part and a trained product of rank R.
+
+    h_i = x W_i^T + ((x V_i^T) * s_i) U_i^T + b_i
+
+All layers of a call read the same x, as the query, key and value of an attention; one layer is a group of one.
 
 Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank.
 
-x, weight, h and bias have one dtype, and their gradients have it. The factors u, s and v have that dtype or
-float32; p and the factors' gradients have theirs. On a CPU the weight may be a pack of it (`fastpeft.ops.packing`), in
+x, weights, h and biases have one dtype, and their gradients have it. The factors u, s and v have that dtype or
+float32; p and the factors' gradients have theirs. On a CPU a weight may be a pack of it (`fastpeft.ops.packing`), in
 backward one of its transpose.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,180 +23,242 @@ from torch.nn import functional as F
 
 from fastpeft.ops.define import check_first_derivative, define
 from fastpeft.ops.packing import Packs, dense, operand
-from fastpeft.ops.products import as_matrix, lowered, output, raised
-from fastpeft.ops.siva_linear_group import siva_linear_group_backward_aten
+from fastpeft.ops.products import (
+    as_matrix,
+    lowered,
+    multiplies_in_float32,
+    output,
+    raised,
+    scaled,
+    split,
+    stacked,
+    times,
+)
 
 
 def siva_linear_reference(
-    x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`h = x W^T + ((x V^T) * s) U^T + b`, and `p = x V^T`."""
-    p = F.linear(raised(x, v), v)
-    h = F.linear(x, dense(weight), bias) + F.linear(p * s, u)
-    return h.to(x.dtype), p
+    x: Tensor,
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    biases: list[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """Each `h = x W^T + ((x V^T) * s) U^T + b`, and all `p^T = V x^T` in one `(sum of R, M)`."""
+    hs, ps = [], []
+    for weight, u, s, v, bias in zip(weights, us, ss, vs, biases, strict=True):
+        p = F.linear(raised(x, v), v)
+        hs.append((F.linear(x, dense(weight), bias) + F.linear(p * s, u)).to(x.dtype))
+        ps.append(as_matrix(p).t())
+    return hs, torch.cat(ps)
 
 
 def siva_linear_backward_reference(
-    dh: Tensor,
+    dhs: list[Tensor],
     x: Tensor,
-    weight: Tensor,
-    u: Tensor,
-    s: Tensor,
-    v: Tensor,
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
     p: Tensor,
     need_dx: bool,
-    need_du: bool,
+    need_du: list[bool],
     need_dv: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `siva_linear`, with `dp = (dh U) * s`:
+    need_dbias: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """Gradients of `siva_linear`, with `dp = (dh U) * s` of each layer:
 
-    `dx = dh W + dp V`, `dU = dh^T (p * s)`, `dV = dp^T x`, `db = sum of dh over rows`.
+    `dx = sum of dh W + dp V`, `dU = dh^T (p * s)`, all `dV = dp^T x` below each other, `db = sum of dh over rows`.
     """
-    dx, du, dv, dbias = (like.new_empty(0) for like in (dh, u, v, dh))
-    rows = as_matrix(dh)  # (M, N)
-    wide = raised(rows, u)
-    if need_dx or need_dv:
+    dxs, dus, dvs, dbiases = [], [], [], []
+    ps = p.split([s.shape[0] for s in ss]) if any(need_du) else [p] * len(ss)
+    for i, (dh, weight, u, s, v) in enumerate(zip(dhs, weights, us, ss, vs, strict=True)):
+        rows = as_matrix(dh)  # (M, N)
+        wide = raised(rows, u)
         dp = (wide @ u) * s  # (M, R)
-    if need_dx:
-        product = rows @ (dense(weight).t() if weight.is_mkldnn else weight)
-        dx = (product + dp @ v).to(dh.dtype).view(*dh.shape[:-1], v.shape[1])
-    if need_du:
-        du = wide.t() @ (as_matrix(p) * s)
-    if need_dv:
-        dv = dp.t() @ raised(as_matrix(x), v)
-    if need_dbias:
-        dbias = rows.sum(0)
-    return dx, du, dv, dbias
+        if need_dx:
+            product = rows @ (dense(weight).t() if weight.is_mkldnn else weight)
+            dxs.append((product + dp @ v).to(dh.dtype).view(*dh.shape[:-1], v.shape[1]))
+        if need_dv:
+            dvs.append(dp.t() @ raised(as_matrix(x), v))
+        dus.append(wide.t() @ (ps[i].t() * s) if need_du[i] else u.new_empty(0))
+        dbiases.append(rows.sum(0) if need_dbias[i] else dh.new_empty(0))
+    return (
+        sum(dxs[1:], dxs[0]) if need_dx else dhs[0].new_empty(0),
+        dus,
+        torch.cat(dvs) if need_dv else vs[0].new_empty(0),
+        dbiases,
+    )
 
 
 def siva_linear_aten(
-    x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`h = x W^T + b`, then `h += p (U diag(s))^T` in place, with `p = x V^T`."""
-    dtype = v.dtype
-    u, s, v = lowered((u, s, v), x.dtype)
-    p = F.linear(as_matrix(x), v)  # (M, R)
-    return output(x, weight, u, s, p, bias), p.to(dtype).view(*x.shape[:-1], v.shape[0])
+    x: Tensor,
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    biases: list[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """`p^T = V x^T` for all layers at once; for each `h = x W^T + b`, then `h += p (U diag(s))^T` in place.
+
+    Each layer has its product with W: one with all W below each other is no faster, and they would have to share a
+    storage for it.
+    """
+    dtype = vs[0].dtype
+    us, ss, vs = (lowered(each, x.dtype) for each in (us, ss, vs))
+    p = stacked(vs) @ as_matrix(x).t()  # (sum of R, M)
+    ps = p.split([s.shape[0] for s in ss])
+    hs = [
+        output(x, weight, u, s, part.t(), bias)
+        for weight, u, s, part, bias in zip(weights, us, ss, ps, biases, strict=True)
+    ]
+    return hs, p.to(dtype)
 
 
 def siva_linear_backward_aten(
-    dh: Tensor,
+    dhs: list[Tensor],
     x: Tensor,
-    weight: Tensor,
-    u: Tensor,
-    s: Tensor,
-    v: Tensor,
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
     p: Tensor,
     need_dx: bool,
-    need_du: bool,
+    need_du: list[bool],
     need_dv: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of a group of one layer."""
-    p = as_matrix(p).t() if need_du else p
-    dx, (du,), dv, (dbias,) = siva_linear_group_backward_aten(
-        [dh], x, [weight], [u], [s], [v], p, need_dx, [need_du], need_dv, [need_dbias]
-    )
-    return dx, du, dv, dbias
+    need_dbias: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """As the reference, with `dp^T = diag(s) U^T dh^T`, one sum `dx` of all `dh W` and of `dp V`, and one `dV`."""
+    ranks = [s.shape[0] for s in ss]
+    rows = [as_matrix(dh) for dh in dhs]  # (M, N)
+    dtype, of_factors = rows[0].dtype, vs[0].dtype
+    scales = ss  # of dU, which may pass the range of float16
+    us, ss, vs, (p,) = (lowered(each, dtype) for each in (us, ss, vs, [p]))
+    dx, dv = rows[0].new_empty(0), rows[0].new_empty(0, dtype=of_factors)
+    if need_dx or need_dv:
+        dp = rows[0].new_empty(sum(ranks), rows[0].shape[0])  # (sum of R, M), as p
+        for dh, u, s, part in zip(rows, us, ss, dp.split(ranks), strict=True):
+            torch.mm(scaled(u, s), dh.t(), out=part)
+    if need_dx:
+        dx = times(rows[0], weights[0])
+        for dh, weight in zip(rows[1:], weights[1:], strict=True):
+            is_apart = weight.is_mkldnn or multiplies_in_float32(dh, most=0)
+            dx = dx.add_(times(dh, weight)) if is_apart else dx.addmm_(dh, weight)
+        dx = dx.addmm_(dp.t(), stacked(vs)).view(*dhs[0].shape[:-1], dx.shape[1])
+    if need_dv:
+        dv = (dp @ as_matrix(x)).to(of_factors)
+    ps = p.split(ranks) if any(need_du) else [p] * len(ss)
+    dus = [
+        torch.mul((part @ dh).t(), s, out=u.new_empty(u.shape if needed else (0,), dtype=of_factors))
+        if needed
+        else dh.new_empty(0, dtype=of_factors)
+        for dh, u, s, part, needed in zip(rows, us, scales, ps, need_du, strict=True)
+    ]
+    dbiases = [dh.sum(0) if needed else dh.new_empty(0) for dh, needed in zip(rows, need_dbias, strict=True)]
+    return dx, dus, dv, dbiases
 
 
-def siva_linear_shapes(
-    x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), v.new_empty((*x.shape[:-1], v.shape[0]))
+def _siva_linear_shapes(
+    x: Tensor, weights: list[Tensor], us: list[Tensor], ss: list[Tensor], vs: list[Tensor], *rest: Any
+) -> tuple[list[Tensor], Tensor]:
+    hs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    return hs, vs[0].new_empty((sum(v.shape[0] for v in vs), math.prod(x.shape[:-1])))
 
 
-def siva_linear_backward_shapes(
-    dh: Tensor, x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, p: Tensor, *needs: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_dx, need_du, need_dv, need_dbias = needs
+def _siva_linear_backward_shapes(
+    dhs: list[Tensor], x: Tensor, weights: list[Tensor], us: list[Tensor], ss: list[Tensor], *rest: Any
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    vs, _, need_dx, need_du, need_dv, need_dbias = rest
+    k = vs[0].shape[1]
     return (
-        dh.new_empty((*dh.shape[:-1], v.shape[1]) if need_dx else (0,)),
-        u.new_empty(u.shape if need_du else (0,)),
-        v.new_empty(v.shape if need_dv else (0,)),
-        dh.new_empty((u.shape[0],) if need_dbias else (0,)),
+        dhs[0].new_empty((*dhs[0].shape[:-1], k) if need_dx else (0,)),
+        [u.new_empty(u.shape if needed else (0,)) for u, needed in zip(us, need_du, strict=True)],
+        vs[0].new_empty((sum(v.shape[0] for v in vs), k) if need_dv else (0,)),
+        [dh.new_empty((len(u),) if needed else (0,)) for dh, u, needed in zip(dhs, us, need_dbias, strict=True)],
     )
 
 
-# h (*, N) and the projection p = x V^T (*, R), which backward needs
+# layers that read the same x: each h (*, N), and all p^T in one (sum of R, M), which backward needs
 define(
     "siva_linear",
-    "(Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor? bias) -> (Tensor, Tensor)",
-    shapes=siva_linear_shapes,
+    "(Tensor x, Tensor[] weights, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor?[] biases) -> (Tensor[], Tensor)",
+    shapes=_siva_linear_shapes,
     reference=siva_linear_reference,
     aten=siva_linear_aten,
 )
 
 
-# dx (*, K), du (N, R), dv (R, K), dbias (N,); an output that is not needed is a tensor of 0 elements
+# dx (*, K), each du (N, R), all dv in one (sum of R, K), each dbias (N,)
 define(
     "siva_linear_backward",
-    "(Tensor dh, Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor p, bool need_dx, bool need_du, "
-    "bool need_dv, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
-    shapes=siva_linear_backward_shapes,
+    "(Tensor[] dhs, Tensor x, Tensor[] weights, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor p, bool need_dx, "
+    "bool[] need_du, bool need_dv, bool[] need_dbias) -> (Tensor, Tensor[], Tensor, Tensor[])",
+    shapes=_siva_linear_backward_shapes,
     reference=siva_linear_backward_reference,
     aten=siva_linear_backward_aten,
 )
 
 
 class SivaLinear(torch.autograd.Function):
-    """The autograd formula of `fastpeft::siva_linear`: `apply(x, weight, u, s, v, bias, packs)`.
+    """The autograd formula of `fastpeft::siva_linear`: `apply(packs, x, *weights, *us, *ss, *vs, *biases)`.
 
-    Not one of `register_autograd`, which takes twice as long. The weight has any dtype and gets no gradient, and s gets
-    none; `functional.siva_linear` refuses those that require one.
+    `packs` has one for each layer, or None. Not one of `register_autograd`, which takes twice as long. Weights have any
+    dtype and get no gradient, and s gets none; `functional.siva_linear` refuses those that require one.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        u: Tensor,
-        s: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        packs: Packs | None,
-    ) -> Tensor:
-        factor = operand(weight, packs, x)
-        h, p = torch.ops.fastpeft.siva_linear(x, factor, u, s, v, bias)
-        _, _, need_du, _, need_dv, _, _ = ctx.needs_input_grad
+    def forward(ctx: Any, packs: Sequence[Packs | None], x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+        layers = len(packs)
+        weights, us, ss, vs, biases = split(operands, layers)
+        factors = [operand(weight, each, x) for weight, each in zip(weights, packs, strict=True)]
+        hs, p = torch.ops.fastpeft.siva_linear.default(x, factors, us, ss, vs, biases)
+        needs = ctx.needs_input_grad
         ctx.packs = packs
         ctx.set_materialize_grads(False)
-        # x is needed for dV and p for dU alone; what no gradient needs is not kept
-        kept = weight if factor.is_mkldnn else factor
-        ctx.save_for_backward(x if need_dv else None, kept, u, s, v, p if need_du else None)
-        return h
+        ctx.save_for_backward(
+            x if True in needs[2 + 3 * layers : 2 + 4 * layers] else None,  # for dV
+            p if True in needs[2 + layers : 2 + 2 * layers] else None,  # for dU
+            *(weight if each.is_mkldnn else each for weight, each in zip(weights, factors, strict=True)),
+            *operands[layers : 4 * layers],
+        )
+        return tuple(hs)
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
         check_first_derivative("siva_linear")
-        if dh is None:
-            return (None,) * 7
-        x, weight, u, s, v, p = ctx.saved_tensors
-        need_dx, _, need_du, _, need_dv, need_dbias, _ = ctx.needs_input_grad
+        used = [i for i, dh in enumerate(dhs) if dh is not None]
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if not used:
+            return tuple(gradients)
+        layers = len(dhs)
+        x, p, *saved = ctx.saved_tensors
+        _, need_dx, *needs = ctx.needs_input_grad
+        of_layers = [dhs, ctx.packs, *split(saved, layers), *split(needs, layers)]
+        if len(used) < layers:
+            if p is not None:
+                parts = p.split([s.shape[0] for s in of_layers[4]])
+                p = torch.cat([parts[i] for i in used])
+            of_layers = [[each[i] for i in used] for each in of_layers]
+        given, packs, weights, us, ss, vs, _, need_du, _, need_dv, need_dbias = of_layers
         if need_dx:
-            weight = operand(weight, ctx.packs, dh, transposed=True)
-        empty = dh.new_empty(0)
-        dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_backward(
-            dh,
+            weights = [operand(w, each, given[0], transposed=True) for w, each in zip(weights, packs, strict=True)]
+        empty = given[0].new_empty(0) if x is None or p is None else x
+        dx, dus, dv, dbiases = torch.ops.fastpeft.siva_linear_backward.default(
+            given,
             empty if x is None else x,
-            weight,
-            u,
-            s,
-            v,
+            weights,
+            us,
+            ss,
+            vs,
             empty if p is None else p,
             need_dx,
             need_du,
-            need_dv,
+            True in need_dv,
             need_dbias,
         )
-        return (
-            dx if need_dx else None,
-            None,
-            du if need_du else None,
-            None,
-            dv if need_dv else None,
-            dbias if need_dbias else None,
-            None,
-        )
+        dvs = dv.split([v.shape[0] for v in vs]) if True in need_dv else [dv] * len(used)
+        gradients[1] = dx if need_dx else None
+        for place, values, needed in ((1, dus, need_du), (3, dvs, need_dv), (4, dbiases, need_dbias)):
+            for i, value, need in zip(used, values, needed, strict=True):
+                gradients[2 + place * layers + i] = value if need else None
+        return tuple(gradients)

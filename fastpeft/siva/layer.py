@@ -121,7 +121,7 @@ class SivaLinear(LoadableLinear):
             return self._quantised_forward(x, quantised, factors, active)
         operands = (self.stored, *factors, base.bias, self.packs)
         if can_call_directly(x, operands):
-            h: Tensor = torch.ops.fastpeft.siva_linear.default(x, *operands[:-1])[0]
+            (h,), _ = torch.ops.fastpeft.siva_linear.default(x, *([each] for each in operands[:-1]))
             return h
         return siva_linear(x, *operands)
 

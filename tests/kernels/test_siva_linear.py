@@ -7,7 +7,16 @@ import itertools
 import pytest
 import torch
 from poison import in_nan, poisoned_memory
-from siva_operands import assert_gradients, assert_outputs, expected_of, in_order, operands
+from siva_operands import (
+    as_group,
+    as_group_backward,
+    assert_gradients,
+    assert_outputs,
+    expected_of,
+    flat,
+    in_order,
+    operands,
+)
 from torch import Tensor
 
 from fastpeft.ops import aten, dispatch, reference
@@ -25,17 +34,18 @@ SIZES = [1, 15, 17, 63, 65, 127]
 def check_forward(*args: Tensor | None) -> None:
     """Launch on `args` and compare h and p with the reference in float64."""
     with poisoned_memory():
-        actual = kernel.siva_linear(*args)
-    assert_outputs(actual, expected_of(reference.siva_linear, args))
+        actual = kernel.siva_linear(*as_group(*args))
+    assert_outputs(actual, expected_of(reference.siva_linear, as_group(*args)))
 
 
 def check_backward(dh: Tensor, *args: Tensor | None, needs: tuple[bool, ...] = (True,) * 4) -> None:
     """Launch on dh and the forward's `args` and compare the gradients, twice the same bits, with float64."""
     x, weight, u, s, v, _ = args
-    p = in_nan(reference.siva_linear(*in_order(args))[1])
-    expected = expected_of(reference.siva_linear_backward, (dh, x, weight, u, s, v, p, *needs))
+    p = in_nan(reference.siva_linear(*as_group(*in_order(args)))[1])
+    expected = expected_of(reference.siva_linear_backward, as_group_backward(dh, x, weight, u, s, v, p, *needs))
     unread = dh.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
-    args = (dh, x if needs[2] else unread, weight, u, s, v, p if needs[1] else unread, *needs)
+    x, p = x if needs[2] else unread, p if needs[1] else unread
+    args = as_group_backward(dh, x, weight, u, s, v, p, *needs)
     with poisoned_memory():
         actual, again = kernel_backward.siva_linear_backward(*args), kernel_backward.siva_linear_backward(*args)
     assert_gradients(actual, again, needs, expected)
@@ -140,12 +150,12 @@ def test_many_ranges_of_rows(dtype, device):
 def test_empty_sizes(m, k, n, r, device):
     x, weight, u, s, v, bias = args = operands(m, k, n, r, torch.float32, device)
     check_forward(*args)
-    p, dh = x.new_ones(m, r), x.new_ones(m, n)
+    p, dh = x.new_ones(r, m), x.new_ones(m, n)
     with poisoned_memory():
-        gradients = kernel_backward.siva_linear_backward(dh, x, weight, u, s, v, p, True, True, True, True)
+        gradients = flat(kernel_backward.siva_linear_backward(*as_group_backward(dh, *args[:5], p, *[True] * 4)))
     expected = dh @ weight, torch.zeros_like(u), torch.zeros_like(v), torch.full_like(bias, m)
     if r > 0:
-        expected = expected[0] + (dh @ u * s) @ v, dh.t() @ p * s, (dh @ u * s).t() @ x, expected[3]
+        expected = expected[0] + (dh @ u * s) @ v, dh.t() @ p.t() * s, (dh @ u * s).t() @ x, expected[3]
     for ours, theirs in zip(gradients, expected):
         torch.testing.assert_close(ours, theirs)
 
@@ -161,12 +171,11 @@ def test_factors_in_float32_are_read_as_they_are(device, launched):
     wide = [a.float() if i in (2, 3, 4) else a for i, a in enumerate(halves)]
     dh = torch.randn(70, 66).to(halves[0])
     found = []
-    for x, weight, u, s, v, bias in (halves, wide):
+    for args in (halves, wide):
         with poisoned_memory():
-            h, p = kernel.siva_linear(x, weight, u, s, v, bias)
-            found.append(
-                [h, p, *kernel_backward.siva_linear_backward(dh, x, weight, u, s, v, p, True, True, True, True)]
-            )
+            (h,), p = kernel.siva_linear(*as_group(*args))
+            gradients = kernel_backward.siva_linear_backward(*as_group_backward(dh, *args[:5], p, *[True] * 4))
+            found.append(flat([h, p, *gradients]))
     for i, (plain, ours) in enumerate(zip(*found, strict=True)):
         assert ours.dtype is (torch.float32 if i in (1, 3, 4) else dtype)
         assert torch.equal(ours.to(dtype), plain)
@@ -222,11 +231,11 @@ def test_what_the_kernels_leave_to_aten(device):
         operands(5, 6, 7, 2, torch.float64, device),
         operands(5, 6, 7, tiles.MAX_RANK + 1, torch.float32, device),
     ):
-        forward, expected = kernel.siva_linear(*args), aten.siva_linear(*args)
-        args = (args[0].new_ones(5, 7), *args[:5], expected[1], True, True, True, True)
+        forward, expected = (module.siva_linear(*as_group(*args)) for module in (kernel, aten))
+        args = as_group_backward(args[0].new_ones(5, 7), *args[:5], expected[1], *[True] * 4)
         for ours, theirs in zip(
-            forward + kernel_backward.siva_linear_backward(*args),
-            expected + aten.siva_linear_backward(*args),
+            flat(forward + kernel_backward.siva_linear_backward(*args)),
+            flat(expected + aten.siva_linear_backward(*args)),
             strict=True,
         ):
             assert torch.equal(ours, theirs)
@@ -289,7 +298,7 @@ def tuning(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def launch(m: int, r: int = 3) -> str:
     """The tile of a forward that gives what the reference does."""
-    args = operands(m, 40, 48, r, torch.float16, "cpu")
+    args = as_group(*operands(m, 40, 48, r, torch.float16, "cpu"))
     assert_outputs(kernel.siva_linear(*args), expected_of(reference.siva_linear, args))
     return str(kernel._siva_linear_fwd_kernel.best_config)
 

@@ -36,22 +36,22 @@ def check(*args: Any, needs: list[Any] | None = None) -> None:
 def check_forward(*args: Any) -> None:
     """Launch on `args` and compare with float64."""
     with poisoned_memory():
-        actual = kernel.siva_linear_group(*args)
-    assert_outputs(actual, expected_of(aten.siva_linear_group, args))
+        actual = kernel.siva_linear(*args)
+    assert_outputs(actual, expected_of(aten.siva_linear, args))
 
 
 def check_backward(*args: Any, needs: list[Any] | None = None) -> None:
     """Launch twice on the forward's `args` and compare with float64."""
     x, weights, us, ss, vs, biases = args
-    p = in_nan(aten.siva_linear_group(*in_order(args))[-1])
+    p = in_nan(aten.siva_linear(*in_order(args))[-1])
     generator = torch.Generator().manual_seed(0)
     dhs = [in_nan(torch.randn(*x.shape[:-1], len(w), generator=generator).to(x)) for w in weights]
     needs = needs or [True, [True] * len(us), True, [bias is not None for bias in biases]]
-    expected = expected_of(aten.siva_linear_group_backward, (dhs, x, weights, us, ss, vs, p, *needs))
+    expected = expected_of(aten.siva_linear_backward, (dhs, x, weights, us, ss, vs, p, *needs))
     unread = x.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
     args = (dhs, x if needs[2] else unread, weights, us, ss, vs, p if any(needs[1]) else unread, *needs)
     with poisoned_memory():
-        actual, again = (kernel_backward.siva_linear_group_backward(*args) for _ in range(2))
+        actual, again = (kernel_backward.siva_linear_backward(*args) for _ in range(2))
     assert_gradients(actual, again, needs, expected)
 
 
@@ -138,8 +138,8 @@ def test_empty_sizes_and_a_single_layer(m, k, ns, ranks, device):
     p = x.new_ones(sum(ranks), m)
     backward = dhs, x, weights, us, ss, vs, p, True, [True] * len(ns), True, [False] * len(ns)
     with poisoned_memory():
-        found = kernel.siva_linear_group(*args), kernel_backward.siva_linear_group_backward(*backward)
-    expected = aten.siva_linear_group(*args), aten.siva_linear_group_backward(*backward)
+        found = kernel.siva_linear(*args), kernel_backward.siva_linear_backward(*backward)
+    expected = aten.siva_linear(*args), aten.siva_linear_backward(*backward)
     for ours, theirs in zip(flat(map(flat, found)), flat(map(flat, expected)), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -152,10 +152,9 @@ def test_leading_dimensions_and_strides(device):
     check(x.view(4, 6, 33).transpose(0, 1), turned, us, ss, vs, biases)
     check(x[0], [weights[0], turned[1]], us, ss, vs, biases)
     dhs = [x.new_ones(1, 1).expand(24, 18), torch.randn(20, 24).to(x).t()]
-    args = dhs, x, weights, us, ss, vs, aten.siva_linear_group(x, weights, us, ss, vs, biases)[1]
+    args = dhs, x, weights, us, ss, vs, aten.siva_linear(x, weights, us, ss, vs, biases)[1]
     found, expected = (
-        flat(each.siva_linear_group_backward(*args, True, [True] * 2, True, [True] * 2))
-        for each in (kernel_backward, aten)
+        flat(each.siva_linear_backward(*args, True, [True] * 2, True, [True] * 2)) for each in (kernel_backward, aten)
     )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -164,11 +163,11 @@ def test_leading_dimensions_and_strides(device):
 def test_what_the_kernels_leave_to_aten(device):
     for ranks, dtype in (((2, 3), torch.float64), ((2, tiles.MAX_RANK + 1), torch.float32)):
         x, weights, us, ss, vs, _ = args = layers(5, 6, (7, 8), ranks, dtype, device)
-        found, expected = kernel.siva_linear_group(*args), aten.siva_linear_group(*args)
+        found, expected = kernel.siva_linear(*args), aten.siva_linear(*args)
         args = ([x.new_ones(5, 7), x.new_ones(5, 8)], x, weights, us, ss, vs, expected[1])
         args += (True, [True] * 2, True, [True] * 2)
-        found += kernel_backward.siva_linear_group_backward(*args)
-        expected += aten.siva_linear_group_backward(*args)
+        found += kernel_backward.siva_linear_backward(*args)
+        expected += aten.siva_linear_backward(*args)
         for ours, theirs in zip(flat(found), flat(expected), strict=True):
             assert torch.equal(ours, theirs)
 
@@ -180,9 +179,9 @@ def test_factors_in_float32_are_read_as_they_are(device):
     found = []
     for factors in ((us, ss, vs), each(Tensor.float, (us, ss, vs))):
         with poisoned_memory():
-            hs, p = kernel.siva_linear_group(x, weights, *factors, biases)
+            hs, p = kernel.siva_linear(x, weights, *factors, biases)
             needs = True, [True, True], True, [True, True]
-            gradients = kernel_backward.siva_linear_group_backward(dhs, x, weights, *factors, p, *needs)
+            gradients = kernel_backward.siva_linear_backward(dhs, x, weights, *factors, p, *needs)
             found.append(flat([hs, p, *gradients]))
     for plain, ours in zip(*found, strict=True):
         assert torch.equal(ours.half(), plain)
@@ -194,7 +193,7 @@ def test_gradients_of_u_share_no_storage_with_those_of_v(device):
     x, weights, us, ss, vs, _ = layers(6, 5, (7, 8), (2, 1), torch.float32, device)
     dhs: list[Tensor] = [x.new_ones(6, len(weight)) for weight in weights]
     p = x.new_ones(3, 6)
-    _, dus, dv, _ = kernel_backward.siva_linear_group_backward(
+    _, dus, dv, _ = kernel_backward.siva_linear_backward(
         dhs, x, weights, us, ss, vs, p, False, [True] * 2, True, [False] * 2
     )
     assert {du.untyped_storage().data_ptr() for du in dus}.isdisjoint({dv.untyped_storage().data_ptr()})

@@ -125,7 +125,7 @@ def test_saved_members_come_back_with_their_classes(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not multiplies_in(torch.float32), reason="needs packs")
 def test_a_member_that_was_used_before_leaves_nothing_of_its_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastpeft.ops.packing._is_faster_packed", lambda *_: True)
+    monkeypatch.setattr("fastpeft.ops.packing.is_faster_packed", lambda *_: True)
     pool, model = LadderPool(tiny()), ladder()
     logits(model)
     layer = model.backbone.layers[0].attention.self.query

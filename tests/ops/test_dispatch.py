@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops import dispatch
@@ -43,9 +42,9 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> Forms:
     return found
 
 
-def siva(rows: int = 64, dtype: torch.dtype = torch.bfloat16, rank: int = 4) -> tuple[Tensor | None, ...]:
+def siva(rows: int = 64, dtype: torch.dtype = torch.bfloat16, rank: int = 4) -> tuple[Any, ...]:
     u, s, v = torch.ones(24, rank), torch.ones(rank), torch.ones(rank, 40)
-    return torch.ones(2, rows // 2, 40, dtype=dtype), torch.ones(24, 40, dtype=dtype), u, s, v, None
+    return torch.ones(2, rows // 2, 40, dtype=dtype), [torch.ones(24, 40, dtype=dtype)], [u], [s], [v], [None]
 
 
 def window(tokens: int = 9, **changes: Any) -> tuple[Any, ...]:
@@ -144,12 +143,13 @@ def test_arguments_have_the_names_of_the_schema(op: str) -> None:
 
 
 def test_a_backward_pass_is_chosen_by_the_gradients_that_it_makes(forms):
-    x, weight, u, s, v, _ = siva()
+    x, weights, us, ss, vs, _ = siva()
     dh, p = torch.ones(2, 32, 24, dtype=torch.bfloat16), torch.ones(4, 64)
-    choosing(OPS["siva_linear_backward"], forms)(dh, x, weight, u, s, v, p, True, False, True, False)
-    ofs = [u, u], [s, s], [v, v], [p, p]
+    call = choosing(OPS["siva_linear_backward"], forms)
+    call([dh], x, weights, us, ss, vs, p, True, [False], True, [False])
+    ofs = us * 2, ss * 2, vs * 2, [p, p]
     mixed = choosing(OPS["siva_linear_mixed_backward"], forms)
-    mixed(dh, x, weight, *ofs, [1, 1], None, False, [False, True], [False, False], False)
+    mixed(dh, x, weights[0], *ofs, [1, 1], None, False, [False, True], [False, False], False)
     layer = "bfloat16 24x40 rank 16 rows 64"
     assert asked() == [
         f"siva_linear_backward {layer} need_dx need_dv",

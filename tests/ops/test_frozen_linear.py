@@ -320,7 +320,7 @@ def in_form(layer: nn.Linear, form: str) -> nn.Module:
 @pytest.mark.parametrize("form", ["products in int8", "weight in int8", "pack without weight"])
 def test_a_bias_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Also where x asks for none, as in the first layer of a model whose biases train alone."""
-    monkeypatch.setattr(packing, "_is_faster_packed", lambda *_: True)
+    monkeypatch.setattr(packing, "is_faster_packed", lambda *_: True)
     layer, x = frozen(), torch.randn(6, 40)
     layer.bias.requires_grad_()
     expected = layer(x)
@@ -334,7 +334,7 @@ def test_a_bias_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch, f
 @pytest.mark.parametrize("form", ["pack beside weight", "products in int8", "weight in int8"])
 def test_derivatives_by_torch_func(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Forward ones too: no product of ours has a formula for these, so they would vanish."""
-    monkeypatch.setattr(packing, "_is_faster_packed", lambda *_: True)
+    monkeypatch.setattr(packing, "is_faster_packed", lambda *_: True)
     layer, x = in_form(frozen(), form), torch.randn(6, 40)
     weight = layer.weight.detach().clone()
     with torch.no_grad():

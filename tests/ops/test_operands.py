@@ -49,20 +49,11 @@ def layer(z: Sizes, more: int = 0) -> list[Tensor]:
 
 
 def siva_linear(z: Sizes) -> list[Any]:
-    return [draw(z["b"] * z["t"], z["k"]), *layer(z), draw(z["n"])]
-
-
-def siva_linear_backward(z: Sizes) -> list[Any]:
-    dh, x, p = (draw(z["b"] * z["t"], z[columns]) for columns in ("n", "k", "r"))
-    return [dh, x, *layer(z), p, *[True] * 4]
-
-
-def siva_linear_group(z: Sizes) -> list[Any]:
     return [draw(z["b"], z["t"], z["k"]), *map(list, zip(layer(z), layer(z, 1))), [draw(z["n"]), None]]
 
 
-def siva_linear_group_backward(z: Sizes) -> list[Any]:
-    x, *layers, _ = siva_linear_group(z)
+def siva_linear_backward(z: Sizes) -> list[Any]:
+    x, *layers, _ = siva_linear(z)
     dhs = [draw(*x.shape[:2], len(weight)) for weight in layers[0]]
     return [dhs, x, *layers, draw(2 * z["r"] + 1, math.prod(x.shape[:2])), True, [True] * 2, True, [True] * 2]
 
@@ -117,13 +108,14 @@ def quantised_linear_backward(z: Sizes) -> list[Any]:
 
 
 def siva_linear_quantised(z: Sizes) -> list[Any]:
-    x, _, *others = siva_linear(z)
-    return [x, *quantised_weight(z, "int8"), *others]
+    _, *factors = layer(z)
+    return [draw(z["b"] * z["t"], z["k"]), *quantised_weight(z, "int8"), *factors, draw(z["n"])]
 
 
 def siva_linear_quantised_backward(z: Sizes) -> list[Any]:
-    dh, x, _, *others = siva_linear_backward(z)
-    return [dh, x, *quantised_weight(z, "int8"), *others]
+    dh, x, p = (draw(z["b"] * z["t"], z[columns]) for columns in ("n", "k", "r"))
+    _, *factors = layer(z)
+    return [dh, x, *quantised_weight(z, "int8"), *factors, p, *[True] * 4]
 
 
 def mezo_perturb(z: Sizes) -> list[Any]:
@@ -161,8 +153,6 @@ def mezo_perturb_replay_(z: Sizes) -> list[Any]:
 OPS: dict[str, tuple[Callable[[Sizes], list[Any]], str]] = {
     "siva_linear": (siva_linear, "b t k n r"),
     "siva_linear_backward": (siva_linear_backward, "b t k n r"),
-    "siva_linear_group": (siva_linear_group, "b t k n r"),
-    "siva_linear_group_backward": (siva_linear_group_backward, "b t k n r"),
     "siva_linear_mixed": (siva_linear_mixed, "b t k n r"),
     "siva_linear_mixed_backward": (siva_linear_mixed_backward, "b t k n r"),
     "window_attention": (window_attention, "b h t d slots absent"),
@@ -459,6 +449,8 @@ def test_tensors_without_values_give_shapes(op: str) -> None:
 
 def by_function(op: str, args: list[Any]) -> Any:
     """The function that a person calls for an op."""
+    if op == "siva_linear":
+        return functional.siva_linear_group(*args)
     if op == "siva_linear_mixed":
         x, weight, us, ss, vs, sizes, order, bias = args
         return functional.siva_linear_mixed(x, weight, us, ss, vs, sizes, order, bias)

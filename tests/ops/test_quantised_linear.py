@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from instructions import supported
 from poison import poisoned_memory
+from siva_operands import as_group, as_group_backward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,8 +108,10 @@ def test_layers_of_siva_agree_with_the_reference(
             dh, x, weight.codes, weight.scales, u, s, v, p[..., :trained], True, True, True, True
         )
     given = [each.double() for each in (x, weight.dequantise(torch.float64), u, s, v, bias)]
-    exact_h, exact_p = reference.siva_linear(*given)
-    dx, du, dv, dbias = reference.siva_linear_backward(dh.double(), *given[:-1], exact_p, True, True, True, True)
+    (exact_h,), exact_p = reference.siva_linear(*as_group(*given))
+    backward = as_group_backward(dh.double(), *given[:-1], exact_p, True, True, True, True)
+    dx, (du,), dv, (dbias,) = reference.siva_linear_backward(*backward)
+    exact_p = exact_p.t().reshape(*rows, r)
     exact = dx, du[:, :trained], dv[:trained], dbias
     allowed = 2e-2 if dtype is torch.bfloat16 else 1e-5
     for ours, theirs in zip((h, p, *found), (exact_h, exact_p, *exact)):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instructions import supported
+from siva_operands import as_group, as_group_backward, flat
 from torch import Tensor
 
 import fastpeft
@@ -61,14 +62,13 @@ def test_gradcheck(rows: tuple[int, ...], bias: bool) -> None:
 @pytest.mark.parametrize(("k", "n", "r"), [(7, 5, 3), (7, 5, 1), (0, 5, 3), (7, 0, 3), (7, 5, 0)])
 def test_fused_calls_equal_the_reference(rows: tuple[int, ...], bias: bool, k: int, n: int, r: int) -> None:
     x, weight, u, s, v, b = operands(rows, k, n, r, bias=bias)
-    found, expected = (module.siva_linear(x, weight, u, s, v, b) for module in (aten, reference))
+    found, expected = (module.siva_linear(*as_group(x, weight, u, s, v, b)) for module in (aten, reference))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     dh = torch.randn(*rows, n, dtype=torch.float64)
     p = expected[1]
     for needs in itertools.product((True, False), repeat=4):
-        found, expected = (
-            module.siva_linear_backward(dh, x, weight, u, s, v, p, *needs) for module in (aten, reference)
-        )
+        arguments = as_group_backward(dh, x, weight, u, s, v, p, *needs)
+        found, expected = (module.siva_linear_backward(*arguments) for module in (aten, reference))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -109,19 +109,20 @@ def test_saves_x_and_the_projection_only_where_they_are_needed() -> None:
         return shapes
 
     parameters = {(5, 6), (5, 2), (2,), (2, 6)}
-    assert saved_shapes(u, v) == parameters | {(3, 6), (3, 2)}
+    assert saved_shapes(u, v) == parameters | {(3, 6), (2, 3)}
     assert saved_shapes(x) == parameters
-    assert saved_shapes(u) == parameters | {(3, 2)}
+    assert saved_shapes(u) == parameters | {(2, 3)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
     x, weight, u, s, v, b = operands((2, 3), 6, 5, 2, torch.float32)
     x, weight, b, dh = (t.to(dtype) for t in (x, weight, b, torch.randn(2, 3, 5)))
-    torch.library.opcheck(torch.ops.fastpeft.siva_linear.default, (x, weight, u, s, v, b))
-    p = torch.randn(2, 3, 2)
+    torch.library.opcheck(torch.ops.fastpeft.siva_linear.default, as_group(x, weight, u, s, v, b))
+    p = torch.randn(2, 6)
     for needs in [(True, True, True, True), (False, True, False, False), (True, False, False, True)]:
-        torch.library.opcheck(torch.ops.fastpeft.siva_linear_backward.default, (dh, x, weight, u, s, v, p, *needs))
+        arguments = as_group_backward(dh, x, weight, u, s, v, p, *needs)
+        torch.library.opcheck(torch.ops.fastpeft.siva_linear_backward.default, arguments)
 
 
 @pytest.mark.gpu
@@ -136,7 +137,7 @@ def test_a_gpu_gives_the_gradients_of_the_cpu() -> None:
         gradients.append([gradient.cpu() for gradient in torch.autograd.grad(loss, [placed[i] for i in trained])])
     for ours, theirs in zip(*gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    torch.library.opcheck(torch.ops.fastpeft.siva_linear.default, tuple(t.detach() for t in placed))
+    torch.library.opcheck(torch.ops.fastpeft.siva_linear.default, as_group(*(t.detach() for t in placed)))
 
 
 def test_compiles_into_one_graph() -> None:
@@ -212,10 +213,11 @@ def test_autocast_with_packs_casts_a_weight_once_and_keeps_no_copy_for_backward(
 def test_fused_calls_give_gradients_of_u_beyond_the_range_of_float16() -> None:
     """To factors in float32: the sum over rows, in float16, is multiplied by s in their dtype."""
     weight, u, s, v = torch.zeros(3, 5).half(), torch.ones(3, 2), torch.tensor([100.0, 3.0]), torch.ones(2, 5)
-    dh, x, p = torch.full((8, 3), 10.0).half(), torch.ones(8, 5).half(), torch.full((8, 2), 50.0)
+    dh, x, p = torch.full((8, 3), 10.0).half(), torch.ones(8, 5).half(), torch.full((2, 8), 50.0)
     expected = torch.tensor([4e5, 1.2e4]).expand(3, 2)
-    assert torch.equal(aten.siva_linear_backward(dh, x, weight, u, s, v, p, False, True, False, False)[1], expected)
-    given = dh, x, weight, [u], [s], [v], [p.t()], [8], None
+    given = as_group_backward(dh, x, weight, u, s, v, p, False, True, False, False)
+    assert torch.equal(aten.siva_linear_backward(*given)[1][0], expected)
+    given = dh, x, weight, [u], [s], [v], [p], [8], None
     assert torch.equal(aten.siva_linear_mixed_backward(*given, False, [True], [False], False)[1][0], expected)
 
 
@@ -279,25 +281,27 @@ def test_a_group_gives_what_its_layers_give(implementation: Any, rows: tuple[int
     x, layers = group_operands(rows, k, (*LAYERS, (0, 2, True), (3, 0, True)))
     close = {"rtol": 1e-12, "atol": 1e-12}
     weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
-    hs, p = implementation.siva_linear_group(x, weights, us, ss, vs, biases)
-    singles = [reference.siva_linear(x, *layer) for layer in layers]
-    torch.testing.assert_close(hs, [h for h, _ in singles], **close)
+    hs, p = implementation.siva_linear(x, weights, us, ss, vs, biases)
+    singles = [reference.siva_linear(*as_group(x, *layer)) for layer in layers]
+    torch.testing.assert_close(hs, [h for (h,), _ in singles], **close)
     dhs = [torch.randn_like(h) for h in hs]
     for needs in itertools.product((True, False), repeat=4):
         of_x, of_u, of_v, of_bias = needs
         some = [of_u and i != 1 for i in range(len(layers))]
-        dx, dus, dv, dbiases = implementation.siva_linear_group_backward(
+        dx, dus, dv, dbiases = implementation.siva_linear_backward(
             dhs, x, weights, us, ss, vs, p, of_x, some, of_v, [of_bias] * len(layers)
         )
         expected = [
-            reference.siva_linear_backward(dh, x, *layer[:4], single[1], of_x, needed, of_v, of_bias)
+            reference.siva_linear_backward(
+                *as_group_backward(dh, x, *layer[:4], single[1], of_x, needed, of_v, of_bias)
+            )
             for dh, layer, single, needed in zip(dhs, layers, singles, some)
         ]
         dxs, expected_dus, dvs, expected_dbiases = zip(*expected)
         torch.testing.assert_close(dx, sum(dxs), **close)
-        torch.testing.assert_close(dus, list(expected_dus), **close)
+        torch.testing.assert_close(dus, flat(expected_dus), **close)
         torch.testing.assert_close(dv, torch.cat(dvs), **close)
-        torch.testing.assert_close(dbiases, list(expected_dbiases), **close)
+        torch.testing.assert_close(dbiases, flat(expected_dbiases), **close)
 
 
 def test_gradcheck_of_a_group() -> None:
@@ -348,11 +352,11 @@ def test_outputs_may_be_changed_in_place() -> None:
 def test_opcheck_of_a_group() -> None:
     x, layers = group_operands((2, 3), 7, dtype=torch.float32)
     weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
-    torch.library.opcheck(torch.ops.fastpeft.siva_linear_group.default, (x, weights, us, ss, vs, biases))
-    hs, p = torch.ops.fastpeft.siva_linear_group(x, weights, us, ss, vs, biases)
+    torch.library.opcheck(torch.ops.fastpeft.siva_linear.default, (x, weights, us, ss, vs, biases))
+    hs, p = torch.ops.fastpeft.siva_linear(x, weights, us, ss, vs, biases)
     for needs in [(True, [True] * 3, True, [True] * 3), (False, [False, True, False], False, [False] * 3)]:
         arguments = (hs, x, weights, us, ss, vs, p, *needs)
-        torch.library.opcheck(torch.ops.fastpeft.siva_linear_group_backward.default, arguments)
+        torch.library.opcheck(torch.ops.fastpeft.siva_linear_backward.default, arguments)
 
 
 def test_autocast_of_a_group() -> None:
@@ -374,7 +378,7 @@ def test_every_layer_of_a_group_multiplies_float32_copies_where_half_precision_i
     empty = torch.empty(0).half()
     operands = dhs, empty, weights, us, ss, vs, empty, True, [False] * 2, False, [False] * 2
     one, other = ((dh.float() @ weight.float()).half() for dh, weight in zip(dhs, weights, strict=True))
-    assert torch.equal(aten.siva_linear_group_backward(*operands)[0], one + other)
+    assert torch.equal(aten.siva_linear_backward(*operands)[0], one + other)
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:
@@ -408,8 +412,9 @@ def single_and_gradients(
     weights = [weight, weight]
     if packed and can_pack(weight, x.dtype):
         weights = [Packs().of(weight, x.dtype, transposed) for transposed in (False, True)]
-    h, p = implementation.siva_linear(x, weights[0], *factors, bias)
-    return [h, p, *implementation.siva_linear_backward(dh, x, weights[1], *factors, p, *ALL)]
+    hs, p = implementation.siva_linear(*as_group(x, weights[0], *factors, bias))
+    gradients = implementation.siva_linear_backward(*as_group_backward(dh, x, weights[1], *factors, p, *ALL))
+    return flat([hs, p, *gradients])
 
 
 def lowered(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
@@ -454,9 +459,12 @@ def test_the_compiled_module_is_as_accurate_as_plain_pytorch(
 @pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=4)))
 def test_the_compiled_module_makes_only_what_is_needed(needs: tuple[bool, ...]) -> None:
     x, *layer, _ = operands((70,), 33, 18, 5, torch.float32)
-    dh, p, empty = torch.randn(70, 18), torch.randn(70, 5), torch.empty(0)
+    dh, p, empty = torch.randn(70, 18), torch.randn(5, 70), torch.empty(0)
     _, of_u, of_v, _ = needs
-    call = torch.ops.fastpeft.siva_linear_backward
+
+    def call(*arguments: Any) -> list[Tensor]:
+        return flat(torch.ops.fastpeft.siva_linear_backward(*as_group_backward(*arguments)))
+
     found = call(dh, x if of_v else empty, *layer, p if of_u else empty, *needs)
     for ours, whole, needed in zip(found, call(dh, x, *layer, p, *ALL), needs):
         assert torch.equal(ours, whole) if needed else ours.numel() == 0
@@ -512,8 +520,8 @@ def test_a_packed_group_gives_what_a_plain_one_gives(implementation: Any) -> Non
                 [each.of(w, dtype, turned) if packed and can_pack(w, dtype) else w for each, w in zip(packs, weights)]
                 for turned in (False, True)
             )
-            hs, p = implementation.siva_linear_group(x.to(dtype), forward, us, ss, vs, biases)
-            found = implementation.siva_linear_group_backward(
+            hs, p = implementation.siva_linear(x.to(dtype), forward, us, ss, vs, biases)
+            found = implementation.siva_linear_backward(
                 rows, x.to(dtype), backward, us, ss, vs, p, True, [True] * 3, True, [True] * 3
             )
             results.append([*hs, p, found[0], *found[1], found[2], *found[3]])
@@ -532,8 +540,8 @@ def test_the_compiled_module_leaves_other_dtypes_and_high_ranks_to_aten(dtype: t
     weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
     pairs = []
     for module in (torch.ops.fastpeft, aten):
-        hs, p = module.siva_linear_group(x, weights, us, ss, vs, biases)
-        dx, dus, dv, dbiases = module.siva_linear_group_backward(
+        hs, p = module.siva_linear(x, weights, us, ss, vs, biases)
+        dx, dus, dv, dbiases = module.siva_linear_backward(
             hs, x, weights, us, ss, vs, p, True, [True, False], True, [False, True]
         )
         pairs.append([*hs, p, dx, *dus, dv, *dbiases])
@@ -550,12 +558,10 @@ def test_a_compiled_group_gives_what_its_layers_give(rows: tuple[int, ...], k: i
     weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
     results = []
     for module in (torch.ops.fastpeft, aten):
-        hs, p = module.siva_linear_group(x, weights, us, ss, vs, biases)
+        hs, p = module.siva_linear(x, weights, us, ss, vs, biases)
         dhs = [torch.ones_like(h) for h in hs]
         some = [i != 1 for i in range(len(layers))]
-        dx, dus, dv, dbiases = module.siva_linear_group_backward(
-            dhs, x, weights, us, ss, vs, p, True, some, True, some[::-1]
-        )
+        dx, dus, dv, dbiases = module.siva_linear_backward(dhs, x, weights, us, ss, vs, p, True, some, True, some[::-1])
         results.append([*hs, p, dx, *dus, dv, *dbiases])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
@@ -566,4 +572,4 @@ def test_the_compiled_module_refuses_shapes_that_do_not_fit(change: int, shape: 
     tensors = operands((3,), 6, 5, 2, torch.float32)
     tensors[change] = torch.zeros(shape)
     with pytest.raises(RuntimeError, match="shapes fit together"):
-        torch.ops.fastpeft.siva_linear(*tensors)
+        torch.ops.fastpeft.siva_linear(*as_group(*tensors))

@@ -223,7 +223,7 @@ def test_packs_that_measuring_leaves_are_counted(
     lora = replace(config.cells()[0].config, method="lora", model=str(model), batch_size=1, bf16=False)
 
     def peak(least: int) -> float:
-        monkeypatch.setattr("fastpeft.ops.packing._is_faster_packed", lambda weight, transposed, rows: rows >= least)
+        monkeypatch.setattr("fastpeft.ops.packing.is_faster_packed", lambda rows, dtype: rows >= least)
         return plan(lora).peak_memory_mb or math.nan
 
     longest = plan(lora).longest_row
