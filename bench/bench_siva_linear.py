@@ -82,7 +82,7 @@ class _Plain(nn.Module):
         self.u, self.v = nn.Parameter(u.contiguous()), nn.Parameter(v.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        (h,), _ = reference.siva_linear(x, [self.weight], [self.u], [self.s], [self.v], [self.bias])
+        (h,), _ = reference.siva_linear(x, [self.weight], [None], [self.u], [self.s], [self.v], [self.bias])
         return h
 
 

@@ -63,6 +63,7 @@ from fastpeft.kernels.siva_linear_parts import (
 from fastpeft.ops import aten
 from fastpeft.ops.dispatch import next_power_of_two
 from fastpeft.ops.products import as_matrix
+from fastpeft.ops.siva_linear import whole
 
 
 @tiles.tuned
@@ -167,6 +168,7 @@ def _siva_linear_fwd_kernel(
 def siva_linear(
     x: Tensor,
     weights: list[Tensor],
+    scales: list[Tensor | None],
     us: list[Tensor],
     ss: list[Tensor],
     vs: list[Tensor],
@@ -176,7 +178,8 @@ def siva_linear(
 
     Args:
         x: `(*, K)`, on the device of all operands. Any strides, here and below.
-        weights: `(N_i, K)` each, in the dtype of x, as the biases.
+        weights: `(N_i, K)` each, in the dtype of x, as the biases; or codes, of which the kernel's weight is made.
+        scales: of each weight that is codes, else None.
         us: `(N_i, R_i)` each; factors have the dtype of x or float32, as p and their gradients then. What of them and
             of biases is not contiguous is copied.
         ss: `(R_i,)` each.
@@ -191,10 +194,10 @@ def siva_linear(
         16-bit operands on GPUs before compute capability 8.0, whose matrix units Triton does not use but PyTorch does;
         and float32 on any GPU (`fastpeft.kernels.launch.is_for_kernels`).
     """
-    ranks, columns = lengths(ss), lengths(weights)
+    ranks, columns = lengths(ss), lengths(us)
     if not is_for_kernels(x, max(ranks)):
-        return aten.siva_linear(x, weights, us, ss, vs, biases)
-    rows = as_matrix(x)
+        return aten.siva_linear(x, weights, scales, us, ss, vs, biases)
+    rows, weights = as_matrix(x), whole(weights, scales, us, vs, x.dtype)
     m, k = rows.shape
     hs = [x.new_empty(*x.shape[:-1], n) for n in columns]
     p = vs[0].new_empty(sum(ranks), m)

@@ -24,6 +24,7 @@ from fastpeft.kernels.siva_linear_sums import Term, factor_gradients
 from fastpeft.ops import aten
 from fastpeft.ops.dispatch import next_power_of_two
 from fastpeft.ops.products import as_matrix
+from fastpeft.ops.siva_linear import whole
 
 
 @tiles.tuned
@@ -115,6 +116,7 @@ def siva_linear_backward(
     dhs: list[Tensor],
     x: Tensor,
     weights: list[Tensor],
+    scales: list[Tensor | None],
     us: list[Tensor],
     ss: list[Tensor],
     vs: list[Tensor],
@@ -129,7 +131,7 @@ def siva_linear_backward(
     Args:
         dhs: `(*, N_i)` each, the gradients of h. Any strides, here and below.
         x: `(*, K)`; not read without `need_dv`, and may then have 0 elements.
-        weights, us, ss, vs: as in the forward.
+        weights, scales, us, ss, vs: as in the forward.
         p: p^T of the forward; not read where no dU is needed, and may then have 0 elements.
         need_dx, need_du, need_dv, need_dbias: which gradients to compute.
 
@@ -141,11 +143,11 @@ def siva_linear_backward(
         q is computed once, with dx where that is needed. No atomics: repeats are bit-equal. ATen serves what it serves
         in the forward, and db.
     """
-    ranks, columns = lengths(ss), lengths(weights)
+    ranks, columns = lengths(ss), lengths(us)
     if not is_for_kernels(dhs[0], max(ranks)):
-        return aten.siva_linear_backward(dhs, x, weights, us, ss, vs, p, need_dx, need_du, need_dv, need_dbias)
+        return aten.siva_linear_backward(dhs, x, weights, scales, us, ss, vs, p, need_dx, need_du, need_dv, need_dbias)
     rows = [as_matrix(dh) for dh in dhs]
-    m, k = len(rows[0]), weights[0].shape[1]
+    m, k = len(rows[0]), vs[0].shape[1]
     dx, dv = rows[0].new_empty(0), vs[0].new_empty(0)
     if need_dx or need_dv:
         turned = like(dx, [u.t() for u in us])
@@ -154,6 +156,7 @@ def siva_linear_backward(
             for dh, u, part in zip(rows, turned, q.split(ranks), strict=True):
                 part.copy_(u @ dh.t())
     if need_dx:
+        weights = whole(weights, scales, us, vs, dx.dtype)
         dx = dx.new_empty(*dhs[0].shape[:-1], k)
         if dx.numel() > 0:
             with torch.cuda.device_of(dx):

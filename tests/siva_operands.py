@@ -30,14 +30,15 @@ def operands(m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str, bi
 
 def as_group(x: Any, *layer: Any) -> list[Any]:
     """The operands of a layer as those of a group of one."""
-    return [x, *([each] for each in layer)]
+    weight, *rest = layer
+    return [x, [weight], [None], *([each] for each in rest)]
 
 
 def as_group_backward(
     dh: Any, x: Any, weight: Any, u: Any, s: Any, v: Any, p: Any, dx: bool, du: bool, dv: bool, dbias: bool
 ) -> list[Any]:
     """The same of backward, with p^T."""
-    return [[dh], x, [weight], [u], [s], [v], p, dx, [du], dv, [dbias]]
+    return [[dh], x, [weight], [None], [u], [s], [v], p, dx, [du], dv, [dbias]]
 
 
 def batch(

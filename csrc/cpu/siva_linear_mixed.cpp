@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensors> siva_linear_mixed(Tensor x, Tensor weight, Tensors u
         ps.push_back(torch::stable::new_empty(x, {ss[a].numel(), counts[a]}, ScalarType::Float));
         to.push_back({writable(ps[a]), counts[a], 1});
     }
-    return {forward(x, dense({weight}), adapters, tiles_of(rows, counts), {bias}, to)[0], ps};
+    return {forward(x, {{weight}}, adapters, tiles_of(rows, counts), {bias}, to)[0], ps};
 }
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> siva_linear_mixed_backward(Tensor dh, Tensor x, Tensor weight, Tensors us,
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> siva_linear_mixed_backward(Tensor d
         from.push_back(need_du[a] ? by_rows(ps[a]) : View{});
         needs.du.push_back({need_du[a]});
     }
-    const Gradients found = backward({dh}, x, dense({weight}), adapters, tiles_of(rows, counts), from, needs);
+    const Gradients found = backward({dh}, x, {{weight}}, adapters, tiles_of(rows, counts), from, needs);
     Tensors dus;
     for (const Tensors& du : found.du) dus.push_back(du[0]);
     return {found.dx, dus, found.dv, found.dbias[0]};

@@ -36,7 +36,7 @@ namespace siva {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-using Biases = std::vector<std::optional<Tensor>>;
+using Optionals = std::vector<std::optional<Tensor>>;
 using Flags = std::vector<bool>;
 
 constexpr int64_t kMaxRank = 64;           // of one layer; for more of them BLAS is as good
@@ -121,12 +121,6 @@ struct Weight {
     bool is_nf4() const { return values.scalar_type() == ScalarType::Byte; }
 };
 using Weights = std::vector<Weight>;
-
-inline Weights dense(const Tensors& weights) {
-    Weights found;
-    for (const Tensor& each : weights) found.push_back({each});
-    return found;
-}
 
 inline bool is_packed(const Tensor& weight) {
     int32_t layout;
@@ -228,6 +222,16 @@ inline Weight quantised(const Tensor& codes, const Tensor& scales) {
     return {torch::stable::contiguous(codes), torch::stable::contiguous(scales)};
 }
 
+// The weights of a group, of which those with scales are quantised.
+inline Weights frozen(const Tensors& weights, const Optionals& scales) {
+    check(weights.size() == scales.size());
+    Weights found;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        found.push_back(scales[i].has_value() ? quantised(weights[i], *scales[i]) : Weight{weights[i]});
+    }
+    return found;
+}
+
 // Is this a quantised weight (N, K)?
 inline bool is_quantised(const Weight& weight, int64_t n, int64_t k) {
     const auto& [codes, scales] = weight;
@@ -259,15 +263,17 @@ inline void dequantise(const Weight& weight, int64_t k, int64_t row, int64_t col
 }
 
 // rows W^T + b (*, N) for a quantised W (N, K), or rows W (*, K): kSide of the columns at a time, so that what is there
-// of W as numbers stays in cache. The rows are those of x.
+// of W as numbers stays in cache. The rows are those of x. It is added to `sum`, if that is there.
 inline Tensor quantised_product(const Tensor& x, const Matrix& rows, const Weight& weight, int64_t n, int64_t k,
-                                bool transposed, const std::optional<Tensor>& bias) {
+                                bool transposed, const std::optional<Tensor>& bias,
+                                const std::optional<Tensor>& sum = std::nullopt) {
     const int64_t columns = transposed ? n : k;
-    Tensor out = new_rows(x, columns);
+    Tensor out = sum.has_value() ? *sum : new_rows(x, columns);
     if (is_widened(rows)) {
         const Tensor wide = widened(x);
         const std::optional<Tensor> wide_bias = bias.has_value() ? std::optional(widened(*bias)) : std::nullopt;
-        torch::stable::copy_(out, quantised_product(wide, Matrix(wide), weight, n, k, transposed, wide_bias));
+        const std::optional<Tensor> wide_sum = sum.has_value() ? std::optional(widened(*sum)) : std::nullopt;
+        torch::stable::copy_(out, quantised_product(wide, Matrix(wide), weight, n, k, transposed, wide_bias, wide_sum));
         return out;
     }
     Tensor target = Matrix(out).tensor();
@@ -278,9 +284,9 @@ inline Tensor quantised_product(const Tensor& x, const Matrix& rows, const Weigh
         if (numbers.numel() > 0) dequantise(weight, k, transposed ? first : 0, transposed ? 0 : first, numbers);
         if (transposed) numbers = torch::stable::transpose(numbers, 0, 1);
         const Tensor part = torch::stable::narrow(target, 1, first, count);
-        if (bias.has_value()) {
-            Tensor all = *bias;
-            const Tensor own = torch::stable::narrow(all, 0, first, count);
+        if (bias.has_value() || sum.has_value()) {
+            Tensor all = bias.has_value() ? *bias : target;
+            const Tensor own = torch::stable::narrow(all, bias.has_value() ? 0 : 1, first, count);
             STABLE_TORCH_ERROR_CODE_CHECK(
                 aoti_torch_cpu_addmm_out(part.get(), own.get(), rows.tensor().get(), numbers.get(), 1.0, 1.0));
         } else {

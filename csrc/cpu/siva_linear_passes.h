@@ -112,7 +112,7 @@ void add_low_rank(const Matrix& rows, const std::vector<GroupFactors>& adapters,
 
 // The outputs of all layers; p as above.
 inline Tensors forward(const Tensor& x, const Weights& weights, const std::vector<GroupFactors>& adapters,
-                       const std::vector<Tile>& tiles, const Biases& biases, const std::vector<ViewOf<float>>& ps) {
+                       const std::vector<Tile>& tiles, const Optionals& biases, const std::vector<ViewOf<float>>& ps) {
     const Matrix rows(x);
     check(biases.size() == weights.size());
     for (const GroupFactors& factors : adapters) {
@@ -141,16 +141,6 @@ struct Needs {
     std::vector<Flags> du;  // of each adapter's layers
     Flags dv;               // of each adapter
     Flags dbias;            // of each layer
-    // of a layer alone: dU and dV are of so many of its triplets, the first ones; else of all
-    std::optional<int64_t> trained = std::nullopt;
-
-    Ranks of(const GroupFactors& adapter) const {
-        if (!trained.has_value()) return adapter.ranks;
-        check(adapter.layers() == 1 && *trained <= adapter.ranks.sum);
-        Ranks first{Tensors{}};
-        first.add(*trained);
-        return first;
-    }
 };
 
 struct Gradients {
@@ -222,13 +212,21 @@ struct Sums {
 
 // The sum of all dh W.
 inline Tensor times(const Tensors& dhs, const std::vector<Matrix>& rows, const Weights& weights, int64_t k) {
-    if (weights[0].scales.has_value()) {
-        check(weights.size() == 1);
-        return quantised_product(dhs[0], rows[0], weights[0], rows[0].columns(), k, false, std::nullopt);
+    Tensors dense_dhs, dense;
+    std::vector<Matrix> dense_rows;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        if (weights[i].scales.has_value()) continue;
+        dense_dhs.push_back(dhs[i]);
+        dense_rows.push_back(rows[i]);
+        dense.push_back(weights[i].values);
     }
-    Tensors dense;
-    for (const Weight& weight : weights) dense.push_back(weight.values);
-    return sum_of_products(dhs, rows, dense, k);
+    std::optional<Tensor> sum;
+    if (!dense.empty()) sum = sum_of_products(dense_dhs, dense_rows, dense, k);
+    for (size_t i = 0; i < weights.size(); ++i) {
+        if (!weights[i].scales.has_value()) continue;
+        sum = quantised_product(dhs[i], rows[i], weights[i], rows[i].columns(), k, false, std::nullopt, sum);
+    }
+    return *sum;
 }
 
 // p is read where `ps` says.
@@ -268,7 +266,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
     for (const Chunk& chunk : chunks) ++counts[chunk.adapter];
     std::vector<Sums> sums;
     for (size_t a = 0; a < adapters.size(); ++a) {
-        const Ranks ranks = needs.of(adapters[a]);
+        const Ranks& ranks = adapters[a].ranks;
         sums.push_back({{}, Partial(needs.dv[a], counts[a], ranks.total, k)});
         for (size_t i = 0; i < dh.size(); ++i) {
             sums[a].of_u.emplace_back(needs.du[a][i], counts[a], ranks.padded_count(i), dh[i].columns());
@@ -278,7 +276,6 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
     const auto run_chunk = [&](const Chunk& chunk, float* buffer) {
         const GroupFactors& factors = adapters[chunk.adapter];
         const Ranks& ranks = factors.ranks;
-        const Ranks trained = needs.of(factors);
         const auto& [of_u, of_v] = sums[chunk.adapter];
         for (const Partial& partial : of_u) partial.clear(chunk.number);
         of_v.clear(chunk.number);
@@ -290,12 +287,12 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
                 const Rows own = of_layer(coefficients, ranks, i);
                 for (int64_t row = 0; row < count; ++row) {
                     float* to = own.data + row * own.stride;
-                    for (int64_t r = 0; r < trained.count[i]; ++r) {
-                        to[r] = *ps[adapter].at(trained.first[i] + r, place + row);
+                    for (int64_t r = 0; r < ranks.count[i]; ++r) {
+                        to[r] = *ps[adapter].at(ranks.first[i] + r, place + row);
                     }
-                    std::fill(to + trained.count[i], to + trained.padded_count(i), 0.0f);
+                    std::fill(to + ranks.count[i], to + ranks.padded_count(i), 0.0f);
                 }
-                run.reduce(own, dh[i].some<T>(numbers, count), trained.padded_count(i), dh[i].columns(),
+                run.reduce(own, dh[i].some<T>(numbers, count), ranks.padded_count(i), dh[i].columns(),
                            of_u[i].at(chunk.number));
             }
             if (!needs.dx && !of_v.needed()) continue;
@@ -304,7 +301,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
             }
             if (needs.dx) run.expand(coefficients, factors.v(), dx->some<T>(numbers, count));
             if (of_v.needed()) {
-                run.reduce(coefficients, rows->some<T>(numbers, count), trained.total, k, of_v.at(chunk.number));
+                run.reduce(coefficients, rows->some<T>(numbers, count), ranks.total, k, of_v.at(chunk.number));
             }
         }
     };
@@ -320,7 +317,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
     for (const Matrix& each : dh) longest = std::max(longest, each.columns());
     const Buffer sum = new_buffer(longest);
     for (size_t a = 0; a < adapters.size(); ++a) {
-        const Ranks ranks = needs.of(adapters[a]);
+        const Ranks& ranks = adapters[a].ranks;
         const auto& [of_u, of_v] = sums[a];
         out.dv.push_back(matrix(of_v.needed(), ranks.sum, k));
         out.du.emplace_back();

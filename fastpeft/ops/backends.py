@@ -47,8 +47,6 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("int8_linear", "cpu"): ("cpp", "aten"),
     ("quantised_linear", "cpu"): ("cpp", "aten"),
     ("quantised_linear_backward", "cpu"): ("cpp", "aten"),
-    ("siva_linear_quantised", "cpu"): ("cpp", "aten"),
-    ("siva_linear_quantised_backward", "cpu"): ("cpp", "aten"),
     ("siva_linear_mixed", "cpu"): ("cpp", "aten"),
     ("siva_linear_mixed", "cuda"): ("triton", "aten"),
     ("siva_linear_mixed_backward", "cpu"): ("cpp", "aten"),

@@ -120,10 +120,10 @@ class _Call(NamedTuple):
 
 def _of_siva(named: Mapping[str, Any]) -> _Call:
     x = named["dhs"][0] if "dhs" in named else named["dh"] if "dh" in named else named["x"]
-    weights = named.get("weights") or [named["weight"]]
-    ss = named.get("ss") or [named["s"]]
+    ss = named["ss"]
     rows = num_rows(x)
-    sizes = (f"{n}x{k}" for n, k in (weight.shape for weight in weights))
+    layers = 1 if "sizes" in named else len(ss)  # else all have the weight of one
+    sizes = (f"{u.shape[0]}x{v.shape[1]}" for u, v in zip(named["us"][:layers], named["vs"][:layers], strict=True))
     adapters = ("adapters", len(ss)) if "sizes" in named else ()
     none = False, [False] * len(ss)
     needs = (name for name, value in named.items() if name.startswith("need_") and value not in none)

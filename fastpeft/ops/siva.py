@@ -14,7 +14,7 @@ from fastpeft.ops.define import is_transformed
 from fastpeft.ops.dtypes import compute_dtype, factors_dtype
 from fastpeft.ops.packing import Packs, operand
 from fastpeft.ops.products import split
-from fastpeft.ops.siva_linear import SivaLinear, siva_linear_reference
+from fastpeft.ops.siva_linear import SivaLinear, products_of, siva_linear_reference
 from fastpeft.ops.siva_linear_mixed import SivaLinearMixed
 
 
@@ -72,11 +72,12 @@ def siva_linear(
         u, s, v = _cast(of_factors, u, s, v)
     h: Tensor
     if is_transformed():  # which does not take our autograd formula
-        (h,), _ = siva_linear_reference(x, [weight.to(dtype)], [u], [s], [v], [bias])
+        (h,), _ = siva_linear_reference(x, [weight.to(dtype)], [None], [u], [s], [v], [bias])
     elif torch.is_grad_enabled() and not torch.compiler.is_exporting():  # a graph to export has the op
         (h,) = SivaLinear.apply((packs,), x, weight, u, s, v, bias)
     else:
-        (h,), _ = torch.ops.fastpeft.siva_linear.default(x, [operand(weight, packs, x)], [u], [s], [v], [bias])
+        weight = operand(weight, packs, x)
+        (h,), _ = torch.ops.fastpeft.siva_linear.default(x, [weight], [None], [u], [s], [v], [bias])
     return h
 
 
@@ -137,8 +138,8 @@ def siva_linear_group(
     if torch.is_grad_enabled() and not torch.compiler.is_exporting():
         hs: tuple[Tensor, ...] = SivaLinear.apply(packs, x, *weights, *factors, *biases)
         return hs
-    frozen = [operand(weight, each, x) for weight, each in zip(weights, packs, strict=True)]
-    found, _ = torch.ops.fastpeft.siva_linear.default(x, frozen, *split(factors, len(weights)), biases)
+    frozen = products_of(weights, packs, x)
+    found, _ = torch.ops.fastpeft.siva_linear.default(x, *frozen, *split(factors, len(weights)), biases)
     return tuple(found)
 
 

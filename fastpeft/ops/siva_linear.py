@@ -8,14 +8,14 @@ Dimension letters: M rows of x (all leading dimensions together), K in_features,
 
 x, weights, h and biases have one dtype, and their gradients have it. The factors u, s and v have that dtype or
 float32; p and the factors' gradients have theirs. On a CPU a weight may be a pack of it (`fastpeft.ops.packing`), in
-backward one of its transpose.
+backward one of its transpose. A weight with scales is quantised (`fastpeft.ops.quantised_linear`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +34,35 @@ from fastpeft.ops.products import (
     stacked,
     times,
 )
+from fastpeft.ops.quantised_linear import Nested, dequantise, unnested
+
+
+class Scales(NamedTuple):
+    """What the codes of a quantised weight are multiplied by, as they are stored."""
+
+    values: Tensor
+    nested: Nested | None
+
+
+Frozen = Packs | Scales | None  # of a weight, beside it
+
+
+def whole(
+    weights: list[Tensor], scales: list[Tensor | None], us: list[Tensor], vs: list[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """The weights, those that are quantised dequantised."""
+    if not any(each is not None for each in scales):
+        return weights
+    return [
+        weight if each is None else dequantise(weight, each, (u.shape[0], v.shape[1]), dtype)
+        for weight, each, u, v in zip(weights, scales, us, vs, strict=True)
+    ]
 
 
 def siva_linear_reference(
     x: Tensor,
     weights: list[Tensor],
+    scales: list[Tensor | None],
     us: list[Tensor],
     ss: list[Tensor],
     vs: list[Tensor],
@@ -46,6 +70,7 @@ def siva_linear_reference(
 ) -> tuple[list[Tensor], Tensor]:
     """Each `h = x W^T + ((x V^T) * s) U^T + b`, and all `p^T = V x^T` in one `(sum of R, M)`."""
     hs, ps = [], []
+    weights = whole(weights, scales, us, vs, x.dtype)
     for weight, u, s, v, bias in zip(weights, us, ss, vs, biases, strict=True):
         p = F.linear(raised(x, v), v)
         hs.append((F.linear(x, dense(weight), bias) + F.linear(p * s, u)).to(x.dtype))
@@ -57,6 +82,7 @@ def siva_linear_backward_reference(
     dhs: list[Tensor],
     x: Tensor,
     weights: list[Tensor],
+    scales: list[Tensor | None],
     us: list[Tensor],
     ss: list[Tensor],
     vs: list[Tensor],
@@ -71,6 +97,7 @@ def siva_linear_backward_reference(
     `dx = sum of dh W + dp V`, `dU = dh^T (p * s)`, all `dV = dp^T x` below each other, `db = sum of dh over rows`.
     """
     dxs, dus, dvs, dbiases = [], [], [], []
+    weights = whole(weights, scales, us, vs, dhs[0].dtype) if need_dx else weights
     ps = p.split([s.shape[0] for s in ss]) if any(need_du) else [p] * len(ss)
     for i, (dh, weight, u, s, v) in enumerate(zip(dhs, weights, us, ss, vs, strict=True)):
         rows = as_matrix(dh)  # (M, N)
@@ -94,6 +121,7 @@ def siva_linear_backward_reference(
 def siva_linear_aten(
     x: Tensor,
     weights: list[Tensor],
+    scales: list[Tensor | None],
     us: list[Tensor],
     ss: list[Tensor],
     vs: list[Tensor],
@@ -105,6 +133,7 @@ def siva_linear_aten(
     storage for it.
     """
     dtype = vs[0].dtype
+    weights = whole(weights, scales, us, vs, x.dtype)
     us, ss, vs = (lowered(each, x.dtype) for each in (us, ss, vs))
     p = stacked(vs) @ as_matrix(x).t()  # (sum of R, M)
     ps = p.split([s.shape[0] for s in ss])
@@ -119,6 +148,7 @@ def siva_linear_backward_aten(
     dhs: list[Tensor],
     x: Tensor,
     weights: list[Tensor],
+    scales: list[Tensor | None],
     us: list[Tensor],
     ss: list[Tensor],
     vs: list[Tensor],
@@ -132,7 +162,8 @@ def siva_linear_backward_aten(
     ranks = [s.shape[0] for s in ss]
     rows = [as_matrix(dh) for dh in dhs]  # (M, N)
     dtype, of_factors = rows[0].dtype, vs[0].dtype
-    scales = ss  # of dU, which may pass the range of float16
+    weights = whole(weights, scales, us, vs, dtype) if need_dx else weights
+    of_du = ss  # which may pass the range of float16
     us, ss, vs, (p,) = (lowered(each, dtype) for each in (us, ss, vs, [p]))
     dx, dv = rows[0].new_empty(0), rows[0].new_empty(0, dtype=of_factors)
     if need_dx or need_dv:
@@ -152,21 +183,21 @@ def siva_linear_backward_aten(
         torch.mul((part @ dh).t(), s, out=u.new_empty(u.shape if needed else (0,), dtype=of_factors))
         if needed
         else dh.new_empty(0, dtype=of_factors)
-        for dh, u, s, part, needed in zip(rows, us, scales, ps, need_du, strict=True)
+        for dh, u, s, part, needed in zip(rows, us, of_du, ps, need_du, strict=True)
     ]
     dbiases = [dh.sum(0) if needed else dh.new_empty(0) for dh, needed in zip(rows, need_dbias, strict=True)]
     return dx, dus, dv, dbiases
 
 
 def _siva_linear_shapes(
-    x: Tensor, weights: list[Tensor], us: list[Tensor], ss: list[Tensor], vs: list[Tensor], *rest: Any
+    x: Tensor, weights: list[Tensor], scales: Any, us: list[Tensor], ss: list[Tensor], vs: list[Tensor], *rest: Any
 ) -> tuple[list[Tensor], Tensor]:
-    hs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    hs = [x.new_empty((*x.shape[:-1], u.shape[0])) for u in us]
     return hs, vs[0].new_empty((sum(v.shape[0] for v in vs), math.prod(x.shape[:-1])))
 
 
 def _siva_linear_backward_shapes(
-    dhs: list[Tensor], x: Tensor, weights: list[Tensor], us: list[Tensor], ss: list[Tensor], *rest: Any
+    dhs: list[Tensor], x: Tensor, weights: list[Tensor], scales: Any, us: list[Tensor], ss: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     vs, _, need_dx, need_du, need_dv, need_dbias = rest
     k = vs[0].shape[1]
@@ -181,7 +212,8 @@ def _siva_linear_backward_shapes(
 # layers that read the same x: each h (*, N), and all p^T in one (sum of R, M), which backward needs
 define(
     "siva_linear",
-    "(Tensor x, Tensor[] weights, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor?[] biases) -> (Tensor[], Tensor)",
+    "(Tensor x, Tensor[] weights, Tensor?[] scales, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor?[] biases) "
+    "-> (Tensor[], Tensor)",
     shapes=_siva_linear_shapes,
     reference=siva_linear_reference,
     aten=siva_linear_aten,
@@ -191,29 +223,46 @@ define(
 # dx (*, K), each du (N, R), all dv in one (sum of R, K), each dbias (N,)
 define(
     "siva_linear_backward",
-    "(Tensor[] dhs, Tensor x, Tensor[] weights, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor p, bool need_dx, "
-    "bool[] need_du, bool need_dv, bool[] need_dbias) -> (Tensor, Tensor[], Tensor, Tensor[])",
+    "(Tensor[] dhs, Tensor x, Tensor[] weights, Tensor?[] scales, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor p, "
+    "bool need_dx, bool[] need_du, bool need_dv, bool[] need_dbias) -> (Tensor, Tensor[], Tensor, Tensor[])",
     shapes=_siva_linear_backward_shapes,
     reference=siva_linear_backward_reference,
     aten=siva_linear_backward_aten,
 )
 
 
-class SivaLinear(torch.autograd.Function):
-    """The autograd formula of `fastpeft::siva_linear`: `apply(packs, x, *weights, *us, *ss, *vs, *biases)`.
+def products_of(
+    weights: Sequence[Tensor], frozen: Sequence[Frozen], x: Tensor, transposed: bool = False
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """What the op takes of frozen weights beside x, or beside dh in backward: each weight, and its scales or None."""
+    factors: list[Tensor] = []
+    scales: list[Tensor | None] = []
+    for weight, each in zip(weights, frozen, strict=True):
+        if isinstance(each, Scales):
+            factors.append(weight)
+            scales.append(unnested(*each))
+        else:
+            factors.append(operand(weight, each, x, transposed))
+            scales.append(None)
+    return factors, scales
 
-    `packs` has one for each layer, or None. Not one of `register_autograd`, which takes twice as long. Weights have any
-    dtype and get no gradient, and s gets none; `functional.siva_linear` refuses those that require one.
+
+class SivaLinear(torch.autograd.Function):
+    """The autograd formula of `fastpeft::siva_linear`: `apply(frozen, x, *weights, *us, *ss, *vs, *biases)`.
+
+    `frozen` has for each layer the packs of its weight, or None, or its `Scales`: the weight is codes then. Not one of
+    `register_autograd`, which takes twice as long. Weights have any dtype and get no gradient, and s gets none;
+    `functional.siva_linear` refuses those that require one.
     """
 
     @staticmethod
-    def forward(ctx: Any, packs: Sequence[Packs | None], x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-        layers = len(packs)
+    def forward(ctx: Any, frozen: Sequence[Frozen], x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+        layers = len(frozen)
         weights, us, ss, vs, biases = split(operands, layers)
-        factors = [operand(weight, each, x) for weight, each in zip(weights, packs, strict=True)]
-        hs, p = torch.ops.fastpeft.siva_linear.default(x, factors, us, ss, vs, biases)
+        factors, scales = products_of(weights, frozen, x)
+        hs, p = torch.ops.fastpeft.siva_linear.default(x, factors, scales, us, ss, vs, biases)
         needs = ctx.needs_input_grad
-        ctx.packs = packs
+        ctx.frozen = frozen
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             x if True in needs[2 + 3 * layers : 2 + 4 * layers] else None,  # for dV
@@ -233,20 +282,22 @@ class SivaLinear(torch.autograd.Function):
         layers = len(dhs)
         x, p, *saved = ctx.saved_tensors
         _, need_dx, *needs = ctx.needs_input_grad
-        of_layers = [dhs, ctx.packs, *split(saved, layers), *split(needs, layers)]
+        of_layers = [dhs, ctx.frozen, *split(saved, layers), *split(needs, layers)]
         if len(used) < layers:
             if p is not None:
                 parts = p.split([s.shape[0] for s in of_layers[4]])
                 p = torch.cat([parts[i] for i in used])
             of_layers = [[each[i] for i in used] for each in of_layers]
-        given, packs, weights, us, ss, vs, _, need_du, _, need_dv, need_dbias = of_layers
+        given, frozen, weights, us, ss, vs, _, need_du, _, need_dv, need_dbias = of_layers
+        scales: list[Tensor | None] = [None] * len(used)
         if need_dx:
-            weights = [operand(w, each, given[0], transposed=True) for w, each in zip(weights, packs, strict=True)]
+            weights, scales = products_of(weights, frozen, given[0], transposed=True)
         empty = given[0].new_empty(0) if x is None or p is None else x
         dx, dus, dv, dbiases = torch.ops.fastpeft.siva_linear_backward.default(
             given,
             empty if x is None else x,
             weights,
+            scales,
             us,
             ss,
             vs,

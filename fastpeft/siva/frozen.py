@@ -150,6 +150,12 @@ class BaseWeightLayer(nn.Module, BaseTunerLayer):
         self.base_layer.siva_restored = {fingerprint(self._weight): self.base_fingerprint}
 
 
+def as_group(operands: Operands) -> tuple[list[Any], ...]:
+    """What the op takes beside x of a layer with a dense weight: a group of one."""
+    weight, u, s, v, bias, _ = operands
+    return [weight], [None], [u], [s], [v], [bias]
+
+
 def can_call_directly(x: Tensor, operands: Operands) -> bool:
     """Whether x is a token for which the op can be called as it is.
 

@@ -167,7 +167,7 @@ class _Group:
             return
         operands = tuple(zip(*members.values(), strict=True))
         if all(can_call_directly(x, found) for found in members.values()):
-            outputs, _ = torch.ops.fastpeft.siva_linear.default(x, *operands[:-1])
+            outputs, _ = torch.ops.fastpeft.siva_linear.default(x, operands[0], [None] * len(members), *operands[1:-1])
         else:
             outputs = siva_linear_group(x, *operands)
         self._outputs = dict(zip(members, outputs, strict=True))

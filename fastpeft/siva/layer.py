@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastpeft.siva import grouping
 from fastpeft.siva.config import Residual, SivaConfig
 from fastpeft.siva.decompose import Factors
 from fastpeft.siva.four_bits import WeightIn4Bits
-from fastpeft.siva.frozen import Operands, can_call_directly
+from fastpeft.siva.frozen import Operands, as_group, can_call_directly
 from fastpeft.siva.lazy_weight import LazyWeight
 from fastpeft.siva.loading import LoadableLinear
 from fastpeft.siva.quantise import quantised_siva_linear
@@ -117,11 +116,10 @@ class SivaLinear(LoadableLinear):
             return base(x, *args, **kwargs)
         quantised = self._quantised_weight
         if quantised is not None:
-            active: Any = self.active_adapters
-            return self._quantised_forward(x, quantised, factors, active)
+            return self._quantised_forward(x, quantised, factors)
         operands = (self.stored, *factors, base.bias, self.packs)
         if can_call_directly(x, operands):
-            (h,), _ = torch.ops.fastpeft.siva_linear.default(x, *([each] for each in operands[:-1]))
+            (h,), _ = torch.ops.fastpeft.siva_linear.default(x, *as_group(operands))
             return h
         return siva_linear(x, *operands)
 
@@ -132,23 +130,16 @@ class SivaLinear(LoadableLinear):
         if quantised is not None:  # one adapter after another: each product dequantises the weight
             return rows.each(
                 x,
-                [
-                    partial(self._quantised_forward, quantised=quantised, factors=each, names=[name])
-                    for name, each in zip(rows.sizes, factors, strict=True)
-                ],
+                [partial(self._quantised_forward, quantised=quantised, factors=each) for each in factors],
             )
         us, ss, vs = zip(*factors, strict=True)
         order = None if rows.order is None else rows.order.to(x.device)
         bias, sizes = self.base_layer.bias, list(rows.sizes.values())
         return siva_linear_mixed(x, self.stored, us, ss, vs, sizes, order, bias, self.packs)
 
-    def _quantised_forward(
-        self, x: Tensor, quantised: QuantisedWeight | WeightIn4Bits, factors: Factors, names: Sequence[str]
-    ) -> Tensor:
-        """Compute with the factors of `_low_rank`, of which those of the adapters `names` come first and train."""
-        trained = sum(self.siva_s[name].numel() for name in names if name in self.siva_du)
-        dtype = self._compute_dtype(x)
-        h = quantised_siva_linear(x, quantised, *factors, bias=self.base_layer.bias, dtype=dtype, trained=trained)
+    def _quantised_forward(self, x: Tensor, quantised: QuantisedWeight | WeightIn4Bits, factors: Factors) -> Tensor:
+        """Compute with the factors of `_low_rank`."""
+        h = quantised_siva_linear(x, quantised, *factors, bias=self.base_layer.bias, dtype=self._compute_dtype(x))
         return h if self.in_4_bits is None or autocast_dtype(x.device) else h.to(x.dtype)
 
     def operands(self) -> Operands | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastpeft import functional  # noqa: F401  (registers the ops)
 from fastpeft.ops.dtypes import factors_dtype
 from fastpeft.ops.quantise import Format, QuantisedWeight
-from fastpeft.ops.quantised_linear import SivaLinearQuantised
+from fastpeft.ops.siva_linear import Scales, SivaLinear
 from fastpeft.siva.decompose import Factors, decompose, near_triplets, subtract
 from fastpeft.siva.four_bits import WeightIn4Bits
 
@@ -70,7 +70,6 @@ def quantised_siva_linear(
     v: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    trained: int,
 ) -> Tensor:
     """`siva_linear` with a quantised weight.
 
@@ -78,7 +77,6 @@ def quantised_siva_linear(
         x, u, s, v, bias: as in `siva_linear`.
         rest: the weight.
         dtype: in which all is computed.
-        trained: how many triplets train, the first ones.
 
     Notes:
         Saved for backward: as by `siva_linear`, with the codes instead of the weight. Each product
@@ -88,5 +86,6 @@ def quantised_siva_linear(
     """
     u, s, v = (factor.to(factors_dtype(dtype, x.device)) for factor in (u, s, v))
     bias = None if bias is None else bias.to(dtype)
-    h: Tensor = SivaLinearQuantised.apply(x.to(dtype), rest.codes, rest.scales, rest.nested, u, s, v, bias, trained)
+    h: Tensor
+    (h,) = SivaLinear.apply((Scales(rest.scales, rest.nested),), x.to(dtype), rest.codes, u, s, v, bias)
     return h

@@ -93,10 +93,11 @@ def _inside(op: str, args: Any) -> int:
         shape = args[2]
     elif op in ("fastpeft.quantised_linear.default", "fastpeft.quantised_linear_backward.default"):
         shape = args[0].shape[-1], args[3]
-    elif op == "fastpeft.siva_linear_quantised.default":
-        shape = len(args[3]), args[5].shape[1]
-    elif op == "fastpeft.siva_linear_quantised_backward.default":
-        shape = len(args[4]), args[6].shape[1]
+    elif op in ("fastpeft.siva_linear.default", "fastpeft.siva_linear_backward.default"):
+        (x, *_), operands = (args[:1], args[2:]) if "backward" not in op else (args[0], args[3:])
+        scales, us, _, vs, *_ = operands
+        numbers = sum(len(u) * v.shape[1] for each, u, v in zip(scales, us, vs, strict=True) if each is not None)
+        return int(numbers * x.element_size())
     else:
         return 0
     return int(math.prod(shape) * args[0].element_size())

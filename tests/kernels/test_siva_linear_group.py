@@ -21,10 +21,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def layers(m: int, k: int, ns: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Any]:
-    """x, weights, us, ss, vs, biases; every second layer has no bias."""
+    """x, weights, scales, us, ss, vs, biases; every second layer has no bias."""
     found = [operands(m, k, n, r, dtype, device, bias=i % 2 == 0) for i, (n, r) in enumerate(zip(ns, ranks))]
     x, *_ = found[0]
-    return [x, *map(list, zip(*(layer[1:] for layer in found)))]
+    weights, *rest = map(list, zip(*(layer[1:] for layer in found)))
+    return [x, weights, [None] * len(ns), *rest]
 
 
 def check(*args: Any, needs: list[Any] | None = None) -> None:
@@ -42,14 +43,14 @@ def check_forward(*args: Any) -> None:
 
 def check_backward(*args: Any, needs: list[Any] | None = None) -> None:
     """Launch twice on the forward's `args` and compare with float64."""
-    x, weights, us, ss, vs, biases = args
+    x, weights, scales, us, ss, vs, biases = args
     p = in_nan(aten.siva_linear(*in_order(args))[-1])
     generator = torch.Generator().manual_seed(0)
     dhs = [in_nan(torch.randn(*x.shape[:-1], len(w), generator=generator).to(x)) for w in weights]
     needs = needs or [True, [True] * len(us), True, [bias is not None for bias in biases]]
-    expected = expected_of(aten.siva_linear_backward, (dhs, x, weights, us, ss, vs, p, *needs))
+    expected = expected_of(aten.siva_linear_backward, (dhs, x, weights, scales, us, ss, vs, p, *needs))
     unread = x.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
-    args = (dhs, x if needs[2] else unread, weights, us, ss, vs, p if any(needs[1]) else unread, *needs)
+    args = (dhs, x if needs[2] else unread, weights, scales, us, ss, vs, p if any(needs[1]) else unread, *needs)
     with poisoned_memory():
         actual, again = (kernel_backward.siva_linear_backward(*args) for _ in range(2))
     assert_gradients(actual, again, needs, expected)
@@ -133,10 +134,10 @@ def test_many_ranges_of_rows(device):
     ],
 )
 def test_empty_sizes_and_a_single_layer(m, k, ns, ranks, device):
-    x, weights, us, ss, vs, _ = args = layers(m, k, ns, ranks, torch.float32, device)
+    x, weights, scales, us, ss, vs, _ = args = layers(m, k, ns, ranks, torch.float32, device)
     dhs = [torch.ones(m, n).to(x) for n in ns]
     p = x.new_ones(sum(ranks), m)
-    backward = dhs, x, weights, us, ss, vs, p, True, [True] * len(ns), True, [False] * len(ns)
+    backward = dhs, x, weights, scales, us, ss, vs, p, True, [True] * len(ns), True, [False] * len(ns)
     with poisoned_memory():
         found = kernel.siva_linear(*args), kernel_backward.siva_linear_backward(*backward)
     expected = aten.siva_linear(*args), aten.siva_linear_backward(*backward)
@@ -145,14 +146,14 @@ def test_empty_sizes_and_a_single_layer(m, k, ns, ranks, device):
 
 
 def test_leading_dimensions_and_strides(device):
-    x, weights, us, ss, vs, biases = layers(24, 33, (18, 20), (4, 3), torch.float32, device)
+    x, weights, scales, us, ss, vs, biases = layers(24, 33, (18, 20), (4, 3), torch.float32, device)
     turned = [weight.t().contiguous().t() for weight in weights]  # what Conv1D stores
     us = [u.t().contiguous().t() for u in us]
     ss = [s.repeat_interleave(2)[::2] for s in ss]
-    check(x.view(4, 6, 33).transpose(0, 1), turned, us, ss, vs, biases)
-    check(x[0], [weights[0], turned[1]], us, ss, vs, biases)
+    check(x.view(4, 6, 33).transpose(0, 1), turned, scales, us, ss, vs, biases)
+    check(x[0], [weights[0], turned[1]], scales, us, ss, vs, biases)
     dhs = [x.new_ones(1, 1).expand(24, 18), torch.randn(20, 24).to(x).t()]
-    args = dhs, x, weights, us, ss, vs, aten.siva_linear(x, weights, us, ss, vs, biases)[1]
+    args = dhs, x, weights, scales, us, ss, vs, aten.siva_linear(x, weights, scales, us, ss, vs, biases)[1]
     found, expected = (
         flat(each.siva_linear_backward(*args, True, [True] * 2, True, [True] * 2)) for each in (kernel_backward, aten)
     )
@@ -162,9 +163,9 @@ def test_leading_dimensions_and_strides(device):
 
 def test_what_the_kernels_leave_to_aten(device):
     for ranks, dtype in (((2, 3), torch.float64), ((2, tiles.MAX_RANK + 1), torch.float32)):
-        x, weights, us, ss, vs, _ = args = layers(5, 6, (7, 8), ranks, dtype, device)
+        x, weights, scales, us, ss, vs, _ = args = layers(5, 6, (7, 8), ranks, dtype, device)
         found, expected = kernel.siva_linear(*args), aten.siva_linear(*args)
-        args = ([x.new_ones(5, 7), x.new_ones(5, 8)], x, weights, us, ss, vs, expected[1])
+        args = ([x.new_ones(5, 7), x.new_ones(5, 8)], x, weights, scales, us, ss, vs, expected[1])
         args += (True, [True] * 2, True, [True] * 2)
         found += kernel_backward.siva_linear_backward(*args)
         expected += aten.siva_linear_backward(*args)
@@ -174,14 +175,14 @@ def test_what_the_kernels_leave_to_aten(device):
 
 def test_factors_in_float32_are_read_as_they_are(device):
     """The same bits as with factors in float16, but for what is then not rounded to it."""
-    x, weights, us, ss, vs, biases = layers(70, 35, (66, 17), (5, 3), torch.float16, device)
+    x, weights, scales, us, ss, vs, biases = layers(70, 35, (66, 17), (5, 3), torch.float16, device)
     dhs = [torch.randn(70, n).to(x) for n in (66, 17)]
     found = []
     for factors in ((us, ss, vs), each(Tensor.float, (us, ss, vs))):
         with poisoned_memory():
-            hs, p = kernel.siva_linear(x, weights, *factors, biases)
+            hs, p = kernel.siva_linear(x, weights, scales, *factors, biases)
             needs = True, [True, True], True, [True, True]
-            gradients = kernel_backward.siva_linear_backward(dhs, x, weights, *factors, p, *needs)
+            gradients = kernel_backward.siva_linear_backward(dhs, x, weights, scales, *factors, p, *needs)
             found.append(flat([hs, p, *gradients]))
     for plain, ours in zip(*found, strict=True):
         assert torch.equal(ours.half(), plain)
@@ -190,10 +191,10 @@ def test_factors_in_float32_are_read_as_they_are(device):
 
 def test_gradients_of_u_share_no_storage_with_those_of_v(device):
     """The schema says that outputs of the op do not alias each other."""
-    x, weights, us, ss, vs, _ = layers(6, 5, (7, 8), (2, 1), torch.float32, device)
+    x, weights, scales, us, ss, vs, _ = layers(6, 5, (7, 8), (2, 1), torch.float32, device)
     dhs: list[Tensor] = [x.new_ones(6, len(weight)) for weight in weights]
     p = x.new_ones(3, 6)
     _, dus, dv, _ = kernel_backward.siva_linear_backward(
-        dhs, x, weights, us, ss, vs, p, False, [True] * 2, True, [False] * 2
+        dhs, x, weights, scales, us, ss, vs, p, False, [True] * 2, True, [False] * 2
     )
     assert {du.untyped_storage().data_ptr() for du in dus}.isdisjoint({dv.untyped_storage().data_ptr()})

@@ -44,7 +44,7 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> Forms:
 
 def siva(rows: int = 64, dtype: torch.dtype = torch.bfloat16, rank: int = 4) -> tuple[Any, ...]:
     u, s, v = torch.ones(24, rank), torch.ones(rank), torch.ones(rank, 40)
-    return torch.ones(2, rows // 2, 40, dtype=dtype), [torch.ones(24, 40, dtype=dtype)], [u], [s], [v], [None]
+    return torch.ones(2, rows // 2, 40, dtype=dtype), [torch.ones(24, 40, dtype=dtype)], [None], [u], [s], [v], [None]
 
 
 def window(tokens: int = 9, **changes: Any) -> tuple[Any, ...]:
@@ -143,10 +143,10 @@ def test_arguments_have_the_names_of_the_schema(op: str) -> None:
 
 
 def test_a_backward_pass_is_chosen_by_the_gradients_that_it_makes(forms):
-    x, weights, us, ss, vs, _ = siva()
+    x, weights, scales, us, ss, vs, _ = siva()
     dh, p = torch.ones(2, 32, 24, dtype=torch.bfloat16), torch.ones(4, 64)
     call = choosing(OPS["siva_linear_backward"], forms)
-    call([dh], x, weights, us, ss, vs, p, True, [False], True, [False])
+    call([dh], x, weights, scales, us, ss, vs, p, True, [False], True, [False])
     ofs = us * 2, ss * 2, vs * 2, [p, p]
     mixed = choosing(OPS["siva_linear_mixed_backward"], forms)
     mixed(dh, x, weights[0], *ofs, [1, 1], None, False, [False, True], [False, False], False)

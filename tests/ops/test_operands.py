@@ -49,13 +49,17 @@ def layer(z: Sizes, more: int = 0) -> list[Tensor]:
 
 
 def siva_linear(z: Sizes) -> list[Any]:
-    return [draw(z["b"], z["t"], z["k"]), *map(list, zip(layer(z), layer(z, 1))), [draw(z["n"]), None]]
+    layers = [layer(z), layer(z, 1), layer(z)]
+    weights, *factors = map(list, zip(*layers))
+    codes, scales = quantised_weight(z, "int8")
+    weights[2] = codes
+    return [draw(z["b"], z["t"], z["k"]), weights, [None, None, scales], *factors, [draw(z["n"]), None, draw(z["n"])]]
 
 
 def siva_linear_backward(z: Sizes) -> list[Any]:
     x, *layers, _ = siva_linear(z)
-    dhs = [draw(*x.shape[:2], len(weight)) for weight in layers[0]]
-    return [dhs, x, *layers, draw(2 * z["r"] + 1, math.prod(x.shape[:2])), True, [True] * 2, True, [True] * 2]
+    dhs = [draw(*x.shape[:2], len(u)) for u in layers[2]]
+    return [dhs, x, *layers, draw(3 * z["r"] + 1, math.prod(x.shape[:2])), True, [True] * 3, True, [True] * 3]
 
 
 def siva_linear_mixed(z: Sizes) -> list[Any]:
@@ -107,17 +111,6 @@ def quantised_linear_backward(z: Sizes) -> list[Any]:
     return [draw(z["b"], z["t"], z["n"]), *quantised_weight(z, "nf4"), z["k"]]
 
 
-def siva_linear_quantised(z: Sizes) -> list[Any]:
-    _, *factors = layer(z)
-    return [draw(z["b"] * z["t"], z["k"]), *quantised_weight(z, "int8"), *factors, draw(z["n"])]
-
-
-def siva_linear_quantised_backward(z: Sizes) -> list[Any]:
-    dh, x, p = (draw(z["b"] * z["t"], z[columns]) for columns in ("n", "k", "r"))
-    _, *factors = layer(z)
-    return [dh, x, *quantised_weight(z, "int8"), *factors, p, *[True] * 4]
-
-
 def mezo_perturb(z: Sizes) -> list[Any]:
     return [draw(z["n"], z["k"]), 3, *TERMS, 0.1]
 
@@ -161,8 +154,6 @@ OPS: dict[str, tuple[Callable[[Sizes], list[Any]], str]] = {
     "int8_linear": (int8_linear, "b t k n"),
     "quantised_linear": (quantised_linear, "b t k n"),
     "quantised_linear_backward": (quantised_linear_backward, "b t k n"),
-    "siva_linear_quantised": (siva_linear_quantised, "b t k n r"),
-    "siva_linear_quantised_backward": (siva_linear_quantised_backward, "b t k n r"),
     "frozen_head_cross_entropy": (frozen_head_cross_entropy, "b t k"),
     "side_step_": (side_step_, "b k"),
     "mezo_perturb": (mezo_perturb, "k n"),
@@ -447,6 +438,12 @@ def test_tensors_without_values_give_shapes(op: str) -> None:
 # -- what the checked functions refuse -------------------------------------------------------------------------------
 
 
+def of_function(op: str) -> list[Any]:
+    """What a person gives it: SiVA's takes no quantised weight."""
+    args = OPS[op][0](SIZES)
+    return [args[0], *(each[:2] for i, each in enumerate(args[1:]) if i != 1)] if op == "siva_linear" else args
+
+
 def by_function(op: str, args: list[Any]) -> Any:
     """The function that a person calls for an op."""
     if op == "siva_linear":
@@ -496,7 +493,7 @@ def changed(args: Sequence[Any], place: tuple[int, int | None], change: Callable
 @pytest.mark.parametrize("op", CALLED)
 def test_functions_take_tensors_without_values(op: str) -> None:
     """Autocast, which they ask for its dtype, does not know of the meta device."""
-    args = OPS[op][0](SIZES)
+    args = of_function(op)
     found, wanted = by_function(op, moved_to_meta(args)), by_function(op, args)
     found, wanted = ([] if each is None else flat([each]) for each in (found, wanted))
     assert all(tensor.is_meta for tensor in found)
@@ -508,7 +505,7 @@ def test_functions_take_tensors_without_values(op: str) -> None:
     "dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=lambda dtype: str(dtype)
 )
 def test_other_kinds_of_numbers_are_refused(op: str, dtype: torch.dtype) -> None:
-    args = OPS[op][0](SIZES)
+    args = of_function(op)
     for place in places(args):
         if at(args, place).dtype is not dtype:
             with pytest.raises(FastpeftError):
@@ -518,7 +515,7 @@ def test_other_kinds_of_numbers_are_refused(op: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("op", CALLED)
 def test_an_operand_on_another_device_is_refused(op: str) -> None:
     """But for parameters of MeZO, each of which is perturbed where it is."""
-    args = OPS[op][0](SIZES)
+    args = of_function(op)
     for place in list(places(args)):
         bad = changed(args, place, lambda t: t.to("meta"))
         if op in ("mezo_perturb", "mezo_perturb_"):
@@ -558,7 +555,7 @@ def test_an_order_that_is_no_permutation_is_refused(order: list[int]) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_the_registered_op_refuses_or_casts_other_kinds(op: str) -> None:
     """Whatever comes past the checked functions: memory is read as what it is."""
-    args = OPS[op][0](SIZES)
+    args = of_function(op)
     for place in places(args):
         for dtype in (torch.int32, torch.float64, torch.bfloat16, torch.complex64):
             found = []

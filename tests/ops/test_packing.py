@@ -71,7 +71,7 @@ def test_outputs_may_be_changed_in_place(function: str, dtype: torch.dtype) -> N
 def test_a_packed_product_is_no_view_without_the_compiled_module() -> None:
     packed, x = pack(weight_of(24, 16)), torch.randn(3, 5, 16)
     u, s, v = torch.randn(24, 2), torch.ones(2), torch.randn(2, 16)
-    assert not aten.siva_linear(x, [packed], [u], [s], [v], [None])[0][0]._is_view()
+    assert not aten.siva_linear(x, [packed], [None], [u], [s], [v], [None])[0][0]._is_view()
 
 
 @packing

@@ -281,7 +281,7 @@ def test_a_group_gives_what_its_layers_give(implementation: Any, rows: tuple[int
     x, layers = group_operands(rows, k, (*LAYERS, (0, 2, True), (3, 0, True)))
     close = {"rtol": 1e-12, "atol": 1e-12}
     weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
-    hs, p = implementation.siva_linear(x, weights, us, ss, vs, biases)
+    hs, p = implementation.siva_linear(x, weights, [None] * len(us), us, ss, vs, biases)
     singles = [reference.siva_linear(*as_group(x, *layer)) for layer in layers]
     torch.testing.assert_close(hs, [h for (h,), _ in singles], **close)
     dhs = [torch.randn_like(h) for h in hs]
@@ -289,7 +289,7 @@ def test_a_group_gives_what_its_layers_give(implementation: Any, rows: tuple[int
         of_x, of_u, of_v, of_bias = needs
         some = [of_u and i != 1 for i in range(len(layers))]
         dx, dus, dv, dbiases = implementation.siva_linear_backward(
-            dhs, x, weights, us, ss, vs, p, of_x, some, of_v, [of_bias] * len(layers)
+            dhs, x, weights, [None] * len(us), us, ss, vs, p, of_x, some, of_v, [of_bias] * len(layers)
         )
         expected = [
             reference.siva_linear_backward(
@@ -352,10 +352,10 @@ def test_outputs_may_be_changed_in_place() -> None:
 def test_opcheck_of_a_group() -> None:
     x, layers = group_operands((2, 3), 7, dtype=torch.float32)
     weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
-    torch.library.opcheck(torch.ops.fastpeft.siva_linear.default, (x, weights, us, ss, vs, biases))
-    hs, p = torch.ops.fastpeft.siva_linear(x, weights, us, ss, vs, biases)
+    torch.library.opcheck(torch.ops.fastpeft.siva_linear.default, (x, weights, [None] * 3, us, ss, vs, biases))
+    hs, p = torch.ops.fastpeft.siva_linear(x, weights, [None] * len(us), us, ss, vs, biases)
     for needs in [(True, [True] * 3, True, [True] * 3), (False, [False, True, False], False, [False] * 3)]:
-        arguments = (hs, x, weights, us, ss, vs, p, *needs)
+        arguments = (hs, x, weights, [None] * 3, us, ss, vs, p, *needs)
         torch.library.opcheck(torch.ops.fastpeft.siva_linear_backward.default, arguments)
 
 
@@ -376,7 +376,7 @@ def test_every_layer_of_a_group_multiplies_float32_copies_where_half_precision_i
     dhs, weights = ([torch.randn(5, 24).half() for _ in range(2)], [torch.randn(24, 40).half() for _ in range(2)])
     us, ss, vs = ([torch.zeros(shape).half()] * 2 for shape in ((24, 1), (1,), (1, 40)))
     empty = torch.empty(0).half()
-    operands = dhs, empty, weights, us, ss, vs, empty, True, [False] * 2, False, [False] * 2
+    operands = dhs, empty, weights, [None] * 2, us, ss, vs, empty, True, [False] * 2, False, [False] * 2
     one, other = ((dh.float() @ weight.float()).half() for dh, weight in zip(dhs, weights, strict=True))
     assert torch.equal(aten.siva_linear_backward(*operands)[0], one + other)
 
@@ -520,9 +520,9 @@ def test_a_packed_group_gives_what_a_plain_one_gives(implementation: Any) -> Non
                 [each.of(w, dtype, turned) if packed and can_pack(w, dtype) else w for each, w in zip(packs, weights)]
                 for turned in (False, True)
             )
-            hs, p = implementation.siva_linear(x.to(dtype), forward, us, ss, vs, biases)
+            hs, p = implementation.siva_linear(x.to(dtype), forward, [None] * 3, us, ss, vs, biases)
             found = implementation.siva_linear_backward(
-                rows, x.to(dtype), backward, us, ss, vs, p, True, [True] * 3, True, [True] * 3
+                rows, x.to(dtype), backward, [None] * 3, us, ss, vs, p, True, [True] * 3, True, [True] * 3
             )
             results.append([*hs, p, found[0], *found[1], found[2], *found[3]])
         for plain, ours in zip(*results):
@@ -540,9 +540,9 @@ def test_the_compiled_module_leaves_other_dtypes_and_high_ranks_to_aten(dtype: t
     weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
     pairs = []
     for module in (torch.ops.fastpeft, aten):
-        hs, p = module.siva_linear(x, weights, us, ss, vs, biases)
+        hs, p = module.siva_linear(x, weights, [None] * len(us), us, ss, vs, biases)
         dx, dus, dv, dbiases = module.siva_linear_backward(
-            hs, x, weights, us, ss, vs, p, True, [True, False], True, [False, True]
+            hs, x, weights, [None] * 2, us, ss, vs, p, True, [True, False], True, [False, True]
         )
         pairs.append([*hs, p, dx, *dus, dv, *dbiases])
     assert all(map(torch.equal, *pairs))
@@ -558,10 +558,12 @@ def test_a_compiled_group_gives_what_its_layers_give(rows: tuple[int, ...], k: i
     weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
     results = []
     for module in (torch.ops.fastpeft, aten):
-        hs, p = module.siva_linear(x, weights, us, ss, vs, biases)
+        hs, p = module.siva_linear(x, weights, [None] * len(us), us, ss, vs, biases)
         dhs = [torch.ones_like(h) for h in hs]
         some = [i != 1 for i in range(len(layers))]
-        dx, dus, dv, dbiases = module.siva_linear_backward(dhs, x, weights, us, ss, vs, p, True, some, True, some[::-1])
+        dx, dus, dv, dbiases = module.siva_linear_backward(
+            dhs, x, weights, [None] * len(us), us, ss, vs, p, True, some, True, some[::-1]
+        )
         results.append([*hs, p, dx, *dus, dv, *dbiases])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 

@@ -104,8 +104,7 @@ def test_gradients_are_those_of_the_weight_as_numbers(nested: bool) -> None:
     theirs = torch.autograd.grad((expected**2).sum(), [same, *changes])
     for gradient, other in zip(ours, theirs):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
-    scales = [tensor for tensor in saved if tensor.numel() == weight.numel() // 64]
-    assert {tensor.dtype for tensor in scales} == {torch.uint8 if nested else torch.float32}
+    assert any(tensor.data_ptr() == base.weight.data_ptr() for tensor in saved)
     assert all(tensor.numel() < weight.numel() for tensor in saved if tensor.is_floating_point())
 
 
