@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +11,17 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import HALVES
 from fastpeft.ops.quantise import QuantisedWeight
 from fastpeft.siva.adapters import AdaptedLinear
-from fastpeft.siva.change import plus, weight_of
-from fastpeft.siva.decompose import Factors, add, belongs, mismatch
+from fastpeft.siva.change import weight_of
+from fastpeft.siva.decompose import Factors, add, belongs
+
+_MERGED = "merged_adapters."
 
 
 class LoadableLinear(AdaptedLinear):
     """An adapted layer that keeps its stored weight and its factors in agreement when a state dict is loaded.
 
     A file of an adapter holds its factors alone; W_r is made of them and of the pretrained weight. The state dict of a
-    whole model holds the stored weight too.
+    whole model holds the stored weight too, and says which adapters are merged into it.
     """
 
     def __init__(self, base_layer: nn.Module, name: str, pack_weights: bool) -> None:
@@ -68,7 +68,12 @@ class LoadableLinear(AdaptedLinear):
                     f"{self.name}: what is being loaded for adapter {name!r} lacks {lacks.removeprefix(prefix)}, with "
                     "which its change acts. Load all tensors that save_pretrained wrote."
                 )
-        merged = self._merged_in(state_dict, prefix, loaded)
+        markers = {
+            key.removeprefix(f"{prefix}{_MERGED}"): key for key in state_dict if key.startswith(prefix + _MERGED)
+        }
+        for key in markers.values():
+            del state_dict[key]  # which no parameter has
+        merged = list(markers)
         if merged and sorted(merged) != sorted(self.merged_adapters):
             raise FastpeftError(
                 f"{self.name}: adapter {', '.join(map(repr, merged))} is merged into the weight that is being loaded. "
@@ -90,47 +95,6 @@ class LoadableLinear(AdaptedLinear):
                     self._prepare_for(name, initial)
         self._arriving = set(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _merged_in(self, state_dict: dict[str, Tensor], prefix: str, loaded: dict[str, Factors]) -> list[str]:
-        """The adapters that are merged into a weight that is being loaded together with them.
-
-        Without their changes it is nearer to W0, or to W_r, than with them. Only the two distances are compared, so the
-        weight may have been rounded.
-        """
-        stored = state_dict.get(f"{prefix}base_layer.weight")
-        if stored is None or type(stored) not in (Tensor, nn.Parameter) or stored.is_meta or self.in_4_bits is not None:
-            return []
-        arrives_quantised = f"{prefix}quantised.codes" in state_dict
-        if arrives_quantised or self.quantised is not None:  # W_r is kept beside a merged weight, else nothing is there
-            others = list(loaded) if arrives_quantised else []
-            return (self.merged_adapters or others) if stored.numel() else []
-        weight = (stored.t() if self.fan_in_fan_out else stored).float()
-        changes, distances = {}, {}
-        for name, factors in loaded.items():
-            initial = Factors(*(part.float() for part in factors))
-            change = _change_of(state_dict, prefix, name, initial)
-            if change is None or change.shape != weight.shape:
-                return []  # what loads them says so
-            changes[name] = change
-            distances[name] = partial(self._distance, name, initial, state_dict.get(f"{prefix}siva_residual.{name}"))
-
-        def distance(names: Sequence[str]) -> float:
-            rest = sum((changes[name] for name in names), torch.zeros_like(weight))
-            return min(distances[name](weight - rest) for name in names or loaded)
-
-        sets = [self.merged_adapters, list(loaded), *([name] for name in loaded)]
-        sets = [names for names in sets if names and set(names) <= loaded.keys()]
-        nearest = min(sets, key=distance, default=[])
-        return list(nearest) if nearest and 2 * distance(nearest) < distance([]) else []
-
-    def _distance(self, adapter: str, initial: Factors, residual: Tensor | None, weight: Tensor) -> float:
-        """How far a weight `(N, K)` is from the W0 of an adapter or, if that is nearer, from its W_r."""
-        product = initial.product()
-        if residual is not None:
-            residual = (residual.t() if self.fan_in_fan_out else residual).float()
-            return min(float((each - residual).norm()) for each in (weight, weight - product))
-        wholes = (weight, weight + product) if self.residual[adapter] == "frozen" else (weight,)
-        return min(float(mismatch(whole, initial)) for whole in wholes)
 
     def _arrives_whole(self, weight: Tensor, loaded: dict[str, Factors]) -> str | None:
         """The adapter whose triplets must be subtracted from a weight that is being loaded; None: it is W_r already.
@@ -232,17 +196,6 @@ class LoadableLinear(AdaptedLinear):
             self._weight = original
 
 
-def _change_of(state_dict: dict[str, Tensor], prefix: str, adapter: str, initial: Factors) -> Tensor | None:
-    """The change of a weight `(N, K)` by an adapter in a state dict; None if that does not have all of it."""
-    trained = []
-    for part, start in (("u", initial.u), ("v", initial.v)):
-        weight = state_dict.get(f"{prefix}siva_d{part}.{adapter}.weight")
-        if weight is None or weight.shape != start.shape:
-            return None
-        trained.append(plus(start, weight.float(), state_dict.get(f"{prefix}siva_d{part}.{adapter}.scale")))
-    return Factors(trained[0], initial.s, trained[1]).product() - initial.product()
-
-
 def _take_in_loaded(layer: LoadableLinear, _incompatible_keys: Any) -> None:
     """After a state dict was loaded, split the weight for the adapters that waited for their factors."""
     if layer._whole is not None:
@@ -264,7 +217,12 @@ def _take_in_loaded(layer: LoadableLinear, _incompatible_keys: Any) -> None:
 
 
 def _save_in_float32(layer: LoadableLinear, state_dict: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-    """Save factors in float32, even if `autocast_adapter_dtype=False` keeps them in half precision."""
+    """Save factors in float32, even if `autocast_adapter_dtype=False` keeps them in half precision, and what is merged.
+
+    An entry for each merged adapter says that the stored weight holds it. Files of adapters leave it out.
+    """
+    for name in layer.merged_adapters:
+        state_dict[f"{prefix}{_MERGED}{name}"] = torch.ones(1, dtype=torch.bool)
     for key, tensor in state_dict.items():
         factor = key.startswith(f"{prefix}siva_") and not key.startswith(f"{prefix}siva_residual")
         if factor and tensor.dtype in HALVES:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from poison import in_nan, poisoned_memory
-from siva_operands import (
-    as_group,
-    as_group_backward,
-    assert_gradients,
-    assert_outputs,
-    expected_of,
-    flat,
-    in_order,
-    operands,
-)
+from siva_operands import assert_gradients, assert_outputs, each, expected_of, flat, in_order, operands
 from torch import Tensor
 
 from fastpeft.ops import aten, dispatch, reference
@@ -26,137 +18,161 @@ from fastpeft.kernels import siva_linear as kernel
 from fastpeft.kernels import siva_linear_backward as kernel_backward
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import dot_kind, is_for_kernels
+from fastpeft.ops.quantise import QuantisedWeight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [1, 15, 17, 63, 65, 127]
 
 
-def check_forward(*args: Tensor | None) -> None:
-    """Launch on `args` and compare h and p with the reference in float64."""
-    with poisoned_memory():
-        actual = kernel.siva_linear(*as_group(*args))
-    assert_outputs(actual, expected_of(reference.siva_linear, as_group(*args)))
+def layers(m: int, k: int, ns: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Any]:
+    """x, weights, scales, us, ss, vs, biases; every second layer has no bias."""
+    found = [operands(m, k, n, r, dtype, device, bias=i % 2 == 0) for i, (n, r) in enumerate(zip(ns, ranks))]
+    x, *_ = found[0]
+    weights, *rest = map(list, zip(*(layer[1:] for layer in found)))
+    return [x, weights, [None] * len(ns), *rest]
 
 
-def check_backward(dh: Tensor, *args: Tensor | None, needs: tuple[bool, ...] = (True,) * 4) -> None:
-    """Launch on dh and the forward's `args` and compare the gradients, twice the same bits, with float64."""
-    x, weight, u, s, v, _ = args
-    p = in_nan(reference.siva_linear(*as_group(*in_order(args)))[1])
-    expected = expected_of(reference.siva_linear_backward, as_group_backward(dh, x, weight, u, s, v, p, *needs))
-    unread = dh.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
-    x, p = x if needs[2] else unread, p if needs[1] else unread
-    args = as_group_backward(dh, x, weight, u, s, v, p, *needs)
-    with poisoned_memory():
-        actual, again = kernel_backward.siva_linear_backward(*args), kernel_backward.siva_linear_backward(*args)
-    assert_gradients(actual, again, needs, expected)
-
-
-def check(*args: Tensor | None, step: int = 1) -> None:
-    """Both directions, with a gradient of h that lies in NaN, its rows at multiples of `step`."""
+def check(*args: Any, needs: list[Any] | None = None) -> None:
+    """Launch both directions on the forward's `args`, backward twice, and compare with float64."""
     check_forward(*args)
-    x, weight, *_ = args
+    x, _, _, us, *_ = args
     generator = torch.Generator().manual_seed(0)
-    dh = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator).to(x)
-    check_backward(in_nan(dh, step), *args)
+    dhs = [in_nan(torch.randn(*x.shape[:-1], len(u), generator=generator).to(x)) for u in us]
+    check_backward(dhs, *args, needs=needs)
+
+
+def check_forward(*args: Any) -> None:
+    """Launch on `args` and compare with float64."""
+    with poisoned_memory():
+        actual = kernel.siva_linear(*args)
+    assert_outputs(actual, expected_of(reference.siva_linear, args))
+
+
+def check_backward(dhs: list[Tensor], *args: Any, needs: list[Any] | None = None) -> None:
+    """Launch twice on dhs and the forward's `args`, and compare with float64; the bits are the same."""
+    x, weights, scales, us, ss, vs, biases = args
+    p = in_nan(reference.siva_linear(*in_order(args))[-1])
+    needs = needs or [True, [True] * len(us), True, [bias is not None for bias in biases]]
+    layers = weights, scales, us, ss, vs
+    expected = expected_of(reference.siva_linear_backward, (dhs, x, *layers, p, *needs))
+    unread = x.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
+    args = dhs, x if needs[2] else unread, *layers, p if any(needs[1]) else unread, *needs
+    with poisoned_memory():
+        actual, again = (kernel_backward.siva_linear_backward(*args) for _ in range(2))
+    assert_gradients(actual, again, needs, expected)
 
 
 @pytest.mark.long(
     only=(
-        "37-97-101-64-torch.float32",
-        "257-33-131-5-torch.float32",
-        "257-33-131-5-torch.float16",
-        "257-33-131-5-torch.bfloat16",
-        "37-97-101-64-torch.bfloat16",
-        "65-127-17-16-torch.float32",
+        "37-97-(101,)-(64,)-torch.float32",
+        "257-33-(131,)-(5,)-torch.float32",
+        "257-33-(131,)-(5,)-torch.float16",
+        "257-33-(131,)-(5,)-torch.bfloat16",
+        "37-97-(101,)-(64,)-torch.bfloat16",
+        "35-31-(33, 17)-(16, 64)-torch.float16",
     )
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("m", "k", "n", "r"),
-    [(1, 1, 1, 1), (17, 65, 63, 4), (65, 127, 17, 16), (33, 31, 129, 17), (37, 97, 101, 64), (257, 33, 131, 5)],
+    ("m", "k", "ns", "ranks"),
+    [
+        (1, 1, (1,), (1,)),
+        (17, 65, (63, 1, 130), (4, 1, 33)),
+        (65, 127, (17,), (16,)),
+        (35, 31, (33, 17), (16, 64)),
+        (37, 97, (101,), (64,)),
+        (257, 33, (131,), (5,)),
+    ],
+    ids=str,
 )
-def test_ragged_sizes(m, k, n, r, dtype, device):
-    args = operands(m, k, n, r, dtype, device)
-    check(*(in_nan(a) for a in args))
+def test_ragged_sizes(m, k, ns, ranks, dtype, device):
+    check(*each(in_nan, layers(m, k, ns, ranks, dtype, device)))
 
 
-@pytest.mark.long(
-    but=(
-        "1-1-1-bias-torch.float16",
-        "1-17-17-bias-torch.bfloat16",
-        "17-17-15-no-bias-torch.float32",
-        "17-63-17-no-bias-torch.float16",
-        "17-65-1-bias-torch.float32",
-        "63-1-17-bias-torch.bfloat16",
-        "65-15-15-no-bias-torch.float32",
-        "65-65-65-bias-torch.float16",
-        "127-1-15-no-bias-torch.float16",
-    )
-)
+@pytest.mark.long(but=("65-64-(1,)-torch.float16", "127-17-(63,)-torch.bfloat16", "63-131-(129, 15)-torch.bfloat16"))
 @pytest.mark.interp_full
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("m", SIZES)
-@pytest.mark.parametrize("k", SIZES)
-@pytest.mark.parametrize("n", SIZES)
-def test_every_ragged_size(m, k, n, bias, dtype, device):
-    r = 1 + (m + 3 * k + 5 * n) % 64
-    args = operands(m, k, n, r, dtype, device, bias)
-    check(*(None if a is None else in_nan(a) for a in args))
+@pytest.mark.parametrize("m", [1, 15, 17, 63, 65, 127], ids=str)
+@pytest.mark.parametrize("k", [1, 17, 64, 131], ids=str)
+@pytest.mark.parametrize("ns", [(1,), (63,), (129,), (1, 127, 65), (129, 15), (16, 16, 16, 48)], ids=str)
+def test_every_ragged_size(m, k, ns, dtype, device):
+    ranks = tuple(1 + (m + 3 * k + 7 * i) % 64 for i in range(len(ns)))
+    check(*each(in_nan, layers(m, k, ns, ranks, dtype, device)))
 
 
+@pytest.mark.long(but="35")
 @pytest.mark.interp_full
 @pytest.mark.parametrize("r", range(1, 65))
 def test_every_rank(r, device):
-    check(*map(in_nan, operands(19, 67, 71, r, torch.float32, device)))
+    check(*each(in_nan, layers(19, 35, (37, 41), (r, 65 - r), torch.float32, device)))
 
 
-def test_every_tile(tile, device, launched):
+@pytest.mark.parametrize("number", [1, 3])
+def test_every_tile(number, tile, device, launched):
     launched(tile)
-    rank = min(tile.max_rank, 33)
-    args = operands(tile.block_m + 1, tile.block_k + 1, tile.block_n + 1, rank, torch.bfloat16, device)
-    check(*map(in_nan, args))
+    rank = min(tile.max_rank if number == 1 else tile.shared_rank or 16, 33)
+    ns = (tile.block_n + 1, 2 * tile.block_n, 5)[:number]
+    args = layers(tile.block_m + 1, tile.block_k + 1, ns, (rank, 3, rank)[:number], torch.bfloat16, device)
+    check(*each(in_nan, args))
 
 
 @pytest.mark.parametrize("dies", [6, 8])
 def test_programs_are_dealt_to_dies_in_ranges_of_tiles(dies, device, monkeypatch):
     monkeypatch.setattr(tiles, "gpu", lambda _: tiles.Gpu("gfx942", 38 * dies))
-    check(*operands(300, 20, 200, 3, torch.float32, device))
+    check(*layers(300, 20, (200,), (3,), torch.float32, device))
 
 
 def test_more_row_blocks_than_a_group(device, launched):
     tile = tiles.SIVA_LINEAR[tiles.ANY][0]
     launched(tile)
-    check(*operands((tiles.GROUP_M + 1) * tile.block_m + 1, 8, 2 * tile.block_n + 1, 2, torch.float32, device))
+    rows = (tiles.GROUP_M + 1) * tile.block_m + 1
+    check(*layers(rows, tile.block_n + 1, (2 * tile.block_n + 1, 3), (2, 5), torch.float32, device))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=4)), ids=str)
-def test_only_what_is_needed(needs, device):
-    args = operands(23, 35, 29, 3, torch.float32, device)
-    check_backward(args[0].new_ones(23, 29), *args, needs=needs)
+def test_only_what_a_layer_needs(needs, device):
+    of_x, of_u, of_v, of_bias = needs
+    check(*layers(23, 35, (29,), (3,), torch.float32, device), needs=[of_x, [of_u], of_v, [of_bias]])
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        [True, [True, False], False, [False, False]],
+        [True, [False, True], True, [False, True]],
+        [False, [False, True], False, [False, False]],
+        [False, [False, False], True, [True, False]],
+    ],
+    ids=str,
+)
+def test_only_what_some_layers_need(needs, device):
+    check(*layers(23, 35, (29, 18), (3, 6), torch.float32, device), needs=needs)
 
 
 @pytest.mark.long(but="torch.float16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_ranges_of_rows(dtype, device):
-    rows = tiles.siva_linear_bwd_rows(1, 16)
-    m = 2 * rows + 5
-    assert tiles.siva_linear_bwd_rows(m, 16) == rows
-    args = operands(m, 70, 5, 4, dtype, device)
-    check_backward(in_nan(torch.randn(m, 5).to(args[0])), *map(in_nan, args))
+    m = 2 * tiles.siva_linear_bwd_rows(1, 16) + 5
+    check(*each(in_nan, layers(m, 20, (5, 7), (4, 2), dtype, device)))
 
 
-@pytest.mark.parametrize(("m", "k", "n", "r"), [(0, 5, 7, 2), (3, 0, 7, 2), (3, 5, 0, 2), (3, 5, 7, 0), (0, 0, 0, 0)])
-def test_empty_sizes(m, k, n, r, device):
-    x, weight, u, s, v, bias = args = operands(m, k, n, r, torch.float32, device)
-    check_forward(*args)
-    p, dh = x.new_ones(r, m), x.new_ones(m, n)
+@pytest.mark.parametrize(
+    ("m", "k", "ns", "ranks"),
+    [
+        (0, 5, (7, 3), (2, 1)),
+        (3, 0, (7, 3), (2, 1)),
+        (3, 5, (0, 3), (2, 1)),
+        (3, 5, (7, 3), (0, 0)),
+        (3, 5, (0,), (2,)),
+    ],
+)
+def test_empty_sizes(m, k, ns, ranks, device):
+    x, *rest, biases = args = layers(m, k, ns, ranks, torch.float32, device)
+    dhs, p = [torch.ones(m, n).to(x) for n in ns], x.new_ones(sum(ranks), m)
+    backward = dhs, x, *rest, p, True, [True] * len(ns), True, [bias is not None for bias in biases]
     with poisoned_memory():
-        gradients = flat(kernel_backward.siva_linear_backward(*as_group_backward(dh, *args[:5], p, *[True] * 4)))
-    expected = dh @ weight, torch.zeros_like(u), torch.zeros_like(v), torch.full_like(bias, m)
-    if r > 0:
-        expected = expected[0] + (dh @ u * s) @ v, dh.t() @ p.t() * s, (dh @ u * s).t() @ x, expected[3]
-    for ours, theirs in zip(gradients, expected):
+        found = kernel.siva_linear(*args), kernel_backward.siva_linear_backward(*backward)
+    expected = aten.siva_linear(*args), aten.siva_linear_backward(*backward)
+    for ours, theirs in zip(flat(map(flat, found)), flat(map(flat, expected)), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -165,47 +181,46 @@ def test_factors_in_float32_are_read_as_they_are(device, launched):
 
     Not in bfloat16, to which Triton's interpreter truncates.
     """
-    dtype = torch.float16
     launched(tiles.SIVA_LINEAR[tiles.ANY][1])
-    halves = operands(70, 35, 66, 5, dtype, device)
-    wide = [a.float() if i in (2, 3, 4) else a for i, a in enumerate(halves)]
-    dh = torch.randn(70, 66).to(halves[0])
+    x, weights, scales, us, ss, vs, biases = layers(70, 35, (66, 17), (5, 3), torch.float16, device)
+    dhs = [torch.randn(70, n).to(x) for n in (66, 17)]
     found = []
-    for args in (halves, wide):
+    for factors in ((us, ss, vs), each(Tensor.float, (us, ss, vs))):
         with poisoned_memory():
-            (h,), p = kernel.siva_linear(*as_group(*args))
-            gradients = kernel_backward.siva_linear_backward(*as_group_backward(dh, *args[:5], p, *[True] * 4))
-            found.append(flat([h, p, *gradients]))
-    for i, (plain, ours) in enumerate(zip(*found, strict=True)):
-        assert ours.dtype is (torch.float32 if i in (1, 3, 4) else dtype)
-        assert torch.equal(ours.to(dtype), plain)
+            hs, p = kernel.siva_linear(x, weights, scales, *factors, biases)
+            needs = True, [True, True], True, [True, True]
+            gradients = kernel_backward.siva_linear_backward(dhs, x, weights, scales, *factors, p, *needs)
+            found.append(flat([hs, p, *gradients]))
+    for plain, ours in zip(*found, strict=True):
+        assert torch.equal(ours.half(), plain)
+    assert [t.dtype for t in found[1]].count(torch.float32) == 4  # p, two dU and dV
 
 
-def test_no_bias(device):
-    check(*operands(21, 34, 55, 8, torch.bfloat16, device, bias=False))
+def test_a_quantised_weight_beside_a_dense_one(device):
+    x, weights, scales, *rest = layers(24, 33, (18, 20), (4, 3), torch.float32, device)
+    held = QuantisedWeight(weights[1], "int8")
+    weights[1], scales[1] = held.codes.data, held.scales.data
+    check(x, weights, scales, *rest)
 
 
-def test_leading_dimensions(device):
-    x, *rest = operands(24, 33, 18, 4, torch.float32, device)
-    check(x.view(2, 3, 4, 33), *rest)
-    check(x[0], *rest)  # a single row, without a leading dimension
-
-
-def test_strides_are_honoured(device):
-    x, weight, u, s, v, bias = operands(24, 33, 18, 4, torch.float32, device)
+def test_leading_dimensions_and_strides(device):
+    x, weights, scales, us, ss, vs, biases = layers(24, 33, (18, 20), (4, 3), torch.float32, device)
+    turned = [weight.t().contiguous().t() for weight in weights]  # what Conv1D stores
     check(
-        x.view(4, 6, 33).transpose(0, 1),
-        weight.t().contiguous().t(),  # what Conv1D stores
-        u.t().contiguous().t(),
-        s.repeat_interleave(2)[::2],
-        v.t().contiguous().t(),
-        bias.repeat_interleave(3)[::3],
+        x.view(2, 3, 4, 33).transpose(0, 1),
+        turned,
+        scales,
+        [u.t().contiguous().t() for u in us],
+        [s.repeat_interleave(2)[::2] for s in ss],
+        [v.t().contiguous().t() for v in vs],
+        [None if bias is None else bias.repeat_interleave(3)[::3] for bias in biases],
     )
-    check(x.t().contiguous().t(), weight, u, s, v, bias)
-    check(x[:1].expand(9, 33), weight, u, s, v, bias)
-    args = x, weight, u, s, v, bias
-    check_backward(x.new_ones(1, 1).expand(24, 18), *args)  # what `h.sum().backward()` passes
-    check_backward(torch.randn(18, 24).to(x).t(), *args)
+    rest = scales, us, ss, vs, biases
+    check(x[0], [weights[0], turned[1]], *rest)  # a single row, without a leading dimension
+    check(x.t().contiguous().t(), weights, *rest)
+    check(x[:1].expand(9, 33), weights, *rest)
+    # what `h.sum().backward()` passes
+    check_backward([x.new_ones(1, 1).expand(24, 18), torch.randn(20, 24).to(x).t()], x, weights, *rest)
 
 
 @pytest.mark.parametrize("far", ["x", "dh"])
@@ -218,27 +233,31 @@ def test_offsets_pass_32_bits(far, device):
         room = torch.empty(2**31 + values.shape[1], dtype=values.dtype, device=device)
         return room.as_strided(values.shape, (2**29, 1)).copy_(values)
 
-    x, *rest = operands(5, 8, 16, 2, torch.float16, device)
+    x, *rest = layers(5, 8, (16,), (2,), torch.float16, device)
     dh = torch.ones(5, 16, dtype=torch.float16, device=device)
     if far == "x":
         x = apart(x)
         check_forward(x, *rest)
-    check_backward(apart(dh) if far == "dh" else dh, x, *rest)
+    check_backward([apart(dh) if far == "dh" else dh], x, *rest)
 
 
 def test_what_the_kernels_leave_to_aten(device):
-    for args in (
-        operands(5, 6, 7, 2, torch.float64, device),
-        operands(5, 6, 7, tiles.MAX_RANK + 1, torch.float32, device),
-    ):
-        forward, expected = (module.siva_linear(*as_group(*args)) for module in (kernel, aten))
-        args = as_group_backward(args[0].new_ones(5, 7), *args[:5], expected[1], *[True] * 4)
-        for ours, theirs in zip(
-            flat(forward + kernel_backward.siva_linear_backward(*args)),
-            flat(expected + aten.siva_linear_backward(*args)),
-            strict=True,
-        ):
+    for ranks, dtype in (((2, 3), torch.float64), ((2, tiles.MAX_RANK + 1), torch.float32)):
+        x, *rest, _ = args = layers(5, 6, (7, 8), ranks, dtype, device)
+        found, expected = kernel.siva_linear(*args), aten.siva_linear(*args)
+        args = ([x.new_ones(5, 7), x.new_ones(5, 8)], x, *rest, expected[1], True, [True] * 2, True, [True] * 2)
+        found += kernel_backward.siva_linear_backward(*args)
+        expected += aten.siva_linear_backward(*args)
+        for ours, theirs in zip(flat(found), flat(expected), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_gradients_of_u_share_no_storage_with_those_of_v(device):
+    """The schema says that outputs of the op do not alias each other."""
+    x, *rest, _ = layers(6, 5, (7, 8), (2, 1), torch.float32, device)
+    dhs, p = [x.new_ones(6, n) for n in (7, 8)], x.new_ones(3, 6)
+    _, dus, dv, _ = kernel_backward.siva_linear_backward(dhs, x, *rest, p, False, [True] * 2, True, [False] * 2)
+    assert {du.untyped_storage().data_ptr() for du in dus}.isdisjoint({dv.untyped_storage().data_ptr()})
 
 
 def test_products_follow_pytorch_and_the_gpu():
@@ -298,7 +317,7 @@ def tuning(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def launch(m: int, r: int = 3) -> str:
     """The tile of a forward that gives what the reference does."""
-    args = as_group(*operands(m, 40, 48, r, torch.float16, "cpu"))
+    args = layers(m, 40, (48,), (r,), torch.float16, "cpu")
     assert_outputs(kernel.siva_linear(*args), expected_of(reference.siva_linear, args))
     return str(kernel._siva_linear_fwd_kernel.best_config)
 
