@@ -1,4 +1,4 @@
-"""SiVA's Triton kernels against the reference in float64, with NaN wherever they must not read or leave a value."""
+"""SiVA's Triton kernels against ATen in float64, with NaN wherever they must not read or leave a value."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def check_forward(*args: Any) -> None:
     """Launch on `args` and compare with float64."""
     with poisoned_memory():
         actual = kernel.siva_linear(*args)
-    assert_outputs(actual, expected_of(reference.siva_linear, args))
+    assert_outputs(actual, expected_of(aten.siva_linear, args))
 
 
 def check_backward(dhs: list[Tensor], *args: Any, needs: list[Any] | None = None) -> None:
     """Launch twice on dhs and the forward's `args`, and compare with float64; the bits are the same."""
     x, weights, scales, us, ss, vs, biases = args
-    p = in_nan(reference.siva_linear(*in_order(args))[-1])
+    p = in_nan(aten.siva_linear(*in_order(args))[-1])
     needs = needs or [True, [True] * len(us), True, [bias is not None for bias in biases]]
     layers = weights, scales, us, ss, vs
-    expected = expected_of(reference.siva_linear_backward, (dhs, x, *layers, p, *needs))
+    expected = expected_of(aten.siva_linear_backward, (dhs, x, *layers, p, *needs))
     unread = x.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
     args = dhs, x if needs[2] else unread, *layers, p if any(needs[1]) else unread, *needs
     with poisoned_memory():
