@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-FORWARD, GRADIENT = 2.0, 4.0  # times PyTorch's own error; 3.3 is the largest that was seen
+FORWARD, GRADIENT = 3.0, 3.0  # times PyTorch's own error; of all sizes the largest that was seen is 2.6, forward
 
 
 def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, terms: Tensor, factor: float = FORWARD) -> None:
