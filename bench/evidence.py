@@ -229,7 +229,6 @@ _SPEAKING = (
     "lst:examples=8",
     "k-lst:window=9:residual=state",
     "lst:reduction=4:learning_rate=0.002",
-    "lst:side_heads=9",
     "lst:siva_layers=4:rank=4:targets=q_proj+k_proj",
     *(f"{method}{_LAST_16}" for method in ("k-lst:window=9", "lst")),
     *(f"{method}{_LAST_16}:learning_rate=0.001" for method in ("k-lst:window=9", "lst")),

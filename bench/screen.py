@@ -12,7 +12,7 @@ features make each variant after the first three times as fast:
 
     python -m bench.slices path/to/sst2 runs/slice --rows 4000 --dev-rows 2000
     python -m bench.screen ladder_options runs/slice runs/options --name "SST-2, MPNet-base" \\
-        --variants k-lst k-lst:num_heads=4 --set model=models/mpnet epochs=1 cache_features=runs/features
+        --variants k-lst k-lst:layer_drop=0.1 --set model=models/mpnet epochs=1 cache_features=runs/features
 
 `siva_rates` is whether one learning rate of SiVA serves several models and sets of layers, for each form of its step,
 in 250 batches of 16. `words_rates` is the rates and widths of side networks on a decoder's next words, on rows of other
@@ -56,10 +56,7 @@ class Screen:
 
 _OPTIONS = (
     "residual=true",
-    "num_heads=4",
     "prompt=sst2",
-    "init=pruned",
-    "init=pruned:residual=true",
     "layer_drop=0.1",
     "share_projections=true",
     "output_mix=true",

@@ -89,9 +89,8 @@ class DirectRun(SideRun):
             dim=1,
         )  # (B, k T, D)
         q, k, v = (
-            part.unflatten(-1, (fusion.num_heads, -1)).transpose(1, 2)  # (B, H, T or k T, D / H)
-            for part in (fusion.query(theta), fusion.key(c), fusion.value(c))
-        )
+            part[:, None] for part in (fusion.query(theta), fusion.key(c), fusion.value(c))
+        )  # (B, 1, T or k T, D)
         mask = None if self.mask is None else self.mask[:, None, None, :]  # (B, 1, 1, T)
         visible = visibility(self.mask, theta.shape[-2], True, theta.device) if fusion.causal else mask
         if visible is not None:

@@ -15,7 +15,6 @@ from fastpeft.models import SIDE_NETWORK
 from fastpeft.ops.quantise import Format, check_format
 
 Fusion = Literal["cross_attention", "gated"]
-Init = Literal["random", "pruned"]
 BackboneDtype = Literal["bfloat16", Format]
 OutputMix = bool | Literal["add"]
 Residual = bool | Literal["state"]
@@ -27,10 +26,8 @@ SHAPE = (
     "reduction_factor",
     "layers_per_block",
     "fusion",
-    "num_heads",
     "residual",
     "normalise_features",
-    "side_heads",
     "share_projections",
     "output_mix",
     "feature_modules",
@@ -57,7 +54,6 @@ class LadderConfig(PretrainedConfig):
             of 9 or more and 0 below.
         fusion: `"cross_attention"` lets the side state attend to the window; `"gated"` is the original LST, which mixes
             the state with the one feature of a window of 1 by a trained gate.
-        num_heads: heads of the cross-attention; above 1 it has an output projection.
         residual: whether a token's own feature, that of the window's middle, is added to the cross-attention's output.
             Without it, as in the paper, all tokens begin with nearly the same state. `"state"` adds the side state too,
             which carries what earlier blocks found. None is `"state"` beside a head of tags, True where else each token
@@ -65,8 +61,6 @@ class LadderConfig(PretrainedConfig):
         normalise_features: whether a feature is divided by its root mean square, token by token, before it is
             projected. In a decoder a few tokens have features a hundred times as large as others, and drown them in the
             attention. None is True beside a causal backbone, and with `residual`; else False.
-        side_heads: self-attention heads of a side block. None is one per 64 of its width, at least 1.
-        init: `"random"`, or `"pruned"` for the backbone's own channels and neurons of the largest magnitude.
         layer_drop: probability of leaving out a side block in a training pass; the state then passes unchanged. The
             processes of `torch.distributed` leave out the same blocks, drawn by the first process, so all must make
             each pass; `DistributedDataParallel` needs `find_unused_parameters=True`.
@@ -117,11 +111,8 @@ class LadderConfig(PretrainedConfig):
         layers_per_block: int | None = None,
         feature_dropout: float | None = None,
         fusion: Fusion = "cross_attention",
-        num_heads: int = 1,
         residual: Residual | None = None,
         normalise_features: bool | None = None,
-        side_heads: int | None = None,
-        init: Init = "random",
         layer_drop: float = 0.0,
         share_projections: bool = False,
         output_mix: OutputMix | None = None,
@@ -145,11 +136,8 @@ class LadderConfig(PretrainedConfig):
         self.layers_per_block = layers_per_block
         self.feature_dropout = feature_dropout
         self.fusion = fusion
-        self.num_heads = num_heads
         self.residual = residual
         self.normalise_features = normalise_features
-        self.side_heads = side_heads
-        self.init = init
         self.layer_drop = layer_drop
         self.share_projections = share_projections
         self.output_mix = output_mix
@@ -181,9 +169,9 @@ class LadderConfig(PretrainedConfig):
 
     def _check_each(self) -> None:
         """Refuse values that a field cannot have."""
-        for name in ("window_size", "reduction_factor", "layers_per_block", "num_heads", "side_heads"):
+        for name in ("window_size", "reduction_factor", "layers_per_block"):
             value = getattr(self, name)
-            decided = value is None and name in ("layers_per_block", "side_heads")
+            decided = value is None and name == "layers_per_block"
             if not (decided or (type(value) is int and value > 0)):
                 raise FastpeftError(f"{name}={value!r}; give a whole number from 1.")
         if self.window_size % 2 == 0 or self.window_size > MAX_WINDOW:
@@ -198,9 +186,8 @@ class LadderConfig(PretrainedConfig):
             value, decided = getattr(self, name), name in ("normalise_features", "causal")
             if not (isinstance(value, bool) or (value is None and decided)):
                 raise FastpeftError(f"{name}={value!r}; allowed are True and False{', or None' if decided else ''}.")
-        for name, values in (("fusion", get_args(Fusion)), ("init", get_args(Init))):
-            if getattr(self, name) not in values:
-                raise FastpeftError(f"{name}={getattr(self, name)!r}; allowed are {' and '.join(map(repr, values))}.")
+        if self.fusion not in get_args(Fusion):
+            raise FastpeftError(f"fusion={self.fusion!r}; allowed are {' and '.join(map(repr, get_args(Fusion)))}.")
         for name, word in (("output_mix", "add"), ("residual", STATE)):
             value = getattr(self, name)
             if value is not None and not (value == word or isinstance(value, bool)):
@@ -218,11 +205,11 @@ class LadderConfig(PretrainedConfig):
 
     def _check_together(self) -> None:
         """Refuse fields that exclude each other."""
-        if self.fusion == "gated" and (self.window_size != 1 or self.num_heads != 1 or self.residual):
+        if self.fusion == "gated" and (self.window_size != 1 or self.residual):
             raise FastpeftError(
-                f"fusion='gated' with window_size={self.window_size}, num_heads={self.num_heads} and "
-                f"residual={self.residual}: a gate mixes one feature, without attention. Give window_size=1 and leave "
-                "num_heads and residual out, or use fusion='cross_attention'."
+                f"fusion='gated' with window_size={self.window_size} and residual={self.residual}: a gate mixes one "
+                "feature, without attention. Give window_size=1 and leave residual out, or use "
+                "fusion='cross_attention'."
             )
         if self.backbone_dtype is not None and self.train_adapters:
             raise FastpeftError(

@@ -55,7 +55,6 @@ from fastpeft.ladder.generation import (
 from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
 from fastpeft.ladder.probes import check_answers, check_causal, predicts_next_tokens, warn_of_other_ways
-from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
@@ -155,8 +154,6 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         check_head(backbone, head)
         if config.context is not None:
             backbone.context = Context(backbone, config.context)
-        if config.init == "pruned":
-            prune(side, backbone)
         convert(backbone, config.backbone_dtype)
         # the base can be read, and the side network is made; now they become one model
         super().__init__(config)

@@ -35,8 +35,8 @@ ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, in PEFT's forma
 _SIZES = ("hidden_size", "max_position_embeddings", "vocab_size")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")  # as transformers names them
 _ON_THE_CARD = (
-    *("window_size", "reduction_factor", "fusion", "num_heads", "residual", "normalise_features"),
-    *("init", "layer_drop", "share_projections", "output_mix", "backbone_dtype"),
+    *("window_size", "reduction_factor", "fusion", "residual", "normalise_features"),
+    *("layer_drop", "share_projections", "output_mix", "backbone_dtype"),
 )
 
 
@@ -110,10 +110,7 @@ class SavedModel(PreTrainedModel):
             )
         if config.train_adapters and not isinstance(base, PeftModel):
             base = with_adapter(base, source, hub)
-        unpruned = copy.deepcopy(config)
-        unpruned.init = "random"  # the weights come from the file, and the base may be quantised now
-        model = cls(base, unpruned)
-        model.config.init = config.init
+        model = cls(base, config)
         model._load(weights, source)
         if model.can_generate() and (own := read_generation_config(source, hub)) is not None:
             model.generation_config = own

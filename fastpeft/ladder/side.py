@@ -21,7 +21,7 @@ from fastpeft.ladder.config import STATE, LadderConfig
 from fastpeft.ladder.generation import SideLayer
 from fastpeft.ladder.side_run import SideRun, attends_in_float32
 
-_HEAD_WIDTH = 64  # of the self-attention, where the configuration names no number of heads
+_HEAD_WIDTH = 64  # of the self-attention, at least
 _GATE_TEMPERATURE = 0.1
 _POSITION_STD = 0.02
 
@@ -29,11 +29,11 @@ _POSITION_STD = 0.02
 class WindowFusion(nn.Module):
     r"""Cross-attention of the side state over a window of projected features.
 
-    `X = softmax((theta Wq) (C~ Wk)^T / sqrt(head_dim)) (C~ Wv)`, `C~_i = dropout(C_i) + p_i`
+    `X = softmax((theta Wq) (C~ Wk)^T / sqrt(D)) (C~ Wv)`, `C~_i = dropout(C_i) + p_i`
 
-    Keys and values are never made: queries are `theta (Wq Wk^T)`, with one small matrix for each head, and Wv is
-    applied to the result. Several heads are followed by an output projection. With `residual` the token's own
-    `C_i + p_i` of the middle slot is added, without dropout, and with `residual="state"` theta too.
+    It has one head. Keys and values are never made: queries are `theta (Wq Wk^T)`, and Wv is applied to the result.
+    With `residual` the token's own `C_i + p_i` of the middle slot is added, without dropout, and with
+    `residual="state"` theta too.
 
     Args:
         config: the side network's configuration.
@@ -46,7 +46,6 @@ class WindowFusion(nn.Module):
     def __init__(self, config: LadderConfig, width: int, block: int, slots: Sequence[int], causal: bool) -> None:
         super().__init__()
         self.config = config  # a model that takes over another's weights also takes over its `residual`
-        self.num_heads = config.num_heads
         self.dropout = nn.Dropout(config.dropout)  # a module, which trainers of preferences turn off
         self.block, self.slots, self.causal = block, list(slots), causal
         self.middle = config.window_size // 2
@@ -54,7 +53,6 @@ class WindowFusion(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.positions = nn.Parameter(torch.randn(config.window_size, width) * _POSITION_STD)
-        self.output = nn.Linear(width, width) if config.num_heads > 1 else None
 
     def forward(
         self,
@@ -66,9 +64,7 @@ class WindowFusion(nn.Module):
         cache: SideLayer | None,
     ) -> Tensor:
         """As `SideBlock.forward`: theta `(B, T, D)`, window `(B, S, T, D)` -> `(B, T, D)`."""
-        batch, tokens, width = theta.shape
-        heads, head_dim = self.num_heads, width // self.num_heads
-        q = F.linear(theta, self.folded()).view(batch, tokens, heads, width).transpose(1, 2)  # (B, H, T, D)
+        q = F.linear(theta, self.folded())[:, None]  # (B, 1, T, D)
         if cache is not None and cache.get_seq_length() > 0:
             attended = self._attend_to_all(q, cache.add_window(self._keys(window)), visible)
         else:
@@ -85,17 +81,11 @@ class WindowFusion(nn.Module):
                 seed=seed,
                 block=self.block,
             )
-        own = window[:, self.slots.index(self.middle)]
-        if self.output is None:
-            return self.finish(theta, own, self.value(attended[:, 0]))
-        value = self.value.weight.view(heads, head_dim, width)
-        return self.finish(theta, own, (attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
+        return self.finish(theta, window[:, self.slots.index(self.middle)], self.value(attended[:, 0]))
 
     def folded(self) -> Tensor:
-        """The matrix of the queries with that of the keys in it, `Wk^T Wq`, scaled, head after head: `(H D, D)`."""
-        head_dim = self.query.out_features // self.num_heads
-        query, key = (part.weight.unflatten(0, (self.num_heads, head_dim)) for part in (self.query, self.key))
-        return (key.mT @ (query * head_dim**-0.5)).flatten(0, 1)
+        """The matrix of the queries with that of the keys in it, `Wk^T Wq`, scaled: `(D, D)`."""
+        return self.key.weight.mT @ (self.query.weight * self.query.out_features**-0.5)
 
     def _keys(self, window: Tensor) -> Tensor:
         """The keys of all slots, token after token: `(B, S, T, D)` -> `(B, T, k D)`."""
@@ -106,20 +96,18 @@ class WindowFusion(nn.Module):
         return keys
 
     def _attend_to_all(self, q: Tensor, keys: Tensor, visible: Tensor | None) -> Tensor:
-        """Attention of new tokens' queries to the keys of all tokens: `(B, H, N, D)`, `(B, T, k D)` -> `(B, H, N, D)`.
+        """Attention of new tokens' queries to the keys of all tokens: `(B, 1, N, D)`, `(B, T, k D)` -> `(B, 1, N, D)`.
 
         A slot outside the backbone has a key for each token here.
         """
         number = len(self.positions)
-        keys = keys.unflatten(-1, (number, -1)).flatten(1, 2)[:, None].expand(-1, q.shape[1], -1, -1).to(q.dtype)
+        keys = keys.unflatten(-1, (number, -1)).flatten(1, 2)[:, None].to(q.dtype)
         if visible is not None:
             visible = visible[..., None].expand(*visible.shape, number).flatten(-2)
         return F.scaled_dot_product_attention(q, keys, keys, attn_mask=visible, scale=1.0)
 
     def finish(self, theta: Tensor, own: Tensor, x: Tensor) -> Tensor:
-        """What follows the attention, of the values of all heads: `(B, T, D)`, as theta and the middle slot's C."""
-        if self.output is not None:
-            x = self.output(x)
+        """What follows the attention: `(B, T, D)`, as theta and the middle slot's C."""
         if self.config.residual:
             x = x + own + self.positions[self.middle].to(x.dtype)
         return x + theta if self.config.residual == STATE else x
@@ -249,7 +237,7 @@ class SideNetwork(nn.Module):
             )
         widest = max(self.feature_sizes)
         self.width = _divide("reduction_factor", config.reduction_factor, "the backbone's width", widest)
-        side_heads = self._side_heads()
+        heads = max(each for each in range(1, max(1, self.width // _HEAD_WIDTH) + 1) if self.width % each == 0)
         step = config.step(num_layers)
         if step > num_layers:
             raise FastpeftError(
@@ -264,7 +252,7 @@ class SideNetwork(nn.Module):
             SideBlock(
                 GatedFusion(config) if gated else WindowFusion(config, self.width, block, windows[block], causal),
                 self.width,
-                side_heads,
+                heads,
                 activation,
                 causal,
             )
@@ -276,21 +264,6 @@ class SideNetwork(nn.Module):
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
         self.register_state_dict_post_hook(_detach_from_stack)
-
-    def _side_heads(self) -> int:
-        """The heads of a block's self-attention, as configured or by their width; refuses heads that do not divide."""
-        config, width = self.config, "the side network's width"
-        _divide("num_heads", config.num_heads, width, self.width)
-        if config.side_heads is not None:
-            _divide("side_heads", config.side_heads, width, self.width)
-            return config.side_heads
-        heads = max(1, self.width // _HEAD_WIDTH)
-        if self.width % heads:
-            raise FastpeftError(
-                f"the side network is {self.width} wide, which its {heads} heads (one per {_HEAD_WIDTH}) do not "
-                "divide. Give side_heads."
-            )
-        return heads
 
     def _make_projections(self, step: int, bias: bool) -> None:
         """Make `projections`, or `shared_projection` in their place."""

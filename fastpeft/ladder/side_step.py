@@ -58,12 +58,8 @@ def _weights_of(block: SideBlock, activation: int) -> tuple[Tensor, tuple[Any, .
     if isinstance(fusion, GatedFusion):
         gate = float(fusion.gate())
     else:
-        value, heads = fusion.value.weight, fusion.num_heads
-        bias = value.new_zeros(len(value))
-        if fusion.output is not None:  # (D, H D): what each head's values become
-            pairs = zip(fusion.output.weight.chunk(heads, 1), value.chunk(heads))
-            value, bias = torch.cat([out @ part for out, part in pairs], dim=1), fusion.output.bias
-        matrices = [fusion.folded(), value, bias]
+        value, heads = fusion.value.weight, 1
+        matrices = [fusion.folded(), value, value.new_zeros(len(value))]
         own = fusion.middle if fusion.config.residual else -1
         gate = float(fusion.config.residual == STATE)
     linears = block.qkv, block.attention_output, block.feed_forward_in, block.feed_forward_out

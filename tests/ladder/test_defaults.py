@@ -102,14 +102,6 @@ def test_a_decoder_that_sees_images_too_is_taken_for_a_decoder() -> None:
     torch.testing.assert_close(model(input_ids=WORDS % 49).logits, expected)
 
 
-def test_pruned_weights_start_as_the_model_too() -> None:
-    base = tiny(head="ForMaskedLM")
-    ids = WORDS % 50
-    with torch.no_grad():
-        expected = base(input_ids=ids).logits
-        torch.testing.assert_close(ladder(base, init="pruned")(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_beside_other_heads_the_output_is_the_side_networks() -> None:
     model = ladder(tiny())
     assert model.config.output_mix is False

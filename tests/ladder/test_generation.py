@@ -29,7 +29,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "LST": LST,
     "3-LST": {},
     "9-LST": {"window_size": 9},
-    "heads": {"num_heads": 2, "side_heads": 2, "residual": True, "normalise_features": True, "share_projections": True},
+    "shared": {"residual": True, "normalise_features": True, "share_projections": True},
     "two blocks": {"layers_per_block": 2, "residual": "state", "normalise_features": True},
     "one block": {**LST, "layers_per_block": 3},
     "a context": {"window_size": 9, "context": [7, 9, 11]},

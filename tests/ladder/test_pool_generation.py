@@ -26,7 +26,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "lst": {"window_size": 1, "fusion": "gated"},
     "3-lst": {},
     "other": {},
-    "9-lst": {"window_size": 9, "num_heads": 2, "residual": True, "normalise_features": True},
+    "9-lst": {"window_size": 9, "residual": True, "normalise_features": True},
     "one block": {"layers_per_block": 3},
 }
 GREEDY: dict[str, Any] = {"max_new_tokens": 9, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}

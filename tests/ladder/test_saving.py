@@ -30,7 +30,7 @@ from fastpeft.ladder.fingerprints import fingerprints
 from fastpeft.training.memory import MemoryTracker
 
 
-@pytest.mark.parametrize("config", [{}, {"window_size": 1, "fusion": "gated"}, {"num_heads": 2, "residual": True}])
+@pytest.mark.parametrize("config", [{}, {"window_size": 1, "fusion": "gated"}, {"residual": True}])
 def test_save_and_load_to_the_bit(tmp_path: Path, half_checkpoint: Path, config: dict[str, Any]) -> None:
     model = ladder(classifier(half_checkpoint), **config)
     train_a_little(model)
@@ -231,7 +231,6 @@ def test_layers_between_are_recognised_by_some_entries(tmp_path: Path, change: s
         ("window", "window_size"),
         ("reduction", "reduction_factor"),
         ("normalize_features", "normalise_features"),
-        ("num_head", "num_heads"),
         ("layer_dropout", "layer_drop"),
     ],
 )
@@ -289,8 +288,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, half_checkpoint: Path
     masked = transformers.AutoModelForMaskedLM.from_pretrained(half_checkpoint, dtype=torch.float32)
     with pytest.raises(FastpeftError, match=r"missing base\.lm_head\.dense.*unknown base\.classifier"):
         LadderModel.from_pretrained(tmp_path, base=masked)
-    config = LadderConfig.from_pretrained(tmp_path, num_heads=2)
-    with pytest.raises(FastpeftError, match=r"missing side\.blocks\.0\.fusion\.output"):
+    config = LadderConfig.from_pretrained(tmp_path, share_projections=True)
+    with pytest.raises(FastpeftError, match=r"missing side\.shared_projection"):
         LadderModel.from_pretrained(tmp_path, config=config)
     with pytest.raises(FastpeftError, match="got a base and dtype"):
         LadderModel.from_pretrained(tmp_path, base=classifier(half_checkpoint), dtype=torch.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from side_networks import EXACT, LAYERS, MASK, NARROW, WIDTH, features, network
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.oracles.direct_run import DirectRun
@@ -90,9 +90,7 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
                 stacked @ fusion.key.weight.t(),
                 stacked @ fusion.value.weight.t(),
             )
-            x = attend(q, k, v, seen, config.num_heads)
-            if fusion.output is not None:
-                x = fusion.output(x)
+            x = attend(q, k, v, seen, 1)
             if config.residual:
                 x = x + stacked[reach * len(real) :][: len(real)]
             if config.residual == "state":
@@ -113,9 +111,8 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
     "options",
     [
         {},
-        {"num_heads": 2, "side_heads": 4},
         {"residual": True},
-        {"residual": "state", "num_heads": 2},
+        {"residual": "state"},
         {"share_projections": True},
         {"output_mix": True},
         {"output_mix": "add"},
@@ -126,7 +123,6 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
     ],
     ids=[
         "plain",
-        "heads",
         "residual",
         "state",
         "shared",
@@ -309,7 +305,7 @@ def test_features_of_unequal_widths() -> None:
 
 def test_every_parameter_trains() -> None:
     for config in (
-        {"window_size": 9, "num_heads": 2, "residual": True, "share_projections": True, "output_mix": True},
+        {"window_size": 9, "residual": True, "share_projections": True, "output_mix": True},
         {"window_size": 1, "fusion": "gated"},
     ):
         side = network(**config)
@@ -338,18 +334,17 @@ def test_each_block_drops_other_features() -> None:
 
 
 def test_options_are_settings_of_the_command_line() -> None:
-    written = {"init": "pruned", "layer_drop": "0.1", "share_projections": "true", "output_mix": "true"}
+    written = {"layer_drop": "0.1", "share_projections": "true", "output_mix": "true"}
     given = {name: parse_value(text) for name, text in written.items()}
     for method in ("k-lst", "lst"):
         assert sort_settings(get_method(method), given) == (given, {})
-    for name, value in (("init", 3), ("layer_drop", "often"), ("share_projections", 1), ("output_mix", 2)):
+    for name, value in (("layer_drop", "often"), ("share_projections", 1), ("output_mix", 2)):
         with pytest.raises(FastpeftError, match=f"the setting {name} is {value!r}; it must be of the type"):
             sort_settings(get_method("k-lst"), {name: value})
 
 
 def test_options_are_saved_and_loaded(tmp_path: Path) -> None:
     options = {
-        "init": "pruned",
         "layer_drop": 0.1,
         "share_projections": True,
         "output_mix": True,
@@ -386,12 +381,9 @@ def test_features_out_of_order_are_refused(kind: type[SideRun]) -> None:
         ({"window_size": 0}, "window_size=0; give a whole number from 1"),
         ({"window_size": True}, "window_size=True"),
         ({"reduction_factor": 2.0}, r"reduction_factor=2\.0"),
-        ({"num_heads": 0}, "num_heads=0"),
-        ({"side_heads": -1}, "side_heads=-1"),
         ({"layer_drop": 1.0}, r"layer_drop=1\.0; give a probability from 0 to below 1\."),
         ({"output_mix": "yes"}, "output_mix='yes'; allowed are 'add', True and False, or None"),
         ({"residual": "theta"}, "residual='theta'; allowed are 'state', True and False, or None"),
-        ({"init": "zero"}, "init='zero'; allowed are 'random' and 'pruned'"),
         ({"feature_dropout": 1.0}, r"feature_dropout=1\.0; give a probability"),
         ({"fusion": "sum"}, "fusion='sum'; allowed are 'cross_attention' and 'gated'"),
         ({"fusion": "gated"}, "fusion='gated' with window_size=9"),
@@ -418,22 +410,22 @@ def test_a_configuration_keeps_lists_of_its_own() -> None:
     assert config.feature_modules == ["0", "2"] == LadderConfig(feature_modules=("0", "2")).feature_modules
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"reduction_factor": 3}, "reduction_factor=3 does not divide the backbone's width, 16. Choose one of 1, 2, 4"),
-        ({"reduction_factor": 2, "num_heads": 3}, "num_heads=3 does not divide the side network's width, 8"),
-        ({"reduction_factor": 2, "side_heads": 5}, "side_heads=5 does not divide"),
-    ],
-)
-def test_widths_that_do_not_divide_are_refused(config: dict[str, int], message: str) -> None:
+def test_widths_that_do_not_divide_are_refused() -> None:
+    message = "reduction_factor=3 does not divide the backbone's width, 16. Choose one of 1, 2, 4"
     with pytest.raises(FastpeftError, match=message):
-        SideNetwork(LadderConfig(**config), WIDTH, LAYERS)
+        SideNetwork(LadderConfig(reduction_factor=3), WIDTH, LAYERS)
 
 
-def test_a_width_that_its_default_heads_do_not_divide_is_refused() -> None:
-    with pytest.raises(FastpeftError, match=r"197 wide, which its 3 heads .* do not divide. Give side_heads"):
-        SideNetwork(LadderConfig(reduction_factor=1), 197, 1)
+@pytest.mark.parametrize(("width", "heads"), [(48, 1), (197, 1), (200, 2), (256, 4)])
+def test_heads_are_one_per_64_of_the_width_or_as_many_fewer_as_divide_it(width: int, heads: int) -> None:
+    assert SideNetwork(LadderConfig(reduction_factor=1), width, 1).blocks[0].num_heads == heads
+
+
+def test_a_block_of_several_heads_equals_the_equations() -> None:
+    block = SideBlock(nn.Identity(), NARROW, 4, "gelu", causal=False).double()
+    x = torch.randn(1, 5, NARROW, dtype=torch.float64)
+    expected = encoder_block(block, x[0], [[*range(5)]] * 5)
+    torch.testing.assert_close(block.encode(x, None)[0], expected, **EXACT)
 
 
 @pytest.mark.long(but="gated")
@@ -441,10 +433,10 @@ def test_a_width_that_its_default_heads_do_not_divide_is_refused() -> None:
     "options",
     [
         {"window_size": 3},
-        {"window_size": 3, "residual": "state", "num_heads": 2},
+        {"window_size": 3, "residual": "state"},
         {"window_size": 1, "fusion": "gated"},
     ],
-    ids=["window", "residual, heads", "gated"],
+    ids=["window", "residual", "gated"],
 )
 def test_compiled_it_is_the_same(options: dict[str, object]) -> None:
     """In one graph, with dropout drawn from the seed."""
@@ -466,7 +458,7 @@ HALVES = [
     {"window_size": 1, "fusion": "gated"},
     {"window_size": 3},
     {"window_size": 9},
-    {"window_size": 3, "num_heads": 2, "residual": True, "normalise_features": True},
+    {"window_size": 3, "residual": True, "normalise_features": True},
     {"window_size": 3, "residual": "state"},
     {"window_size": 5, "share_projections": True},
     {"window_size": 3, "output_mix": True},

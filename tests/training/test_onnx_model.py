@@ -43,7 +43,7 @@ def small(head: str = "ForSequenceClassification") -> Any:
 
 
 def side_network(head: str = "ForSequenceClassification") -> Any:
-    return moved(ladder(small(head), num_heads=2))
+    return moved(ladder(small(head)))
 
 
 def direct() -> Any:
