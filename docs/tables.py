@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "base-trec": partial(accuracy_tables.evidence, "trec", is_papers=False),
     "transfer": partial(transfer_tables.transfer, "minilm"),
     "transfer-mpnet": partial(transfer_tables.transfer, "mpnet"),
+    "transfer-bundled": partial(transfer_tables.transfer, "bundled"),
     "transfer-rates": transfer_tables.rates,
     "base-wnut17": accuracy_tables.tagging,
     "e2e": accuracy_tables.speaking,
