@@ -59,7 +59,7 @@ _OPTIONS = (
     "prompt=sst2",
     "layer_drop=0.1",
     "share_projections=true",
-    "output_mix=true",
+    "output_mix=add",
 )
 _SIVA = product(("1e-3", "5e-4", "2e-3"), ("spectral", "plain"), ("query+key", "all-linear"))
 SCREENS = {

@@ -16,7 +16,7 @@ from fastpeft.ops.quantise import Format, check_format
 
 Fusion = Literal["cross_attention", "gated"]
 BackboneDtype = Literal["bfloat16", Format]
-OutputMix = bool | Literal["add"]
+OutputMix = Literal["add", False]
 Residual = bool | Literal["state"]
 STATE: Literal["state"] = "state"
 
@@ -67,8 +67,7 @@ class LadderConfig(PretrainedConfig):
         share_projections: whether all side blocks share one projection per slot, instead of one for each block.
         output_mix: what the head reads. False is the side network's output in place of the backbone's. `"add"` is the
             backbone's and, in units of its size, the side network's, which starts at zero: the model starts as its
-            base. True is a trained mix, in which the backbone's starts with all the weight. None is `"add"` beside a
-            head that predicts words, such as a decoder's, and False beside any other.
+            base. None is `"add"` beside a head that predicts words, such as a decoder's, and False beside any other.
         feature_modules: names of the backbone's layers in the model, in the order in which they run, or of the one
             `ModuleList` or `Sequential` that holds them. None finds them in a transformers model; any other module
             needs them.
@@ -188,10 +187,10 @@ class LadderConfig(PretrainedConfig):
                 raise FastpeftError(f"{name}={value!r}; allowed are True and False{', or None' if decided else ''}.")
         if self.fusion not in get_args(Fusion):
             raise FastpeftError(f"fusion={self.fusion!r}; allowed are {' and '.join(map(repr, get_args(Fusion)))}.")
-        for name, word in (("output_mix", "add"), ("residual", STATE)):
-            value = getattr(self, name)
-            if value is not None and not (value == word or isinstance(value, bool)):
-                raise FastpeftError(f"{name}={value!r}; allowed are {word!r}, True and False, or None.")
+        if self.output_mix not in (None, False, "add") or type(self.output_mix) is int:
+            raise FastpeftError(f"output_mix={self.output_mix!r}; allowed are 'add' and False, or None.")
+        if not (self.residual in (None, STATE) or isinstance(self.residual, bool)):
+            raise FastpeftError(f"residual={self.residual!r}; allowed are {STATE!r}, True and False, or None.")
         check_format("backbone_dtype", self.backbone_dtype, "bfloat16")
         sizes, tokens, names = self.feature_sizes, self.context, self.feature_modules
         if sizes is not None and not (_is_list_of(int, sizes) and min(sizes) > 0):

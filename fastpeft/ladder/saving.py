@@ -131,8 +131,6 @@ class SavedModel(PreTrainedModel):
         name = os.fspath(source)
         saved = read_config(name, {})
         form = {field: getattr(saved, field) for field in self._decided}
-        if saved.output_mix is True:  # a trained mix has a weight of its own
-            form.pop("output_mix", None)
         wanted = copy.copy(self.config)
         wanted.update(form)
         check_shape(saved, wanted, name)

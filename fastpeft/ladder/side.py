@@ -191,8 +191,7 @@ class SideNetwork(nn.Module):
 
     With `output_mix="add"` the output is `B_L + |B_L| up(theta_N)`, where `up` starts at zero and `|B_L|` is a token's
     root mean square. Its size is 33 in one decoder and 0.1 in an encoder, so without it no learning rate fits both.
-    With True it is `lambda B_L + (1 - lambda) up(theta_N)`, as in QST (arXiv 2401.07004). The trained weight is
-    `side_share = 1 - lambda`, which starts at 0. In both weight decay pulls towards the backbone.
+    Weight decay then pulls towards the backbone.
 
     Args:
         config: the configuration of the side network.
@@ -259,7 +258,6 @@ class SideNetwork(nn.Module):
             for block in windows
         )
         self.up = nn.Linear(self.width, self.feature_sizes[-1])
-        self.side_share = nn.Parameter(torch.zeros(1)) if config.output_mix is True else None
         if config.output_mix == "add":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)

@@ -56,7 +56,7 @@ class SideRun:
         self.states: list[Tensor] = []  # theta_0 .. theta_N, if they are kept
         self._keep_states = keep_states
         self._theta: Tensor  # the latest state
-        self._last_feature: Tensor | None = None  # B_L, if it is mixed into the output
+        self._last_feature: Tensor | None = None  # B_L, if the output is added to it
         self._waiting: list[tuple[int, Tensor]] = []  # features that are not projected yet
         self._windows: dict[int, list[Tensor]] = {}  # block -> its projections so far, by slot
         # what the self-attention sees, (B or 1, 1, N, T): bool where there is a cache, else to be added to its scores;
@@ -116,7 +116,7 @@ class SideRun:
             self._in_bfloat16 = self.cache is None and _computes_in_bfloat16(feature, side.down.weight)
         if not (self._in_bfloat16 or autocast_dtype(feature.device)):
             feature = feature.to(side.down.weight.dtype)
-        if layer == side.num_layers and (side.config.output_mix == "add" or side.side_share is not None):
+        if layer == side.num_layers and side.config.output_mix == "add":
             self._last_feature = feature
         if side.config.normalise_features:
             # on a GPU autocast would keep it in float32
@@ -149,15 +149,13 @@ class SideRun:
             self.states.append(theta)
 
     def output(self) -> Tensor:
-        """The up-projection of the last state, `(B, T, d)`, with `output_mix` added to `B_L` or mixed with it."""
+        """The up-projection of the last state, `(B, T, d)`, with `output_mix` added to `B_L`."""
         self._check_complete()
         with self._products():
             output: Tensor = self.side.up(self._theta)
-        last, share = self._last_feature, self.side.side_share
+        last = self._last_feature
         if last is None:
             return output
-        if share is not None:
-            return last + share * (output - last)
         return last + torch.linalg.vector_norm(last, dim=-1, keepdim=True) * last.shape[-1] ** -0.5 * output
 
     def _check_complete(self) -> None:

@@ -69,7 +69,7 @@ def test_an_added_adapter_trains_is_saved_and_loads(base: Path, tmp_path: Path) 
 def test_a_side_network_trains_is_saved_and_loads(base: Path, tmp_path: Path) -> None:
     model = sentence_transformers.SentenceTransformer(str(base), device="cpu")
     before = model.encode(TEXTS)
-    config = LadderConfig(window_size=3, reduction_factor=2, output_mix=True)
+    config = LadderConfig(window_size=3, reduction_factor=2, output_mix="add")
     model[0].model = LadderModel(model[0].model, config)
     np.testing.assert_allclose(model.encode(TEXTS), before, rtol=1e-5, atol=1e-5)  # packed weights round differently
     frozen = {name: value.clone() for name, value in model[0].model.base.encoder.state_dict().items()}

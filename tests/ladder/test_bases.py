@@ -140,7 +140,7 @@ def test_what_trains_and_what_stays(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize(
-    "options", [{}, {"window_size": 1, "fusion": "gated"}, {"output_mix": True, "layer_drop": 0.5}]
+    "options", [{}, {"window_size": 1, "fusion": "gated"}, {"output_mix": "add", "layer_drop": 0.5}]
 )
 def test_save_and_load_to_the_bit(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     model = made(kind, **options).train()
@@ -219,8 +219,8 @@ def test_activations_in_place_change_no_feature() -> None:
     def gradients(inplace: bool) -> list[Tensor]:
         base = perceptron()
         base[1], base[3] = nn.ReLU(inplace), nn.ReLU(inplace)
-        model = ladder(base, feature_modules=["0", "2"], output_mix=True).train()
-        model.side.side_share.data.fill_(0.5)
+        model = ladder(base, feature_modules=["0", "2"], output_mix="add").train()
+        nn.init.normal_(model.side.up.weight)
         model(inputs=X, labels=LABELS).loss.backward()
         return [p.grad for p in trainable(model).values()]
 

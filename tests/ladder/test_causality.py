@@ -106,7 +106,7 @@ def test_every_causal_architecture_trains_and_looks_at_no_later_token_or_is_refu
     [
         {"window_size": 1, "fusion": "gated"},
         {"window_size": 9, "residual": True},
-        {"window_size": 5, "share_projections": True, "output_mix": True},
+        {"window_size": 5, "share_projections": True, "output_mix": "add"},
         {"backbone_dtype": "int8"},
         {"backbone_dtype": "bfloat16"},
     ],

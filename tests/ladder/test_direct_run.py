@@ -32,7 +32,7 @@ def output(run: SideRun, given: list[Tensor]) -> Tensor:
         {"window_size": 3, "residual": True, "normalise_features": True},
         {"window_size": 3, "residual": "state"},
         {"window_size": 5, "share_projections": True},
-        {"window_size": 3, "output_mix": True},
+        {"window_size": 3, "output_mix": "add"},
         {"window_size": 1, "fusion": "gated"},
         {"window_size": 1, "fusion": "gated", "share_projections": True},
         {"window_size": 3, "layers_per_block": 2},

@@ -74,11 +74,11 @@ def test_no_graph_below_the_side_network() -> None:
 def test_a_mix_begins_as_the_pretrained_model() -> None:
     base = tiny(head="Model")
     own = states(base)
-    assert states(ladder(base, output_mix=True)).equal(own)
+    assert states(ladder(base, output_mix="add")).equal(own)
     assert not states(ladder(base)).allclose(own)
 
 
-@pytest.mark.parametrize("config", [{}, {"output_mix": True, "window_size": 5}, {"window_size": 1, "fusion": "gated"}])
+@pytest.mark.parametrize("config", [{}, {"output_mix": "add", "window_size": 5}, {"window_size": 1, "fusion": "gated"}])
 def test_both_forms_agree(config: dict[str, Any]) -> None:
     model = train_a_little(ladder(tiny(head="Model"), **config))
     expected = states(model)

@@ -97,9 +97,6 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
                 x = x + theta
             theta = encoder_block(side.blocks[j - 1], x, [[index[s] for s in before[t]] for t in real])
         output[b, real] = side.up(theta)
-    if side.side_share is not None:
-        mix = 1 - side.side_share.item()
-        return mix * last + (1 - mix) * output
     if config.output_mix == "add":
         return last + last.square().mean(-1, keepdim=True).sqrt() * output
     return output
@@ -114,7 +111,6 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
         {"residual": True},
         {"residual": "state"},
         {"share_projections": True},
-        {"output_mix": True},
         {"output_mix": "add"},
         {"output_mix": "add", "residual": True, "normalise_features": True},
         {"layers_per_block": 2},
@@ -126,7 +122,6 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
         "residual",
         "state",
         "shared",
-        "mix",
         "sum",
         "normalised",
         "every second",
@@ -258,15 +253,9 @@ def test_shared_projections_are_one_for_each_slot_that_reads() -> None:
     torch.testing.assert_close(projected, gated.shared_projection(features()[2]), **EXACT)
 
 
-def test_a_mix_starts_as_the_backbone() -> None:
-    torch.manual_seed(0)
-    side = SideNetwork(LadderConfig(reduction_factor=2, window_size=3, output_mix=True), WIDTH, LAYERS).double()
+def test_a_sum_starts_as_the_backbone() -> None:
+    side = SideNetwork(LadderConfig(reduction_factor=2, window_size=3, output_mix="add"), WIDTH, LAYERS).double()
     assert side(features()).equal(features()[-1])
-    side.side_share.data.fill_(1)
-    share, side.side_share = side.side_share, None
-    alone = side(features())
-    side.side_share = share
-    torch.testing.assert_close(side(features()), alone, **EXACT)
 
 
 def test_dropped_blocks_pass_the_state_on_in_training_only() -> None:
@@ -305,7 +294,7 @@ def test_features_of_unequal_widths() -> None:
 
 def test_every_parameter_trains() -> None:
     for config in (
-        {"window_size": 9, "residual": True, "share_projections": True, "output_mix": True},
+        {"window_size": 9, "residual": True, "share_projections": True},
         {"window_size": 1, "fusion": "gated"},
     ):
         side = network(**config)
@@ -334,7 +323,7 @@ def test_each_block_drops_other_features() -> None:
 
 
 def test_options_are_settings_of_the_command_line() -> None:
-    written = {"layer_drop": "0.1", "share_projections": "true", "output_mix": "true"}
+    written = {"layer_drop": "0.1", "share_projections": "true", "output_mix": "add"}
     given = {name: parse_value(text) for name, text in written.items()}
     for method in ("k-lst", "lst"):
         assert sort_settings(get_method(method), given) == (given, {})
@@ -347,7 +336,7 @@ def test_options_are_saved_and_loaded(tmp_path: Path) -> None:
     options = {
         "layer_drop": 0.1,
         "share_projections": True,
-        "output_mix": True,
+        "output_mix": "add",
         "feature_sizes": [16, 16, 16, 16],
     }
     LadderConfig(**options).save_pretrained(tmp_path)
@@ -382,7 +371,7 @@ def test_features_out_of_order_are_refused(kind: type[SideRun]) -> None:
         ({"window_size": True}, "window_size=True"),
         ({"reduction_factor": 2.0}, r"reduction_factor=2\.0"),
         ({"layer_drop": 1.0}, r"layer_drop=1\.0; give a probability from 0 to below 1\."),
-        ({"output_mix": "yes"}, "output_mix='yes'; allowed are 'add', True and False, or None"),
+        ({"output_mix": "yes"}, "output_mix='yes'; allowed are 'add' and False, or None"),
         ({"residual": "theta"}, "residual='theta'; allowed are 'state', True and False, or None"),
         ({"feature_dropout": 1.0}, r"feature_dropout=1\.0; give a probability"),
         ({"fusion": "sum"}, "fusion='sum'; allowed are 'cross_attention' and 'gated'"),
@@ -461,7 +450,7 @@ HALVES = [
     {"window_size": 3, "residual": True, "normalise_features": True},
     {"window_size": 3, "residual": "state"},
     {"window_size": 5, "share_projections": True},
-    {"window_size": 3, "output_mix": True},
+    {"window_size": 3, "output_mix": "add"},
 ]
 
 
