@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.side import GatedFusion, WindowFusion
-from fastpeft.ladder.side_run import SideRun, visibility
+from fastpeft.ladder.side import SideRun, visibility
+from fastpeft.ladder.side_blocks import GatedFusion, WindowFusion
 
 
 class DirectRun(SideRun):

@@ -22,7 +22,7 @@ from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.backbone_passes import autocast_of, listen, rows_of, skip_layers, tokens_of
 from fastpeft.ladder.cache import FeatureCache
 from fastpeft.ladder.checks import check_mask
-from fastpeft.ladder.side_run import SideRun
+from fastpeft.ladder.side import SideRun
 
 
 class FeatureSource(Protocol):

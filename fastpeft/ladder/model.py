@@ -56,8 +56,7 @@ from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
 from fastpeft.ladder.probes import check_answers, check_causal, predicts_next_tokens, warn_of_other_ways
 from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base
-from fastpeft.ladder.side import SideNetwork
-from fastpeft.ladder.side_run import SideRun
+from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import run_of
 from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.ops.fused_head import fuse_any_head

@@ -36,7 +36,7 @@ from fastpeft.ladder.pool_training import (
     steps_of,
 )
 from fastpeft.ladder.probes import decide_causal
-from fastpeft.ladder.side_run import SideRun
+from fastpeft.ladder.side import SideRun
 from fastpeft.ops.quantise import check_format
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support.eval_mode import in_eval_mode

@@ -22,8 +22,7 @@ from fastpeft.ladder.checks import check_attentions, check_mask
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.feature_sources import LadderPass, RunningBackbone
 from fastpeft.ladder.generation import CACHE, LadderCache, given_cache, prepare_pass, with_own_cache
-from fastpeft.ladder.side import SideNetwork
-from fastpeft.ladder.side_run import SideRun
+from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import run_of
 from fastpeft.support.eval_mode import in_eval_mode
 from fastpeft.support.generation import option

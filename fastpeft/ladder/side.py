@@ -7,177 +7,24 @@ blocks of the side network, k slots of a window, S of them real, w = (k - 1) / 2
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
 from fastpeft.errors import FastpeftError
-from fastpeft.functional import window_attention
-from fastpeft.ladder.config import STATE, LadderConfig
+from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.generation import SideLayer
-from fastpeft.ladder.side_run import SideRun, attends_in_float32
+from fastpeft.ladder.side_blocks import GatedFusion, SideBlock, WindowFusion, attends_in_float32
+from fastpeft.ops.dtypes import autocast_dtype
+from fastpeft.support.processor import has_bfloat16
 
 _HEAD_WIDTH = 64  # of the self-attention, at least
-_GATE_TEMPERATURE = 0.1
-_POSITION_STD = 0.02
-
-
-class WindowFusion(nn.Module):
-    r"""Cross-attention of the side state over a window of projected features.
-
-    `X = softmax((theta Wq) (C~ Wk)^T / sqrt(D)) (C~ Wv)`, `C~_i = dropout(C_i) + p_i`
-
-    It has one head. Keys and values are never made: queries are `theta (Wq Wk^T)`, and Wv is applied to the result.
-    With `residual` the token's own `C_i + p_i` of the middle slot is added, without dropout, and with
-    `residual="state"` theta too.
-
-    Args:
-        config: the side network's configuration.
-        width: D.
-        block: number of the block, from 1.
-        slots: the slots of the window that are inside the backbone.
-        causal: whether tokens see only those before them.
-    """
-
-    def __init__(self, config: LadderConfig, width: int, block: int, slots: Sequence[int], causal: bool) -> None:
-        super().__init__()
-        self.config = config  # a model that takes over another's weights also takes over its `residual`
-        self.dropout = nn.Dropout(config.dropout)  # a module, which trainers of preferences turn off
-        self.block, self.slots, self.causal = block, list(slots), causal
-        self.middle = config.window_size // 2
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.positions = nn.Parameter(torch.randn(config.window_size, width) * _POSITION_STD)
-
-    def forward(
-        self,
-        theta: Tensor,
-        window: Tensor,
-        mask: Tensor | None,
-        visible: Tensor | None,
-        seed: int | Tensor,
-        cache: SideLayer | None,
-    ) -> Tensor:
-        """As `SideBlock.forward`: theta `(B, T, D)`, window `(B, S, T, D)` -> `(B, T, D)`."""
-        q = F.linear(theta, self.folded())[:, None]  # (B, 1, T, D)
-        if cache is not None and cache.get_seq_length() > 0:
-            attended = self._attend_to_all(q, cache.add_window(self._keys(window)), visible)
-        else:
-            if cache is not None:
-                cache.add_window(self._keys(window))
-            attended = window_attention(
-                q,
-                window,
-                self.positions,
-                mask,
-                slots=self.slots,
-                causal=self.causal,
-                dropout=self.dropout.p if self.training else 0.0,
-                seed=seed,
-                block=self.block,
-            )
-        return self.finish(theta, window[:, self.slots.index(self.middle)], self.value(attended[:, 0]))
-
-    def folded(self) -> Tensor:
-        """The matrix of the queries with that of the keys in it, `Wk^T Wq`, scaled: `(D, D)`."""
-        return self.key.weight.mT @ (self.query.weight * self.query.out_features**-0.5)
-
-    def _keys(self, window: Tensor) -> Tensor:
-        """The keys of all slots, token after token: `(B, S, T, D)` -> `(B, T, k D)`."""
-        batch, _, tokens, width = window.shape
-        keys = self.positions.flatten().repeat(batch, tokens, 1)
-        inside = slice(self.slots[0] * width, (self.slots[-1] + 1) * width)
-        keys[..., inside] += window.transpose(1, 2).flatten(2)
-        return keys
-
-    def _attend_to_all(self, q: Tensor, keys: Tensor, visible: Tensor | None) -> Tensor:
-        """Attention of new tokens' queries to the keys of all tokens: `(B, 1, N, D)`, `(B, T, k D)` -> `(B, 1, N, D)`.
-
-        A slot outside the backbone has a key for each token here.
-        """
-        number = len(self.positions)
-        keys = keys.unflatten(-1, (number, -1)).flatten(1, 2)[:, None].to(q.dtype)
-        if visible is not None:
-            visible = visible[..., None].expand(*visible.shape, number).flatten(-2)
-        return F.scaled_dot_product_attention(q, keys, keys, attn_mask=visible, scale=1.0)
-
-    def finish(self, theta: Tensor, own: Tensor, x: Tensor) -> Tensor:
-        """What follows the attention: `(B, T, D)`, as theta and the middle slot's C."""
-        if self.config.residual:
-            x = x + own + self.positions[self.middle].to(x.dtype)
-        return x + theta if self.config.residual == STATE else x
-
-
-class GatedFusion(nn.Module):
-    """The gate of LST: `g * theta + (1 - g) * C`, `g = sigmoid(alpha / 0.1)`, where alpha trains and starts at 0."""
-
-    def __init__(self, config: LadderConfig) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(config.dropout)
-        self.alpha = nn.Parameter(torch.zeros(1))
-
-    def forward(self, theta: Tensor, window: Tensor, *_: Any) -> Tensor:
-        """theta `(B, T, D)`, window `(B, 1, T, D)` -> `(B, T, D)`; a token reads no other."""
-        gate = self.gate()
-        return gate * theta + (1 - gate) * self.dropout(window[:, 0])
-
-    def gate(self) -> Tensor:
-        """g, of one element."""
-        return torch.sigmoid(self.alpha / _GATE_TEMPERATURE)
-
-
-class SideBlock(nn.Module):
-    """The fusion with the window, then a post-norm encoder block with a feed-forward width of 4 D."""
-
-    def __init__(self, fusion: nn.Module, width: int, num_heads: int, activation: str, causal: bool) -> None:
-        super().__init__()
-        self.fusion = fusion
-        self.num_heads, self.causal = num_heads, causal
-        self.qkv = nn.Linear(width, 3 * width)
-        self.attention_output = nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width)
-        self.feed_forward_in = nn.Linear(width, 4 * width)
-        self.activation = ACT2FN[activation]
-        self.feed_forward_out = nn.Linear(4 * width, width)
-        self.feed_forward_norm = nn.LayerNorm(width)
-
-    def forward(
-        self,
-        theta: Tensor,
-        window: Tensor,
-        mask: Tensor | None,
-        visible: Tensor | None,
-        seed: int | Tensor,
-        cache: SideLayer | None,
-    ) -> Tensor:
-        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `SideRun` -> `(B, T, D)`.
-
-        Tokens follow those of `cache`, if there are any, and are added to it; `visible` and the mask are of all.
-        """
-        return self.encode(self.fusion(theta, window, mask, visible, seed, cache), visible, cache)
-
-    def encode(self, x: Tensor, visible: Tensor | None, cache: SideLayer | None = None) -> Tensor:
-        """The encoder block, after the fusion: `(B, T, D)` -> `(B, T, D)`."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x)
-        dtype = qkv.dtype
-        in_float32 = attends_in_float32(qkv)
-        with torch.autocast("cpu", enabled=False) if in_float32 else contextlib.nullcontext():
-            qkv = qkv.float() if in_float32 else qkv
-            q, states = qkv.split((width, 2 * width), dim=-1)
-            if cache is not None:
-                states = cache.add_states(states)
-            q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
-            k, v = states.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            causal = self.causal and visible is None and tokens > 1
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal).to(dtype)
-        x = self.attention_norm(x + self.attention_output(attended.transpose(1, 2).reshape(batch, tokens, width)))
-        return self.feed_forward_norm(x + self.feed_forward_out(self.activation(self.feed_forward_in(x))))
+TINY = 1e-6  # beside the mean square of a feature
 
 
 class SideNetwork(nn.Module):
@@ -326,6 +173,176 @@ class SideNetwork(nn.Module):
         for layer, feature in enumerate(features):
             run.feed(layer, feature)
         return run.output()
+
+
+class SideRun:
+    """One pass of a side network over features as the backbone makes them.
+
+    Without gradients each feature is projected at once, and each block runs when its window is complete: projections
+    of at most k layers are alive, and no feature. With gradients backward keeps the features anyway, and the blocks run
+    after the last feature: what they keep for backward then takes no memory while the backbone's layers run.
+
+    Args:
+        side: the side network; that of a `SideStack` has one more dimension in front of every tensor.
+        mask: bool `(B, T)`, or None.
+        seed: decides, in training, which features and blocks are dropped, as of `SideNetwork.forward`.
+        keep_states: whether to keep every side state in `states`.
+        blocks_seed: decides which blocks are dropped, instead of `seed`.
+        cache: of each block, with the tokens before those of this pass, which are added to it; the mask is of all.
+    """
+
+    def __init__(
+        self,
+        side: SideNetwork,
+        mask: Tensor | None,
+        seed: int | Tensor,
+        keep_states: bool = False,
+        blocks_seed: int | None = None,
+        cache: Sequence[SideLayer] | None = None,
+    ) -> None:
+        self.side, self.mask, self.seed, self.cache = side, mask, seed, cache
+        self.past = cache[0].get_seq_length() if cache else 0  # the number of cached tokens
+        self.states: list[Tensor] = []  # theta_0 .. theta_N, if they are kept
+        self._keep_states = keep_states
+        self._theta: Tensor  # the latest state
+        self._last_feature: Tensor | None = None  # B_L, if the output is added to it
+        self._waiting: list[tuple[int, Tensor]] = []  # features that are not projected yet
+        self._windows: dict[int, list[Tensor]] = {}  # block -> its projections so far, by slot
+        # what the self-attention sees, (B or 1, 1, N, T): bool where there is a cache, else to be added to its scores;
+        # None where `causal` says all
+        self._visible: Tensor | None = None
+        self._next = 0
+        self._in_bfloat16 = False
+        self._dropped: set[int] = set()
+        if side.config.layer_drop and side.training and (number := int(seed if blocks_seed is None else blocks_seed)):
+            draw = random.Random(number)
+            self._dropped = {block for block, _ in enumerate(side.places, 1) if draw.random() < side.config.layer_drop}
+
+    def feed(self, layer: int, feature: Tensor) -> None:
+        """Read `B_layer`, `(B, T, d)`; features come in order, from 0 to L."""
+        feature = self._accept(layer, feature)
+        if layer in self.side.readers:
+            self._waiting.append((layer, feature))
+        if layer == self.side.num_layers or not torch.is_grad_enabled():
+            with self._products():
+                for waiting in self._waiting:
+                    self._read(*waiting)
+            self._waiting.clear()
+
+    def _read(self, layer: int, feature: Tensor) -> None:
+        """Project a feature, and run the blocks whose windows it completes."""
+        side = self.side
+        for (block, _), part in zip(side.readers[layer], side.project(layer, feature)):
+            self._windows.setdefault(block, []).append(part)
+        for block in side.completes.get(layer, []):
+            parts = self._windows.pop(block)
+            if block in self._dropped:
+                self._advance(self._theta)
+            elif side.gradient_checkpointing and side.training and torch.is_grad_enabled():
+                run = partial(self._run, block)
+                self._advance(side._gradient_checkpointing_func(run, self._theta, *parts))
+            else:
+                self._advance(self._run(block, self._theta, *parts))
+
+    def _run(self, block: int, theta: Tensor, *parts: Tensor) -> Tensor:
+        """The state after a block, for the projections of its window by slot."""
+        window = parts[0].unsqueeze(-3) if len(parts) == 1 else torch.stack(parts, dim=-3)
+        cache = None if self.cache is None else self.cache[block - 1]
+        state: Tensor = self.side.blocks[block - 1](theta, window, self.mask, self._visible, self.seed, cache)
+        return state
+
+    def _accept(self, layer: int, feature: Tensor) -> Tensor:
+        """The feature in the side network's dtype; `B_0` gives the first side state."""
+        if layer != self._next:
+            raise FastpeftError(
+                f"the feature of layer {layer} came where that of layer {self._next} was expected. Name in "
+                "feature_modules layers that run once each, in their order."
+            )
+        side = self.side
+        self._next += 1
+        if layer == 0:
+            # for the few tokens of a cached pass casting the weights would take longest
+            self._in_bfloat16 = self.cache is None and _computes_in_bfloat16(feature, side.down.weight)
+        if not (self._in_bfloat16 or autocast_dtype(feature.device)):
+            feature = feature.to(side.down.weight.dtype)
+        if layer == side.num_layers and side.config.output_mix == "add":
+            self._last_feature = feature
+        if side.config.normalise_features:
+            # on a GPU autocast would keep it in float32
+            feature = F.rms_norm(feature, feature.shape[-1:], eps=TINY).to(feature.dtype)
+        if layer == 0:
+            if self.mask is not None or self.past:  # else causal attention needs no mask
+                self._visible = visibility(self.mask, feature.shape[-2], side.causal, feature.device, self.past)
+            with self._products():
+                self._advance(side.down(feature))
+                if self._visible is not None and self.cache is None:
+                    self._visible = _to_add(self._visible, self._theta)
+        return feature
+
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        """What the side network runs under: autocast, where that is on or the backbone computes in bfloat16 on a CPU.
+
+        Autocast keeps its copies of weights until it ends. A pass reads each weight once, but for a shared projection.
+        """
+        device = self.side.up.weight.device
+        keep = self.side.config.share_projections
+        if self._in_bfloat16:
+            return torch.autocast(device.type, torch.bfloat16, cache_enabled=keep)
+        if not keep and (dtype := autocast_dtype(device)):
+            return torch.autocast(device.type, dtype, cache_enabled=False)
+        return contextlib.nullcontext()
+
+    def _advance(self, theta: Tensor) -> None:
+        self._theta = theta
+        if self._keep_states:
+            self.states.append(theta)
+
+    def output(self) -> Tensor:
+        """The up-projection of the last state, `(B, T, d)`, with `output_mix` added to `B_L`."""
+        self._check_complete()
+        with self._products():
+            output: Tensor = self.side.up(self._theta)
+        last = self._last_feature
+        if last is None:
+            return output
+        return last + torch.linalg.vector_norm(last, dim=-1, keepdim=True) * last.shape[-1] ** -0.5 * output
+
+    def _check_complete(self) -> None:
+        if self._next != self.side.num_layers + 1:
+            raise FastpeftError(
+                f"the side network read {self._next} features of {self.side.num_layers + 1}. Name the backbone's "
+                "layers in feature_modules."
+            )
+
+
+def _computes_in_bfloat16(feature: Tensor, weight: Tensor) -> bool:
+    """Whether products are computed in bfloat16, which a feature has: on a processor that is fast at them."""
+    kinds = feature.device.type, feature.dtype, weight.dtype
+    return kinds == ("cpu", torch.bfloat16, torch.float32) and has_bfloat16()
+
+
+def visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device, past: int = 0) -> Tensor | None:
+    """Which tokens a query's self-attention sees: bool `(B or 1, 1, N, T)`, None for all.
+
+    The N queries follow `past` tokens. A query always sees itself, so that the state of padding is finite.
+    """
+    if mask is None and (tokens == 1 or not causal):
+        return None
+    places = torch.arange(past + tokens, device=device)
+    own = places[past:, None]
+    visible = (places <= own if causal else places >= 0)[None, None]
+    if mask is not None:
+        visible = visible & mask[..., None, None, :]
+    return visible | (places == own)
+
+
+def _to_add(visible: Tensor, like: Tensor) -> Tensor:
+    """What attention adds to its scores, made once: it would make it of bools in each block, and keep it for backward.
+
+    `like`, the output of a linear layer, has the dtype of queries.
+    """
+    dtype = torch.float32 if attends_in_float32(like) else like.dtype
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 def _detach_from_stack(side: SideNetwork, state: dict[str, Any], prefix: str, _: Any) -> None:

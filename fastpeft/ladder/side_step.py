@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastpeft.ladder.config import STATE
 from fastpeft.ladder.generation import SideCache
-from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork
-from fastpeft.ladder.side_run import TINY, SideRun
+from fastpeft.ladder.side import TINY, SideNetwork, SideRun
+from fastpeft.ladder.side_blocks import GatedFusion, SideBlock
 from fastpeft.ops.side_step import ACTIVATIONS, weights_of
 
 

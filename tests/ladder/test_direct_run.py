@@ -12,8 +12,7 @@ from torch import Tensor
 
 from bench.oracles.direct_run import DirectRun
 from fastpeft import LadderConfig, LadderModel
-from fastpeft.ladder.side import SideNetwork
-from fastpeft.ladder.side_run import SideRun
+from fastpeft.ladder.side import SideNetwork, SideRun
 
 
 def output(run: SideRun, given: list[Tensor]) -> Tensor:

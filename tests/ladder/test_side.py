@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from bench.oracles.direct_run import DirectRun
 from fastpeft import FastpeftError, LadderConfig
-from fastpeft.ladder import side_run
-from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, WindowFusion
-from fastpeft.ladder.side_run import SideRun
+from fastpeft.ladder import side as module
+from fastpeft.ladder.side import SideNetwork, SideRun
+from fastpeft.ladder.side_blocks import GatedFusion, SideBlock, WindowFusion
 from fastpeft.methods.registry import get_method
 from fastpeft.training.config import parse_value
 from fastpeft.training.memory import MemoryTracker
@@ -474,10 +474,10 @@ def test_beside_a_bfloat16_backbone_is_float32_to_rounding(
     both repeat to the bit. Features are rounded already."""
     side = network(causal=causal, feature_dropout=0.0, **config).float().train()
     halves = [feature.bfloat16() for feature in features()]
-    monkeypatch.setattr(side_run, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(module, "has_bfloat16", lambda: False)
     exact, gradients = loss_and_gradients(side, halves)
     assert exact.equal(loss_and_gradients(side, [half.float() for half in halves])[0])
-    monkeypatch.setattr(side_run, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(module, "has_bfloat16", lambda: True)
     found, of_found = loss_and_gradients(side, halves)
     assert not found.equal(exact)
     assert (found - exact).abs() < 0.02 * exact
@@ -494,14 +494,14 @@ def test_bfloat16_drops_the_same_elements(monkeypatch: pytest.MonkeyPatch) -> No
     halves = [feature.bfloat16() for feature in features()]
     found = {}
     for fast in (False, True):
-        monkeypatch.setattr(side_run, "has_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr(module, "has_bfloat16", lambda fast=fast: fast)
         found[fast] = side(halves, MASK, seed=7)[MASK].float()
     assert (found[True] - found[False]).norm() < 0.05 * found[False].norm()
     assert (side(halves, MASK, seed=8)[MASK].float() - found[False]).norm() > 0.1 * found[False].norm()
 
 
 def test_the_processor_decides_for_float32_networks_beside_bfloat16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_run, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(module, "has_bfloat16", lambda: True)
     side = network(window_size=3)
     assert side(features()).dtype == torch.float64
     assert side([feature.bfloat16() for feature in features()]).dtype == torch.float64
