@@ -104,8 +104,8 @@ def take_over(kept: Mapping[str, Mapping[str, str]]) -> None:
     _kept.update(kept.get("forms", {}))
     for asked, tile in kept.get("tiles", {}).items():
         kernel, _, key = asked.partition(" ")
-        if kernel in tuners:
-            configs = {str(config): config for config in tuners[kernel].configs}
+        configs = {str(config): config for config in tuners[kernel].configs} if kernel in tuners else {}
+        if tile in configs:  # else it is of a kernel or a tile that is not here, and timed anew
             tuners[kernel].cache[ast.literal_eval(key)] = configs[tile]
 
 
