@@ -104,7 +104,8 @@ def warn_of_unmatched(
 def reading_hidden_states(model: nn.Module, names: Collection[str]) -> set[str]:
     """The linear layers among `names` that read no more values than a hidden state of the model, or its heads, have.
 
-    All, where that cannot be told.
+    All, where that cannot be told. Not the pooler of a model without a head: embeddings do not read it, and checkpoints
+    without it get another one at each load.
     """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):  # of a model of several parts, as one that sees
@@ -115,7 +116,8 @@ def reading_hidden_states(model: nn.Module, names: Collection[str]) -> set[str]:
         return {*names}
     with suppress(AttributeError, TypeError, ValueError):  # not every kind has heads of one width
         width = max(width, config.num_attention_heads * config.head_dim)  # wider than a hidden state in Qwen3
-    return {name for name in names if _shape_of(model.get_submodule(name))[1] <= width} or {*names}
+    read = {name for name in names if not name.startswith("pooler.")}
+    return {name for name in read if _shape_of(model.get_submodule(name))[1] <= width} or {*names}
 
 
 def in_chosen_blocks(peft_config: SivaConfig, names: Iterable[str]) -> set[str]:

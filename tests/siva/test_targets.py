@@ -65,6 +65,14 @@ def test_a_hidden_state_of_a_model_in_parts_is_that_of_its_text() -> None:
     assert reading_hidden_states(model, ("0", "1")) == {"0"}
 
 
+def test_the_pooler_of_a_model_without_a_head_is_left_alone() -> None:
+    base = tiny("Bert", "Model", **SPECIAL)
+    peft.get_peft_model(base, SivaConfig(r=2))
+    assert base.pooler is not None
+    assert layer_names(base)
+    assert all(name.startswith("encoder.") for name in layer_names(base))
+
+
 def test_all_linear_layers_by_default_where_no_hidden_state_is_known() -> None:
     model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), SivaConfig(r=2))
     assert layer_names(model.base_model.model) == {"0", "2"}
