@@ -275,8 +275,9 @@ def source_hash(kernel: str) -> str:
     """Identifies the text of the functions in the kernel's module, and in those from which it takes any."""
     modules, functions = [inspect.getmodule(KERNELS[kernel].fn)], {}
     for module in modules:  # which grow meanwhile
-        # a kernel, compiled or interpreted, holds its Python function
-        found = [member.fn for member in vars(module).values() if inspect.isfunction(getattr(member, "fn", None))]
+        # a kernel, compiled or interpreted, holds its Python function, and one that is tuned holds a kernel
+        members = [getattr(member, "fn", None) for member in vars(module).values()]
+        found = [each for each in (getattr(member, "fn", member) for member in members) if inspect.isfunction(each)]
         functions |= dict.fromkeys(found)
         modules += [home for home in dict.fromkeys(map(inspect.getmodule, found)) if home not in modules]
     return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()[:12]

@@ -66,7 +66,7 @@ from fastpeft.ops.products import as_matrix
 from fastpeft.ops.siva_linear import whole
 
 
-@tiles.tuned
+@tiles.Tuned
 @triton.jit
 def _siva_linear_fwd_kernel(
     x_ptr,

@@ -27,7 +27,7 @@ from fastpeft.ops.products import as_matrix
 from fastpeft.ops.siva_linear import whole
 
 
-@tiles.tuned
+@tiles.Tuned
 @triton.jit
 def _siva_linear_bwd_dx_kernel(
     dh_ptrs,

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import cache
+import threading
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
+from triton.testing import do_bench
 
-from fastpeft.ops.dispatch import architecture, next_power_of_two, tuners
+from fastpeft.ops.dispatch import architecture, current_architecture, next_power_of_two, tuners
 
 
 class Tile(NamedTuple):
@@ -110,26 +113,43 @@ def siva_linear_mixed(arch: str, rank: int, rows: tuple[int, ...]) -> Tile:
     return large[0] if large and sum(rows) >= _ROWS_OF_LARGE * len(rows) else found[0]
 
 
-def tuned(kernel: Any) -> Any:
-    """`triton.autotune` over the tiles of `SIVA_LINEAR`, once for each class of rows, K, columns and rank.
+class Tuned:
+    """A kernel with `triton.autotune` over the tiles of `SIVA_LINEAR`, for each class of rows, K, columns and rank.
 
-    Where only deterministic algorithms are allowed it is the first tile, and under Triton's interpreter. What was
-    found is kept with a run (`fastpeft.ops.dispatch`), so that a resumed one computes the same bits.
+    Where only deterministic algorithms are allowed the first tile runs, and under Triton's interpreter some tile. What
+    was found is kept with a run (`fastpeft.ops.dispatch`), so that a resumed one computes the same bits.
     """
-    every = [tile.config() for tile in dict.fromkeys(itertools.chain(*SIVA_LINEAR.values()))]
 
-    def allowed(_: Any, operands: dict[str, Any], **constants: Any) -> list[triton.Config]:
-        arch = architecture(torch.device("cuda", torch.cuda.current_device()))
-        found = siva_linear(arch, constants["BLOCK_R"], len(operands["columns"]))
-        return [tile.config() for tile in (found[:1] if torch.are_deterministic_algorithms_enabled() else found)]
+    def __init__(self, kernel: Any) -> None:
+        every = [tile.config() for tile in dict.fromkeys(itertools.chain(*SIVA_LINEAR.values()))]
+        self.fn = kernel
+        self.tuner = tuners[kernel.__name__] = triton.autotune(
+            configs=every[:1] if triton.knobs.runtime.interpret else every,
+            key=["rows", "K", "columns", "BLOCK_R"],
+            prune_configs_by={
+                "early_config_prune": lambda _, operands, **constants: [
+                    tile.config() for tile in self._allowed(operands["columns"], constants["BLOCK_R"])
+                ]
+            },
+            do_bench=partial(do_bench, warmup=5, rep=25),
+        )(kernel)
+        self._lock = threading.Lock()  # of the tuner, which keeps the operands of a call in itself
 
-    found = triton.autotune(
-        configs=every[:1] if triton.knobs.runtime.interpret else every,
-        key=["rows", "K", "columns", "BLOCK_R"],
-        prune_configs_by={"early_config_prune": allowed},
-    )(kernel)
-    tuners[kernel.__name__] = found
-    return found
+    def __getitem__(self, grid: Callable[[dict[str, int]], tuple[int, ...]]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: Callable[[dict[str, int]], tuple[int, ...]], *operands: Any, **constants: Any) -> None:
+        if torch.are_deterministic_algorithms_enabled() and len(self.tuner.configs) > 1:
+            named = dict(zip(self.tuner.arg_names, operands, strict=False))
+            first, *_ = self._allowed(named["columns"], constants["BLOCK_R"])
+            self.fn[grid](*operands, **constants, **first.config().all_kwargs())
+        else:
+            with self._lock:
+                self.tuner[grid](*operands, **constants)
+
+    @staticmethod
+    def _allowed(columns: tuple[int, ...], rank: int) -> list[Tile]:
+        return siva_linear(current_architecture(), rank, len(columns))
 
 
 def siva_linear_bwd_rows(m: int, block_r: int) -> int:

@@ -187,7 +187,7 @@ class LadderConfig(PretrainedConfig):
                 raise FastpeftError(f"{name}={value!r}; allowed are True and False{', or None' if decided else ''}.")
         if self.fusion not in get_args(Fusion):
             raise FastpeftError(f"fusion={self.fusion!r}; allowed are {' and '.join(map(repr, get_args(Fusion)))}.")
-        if self.output_mix not in (None, False, "add") or type(self.output_mix) is int:
+        if not (self.output_mix is None or self.output_mix is False or self.output_mix == "add"):
             raise FastpeftError(f"output_mix={self.output_mix!r}; allowed are 'add' and False, or None.")
         if not (self.residual in (None, STATE) or isinstance(self.residual, bool)):
             raise FastpeftError(f"residual={self.residual!r}; allowed are {STATE!r}, True and False, or None.")

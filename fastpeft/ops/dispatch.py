@@ -1,7 +1,8 @@
 """Which form of an op runs on a GPU: its Triton kernel or ATen's calls, whichever was the faster at the first call.
 
 A question is an op, the dtype, a class of shapes (rows to the next power of two) and an architecture. A run keeps its
-answers, and the tiles that `triton.autotune` found for its kernels, so that a resumed one computes the same bits.
+answers, and the tiles that `triton.autotune` found for its kernels, so that a resumed one computes the same bits; of
+several processes those of the first.
 Nothing is timed where only deterministic algorithms are allowed, nor while a CUDA graph is captured: warm up with the
 shapes that it will have.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -27,11 +29,13 @@ from fastpeft.ops.dtypes import HALVES
 from fastpeft.ops.packing import num_rows
 
 _FEWEST_ROWS = 16  # that fill a tile
+_CPU = torch.device("cpu")
 _CLEARLY = 0.97  # of Triton's time: what takes more does not replace it
 
 tuners: dict[str, Any] = {}  # the autotuned kernels, by name
 _answers: dict[tuple[Hashable, ...], str] = {}  # question -> form
 _kept: dict[str, str] = {}  # the same of a run that goes on, with questions in words
+_timing = threading.Lock()
 
 
 def choosing(op: Op, forms: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -48,12 +52,14 @@ def choosing(op: Op, forms: Mapping[str, Callable[..., Any]]) -> Callable[..., A
         if not of.is_open or torch.are_deterministic_algorithms_enabled():
             return forms[of.predicted](*arguments)
         question = op.name, *of.question, "on", architecture(of.device)
-        form = _answers.get(question) or _kept.get(_in_words(question))
+        form = _answers.get(question)
         if form is None and is_captured():
-            return forms["aten"](*arguments)  # Triton's may have to time its tiles
-        if form is None:
-            form = _faster({name: partial(forms[name], *arguments) for name in forms}, of.device)
-        _answers[question] = form
+            form = _kept.get(_in_words(question), "aten")  # Triton's may have to time its tiles
+        elif form is None:
+            with _timing:  # replicas of `nn.DataParallel` are threads
+                form = _answers.get(question) or _kept.get(_in_words(question))
+                form = form or _faster({name: partial(forms[name], *arguments) for name in forms}, of.device)
+                _answers[question] = form
         return forms[form](*arguments)
 
     return call
@@ -93,7 +99,10 @@ def milliseconds(call: Callable[[], object]) -> float:
 def chosen() -> dict[str, dict[str, str]]:
     """What was timed here, for a run to keep: by question the form, and by kernel and sizes the tile."""
     forms = {**_kept, **{_in_words(question): form for question, form in _answers.items()}}
-    tiles = {f"{kernel} {key}": str(config) for kernel, tuner in tuners.items() for key, config in tuner.cache.items()}
+    arch = current_architecture()
+    tiles = {
+        f"{kernel} {arch} {key}": str(config) for kernel, tuner in tuners.items() for key, config in tuner.cache.items()
+    }
     return {name: found for name, found in (("forms", forms), ("tiles", tiles)) if found}
 
 
@@ -102,10 +111,12 @@ def take_over(kept: Mapping[str, Mapping[str, str]]) -> None:
     _answers.clear()
     _kept.clear()
     _kept.update(kept.get("forms", {}))
+    for tuner in tuners.values():
+        tuner.cache.clear()
     for asked, tile in kept.get("tiles", {}).items():
-        kernel, _, key = asked.partition(" ")
+        kernel, arch, key = asked.split(" ", 2)
         configs = {str(config): config for config in tuners[kernel].configs} if kernel in tuners else {}
-        if tile in configs:  # else it is of a kernel or a tile that is not here, and timed anew
+        if tile in configs and arch == current_architecture():  # else it is of what is not here, and timed anew
             tuners[kernel].cache[ast.literal_eval(key)] = configs[tile]
 
 
@@ -125,11 +136,13 @@ def _of_siva(named: Mapping[str, Any]) -> _Call:
     layers = 1 if "sizes" in named else len(ss)  # else all have the weight of one
     sizes = (f"{u.shape[0]}x{v.shape[1]}" for u, v in zip(named["us"][:layers], named["vs"][:layers], strict=True))
     adapters = ("adapters", len(ss)) if "sizes" in named else ()
+    quantised = ("quantised",) if any(each is not None for each in named.get("scales", ())) else ()
     none = False, [False] * len(ss)
     needs = (name for name, value in named.items() if name.startswith("need_") and value not in none)
     rank = next_power_of_two(max(map(len, ss)), 16)
     is_few = rows < _FEWEST_ROWS
-    question = x.dtype, *sizes, "rank", rank, "rows", "few" if is_few else next_power_of_two(rows), *adapters, *needs
+    size = "few" if is_few else next_power_of_two(rows)
+    question = x.dtype, *sizes, *quantised, "rank", rank, "rows", size, *adapters, *needs
     is_open = x.dtype in HALVES and not is_few
     return _Call(question, "triton" if is_open else "aten", is_open, x.device)
 
@@ -162,3 +175,8 @@ def architecture(device: torch.device) -> str:
         return device.type
     properties = torch.cuda.get_device_properties(device)
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+def current_architecture() -> str:
+    """That of the GPU which kernels are launched on now."""
+    return architecture(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU)

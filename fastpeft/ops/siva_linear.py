@@ -250,9 +250,10 @@ def products_of(
 class SivaLinear(torch.autograd.Function):
     """The autograd formula of `fastpeft::siva_linear`: `apply(frozen, x, *weights, *us, *ss, *vs, *biases)`.
 
-    `frozen` has for each layer the packs of its weight, or None, or its `Scales`: the weight is codes then. Not one of
-    `register_autograd`, which takes twice as long. Weights have any dtype and get no gradient, and s gets none;
-    `functional.siva_linear` refuses those that require one.
+    `frozen` has for each layer the packs of its weight, or None, or its `Scales`: the weight is codes then. Codes are
+    saved for backward as weights are; scales, which nothing changes, are held. Not one of `register_autograd`, which
+    takes twice as long. Weights have any dtype and get no gradient, and s gets none; `functional.siva_linear` refuses
+    those that require one.
     """
 
     @staticmethod

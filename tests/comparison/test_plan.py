@@ -81,21 +81,21 @@ def test_a_comma_with_nothing_beside_it_is_told(text: str) -> None:
 
 def test_cells_of_variants_and_seeds() -> None:
     cells = config(
-        "k-lst:num_heads=2",
+        "k-lst:layer_drop=0.1",
         "siva:targets=query+value:epochs=2",
         seeds=2,
         common={"max_steps": 3, "warmup_steps": 1, "data": "some.csv"},
     ).cells()
     assert [cell.name for cell in cells] == [
-        "k-lst-num_heads=2-seed0",
-        "k-lst-num_heads=2-seed1",
+        "k-lst-layer_drop=0.1-seed0",
+        "k-lst-layer_drop=0.1-seed1",
         "siva-targets=query+value-epochs=2-seed0",
         "siva-targets=query+value-epochs=2-seed1",
     ]
     ladder, siva = (TrainConfig.from_values(cells[index].values) for index in (0, 3))
-    assert ladder.settings == {"warmup_steps": 1, "num_heads": 2}
+    assert ladder.settings == {"warmup_steps": 1, "layer_drop": 0.1}
     assert (ladder.method, ladder.seed, ladder.max_steps, ladder.data) == ("k-lst", 0, 3, "some.csv")
-    assert ladder.output == str(Path("out") / "cells" / "k-lst-num_heads=2-seed0")
+    assert ladder.output == str(Path("out") / "cells" / "k-lst-layer_drop=0.1-seed0")
     assert (siva.targets, siva.seed, siva.max_steps, siva.epochs) == ("query,value", 1, None, 2)
 
 
@@ -192,7 +192,7 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
             {"methods": ["siva", "k-lst:window=4"]},
             "the variant 'k-lst:window=4' cannot be used: window_size=4; a window",
         ),
-        ({"methods": ["mezo:over=lst:num_heads=2"]}, "a gate mixes one feature"),
+        ({"methods": ["mezo:over=lst:residual=true"]}, "a gate mixes one feature"),
         ({"methods": ["siva", "lora:data=other.csv"]}, "it has data, but all cells share their rows"),
         ({"methods": ["siva:split_seed=3"]}, "it has split_seed, but all cells share"),
         ({"methods": ["zero-shot:prompt=sst2:label_column=stars"]}, "it has label_column, but all cells share"),

@@ -298,7 +298,7 @@ def test_every_rank_has_tiles(arch):
 @pytest.fixture
 def tuning(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """All tiles for the forward, timed as if each were faster than those before; which were."""
-    tuner, timed = kernel._siva_linear_fwd_kernel, []
+    tuner, timed = kernel._siva_linear_fwd_kernel.tuner, []
 
     def bench(call, quantiles):
         call()
@@ -310,8 +310,7 @@ def tuning(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(tuner, "cache", {})
     monkeypatch.setattr(tuner, "_do_bench", bench)
     monkeypatch.setattr(tuner, "do_bench", bench)
-    monkeypatch.setattr(tiles, "architecture", lambda _: tiles.ANY)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tiles, "current_architecture", lambda: tiles.ANY)
     return timed
 
 
@@ -319,7 +318,7 @@ def launch(m: int, r: int = 3) -> str:
     """The tile of a forward that gives what the reference does."""
     args = layers(m, 40, (48,), (r,), torch.float16, "cpu")
     assert_outputs(kernel.siva_linear(*args), expected_of(reference.siva_linear, args))
-    return str(kernel._siva_linear_fwd_kernel.best_config)
+    return str(kernel._siva_linear_fwd_kernel.tuner.best_config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a GPU")
@@ -336,15 +335,24 @@ def test_tiles_are_timed_once_for_a_class_of_rows_and_kept_with_a_run(tuning):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a GPU")
-def test_where_a_run_is_deterministic_the_first_tile_runs(tuning):
+def test_where_a_run_is_deterministic_the_first_tile_runs(tuning, monkeypatch):
+    launch(20)  # which is timed
+    timed, shapes = len(tuning), []
+    run = type(kernel._siva_linear_fwd_kernel.fn).run
+    monkeypatch.setattr(
+        type(kernel._siva_linear_fwd_kernel.fn),
+        "run",
+        lambda *args, **kwargs: shapes.append(kwargs) or run(*args, **kwargs),
+    )
     torch.use_deterministic_algorithms(True)
     try:
-        assert launch(20) == str(tiles.SIVA_LINEAR[tiles.ANY][0].config())
+        launch(20)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert tuning == []
+    assert [each["BLOCK_N"] for each in shapes] == [tiles.SIVA_LINEAR[tiles.ANY][0].block_n]
+    assert len(tuning) == timed
     launch(20, r=17)
-    assert len(tuning) == 2  # of these ranks one tile has no room
+    assert len(tuning) == timed + 2  # of these ranks one tile has no room
 
 
 @pytest.mark.parametrize("block_r", [16, 64])
