@@ -105,10 +105,10 @@ class Matrix {
 };
 
 // The shape of x or dh but for its last dimension.
-inline Tensor new_rows(const Tensor& like, int64_t columns, std::optional<ScalarType> kind = std::nullopt) {
+inline Tensor new_rows(const Tensor& like, int64_t columns) {
     std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
     sizes.back() = columns;
-    return torch::stable::new_empty(like, sizes, kind);
+    return torch::stable::new_empty(like, sizes);
 }
 
 // -- products with the weight -------------------------------------------------------------------------------------
@@ -319,15 +319,13 @@ inline View by_columns(const Tensor& t) { return {data_of(t), t.stride(1), t.str
 // The ranks of all layers of a group, one after the other; each layer's are padded to blocks.
 struct Ranks {
     explicit Ranks(const Tensors& ss) {
-        for (const Tensor& s : ss) add(s.numel());
-    }
-
-    void add(int64_t ranks) {
-        start.push_back(total);
-        first.push_back(sum);
-        count.push_back(ranks);
-        total += padded(ranks);
-        sum += ranks;
+        for (const Tensor& s : ss) {
+            start.push_back(total);
+            first.push_back(sum);
+            count.push_back(s.numel());
+            total += padded(s.numel());
+            sum += s.numel();
+        }
     }
 
     int64_t padded_count(size_t layer) const { return padded(count[layer]); }

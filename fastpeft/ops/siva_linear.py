@@ -293,7 +293,7 @@ class SivaLinear(torch.autograd.Function):
         scales: list[Tensor | None] = [None] * len(used)
         if need_dx:
             weights, scales = products_of(weights, frozen, given[0], transposed=True)
-        empty = given[0].new_empty(0) if x is None or p is None else x
+        empty = given[0].new_empty(0)
         dx, dus, dv, dbiases = torch.ops.fastpeft.siva_linear_backward.default(
             given,
             empty if x is None else x,

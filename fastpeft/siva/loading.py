@@ -68,12 +68,9 @@ class LoadableLinear(AdaptedLinear):
                     f"{self.name}: what is being loaded for adapter {name!r} lacks {lacks.removeprefix(prefix)}, with "
                     "which its change acts. Load all tensors that save_pretrained wrote."
                 )
-        markers = {
-            key.removeprefix(f"{prefix}{_MERGED}"): key for key in state_dict if key.startswith(prefix + _MERGED)
-        }
-        for key in markers.values():
-            del state_dict[key]  # which no parameter has
-        merged = list(markers)
+        merged = [key.removeprefix(prefix + _MERGED) for key in state_dict if key.startswith(prefix + _MERGED)]
+        for name in merged:
+            del state_dict[f"{prefix}{_MERGED}{name}"]  # no parameter has this name
         if merged and sorted(merged) != sorted(self.merged_adapters):
             raise FastpeftError(
                 f"{self.name}: adapter {', '.join(map(repr, merged))} is merged into the weight that is being loaded. "
