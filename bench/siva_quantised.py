@@ -44,7 +44,7 @@ from fastpeft.data.examples import load_data
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
 from fastpeft.methods.wrapping import in_4_bits
-from fastpeft.models import load_masked_lm
+from fastpeft.models import load_language_model
 from fastpeft.ops import reference
 from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract, top_triplets
@@ -116,7 +116,7 @@ class Model:
     """The bundled model and what it makes of the texts."""
 
     def __init__(self, texts: int = TEXTS) -> None:
-        self.model, tokenizer = load_masked_lm("demo")
+        self.model, tokenizer = load_language_model("demo")
         self.model.eval()
         sentences = [f"{text} It was {tokenizer.mask_token}." for text in load_data("demo").dev.texts[:texts]]
         self.batch = tokenizer(sentences, return_tensors="pt", padding=True)

@@ -196,22 +196,13 @@ def load_language_model(model: str, dtype: torch.dtype = torch.float32) -> tuple
     A decoder's tokenizer loses its mask token: by that a prompt knows a decoder.
 
     Raises:
-        FastpeftError: as `load_masked_lm`.
+        FastpeftError: the model is missing, broken or incomplete, or has no head for words.
     """
     config = _config_of(model)
-    if config is None or not is_causal_lm(config):
-        return load_masked_lm(model, dtype)
-    classifier = load_for_next_words(model, dtype)
-    classifier.tokenizer.mask_token = None
-    return classifier.model, classifier.tokenizer
-
-
-def load_masked_lm(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Load `model` with its masked-word head, and its tokenizer; weights as `load_classifier` reads them.
-
-    Raises:
-        FastpeftError: the model is missing, broken or incomplete, or has no masked-word head.
-    """
+    if config is not None and is_causal_lm(config):
+        decoder = load_for_next_words(model, dtype)
+        decoder.tokenizer.mask_token = None
+        return decoder.model, decoder.tokenizer
     loaded, tokenizer, head_is_new = _load_masked_lm(model, dtype)
     if head_is_new:
         raise _without_words(
@@ -222,11 +213,7 @@ def load_masked_lm(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
 
 
 def _load_masked_lm(model: str, dtype: torch.dtype) -> tuple[Any, Any, bool]:
-    """`load_masked_lm`, and whether the head, or a part of it, was drawn at random.
-
-    Raises:
-        FastpeftError: the model is missing, broken or incomplete, or has no masked-word head.
-    """
+    """The model, its tokenizer, and whether the head for masked words, or a part of it, was drawn at random."""
     config = _config_of(model)
     if config is None or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         loaded, tokenizer, info = _load(transformers.AutoModelForMaskedLM, model, {}, dtype=dtype)
@@ -266,8 +253,7 @@ def load_for_next_words(model: str, dtype: torch.dtype = torch.float32) -> Loade
     if config is not None and not is_causal_lm(config):
         raise FastpeftError(
             f"the model {model!r} ({config.model_type}) is not a decoder, which the objective causal requires. Give a "
-            "decoder, such as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts "
-            "by --objective mlm."
+            "decoder, such as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by --objective mlm."
         )
     loaded, tokenizer, info = _load(transformers.AutoModelForCausalLM, model, {}, dtype=dtype)
     if new := _new_in_head(loaded, info):

@@ -16,21 +16,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft.data.batches import compute_by_length
 from fastpeft.data.token_rows import TokenRow
-from fastpeft.errors import FastpeftError, first_line, is_out_of_memory
+from fastpeft.errors import FastpeftError
 from fastpeft.models import LoadedModel, is_causal_lm, load_language_model, longest_input, masked_lm_head_layers
 from fastpeft.ops.dtypes import keeping_dtypes
-from fastpeft.prompts.core import core_for, find_core
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
 from fastpeft.support.adapter_files import WEIGHTS, check_adapter
 from fastpeft.support.eval_mode import in_eval_mode
 from fastpeft.support.hub import HUB_ARGUMENTS, OWN_ATTENTION, source_options
-
-_CALIBRATION = "calibration"  # its name in state dicts
 
 
 @dataclass
@@ -90,7 +88,8 @@ class PromptModel(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, masked_lm: nn.Module, tokenizer: Any, prompt: Prompt, *, calibrate: bool = False) -> None:
-        core = core_for(masked_lm, tokenizer, prompt)
+        core = find_core(masked_lm)
+        _check(core, masked_lm, tokenizer, prompt)
         config: Any = copy.deepcopy(masked_lm.config)
         config.id2label = dict(enumerate(prompt.labels))
         config.label2id = {label: index for index, label in enumerate(prompt.labels)}
@@ -109,10 +108,8 @@ class PromptModel(PreTrainedModel):
             )
         self.register_buffer("label_ids", label_ids, persistent=False)  # (classes,)
         # log-probabilities of the label words for an empty text, or zeros (classes,)
-        self.register_buffer("calibration", torch.zeros(len(label_ids), device=self.device), persistent=False)
-        self.register_state_dict_post_hook(_add_calibration)
-        self.register_load_state_dict_pre_hook(_take_calibration)
-        self.register_load_state_dict_pre_hook(_take_plain_names)
+        self.register_buffer("calibration", torch.zeros(len(label_ids), device=self.device))
+        self.register_load_state_dict_pre_hook(_rename_plain)
         unsaved = getattr(masked_lm, "_keys_to_ignore_on_save", None) or ()  # a side network's backbone, to the Trainer
         self._keys_to_ignore_on_save = {f"masked_lm.{name}" for name in unsaved} or None
         if calibrate:
@@ -297,7 +294,7 @@ class PromptModel(PreTrainedModel):
         So the folder is that of a plain language model too.
         """
         if state_dict is not None:
-            of_inside = {name: value for name, value in state_dict.items() if name != _CALIBRATION}
+            of_inside = {name: value for name, value in state_dict.items() if name != "calibration"}
             kwargs["state_dict"] = {name.removeprefix("masked_lm."): value for name, value in of_inside.items()}
         self.masked_lm.save_pretrained(save_directory, **kwargs)
         if not kwargs.get("is_main_process", True):
@@ -326,8 +323,8 @@ class PromptModel(PreTrainedModel):
                 files, and a base that was trained on in float32 may be saved in half precision: give what it had.
 
         Raises:
-            FastpeftError: there is no prompt, the model cannot be loaded, or a `masked_lm` and arguments for loading
-                one are given.
+            FastpeftError: what is there is no prompt, or a `masked_lm` and arguments for loading one are given.
+            OSError: transformers does not find a file.
         """
         from transformers import AutoTokenizer
 
@@ -337,32 +334,70 @@ class PromptModel(PreTrainedModel):
             raise FastpeftError(
                 f"from_pretrained got a masked_lm and {', '.join(kwargs)}, which are for loading one. Leave out either."
             )
-        try:
-            options = _options(source, hub)
-            hub["local_files_only"] = options["local_files_only"]
-            values = files.read_json(Path(cached_file(source, PROMPT_FILE, **hub)))
-            if masked_lm is None:
-                adapter = find_adapter_config_file(source, **hub)
-                if adapter is None:
-                    masked_lm = _load_plain(source, hub, **kwargs)
-                else:
-                    if not Path(source).is_dir():
-                        cached_file(source, WEIGHTS, **hub)  # beside it in the cache
-                    masked_lm = _load_adapter(Path(adapter).parent, **kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = cls(masked_lm, tokenizer, Prompt.from_values(values))
-            if values.get("calibration"):
-                model.calibration.copy_(torch.tensor(values["calibration"]))
-        except FastpeftError:
-            raise
-        except Exception as error:  # a broken file surfaces as almost any type
-            if is_out_of_memory(error):
-                raise
-            raise FastpeftError(
-                f"cannot load a prompted model from {source!r}: {first_line(error)} Give a folder or hub id that "
-                "PromptModel.save_pretrained wrote."
-            ) from error
+        options = _options(source, hub)
+        hub["local_files_only"] = options["local_files_only"]
+        values = files.read_json(Path(cached_file(source, PROMPT_FILE, **hub)))
+        if masked_lm is None:
+            adapter = find_adapter_config_file(source, **hub)
+            if adapter is None:
+                masked_lm = _load_plain(source, hub, **kwargs)
+            else:
+                if not Path(source).is_dir():
+                    cached_file(source, WEIGHTS, **hub)  # beside it in the cache
+                masked_lm = _load_adapter(Path(adapter).parent, **kwargs)
+        model = cls(masked_lm, AutoTokenizer.from_pretrained(source, **options), Prompt.from_values(values))
+        if values.get("calibration"):
+            model.calibration.copy_(torch.tensor(values["calibration"]))
         return model.eval()
+
+
+def _check(core: Any, model: Any, tokenizer: Any, prompt: Any) -> None:
+    """Raise `FastpeftError` where model, tokenizer and prompt do not fit; `core` is what `find_core` found."""
+    if not isinstance(prompt, Prompt):
+        raise FastpeftError(f"the prompt is {prompt!r:.100}, a {type(prompt).__name__}. Give a fastpeft.Prompt.")
+    if hasattr(model, "_orig_mod"):
+        raise FastpeftError("the model is compiled. Compile what is around it: torch.compile(PromptModel(...)).")
+    if prompt.head != "label_words":
+        raise FastpeftError(
+            f"a prompt with head={prompt.head!r} needs no PromptModel, which reads label words. Train a model with "
+            'a classification head on prompt.encode(...), or take head="label_words".'
+        )
+    if core is None or getattr(core.config, "is_encoder_decoder", False):
+        raise FastpeftError(
+            f"{type(core or model).__name__} {'has no LM head' if core is None else 'has an encoder and a decoder'}, "
+            "and label words are read from a masked language model or from a decoder. Load one by AutoModelForMaskedLM "
+            "or AutoModelForCausalLM, or train a classification head on what a Prompt with head='classifier' encodes."
+        )
+    if _fills_masks(core) == is_of_decoder(tokenizer):
+        raise FastpeftError(
+            f"{type(core).__name__} {'fills masks' if _fills_masks(core) else 'is a decoder, which fills no masks'}, "
+            f"and its tokenizer has the mask token {tokenizer.mask_token!r}. Give the tokenizer of the model; of a "
+            "decoder set tokenizer.mask_token = None, before rows are encoded too."
+        )
+
+
+def find_core(model: Any) -> Any:
+    """The language model inside wrappers, None if there is none."""
+    while True:
+        if hasattr(model, "get_base_model"):  # before names are asked: PEFT's may end as those of what they wrap
+            model = model.get_base_model()
+        if _fills_masks(model) or _is_decoder(model):
+            return model
+        inside = getattr(model, "base_model", model)
+        if inside is model:
+            return None
+        model = inside
+
+
+def _fills_masks(model: Any) -> bool:
+    name = type(model).__name__
+    return name.endswith("ForMaskedLM") or name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+def _is_decoder(model: Any) -> bool:
+    name = type(model).__name__
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return (name.endswith("ForCausalLM") or name in names) and is_causal_lm(model.config)
 
 
 def inside_prompt(model: Any) -> Any:
@@ -444,26 +479,15 @@ def _only_masks(model: Any, positions: Tensor, length: int) -> Iterator[None]:
         handle.remove()
 
 
-def _add_calibration(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a state dict have the calibration where there is one: a plain model's, which has none, loads as before."""
-    calibration: Any = module.calibration
-    if not calibration.is_meta and calibration.any():
-        state_dict[prefix + _CALIBRATION] = calibration.clone()
-
-
-def _take_calibration(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load the calibration that a state dict has, unless it is of another prompt."""
-    calibration: Any = module.calibration
-    kept = state_dict.pop(prefix + _CALIBRATION, None)
-    if kept is not None and kept.shape == calibration.shape:
-        calibration.copy_(kept)
-
-
-def _take_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let checkpoints of the plain model, which `save_pretrained` writes, load into a PromptModel."""
-    inner = f"{prefix}masked_lm."
+def _rename_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let the state dict of a plain language model load, as the checkpoints have it that `save_pretrained` writes."""
+    inner, calibration = f"{prefix}masked_lm.", f"{prefix}calibration"
     for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:
-        state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)
+        if name != calibration:
+            state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)
+    kept = state_dict.get(calibration)
+    if kept is None or kept.shape != module.calibration.shape:  # of another prompt
+        state_dict[calibration] = module.calibration
 
 
 def _options(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +104,6 @@ class Prompt:
     def _parts(self) -> list[str]:
         """The template, cut before and after each text and the mask."""
         return [part for part in re.split(rf"(\{{\w+\}}|{MASK})", self.template) if part]
-
-    # -- classes and words -------------------------------------------------------------------------------------------
 
     def for_labels(self, labels: Sequence[str]) -> Prompt:
         """This prompt with its words in the order of a data set's classes.
@@ -208,8 +205,6 @@ class Prompt:
                 f"has no mask token: its model reads from left to right, up to {MASK}. Put the texts before it."
             )
 
-    # -- texts to tokens ---------------------------------------------------------------------------------------------
-
     def encode(
         self,
         tokenizer: Any,
@@ -238,9 +233,16 @@ class Prompt:
                 label no number of a class; or there are other labels than texts.
         """
         self._check_tokenizer(tokenizer)
+        refuse_one_text(texts)
         labels = None if labels is None else list(labels)  # by position, also those of a pandas Series
-        self._check_rows(texts, labels)
+        if labels is not None and len(labels) != len(texts):
+            raise FastpeftError(f"there are {len(texts)} texts and {len(labels)} labels. Give a label for each text.")
         if labels is not None and self.head == "label_words":
+            odd = [label for label in labels if label not in range(len(self.labels))]  # -100 would train nothing
+            if odd:
+                raise FastpeftError(
+                    f"a label is {odd[0]!r}; give numbers of classes, from 0 to {len(self.labels) - 1}."
+                )
             labels = list(map(int, labels))  # whatever kind of number
         limit = tokenizer.model_max_length if max_length is None else max_length
         filled = [self._fill(tokenizer, text) for text in texts]
@@ -263,20 +265,6 @@ class Prompt:
                 row["labels"] = labels[index]
             rows.append(row)
         return rows
-
-    def _check_rows(self, texts: Sequence[Text], labels: Sequence[Any] | None) -> None:
-        refuse_one_text(texts)
-        if labels is not None and len(labels) != len(texts):
-            raise FastpeftError(f"there are {len(texts)} texts and {len(labels)} labels. Give a label for each text.")
-        if labels is None or self.head != "label_words":
-            return
-        classes = len(self.label_words or ())
-        odd = [label for label in labels if label not in range(classes)]
-        if odd:
-            raise FastpeftError(
-                f"a label is {odd[0]!r}; the prompt {self.template!r} has {classes} classes, {', '.join(self.labels)}, "
-                f"which are numbered from 0 to {classes - 1}. Give their numbers."
-            )
 
     def _fill(self, tokenizer: Any, text: Text) -> tuple[str, dict[str, tuple[int, int]]]:
         """The template with its texts in place, and where in it every part stands."""
@@ -333,8 +321,6 @@ class Prompt:
             dropped.add(max(texts, key=len).pop())
         return [i for i in range(len(offsets)) if i not in dropped]
 
-    # -- files -------------------------------------------------------------------------------------------------------
-
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the prompt to `prompt.json` in `folder`, which is made if need be."""
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -355,11 +341,10 @@ class Prompt:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Prompt:
-        """The prompt of `values()`."""
-        try:
-            return cls(values["template"], values["label_words"], values["head"])
-        except (KeyError, TypeError) as error:
-            raise FastpeftError(f"{dict(values)} is no prompt ({error}). Save it anew.") from None
+        """The prompt of `values()`, whatever else is beside them."""
+        if missing := {"template", "label_words", "head"} - values.keys():
+            raise FastpeftError(f"{dict(values)} is no prompt: {', '.join(sorted(missing))} missing. Save it anew.")
+        return cls(values["template"], values["label_words"], values["head"])
 
 
 def is_of_decoder(tokenizer: Any) -> bool:
@@ -370,18 +355,11 @@ def is_of_decoder(tokenizer: Any) -> bool:
 def _by_class(words: Any, has_space: bool) -> dict[str, str]:
     """Label words by the names of their classes, in order; `has_space`: the template has the space before them."""
     if isinstance(words, (set, frozenset)):
-        raise FastpeftError(
-            f"the label words are a set, {words!r}, which has no order. Give a list, or a word by class."
-        )
+        raise FastpeftError(f"the label words are a set, {words!r}, which has no order. Give a list or a dict.")
     if not isinstance(words, Mapping):
         words = dict(enumerate([words] if isinstance(words, str) else words))
-    numbers = all(isinstance(label, Integral) or (isinstance(label, str) and label.isdecimal()) for label in words)
-    if numbers and 0 in map(int, words):  # else they are names, as of stars from 1 to 5
-        words = {int(label): word for label, word in words.items()}
-        left_out = next((label for label in range(len(words)) if label not in words), None)
-        if left_out is not None:
-            raise FastpeftError(f"class '{left_out}' has no label word. Give one word for each class, from '0' on.")
-        words = {str(label): words[label] for label in sorted(words)}
+    if all(str(label).isdecimal() for label in words):
+        words = {label: words[label] for label in sorted(words, key=int)}
     by_class = {}
     for label, word in words.items():
         if not is_text(word) or not word.strip():

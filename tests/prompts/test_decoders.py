@@ -95,7 +95,7 @@ def test_the_texts_alone_are_cut(place: Path) -> None:
 def test_a_tokenizer_with_a_mask_is_refused(place: Path) -> None:
     model, tokenizer = own(place / "Llama")
     tokenizer.mask_token = "<mask>"
-    with pytest.raises(FastpeftError, match=r"LlamaForCausalLM is a decoder.*Set tokenizer.mask_token = None"):
+    with pytest.raises(FastpeftError, match=r"LlamaForCausalLM is a decoder.*set tokenizer.mask_token = None"):
         PromptModel(model, tokenizer, PROMPT)
 
 
