@@ -45,7 +45,7 @@ from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH
 from fastpeft.training.evaluation import evaluate_zero_shot
 from fastpeft.training.prompt_search import draw_rows, find_prompt
-from fastpeft.training.run import train
+from fastpeft.training.recipe import train
 
 FILE = DATA / "auto_prompt.csv"
 ROWS = 2_000

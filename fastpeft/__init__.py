@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastpeft.prompts.template import Prompt
     from fastpeft.siva import SivaConfig, SivaLinear
     from fastpeft.training.config import TrainConfig
-    from fastpeft.training.run import train
+    from fastpeft.training.recipe import train
 
 __all__ = [
     "CompareConfig",
@@ -73,7 +73,7 @@ _MODULES = {
     "compare": "fastpeft.comparison.run",
     "fuse_head": "fastpeft.ops.fused_head",
     "pack_frozen": "fastpeft.ops.frozen_linear",
-    "train": "fastpeft.training.run",
+    "train": "fastpeft.training.recipe",
     "unfuse_head": "fastpeft.ops.fused_head",
     "unpack_frozen": "fastpeft.ops.frozen_linear",
 }
