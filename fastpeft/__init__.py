@@ -98,6 +98,6 @@ def __dir__() -> list[str]:
 when_imported(
     {
         "peft": partial(importlib.import_module, "fastpeft.siva"),
-        "transformers": partial(importlib.import_module, "fastpeft.ladder"),
+        "transformers.models.auto": partial(importlib.import_module, "fastpeft.ladder"),
     }
 )
