@@ -12,7 +12,7 @@ from bench import serve as bench
 from fastpeft import TrainConfig, train
 from fastpeft.serving.tasks import Tasks
 
-for name in ("fastapi", "prometheus_client", "uvicorn"):
+for name in ("fastapi", "uvicorn"):
     pytest.importorskip(name)
 
 
