@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import DATA, Candidates, columns_of, measure, timing_parser
-from fastpeft import MeZO, Prompt
+from fastpeft import Exact, InPlace, MeZO, Prompt
+from fastpeft.mezo.estimator import estimator_of
+from fastpeft.mezo.in_place import Rule
 from fastpeft.prompts.model import load_prompted
 
 FILE = DATA / "mezo_step.csv"
@@ -77,19 +79,18 @@ def candidates(case: Case, device: torch.device) -> Candidates:
         for _ in range(case.forwards):
             bare()
 
-    def step(**options: Any) -> Callable[[], object]:
+    def step(rule: Rule) -> Callable[[], object]:
         model = prompted(device)
-        kind = {"estimator": case.estimator, "num_estimates": case.num_estimates, "noise": case.noise}
-        optimizer = MeZO(model, LR, EPS, **kind, **options)
+        optimizer = MeZO(model, LR, EPS, estimator=estimator_of(vars(case)), rule=rule)
         closure = loss_of(model)
         optimizer.step(closure)  # the first looks twice
         return lambda: optimizer.step(closure)
 
     made = {
         "forwards": forwards,
-        "step": step(),
-        "step, deferred": step(defer=True),
-        "step, exact": step(restore="exact"),
+        "step": step(InPlace()),
+        "step, deferred": step(InPlace(defer=True)),
+        "step, exact": step(Exact()),
     }
     if (case.estimator, case.noise) == ("spsa", "gaussian"):
         model = prompted(device)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from bench.backbones import HEADS, MODELS
 from bench.harness import DATA, Candidates, measure, timing_parser
-from fastpeft import MeZO
+from fastpeft import InPlace, MeZO
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
 from fastpeft.ops.frozen_linear import pack_layer, set_packing
@@ -140,7 +140,7 @@ def mezo_step_of(model: nn.Module, device: torch.device, tokens: int) -> Callabl
     The classes come from the model's own head: a prompt computes as much but for the words at one place of each row.
     """
     batch = random_batch(device, tokens)
-    optimizer = MeZO(model.eval(), lr=1e-6, eps=1e-3, defer=True)
+    optimizer = MeZO(model.eval(), lr=1e-6, eps=1e-3, rule=InPlace(defer=True))
     return lambda: optimizer.step(lambda: float(model(**batch).loss))
 
 

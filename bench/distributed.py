@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bench.backbones import MODELS
 from bench.bench_pool import adamw
 from bench.harness import DATA, Row, machine, option_parser, percentiles, put_row, resident
-from fastpeft import MeZO
+from fastpeft import InPlace, MeZO
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
 from fastpeft.training.memory import MEBIBYTE
@@ -138,7 +138,7 @@ def step(case: Case, model_name: str) -> tuple[dict[str, float], Callable[[dict[
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     if case.method == "mezo":
-        mezo = MeZO(model, 1e-6, defer=True)
+        mezo = MeZO(model, 1e-6, rule=InPlace(defer=True))
         return numbers, lambda rows: mezo.step(lambda: model(**rows).loss) and None
     optimizer = adamw(model)
 

@@ -2,7 +2,7 @@
 
 `python -m bench.mezo_drift` writes `bench/data/mezo_drift.csv`, for the attention of the bundled model's first layer,
 in each dtype: in place, where every pass over the weights rounds them; also with the end of a step deferred to the
-next, which changes no bit; and with `restore="exact"`, which has to leave every bit as it was.
+next, which changes no bit; and with `Exact()`, which has to leave every bit as it was.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import DATA, columns_of, machine, option_parser, put_row
-from fastpeft import MeZO
+from fastpeft import Exact, InPlace, MeZO
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.models import load_classifier
 
 FILE = DATA / "mezo_drift.csv"
 EPS = 1e-3
 DTYPES = ("float32", "bfloat16", "float16")
-WAYS = {
-    "in place": {"restore": "in_place"},
-    "in place, deferred": {"restore": "in_place", "defer": True},
-    "exact": {"restore": "exact"},
-}
+WAYS = {"in place": InPlace(), "in place, deferred": InPlace(defer=True), "exact": Exact()}
 TOKENS = 2  # that a loss is computed of: it moves nothing, but is what makes exact mode show its scratch
 
 
@@ -51,7 +47,7 @@ def drift(model: nn.Module, hidden: Tensor, case: Case) -> tuple[float, float]:
         The root mean square of the weights' change over that of the weights, and the share of weights that changed.
     """
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = MeZO(model, lr=0.0, eps=case.eps, **WAYS[case.way])
+    optimizer = MeZO(model, lr=0.0, eps=case.eps, rule=WAYS[case.way])
     for _ in range(case.steps):
         optimizer.step(lambda: _output(model(hidden)).float().square().mean())
     optimizer.settle()

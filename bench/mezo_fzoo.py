@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from bench.harness import DATA, machine, option_parser, put_row
 from fastpeft import TrainConfig, train
-from fastpeft.mezo.estimator import Estimator
+from fastpeft.mezo.estimator import estimator_of
 
 FILE = DATA / "mezo_fzoo.csv"
 NOISE = {"spsa": "gaussian", "fzoo": "rademacher"}  # what the authors of each take
@@ -40,7 +40,7 @@ class Curve:
     @property
     def forwards(self) -> int:
         """Forward passes a step."""
-        return len(Estimator(self.estimator, self.num_estimates).points)
+        return len(estimator_of({**vars(self), "noise": NOISE.get(self.estimator)}).points)
 
     def __str__(self) -> str:
         return f"{self.estimator}-{self.num_estimates}-{self.learning_rate:g}"

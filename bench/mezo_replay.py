@@ -16,7 +16,8 @@ import torch
 from bench.bench_mezo import EPS, LR, Case, batch_of, prompted
 from bench.harness import DATA, Candidates, measure, timing_parser
 from fastpeft import MeZO
-from fastpeft.mezo import Journal
+from fastpeft.mezo import InPlace, Journal
+from fastpeft.mezo.estimator import estimator_of
 from fastpeft.mezo.journal import FILE_NAME
 
 FILE = DATA / "mezo_replay.csv"
@@ -27,8 +28,7 @@ def candidates(case: Case, device: torch.device, folder: Path, steps: int = STEP
     """Steps with a journal in `folder`, and the replay of as many, ready to run again and again."""
     batch = batch_of(case, device)
     trained, again = prompted(device), prompted(device)
-    how = {"estimator": case.estimator, "num_estimates": case.num_estimates, "noise": case.noise}
-    optimizer = MeZO(trained, LR, EPS, defer=True, **how)
+    optimizer = MeZO(trained, LR, EPS, estimator=estimator_of(vars(case)), rule=InPlace(defer=True))
     optimizer.record(folder / FILE_NAME)
 
     def train() -> None:

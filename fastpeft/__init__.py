@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastpeft.comparison.plan import CompareConfig
     from fastpeft.comparison.run import compare
     from fastpeft.ladder import LadderConfig, LadderModel, LadderPool
-    from fastpeft.mezo.optimizer import MeZO
+    from fastpeft.mezo import FZOO, SPSA, Exact, InPlace, MeZO
     from fastpeft.mezo.trainer import MeZOConfig, MeZOTrainer
     from fastpeft.ops.frozen_linear import pack_frozen, unpack_frozen
     from fastpeft.ops.fused_head import fuse_head, unfuse_head
@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from fastpeft.training.recipe import train
 
 __all__ = [
+    "FZOO",
+    "SPSA",
     "CompareConfig",
+    "Exact",
     "FastpeftError",
+    "InPlace",
     "LadderConfig",
     "LadderModel",
     "LadderPool",
@@ -57,11 +61,15 @@ __all__ = [
 
 # where the other names are, for their first use
 _MODULES = {
+    "FZOO": "fastpeft.mezo",
+    "SPSA": "fastpeft.mezo",
     "CompareConfig": "fastpeft.comparison.plan",
+    "Exact": "fastpeft.mezo",
+    "InPlace": "fastpeft.mezo",
     "LadderConfig": "fastpeft.ladder",
     "LadderModel": "fastpeft.ladder",
     "LadderPool": "fastpeft.ladder",
-    "MeZO": "fastpeft.mezo.optimizer",
+    "MeZO": "fastpeft.mezo",
     "MeZOConfig": "fastpeft.mezo.trainer",
     "MeZOTrainer": "fastpeft.mezo.trainer",
     "Prompt": "fastpeft.prompts.template",
