@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder import LadderCache
-from fastpeft.ladder.generation import CACHE
+from fastpeft.ladder.backbone import CACHE
 
 WORDS = torch.randint(5, 60, (5, 7), generator=torch.Generator().manual_seed(2))
 MASK = torch.ones(5, 7, dtype=torch.long)
@@ -209,7 +209,6 @@ def test_what_is_refused() -> None:
     for batch, tasks, options, message in (
         (PROMPTS, ["lst"], {}, "the batch has 5 rows, but 1 tasks"),
         (PROMPTS, ["none"] * 5, {}, "no task 'none'"),
-        ({**PROMPTS, "labels": WORDS}, ["lst"] * 5, {}, "takes no labels"),
         (PROMPTS, ["lst"] * 5, {"use_cache": False}, "use_cache=False"),
         (PROMPTS, ["lst"] * 5, {"cache_implementation": "static"}, "cache_implementation='static'"),
         (
@@ -219,7 +218,6 @@ def test_what_is_refused() -> None:
             "prompt_lookup_num_tokens=3: a pool",
         ),
         (PROMPTS, ["lst"] * 5, {"past_key_values": LadderCache(pool.backbone)}, "is a LadderCache"),
-        (PROMPTS, ["lst"] * 5, {"output_attentions": True}, "output_attentions=True"),
         (PROMPTS, ["lst"] * 5, {"output_hidden_states": True}, "output_hidden_states=True: a pool"),
     ):
         with pytest.raises(FastpeftError, match=message):
