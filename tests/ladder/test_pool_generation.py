@@ -11,7 +11,6 @@ import torch
 from backbones import ladder, tiny
 from causal_models import causal_model
 from pools import SMALL
-from tokenizers_for_prompts import make_tokenizer
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
@@ -96,13 +95,6 @@ def test_a_token_takes_one_pass_of_the_backbone() -> None:
     pool.backbone.layers[0].register_forward_hook(lambda _, args, __: rows.append(tuple(args[0].shape[:2])))
     pool.generate(PROMPTS, MIXES["mixed"], **{**GREEDY, "max_new_tokens": 3})
     assert rows == [(5, 7), (5, 1), (5, 1)]
-
-
-def test_it_ends_at_a_text() -> None:
-    pool, tokenizer = pool_beside(causal_model("llama")), make_tokenizer("byte-level")
-    whole = pool.generate({"input_ids": WORDS[:1]}, ["lst"], **GREEDY)
-    stop = {"stop_strings": tokenizer.decode(whole[0, 7]), "tokenizer": tokenizer}
-    assert pool.generate({"input_ids": WORDS[:1]}, ["lst"], **GREEDY, **stop).equal(whole[:, :8])
 
 
 def test_members_keep_their_mode() -> None:
