@@ -9,41 +9,12 @@ import torch
 import transformers
 from backbones import IDS, MASK, ladder, moved, tiny
 from causal_models import causal_model
-from torch import Tensor, nn
+from torch import nn
 
 from fastpeft import FastpeftError, unfuse_head
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.backbone_passes import features_of, listen, skip_layers
-from fastpeft.ladder.checks import check_positions
-
-KINDS = ("Roberta", "DistilBert", "ModernBert", "Electra", "DebertaV2", "GPT2")
-
-
-def last_feature(model: Any) -> Tensor:
-    """What the last layer of `model` gives for the samples, as any model computes it."""
-    kept = []
-    backbone = Backbone(model)
-    with (
-        torch.no_grad(),
-        listen(backbone, lambda layer, feature: None, lambda feature: kept.append(feature) or feature),
-    ):
-        model(IDS, attention_mask=MASK)
-    return kept[0]
-
-
-@pytest.mark.parametrize("learnt", [False, True], ids=["first pass", "after a whole pass"])
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_a_pass_without_layers_computes_the_rest_of_the_model(kind: str, learnt: bool) -> None:
-    model = tiny(kind)
-    model.config.pad_token_id = 0
-    backbone = Backbone(model)
-    if learnt:
-        with listen(backbone, lambda layer, feature: None, lambda feature: feature):
-            model(IDS, attention_mask=MASK)
-    with skip_layers(backbone, last_feature(model), {"input_ids": IDS, "attention_mask": MASK}):
-        skipped = model(IDS, attention_mask=MASK).logits
-    assert torch.equal(skipped, model(IDS, attention_mask=MASK).logits)
+from fastpeft.ladder.inputs import check_positions
+from fastpeft.ladder.passes import features_of, listen, skip_layers
 
 
 def test_layers_are_skipped_and_are_themselves_again_afterwards() -> None:
@@ -95,21 +66,6 @@ def test_no_cache_is_made_that_nobody_asked_for(kind: str, monkeypatch: pytest.M
     output = model(IDS, attention_mask=MASK)
     assert not kept
     assert output.get("past_key_values") is None
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_is_given_what_it_knows_and_keeps_no_keys_and_values(kind: str) -> None:
-    backbone = Backbone(tiny(kind))
-    given = {"input_ids": IDS, "token_type_ids": torch.zeros_like(IDS), "position_ids": None, "labels": MASK}
-    arguments, inputs = backbone.arguments(given), backbone.inputs(given)
-    assert arguments.keys() - {"use_cache", "token_type_ids"} == {"input_ids", "labels"}
-    assert inputs.keys() - {"use_cache", "token_type_ids"} == {"input_ids"}
-    assert ("token_type_ids" in inputs) == (kind not in ("DistilBert", "ModernBert"))
-    assert inputs.get("use_cache", False) is arguments.get("use_cache", False) is False
-    if kind == "GPT2":
-        assert "use_cache" in arguments
-        assert "use_cache" in inputs
-    features_of(backbone, given)
 
 
 @pytest.mark.long(but="llama-3-LST")
