@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpeft.errors import FastpeftError
 from fastpeft.ops.define import asks_for_gradients, check_first_derivative, is_transformed
 from fastpeft.ops.dtypes import autocast_dtype, compute_dtype, factors_dtype
 from fastpeft.ops.packing import Packs, num_rows, packed_linear
@@ -57,7 +58,9 @@ class Dense(NamedTuple):
         return product(x, self.stored.to(x.dtype), bias) if packed is None else packed_linear(x, packed, bias)
 
     def transposed_product(self, dh: Tensor) -> Tensor:
-        packed = self.form and self.form.of(self.stored, dh.dtype, transposed=True, rows=num_rows(dh))
+        packed = None
+        if self.form is not None:
+            packed = self.form.of(self.stored, dh.dtype, transposed=True, rows=num_rows(dh))
         return times(dh, self.stored.to(dh.dtype)) if packed is None else packed_linear(dh, packed, None)
 
 
@@ -146,8 +149,14 @@ def siva_products(
         weights: one a layer.
 
     Raises:
-        FastpeftError: x has another number of features than the weights.
+        FastpeftError: x does not fit the weights, or a weight requires a gradient by now.
     """
+    first = weights[0]
+    if not (x.dim() and x.shape[-1] == first.shape[1] and x.is_floating_point() and x.device == first.stored.device):
+        raise FastpeftError(
+            f"a layer of SiVA takes a floating x (*, {first.shape[1]}) on the device of its weight, here "
+            f"{first.stored.device}; got {x.dtype} {tuple(x.shape)} on {x.device}."
+        )
     of_factors = factors_dtype(dtype, x.device)
     if x.dtype is not dtype:
         x = x.to(dtype)
@@ -155,6 +164,8 @@ def siva_products(
         us, ss, vs = ([each.to(of_factors) for each in factors] for factors in (us, ss, vs))
     biases = [b if b is None or b.dtype is dtype else b.to(dtype) for b in biases]
     stored, forms = [weight.stored for weight in weights], [weight.form for weight in weights]
+    if any(weight.requires_grad for weight in stored):
+        raise FastpeftError("the weight of a layer of SiVA is frozen by definition; call requires_grad_(False) on it.")
     if is_transformed():  # which does not take our autograd formula
         dense = [weight.dense(dtype) for weight in weights]
         hs, _ = siva_linear_reference(x, dense, [None] * len(dense), [*us], [*ss], [*vs], biases)

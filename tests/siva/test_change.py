@@ -122,7 +122,7 @@ def test_mezo_takes_the_steps_that_it_takes_on_the_factors_themselves() -> None:
     torch.manual_seed(2)
     x, y = torch.randn(7, 20), torch.randn(7, 12)
     layer = SivaLinear.from_linear(linear(), 4)
-    u, s, v = (t.clone() for t in layer._initial("default"))
+    u, s, v = (t.clone() for t in layer.initial("default"))
     rest, bias = layer.base_layer.weight.detach(), layer.bias.detach()
     u, v = nn.Parameter(u), nn.Parameter(v)
     of_factors = MeZO([u, v], lr=1e-3, eps=1e-3, seed=5)

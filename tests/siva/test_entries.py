@@ -118,7 +118,7 @@ def test_all_linear_gives_small_layers_their_full_rank(tmp_path: Path, caplog: p
     model = peft.get_peft_model(base(), SivaConfig(r=4, target_modules="all-linear"))
     assert "r=4: layers that are smaller get their full rank: 2.1 (3)" in caplog.text
     assert set(model.targeted_module_names) == set(lora.targeted_module_names)
-    assert {layer.name: layer.r["default"] for layer in model.base_model._siva_layers()} == {"0": 4, "2.0": 4, "2.1": 3}
+    assert {layer.name: layer.adapters["default"].r for layer in model.base_model._siva_layers()} == {"0": 4, "2.0": 4, "2.1": 3}
     x = torch.randn(5, 6)
     torch.testing.assert_close(model(x), base()(x), **CLOSE)
     move(model)
@@ -178,10 +178,10 @@ def test_targets_are_those_of_any_method(given: dict[str, Any], expected: set[tu
 )
 def test_ranks_by_pattern_are_saved_and_loaded(tmp_path: Path, given: dict[str, Any], ranks: list[int]) -> None:
     model = adapted(**given)
-    assert [layer.r["default"] for layer in model.base_model._siva_layers()] == ranks
+    assert [layer.adapters["default"].r for layer in model.base_model._siva_layers()] == ranks
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
-    assert [layer.r["default"] for layer in loaded.base_model._siva_layers()] == ranks
+    assert [layer.adapters["default"].r for layer in loaded.base_model._siva_layers()] == ranks
     assert answers(loaded).equal(answers(model))
 
 

@@ -336,7 +336,8 @@ def test_torch_func_differentiates_by_row(residual: str) -> None:
     def loss(trained: dict[str, Tensor], x: Tensor) -> Tensor:
         with torch.nn.utils.stateless._reparametrize_module(layers, trained):
             alone = layers[0](x)
-            grouped = siva_linear_group(x, *zip(*(layer.operands()[:-1] for layer in layers), strict=True))
+            operands = [(layer.stored, *layer.acting(), layer.base_layer.bias) for layer in layers]
+            grouped = siva_linear_group(x, *zip(*operands, strict=True))
         return (alone * grouped[0] + grouped[1].square()).sum()
 
     trained = {name: layers.get_parameter(name).detach() for name in names}
@@ -423,7 +424,7 @@ def test_an_empty_adapter_beside_another_says_so(residual: str) -> None:
     assert layer(inputs()).equal(expected), "while it waits, the other acts"
     layer.set_adapter("second")
     for use in (lambda: layer(inputs()), lambda: layer.merge(adapter_names=["second"])):
-        with pytest.raises(FastpeftError, match="'second' was made with init_weights='saved' and lacks siva_du"):
+        with pytest.raises(FastpeftError, match="'second' was made with init_weights='saved' and holds nothing yet"):
             use()
     layer.set_adapter("default")
     layer.delete_adapter("second")
