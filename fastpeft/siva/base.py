@@ -58,16 +58,16 @@ def check_kind(base_layer: Any, name: str) -> None:
             f"{name} is a {kind.__name__}; SiVA adapts nn.Linear and transformers' Conv1D. Leave it out of "
             "target_modules."
         )
+    if is_sharded(base_layer):
+        raise FastpeftError(
+            f"{name}: its weight is sharded among processes, and SiVA decomposes whole ones. Put the adapter on the "
+            "model first and shard it then, by FSDP; tensor parallelism cannot be used."
+        )
     if kind.__name__ == "Linear8bitLt" or is_traceable_wrapper_subclass(base_layer._parameters.get("weight")):
         form = "8 bits of bitsandbytes" if kind.__name__ == "Linear8bitLt" else "the form of torchao"
         raise FastpeftError(
             f"{name} has a weight in {form} ({type(base_layer.weight).__name__}), which SiVA does not adapt. Load the "
             "model unquantised, with SivaConfig(residual_dtype='int8') or 'nf4' for fewer bits."
-        )
-    if is_sharded(base_layer):
-        raise FastpeftError(
-            f"{name}: its weight is sharded among processes, and SiVA decomposes whole ones. Put the adapter on the "
-            "model first and shard it then, by FSDP; tensor parallelism cannot be used."
         )
     problem = None
     if "weight" not in base_layer._parameters:  # it would come out of its parts again, whatever is stored in it

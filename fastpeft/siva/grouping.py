@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.ops.dtypes import autocast_dtype
-from fastpeft.ops.frozen_weight import Dense, siva_products
+from fastpeft.ops.frozen_weight import Dense, FrozenWeight, siva_products
 from fastpeft.siva.base import AdaptedLayer
+from fastpeft.siva.decompose import Factors
 
 # Names of the query, key and value projections, architecture by architecture.
 ATTENTION = (
@@ -159,15 +160,13 @@ class _Group:
 
     def _compute(self, layer: AdaptedLayer, x: Tensor) -> None:
         """The outputs of all layers that can be computed together with `layer`, if there are any others."""
-        weight = layer.frozen
-        if not isinstance(weight, Dense) or x.shape[-1:] != (layer.in_features,):
+        # first: an adapter that is filled only now may bring a quantised residual
+        acting = {member: factors for member in self._layers if (factors := _acting(member)) is not None}
+        if layer not in acting or x.shape[-1:] != (layer.in_features,):
             return
-        members = {
-            member: factors
-            for member in self._layers
-            if _can_join(member, weight) and (factors := member.acting()) is not None
-        }
-        if layer not in members or len(members) == 1:
+        weight = layer.frozen
+        members = {member: factors for member, factors in acting.items() if _alike(member.frozen, weight)}
+        if len(members) < 2:
             return
         us, ss, vs = zip(*members.values(), strict=True)
         weights, biases = [member.frozen for member in members], [member.base_layer.bias for member in members]
@@ -184,20 +183,20 @@ class _Open(threading.local):
 _open = _Open()  # the groups of the modules that this thread is running
 
 
-def _can_join(layer: AdaptedLayer, weight: Dense) -> bool:
-    """Whether `layer` computes by its weight alone, which is like `weight`, so that another may compute for it.
+def _acting(layer: AdaptedLayer) -> Factors | None:
+    """What `layer` would add to its weight; None if its call does not, or more than that.
 
     A hook before its forward, or a function in place of its forward, may change x or load the layer's weights only then
     (sharding, offloading).
     """
-    if layer._forward_pre_hooks or "forward" in layer.__dict__:
+    return None if layer._forward_pre_hooks or "forward" in layer.__dict__ else layer.acting()
+
+
+def _alike(weight: FrozenWeight, other: FrozenWeight) -> bool:
+    if not (isinstance(weight, Dense) and isinstance(other, Dense)):
         return False
-    own = layer.frozen
-    return (
-        isinstance(own, Dense)
-        and all(getattr(own.stored, fact) == getattr(weight.stored, fact) for fact in ("dtype", "device"))
-        and own.shape[1] == weight.shape[1]
-    )
+    (one, _), (two, _) = weight, other
+    return one.dtype is two.dtype and one.device == two.device and one.shape[1] == two.shape[1]
 
 
 def _saving_hooks() -> Any:

@@ -118,7 +118,11 @@ def test_all_linear_gives_small_layers_their_full_rank(tmp_path: Path, caplog: p
     model = peft.get_peft_model(base(), SivaConfig(r=4, target_modules="all-linear"))
     assert "r=4: layers that are smaller get their full rank: 2.1 (3)" in caplog.text
     assert set(model.targeted_module_names) == set(lora.targeted_module_names)
-    assert {layer.name: layer.adapters["default"].r for layer in model.base_model._siva_layers()} == {"0": 4, "2.0": 4, "2.1": 3}
+    assert {layer.name: layer.adapters["default"].r for layer in model.base_model._siva_layers()} == {
+        "0": 4,
+        "2.0": 4,
+        "2.1": 3,
+    }
     x = torch.randn(5, 6)
     torch.testing.assert_close(model(x), base()(x), **CLOSE)
     move(model)

@@ -97,7 +97,7 @@ def test_gradients_are_those_of_the_weight_as_numbers(nested: bool) -> None:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         found = layer(x)
-    changes = [change.weight for change in layer._changes("default")]
+    changes = [change.weight for change in layer.changes("default")]
     ours = torch.autograd.grad((found**2).sum(), [x, *changes])
     change = layer._trained("default").product() - layer.initial("default").product()
     expected = nn.functional.linear(same, weight + change, base.bias)

@@ -187,7 +187,7 @@ def test_gradients_are_those_of_the_dequantised_layer(kind: Any) -> None:
     layer = move(quantised(kind), size=0.1)
     x, copied = inputs().requires_grad_(), inputs().requires_grad_()
     u, s, v = (factor.detach().requires_grad_(factor.requires_grad) for factor in layer._trained("default"))
-    du, dv = (change.weight for change in layer._changes("default"))
+    du, dv = (change.weight for change in layer.changes("default"))
     expected = siva_linear(copied, layer.quantised.dequantise(torch.float32), u, s, v, layer.bias)
     found = layer(x)
     weights = torch.randn(found.shape)
@@ -203,7 +203,7 @@ def test_each_of_several_active_adapters_gets_its_gradients(kind: Any) -> None:
     layer = move(quantised(kind), size=0.1)
     layer.update_layer("second", 4, SivaConfig(residual_dtype=kind))
     layer.set_adapter(["default", "second"])
-    changes = [change.weight for name in layer.active_adapters for change in layer._changes(name)]
+    changes = [change.weight for name in layer.active_adapters for change in layer.changes(name)]
     outputs = layer(inputs()), nn.functional.linear(inputs(), layer.weight, layer.bias)
     weights = torch.randn(outputs[0].shape)
     found, expected = (torch.autograd.grad((output * weights).sum(), changes) for output in outputs)

@@ -87,23 +87,11 @@ def test_a_token_sees_every_change(residual: str, change: Callable[[Attention], 
 
 
 @torch.no_grad()
-def test_a_token_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = made(), torch.randn(1, 1, 16)
-    wanted = expected(model, x)
-    for place in ("layer.siva_linear", "grouping.siva_linear_group"):
-        monkeypatch.setattr(f"fastpeft.siva.{place}", None)
-    torch.testing.assert_close(model(x), wanted, **CLOSE)
-    torch.testing.assert_close(model.query(x), wanted[..., :16], **CLOSE)
-    with pytest.raises(TypeError):
-        model(torch.randn(1, 2, 16))
-
-
-@torch.no_grad()
 def test_what_does_not_fit_is_cast_or_refused_as_ever() -> None:
     model = made()
-    with pytest.raises(FastpeftError, match=r"x \(1, 1, 15\)"):
+    with pytest.raises(FastpeftError, match=r"\(1, 1, 15\)"):
         model.query(torch.randn(1, 1, 15))
-    with pytest.raises(FastpeftError, match=r"x \(\)"):
+    with pytest.raises(FastpeftError, match=r"\(\)"):
         model.query(torch.tensor(1.0))
     model.query.base_layer.bias.data = model.query.base_layer.bias.bfloat16()
     assert model.query(torch.randn(1, 1, 16)).dtype is torch.float32
