@@ -69,36 +69,25 @@ def warn_of_unmatched(
     chosen = peft_config.layers_to_transform
     layers = [chosen] if isinstance(chosen, int) else chosen or []
     blocks = _blocks(peft_config, names) if layers else []
-    unmatched: dict[str, tuple[list[Any], list[str], str]] = {
+    unmatched: dict[str, tuple[list[Any], list[str]]] = {  # what matches nothing, and what there is
         "target_modules": (
             [name for name in wanted if all(is_head(each) for each in names if f".{each}".endswith(f".{name}"))],
             endings(linear),
-            f"Linear layers here end in {', '.join(endings(linear))}, beside the head",
         ),
         "rank_pattern": (
-            [
-                key
-                for key in peft_config.rank_pattern
-                if not any(get_pattern_key([key], name) == key for name in targets)
-            ],
+            [key for key in peft_config.rank_pattern if all(get_pattern_key([key], name) != key for name in targets)],
             endings(targets),
-            f"Adapted layers end in {', '.join(endings(targets))}",
         ),
         "modules_to_save": (
             [name for name in saved if not any(each.endswith(name) for each in names)],
-            endings(names),
-            f"The model consists of {', '.join(name for name, _ in model.named_children())}, and what is in them",
+            [name for name, _ in model.named_children()],
         ),
-        "layers_to_transform": (
-            [index for index in layers if index not in blocks],
-            [],
-            f"Blocks here are {', '.join(map(str, blocks))}",
-        ),
+        "layers_to_transform": ([index for index in layers if index not in blocks], [str(block) for block in blocks]),
     }
-    for field, (strange, near, there) in unmatched.items():
+    for field, (strange, there) in unmatched.items():
         if strange:
-            shown, meant = ", ".join(sorted(map(repr, strange))), did_you_mean(str(strange[0]), near)
-            logger.warning("%s: nothing matches %s.%s %s", field, shown, meant, there)
+            shown, meant = ", ".join(sorted(map(repr, strange))), did_you_mean(str(strange[0]), there)
+            logger.warning("%s: nothing matches %s.%s Here are %s", field, shown, meant, ", ".join(there))
 
 
 def reading_hidden_states(model: nn.Module, names: Collection[str]) -> set[str]:
