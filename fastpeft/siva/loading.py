@@ -124,6 +124,9 @@ def _initial(layer: Any, name: str, state_dict: dict[str, Tensor], prefix: str, 
                 f"{layer.name}: what is being loaded for adapter {name!r} lacks {lacks[0]}, or holds it in another "
                 "shape or without values. Load all tensors that save_pretrained wrote."
             )
+    u, s, v = found[:3]
+    if u is None or s is None or v is None:
+        return None
     # PEFT puts an adapter's name only into keys that the model has
     scaled = any(f"{prefix}siva_du.{key}" in state_dict for key in (f"{name}.scale", "scale"))
     if keys[3] in state_dict and scaled != (layer.adapters[name].step is not None):
@@ -131,8 +134,7 @@ def _initial(layer: Any, name: str, state_dict: dict[str, Tensor], prefix: str, 
             f"{layer.name}: adapter {name!r} was trained with another scaling than it has here, so its changes "
             "would act in another size. Give its SivaConfig the scaling with which it was trained."
         )
-    u, s, v = found[:3]
-    return None if u is None or s is None or v is None else Factors(u, s, v)
+    return Factors(u, s, v)
 
 
 def _take_whole(
