@@ -26,7 +26,7 @@ from bench.backbones import MODELS
 from bench.harness import DATA, ROUNDS, Candidates, columns_of, measure, option_parser
 from fastpeft import pack_frozen
 from fastpeft.functional import int8_linear
-from fastpeft.ops.frozen_linear import frozen_linear
+from fastpeft.ops.frozen_weight import Dense
 from fastpeft.ops.packing import Packs, quantise_rows
 
 FILE, ENCODER_FILE = DATA / "frozen_linear.csv", DATA / "frozen_encoder.csv"
@@ -73,9 +73,9 @@ def candidates(case: Case) -> Candidates:
     half_packs = Packs()
     found = {
         "F.linear float32": ready(lambda rows: F.linear(rows, weight, bias), FLOAT),
-        "packed float32": ready(lambda rows: frozen_linear(rows, weight, bias, packs), FLOAT),
+        "packed float32": ready(lambda rows: Dense(weight, packs).product(rows, bias), FLOAT),
         "F.linear bfloat16": ready(lambda rows: F.linear(rows, half, half_bias), HALF),
-        "packed bfloat16": ready(lambda rows: frozen_linear(rows, half, half_bias, half_packs), HALF),
+        "packed bfloat16": ready(lambda rows: Dense(half, half_packs).product(rows, half_bias), HALF),
     }
     if case.work == "forward":
         layer = nn.Linear(case.in_features, case.out_features)
