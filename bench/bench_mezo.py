@@ -11,17 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import DATA, Candidates, columns_of, measure, timing_parser
+from bench.harness import Bench, Candidates, Run
 from fastpeft import MeZO, Prompt
 from fastpeft.prompts.model import load_prompted
 
-FILE = DATA / "mezo_step.csv"
 LR, EPS = 1e-6, 1e-3
-ROUNDS = 11
 
 
 @dataclass(frozen=True)
@@ -37,9 +34,6 @@ class Case:
     model: str = "demo"
     dtype: str = "float32"
     work: str = "one step"
-
-    def __str__(self) -> str:
-        return f"{self.estimator}-{self.num_estimates}-{self.noise}"
 
 
 CASES = [
@@ -64,20 +58,23 @@ def batch_of(case: Case, device: torch.device) -> dict[str, Tensor]:
 
 
 def candidates(case: Case, device: torch.device) -> Candidates:
-    """The forwards of a step, and steps with them, ready to run."""
+    """The forwards of a step, and steps with them."""
     batch = batch_of(case, device)
 
     def loss_of(model: nn.Module) -> Callable[[], float]:
         return lambda: float(model(**batch).loss)
 
-    bare = loss_of(prompted(device))
+    def forwards() -> Run:
+        bare = loss_of(prompted(device))
 
-    @torch.no_grad()
-    def forwards() -> None:
-        for _ in range(case.forwards):
-            bare()
+        @torch.no_grad()
+        def run() -> None:
+            for _ in range(case.forwards):
+                bare()
 
-    def step(**options: Any) -> Callable[[], object]:
+        return run
+
+    def step(**options: Any) -> Run:
         model = prompted(device)
         kind = {"estimator": case.estimator, "num_estimates": case.num_estimates, "noise": case.noise}
         optimizer = MeZO(model, LR, EPS, **kind, **options)
@@ -85,19 +82,22 @@ def candidates(case: Case, device: torch.device) -> Candidates:
         optimizer.step(closure)  # the first looks twice
         return lambda: optimizer.step(closure)
 
-    made = {
+    def loop() -> Run:
+        model = prompted(device)
+        return reference_step(model, loss_of(model))
+
+    made: dict[str, Callable[[], Run]] = {
         "forwards": forwards,
-        "step": step(),
-        "step, deferred": step(defer=True),
-        "step, exact": step(restore="exact"),
+        "step": step,
+        "step, deferred": lambda: step(defer=True),
+        "step, exact": lambda: step(restore="exact"),
     }
     if (case.estimator, case.noise) == ("spsa", "gaussian"):
-        model = prompted(device)
-        made["reference's loop"] = reference_step(model, loss_of(model))
+        made["reference's loop"] = loop
     return made
 
 
-def reference_step(model: nn.Module, closure: Callable[[], float]) -> Callable[[], object]:
+def reference_step(model: nn.Module, closure: Callable[[], float]) -> Run:
     """A step as the reference makes it: the same noise drawn anew for each of four passes over every tensor."""
     params = [p for p in model.parameters() if p.requires_grad]
 
@@ -118,18 +118,7 @@ def reference_step(model: nn.Module, closure: Callable[[], float]) -> Callable[[
     return step
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", ["forwards", "step, deferred"])
-def test_mezo_step(benchmark: Any, case: Case, name: str) -> None:
-    benchmark.group = str(case)
-    benchmark(candidates(case, torch.device("cpu"))[name])
-
-
-def main() -> None:
-    given = timing_parser(__doc__, ROUNDS).parse_args()
-    for case in CASES:
-        measure(FILE, columns_of(case), candidates(case, given.device), given.device, given.rounds)
-
+BENCH = Bench(__doc__, "mezo_step.csv", lambda _: CASES, candidates, rounds=11)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main()

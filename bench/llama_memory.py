@@ -18,26 +18,9 @@ that is cut off goes on, and after a change of the code the file is deleted firs
 A row tells apart weights, gradients, optimizer state, and the rest of the peak. The peak need not be where all
 gradients are: then the rest is smaller than the activations.
 
-Counted on paper for 8B, 2,048 tokens, batch 1, in MB (2^20 bytes), before it was simulated. d = 4096 is the width, f =
-14336 that of the feed-forward, D that of the side network.
-
-- Weights: 6,979 M in linear layers, 525 M each in embeddings and head: 15,317 in bfloat16. In nf4 with scales in
-  float32 3,744 and 2,004: 5,748; with scales in 8 bits 5,438. Rank 16 in all layers is 42 M: 160 in float32, as much
-  in gradients and half in optimizer state. SiVA has its initial factors too: 320, or 240 beside 4 bits, where these are
-  in bfloat16. That was predicted to save 80 of the peak.
-- LoRA keeps of a token and layer four times f and nine times d in bfloat16, twice d in float32, and the smaller keys
-  and values: 0.23 MB, 14,000 in all. With checkpointing 32 inputs, 512, and of one layer what it keeps and its
-  gradient: 1,000.
-- LST keeps 33 features, 528, and of a token and side block 19 D numbers, three of these D in float32: 44 D bytes. At
-  D = 256 that is 700, at 512 1,400, or with checkpointing one state of 4 D bytes, 64 and 128. It trains 61 M or 172 M:
-  232 or 657 in weights, as much in gradients and half in state.
-- 9-LST keeps its windows too, 18 D bytes of a token and block; with the projections of nine slots it trains 319 M at
-  D = 256 and 690 M at 512: 10 bytes each, 3,040 and 6,600.
-- The loss: logits in bfloat16 and float32 and the gradient of these are 2,500; without them 63, a chunk of 256 tokens.
-- With six blocks, at D = 512: of LST 7 features, 112, and 262 inside of blocks; 36 M trained, 137 in weights, as much
-  in gradients and half in state: 6,150 beside nf4-double, where 32 blocks take 8,700. Of 9-LST six slots of 32 are
-  trained, 130 M, and 33 features and 110 of windows are kept: 7,600.
-- MeZO keeps nothing: the weights and a layer's inside, 4 times f, 300.
+Counted on paper for 8B, 2,048 tokens, batch 1, in MB (2^20 bytes), before it was simulated: weights 15,317 in bfloat16,
+5,748 in nf4 and 5,438 with its scales in 8 bits; of LoRA 14,000 in activations, checkpointed 1,000; of LST with six
+blocks 6,150 in all beside nf4-double, and 8,700 with one for each layer; of 9-LST with six 7,600.
 
 `--measure MODEL` runs such steps, in float32, on a Llama that is there, as SmolLM2-135M (`python -m bench.pretrained
 smollm2 models/smollm2`), and writes peaks of live tensors beside what is simulated for them to
