@@ -9,7 +9,7 @@ from typing import Any
 
 import memory_tables
 import numpy as np
-from table_rows import DOCS, LORA, NAMES, Row, cells_of, over_seeds, read, rows, settings, table, whole
+from table_rows import LORA, NAMES, Row, cells_of, over_seeds, rows, settings, table, whole
 
 from fastpeft.comparison.significance import compare_pair, row_scores
 from fastpeft.comparison.suites import PaperRow, get_suite
@@ -48,49 +48,8 @@ def _milliseconds() -> dict[str, float]:
     return {row["candidate"]: float(row["ms_p50"]) for row in rows("training.csv") if row["model"] == "demo"}
 
 
-def demo() -> str:
-    """Every method on the demo data, without a prompt."""
-    plain = {"targets", "rank", "learning_rate", "optim"}
-    found = results("compare_demo.csv", lambda row: set(settings(row["variant"])) <= plain)
-    milliseconds = _milliseconds()
-    body = []
-    for row in found:
-        layers = _layers(row)
-        work = layers.replace("query, value", "query, key")  # two matrices of one size a block are the same work
-        timed = row["method"] + ("" if work == "-" else f"-{work.replace(', ', '-').replace(' ', '-')}")
-        speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds and "optim" not in row["variant"] else "-"
-        accuracy = f"{float(row['accuracy']):.3f}"
-        memory, trained = whole(row["peak_memory_mb"]), whole(row["trainable_parameters"])
-        body.append([_named(row), layers, memory, accuracy, speed, trained])
-    return table(["method", "layers", "peak memory, MB", "accuracy", "samples/s", "trainable parameters"], body)
-
-
-def comparison(folder: str) -> dict[str, list[Row]]:
-    """The runs of each variant, one a seed, of a comparison in docs/results; those of its searches are left out."""
-    runs: dict[str, list[Row]] = {}
-    for run in read(DOCS / "results" / folder / "results.csv"):
-        if run["state"] == "finished" and not run.get("search"):
-            runs.setdefault(run["variant"], []).append(run)
-    return runs
-
-
 def _percent(runs: Sequence[Row], metric: str = "accuracy") -> str:
     return over_seeds([100 * float(run[metric]) for run in runs])
-
-
-def sst2() -> str:
-    """Every method on SST-2, without a prompt and from the pretrained model, least memory first."""
-    body = []
-    for runs in (*comparison("table2-full").values(), *comparison("peers").values()):
-        first = runs[0]
-        given = settings(first["variant"])
-        if given.keys() <= {"targets", "rank", "window", "optim", "learning_rate"}:
-            name = _named(first).replace("9", given.get("window", "9"))
-            scores = [_percent(runs, metric) for metric in ("accuracy", "f1")]
-            rate = f"{float(first['learning_rate']):g}"
-            body.append((float(first["peak_memory_mb"]), [name, _layers(first), *scores, rate]))
-    heads = ["method", "layers", "accuracy, %", "F1, %", "learning rate", "peak memory, MB"]
-    return table(heads, ([*cells, f"{memory:,.0f}"] for memory, cells in sorted(body)))
 
 
 SUMMARY = {  # of the README: the paper's variant -> (case of memory.csv, candidate of training.csv, what trains)
@@ -117,40 +76,25 @@ def summary() -> str:
     return table(["method", "what trains", *heads], body)
 
 
-def targets() -> str:
-    """Full fine-tuning, LoRA and SiVA by the layers they adapt, on two data sets."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for folder in ("targets-demo", "table2-full"):
-        for runs in comparison(folder).values():
-            if runs[0]["method"] in ("full", "lora", "siva"):  # which the suites have without prompts
-                rate = f"{float(runs[0]['learning_rate']):g}"
-                cells = found.setdefault((_layers(runs[0]), NAMES[runs[0]["method"]]), [])
-                cells += [_percent(runs), rate]
-    body = [[name, layers, *cells] for (layers, name), cells in sorted(found.items())]
-    return table(["method", "layers", "demo data, %", "rate", "SST-2, %", "rate"], body)
-
-
 def _given(row: PaperRow) -> str:
     """The paper's accuracy; both where its tables have two."""
     return " / ".join(f"{value:.2f}" for value in row.accuracy)
 
 
-def suite(folder: str, *, speeds: bool = True) -> str:
-    """The paper's rows beside what a comparison in docs/results measured; speeds only of runs that had the machine."""
-    runs = comparison(folder)
+def table2() -> str:
+    """The paper's rows beside what the bundled model has; runs of searches are left out."""
+    runs: dict[str, list[Row]] = {}
+    for run in rows("table2_full.csv"):
+        if run["state"] == "finished" and not run["search"]:
+            runs.setdefault(run["variant"], []).append(run)
     body = []
     for row in PAPER:
         found = runs.get(row.variant.replace(":layers_per_block=1", ""))  # of the bundled model's six layers
         if found:
-            cells = [_given(row), _percent(found)]
-            for given, column in ((row.memory_mb, "peak_memory_mb"), (row.samples_per_second, "samples_per_second")):
-                measured = mean(float(run[column]) for run in found)
-                cells += ["-" if given is None else f"{given:,}", f"{measured:,.0f}"]
-            body.append([row.title, *cells])
-    heads = ["", "accuracy, %: paper", "here", "memory, MB: paper", "here", "samples/s: paper", "here"]
-    if not speeds:
-        heads, body = heads[:-2], [cells[:-2] for cells in body]
-    return table(heads, body)
+            given = "-" if row.memory_mb is None else f"{row.memory_mb:,}"
+            memory = f"{mean(float(run['peak_memory_mb']) for run in found):,.0f}"
+            body.append([row.title, _given(row), _percent(found), given, memory])
+    return table(["", "accuracy, %: paper", "here", "memory, MB: paper", "here"], body)
 
 
 def _papers_cells(task: str, variant: str) -> list[dict[str, Any]]:
@@ -392,14 +336,6 @@ def prompts() -> str:
     return table(PROMPTED, map(_prompted, results("compare_demo.csv", keep)))
 
 
-def after_mezo() -> str:
-    """What methods reach from the weights that MeZO left."""
-    found = results(
-        "compare_demo.csv", lambda row: ":init_from=" in row["variant"] and "max_steps" not in row["variant"]
-    )
-    return table(PROMPTED, map(_prompted, found))
-
-
 WAYS = {
     "zero-shot": "no training",
     "calibrated": "no training, calibrated",
@@ -442,22 +378,6 @@ def _prompted(row: Row) -> list[str]:
     return [name, answer, whole(row["peak_memory_mb"]), *_scores(row)]
 
 
-def ladder_options() -> str:
-    """Options of the side network, on slices of 2,000 rows."""
-    runs: dict[tuple[str, str], list[Row]] = {}
-    for row in rows("ladder_options.csv"):
-        runs.setdefault((row["data"], row["variant"]), []).append(row)
-    body = []
-    for (data, variant), found in sorted(runs.items(), key=lambda item: item[0][0]):
-        accuracies = [float(row["entity_f1"] or row["accuracy"]) for row in found]
-        losses = [float(row["loss"]) for row in found]
-        parameters = whole(found[0]["trainable_parameters"])
-        body.append(
-            [data, f"`{variant}`", f"{len(found)}", f"{mean(accuracies):.3f}", f"{mean(losses):.3f}", parameters]
-        )
-    return table(["data", "variant", "seeds", "accuracy, of tags F1", "loss", "trainable parameters"], body)
-
-
 def frozen_accuracy() -> str:
     """What fewer bits cost: the same runs in float32, in bfloat16 and with an int8 backbone, paired by seed."""
     runs: dict[tuple[str, str], list[Row]] = {}
@@ -470,13 +390,6 @@ def frozen_accuracy() -> str:
         each = ", ".join(f"{100 * round(float(row['difference']) * dev_rows) / dev_rows:+.1f}" for row in found)
         body.append([NAMES[method], dtype, f"{mean(accuracies):.1f}", "-" if dtype == "float32" else each])
     return table(["", "frozen weights", "accuracy, %", "beside float32, by seed"], body)
-
-
-def ladder_pretraining() -> str:
-    """What masked words, learned first, and SiVA beside it give a side network."""
-    found = [row for row in rows("ladder_pretraining.csv") if row["accuracy"]]
-    body = [[row["cell"], f"{float(row['accuracy']):.3f}", f"{float(row['loss']):.3f}"] for row in found]
-    return table(["trained", "accuracy", "loss"], body)
 
 
 def siva_rates() -> str:

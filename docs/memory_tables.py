@@ -108,7 +108,6 @@ LLAMA = {
     ("lora", "bfloat16", "fused", "", ""): "LoRA",
     ("full", "bfloat16", "logits", "", ""): "full fine-tuning",
 }
-_LLAMA_SIZES = (("1", "512"), ("4", "512"), ("1", "2048"), ("4", "2048"))  # rows, tokens
 
 
 def _llama() -> Iterator[tuple[str, dict[tuple[str, ...], Row]]]:
@@ -146,16 +145,6 @@ def llama_parts() -> str:
             if row and row["backbone"] == "nf4":
                 body.append([name + suffix, *(whole(row[f"{part}_mb"]) for part in parts)])
     return table(["MB", "weights", "gradients", "optimizer state", "the rest", "peak"], body)
-
-
-def llama_sizes() -> str:
-    """Peaks of the 8B by rows and tokens, checkpointed where that is possible, of what has been simulated for all."""
-    body = []
-    for name, found in _llama():
-        again = "no" if "MeZO" in name else "yes"
-        peaks = [_peak(found, "8B", again, *size) for size in _LLAMA_SIZES]
-        body += [] if "-" in peaks else [[name, *peaks]]
-    return table(["peak memory, MB", *(f"{count} x {int(tokens):,} tokens" for count, tokens in _LLAMA_SIZES)], body)
 
 
 def llama_measured() -> str:

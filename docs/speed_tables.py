@@ -82,17 +82,6 @@ def all_steps() -> str:
     return table(["one training step", *heads], ([TRAINING_STEPS[name], *cells] for name, cells in times.items()))
 
 
-def siva_profile(targets: str) -> str:
-    """Where a step of the bundled model goes."""
-    found = [row for row in rows("siva_profile.csv") if row["targets"] == targets]
-    columns = ("siva", "limit", "lora")
-    body = []
-    for kind in dict.fromkeys(row["kind"] for row in found):
-        spent = {row["candidate"]: row["ms"] for row in found if row["kind"] == kind}
-        body.append([kind, *(f"{float(spent[column]):.1f}" for column in columns)])
-    return table(["milliseconds of a step", "**SiVA**", "the bound", "LoRA"], body)
-
-
 def quantised_steps() -> str:
     """SiVA on nf4 beside QLoRA; ratios to QLoRA's time in the same round."""
     found: dict[tuple[str, str, str], dict[str, str]] = {}
@@ -223,24 +212,6 @@ def pool() -> str:
         for row in rows("pool.csv")
     ]
     return table(["work", "", "ms", "time over the first"], body)
-
-
-def serve() -> str:
-    """`fastpeft serve` under load."""
-    body = [
-        [
-            row["tasks"].replace(" ", ", "),
-            row["clients"],
-            whole(row["requests"]),
-            *(row[name] for name in ("requests_per_s", "texts_per_s")),
-            *(whole(row[name]) for name in ("ms_p50", "ms_p99")),
-            row["wrong"],
-            row["load"],
-        ]
-        for row in rows("serve.csv")
-    ]
-    heads = ["tasks", "clients", "requests", "a second", "texts a second", "ms, p50", "ms, p99", "wrong", "load"]
-    return table(heads, body)
 
 
 FROZEN = {

@@ -45,13 +45,13 @@ def read(file: Path) -> list[Row]:
 
 
 def cells_of(task: str, variant: str) -> list[dict[str, Any]]:
-    """The cells of a variant that `python -m bench.evidence` has finished, one a seed."""
+    """The cells of a variant in `bench/data/evidence`, one a seed."""
     name = re.sub(r"[^\w.+=-]+", "-", variant).strip("-")  # as a comparison names its folders
     return _cells(task, f"{name}-seed*.json")
 
 
 def all_cells(task: str) -> list[dict[str, Any]]:
-    """Every cell of a task that `python -m bench.evidence` has finished."""
+    """Every cell of a task in `bench/data/evidence`."""
     return _cells(task, "*.json")
 
 
