@@ -9,7 +9,7 @@ from typing import Any
 
 import memory_tables
 import numpy as np
-from table_rows import LORA, NAMES, Row, cells_of, over_seeds, rows, settings, table, whole
+from table_rows import LORA, NAMES, Row, cells_of, over_seeds, rows, table, whole
 
 from fastpeft.comparison.significance import compare_pair, row_scores
 from fastpeft.comparison.suites import PaperRow, get_suite
@@ -17,30 +17,6 @@ from fastpeft.comparison.suites import PaperRow, get_suite
 PAPER = get_suite("table2").rows  # which has all of the paper's, with the prompt for film reviews
 
 LAYERS = {"key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
-OWN_LAYERS = {  # where none are given; of LoRA and its kin PEFT's
-    "siva": "all that read hidden states",
-    "lora": "query, value",
-    "pissa": "query, value",
-    "lokr": "query, value",
-    "qlora": "all linear",
-    "ia3": "key, value, outputs",
-}
-
-
-def results(file: str, keep: Callable[[Row], bool]) -> list[Row]:
-    """Runs of a comparison, least memory first; what was not trained has none."""
-    kept = [row for row in rows(file) if keep(row)]
-    return sorted(kept, key=lambda row: float(row["peak_memory_mb"] or 0))
-
-
-def _layers(row: Row) -> str:
-    targets = settings(row["variant"]).get("targets")
-    return LAYERS[targets] if targets else OWN_LAYERS.get(row["method"], "-")
-
-
-def _named(row: Row) -> str:
-    in_8_bits = "optim" in settings(row["variant"])
-    return NAMES[row["method"]] + (", 8-bit AdamW" if in_8_bits else "")
 
 
 def _milliseconds() -> dict[str, float]:
@@ -249,33 +225,6 @@ def speaking() -> str:
     return table(heads, body)
 
 
-GENERALISATION = {  # titles of some of them
-    "full": "full fine-tuning",
-    "lora:rank=8:targets=all-linear": "LoRA, all linear",
-    "siva:rank=8:targets=all-linear": "SiVA, all linear",
-    f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
-    f"siva:rank=4:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of these",
-    "last-n": "last 3 layers",
-    "lst": "LST",
-    "k-lst:window=9": "9-LST",
-    f"lst{BESIDE_16}:learning_rate=0.001": "LST with SiVA in the last 16 layers, at SiVA's rate",
-    f"lst{BESIDE_16}:learning_rate=0.001:epochs=3": "the same, three epochs",
-    "k-lst:window=9:siva_layers=10:rank=8:targets=all-linear:learning_rate=0.001": "9-LST, SiVA in all linear of 10",
-}
-
-
-def generalisation() -> str:
-    """The loss of a decoder in the last fifth of training, and that of rows with other meanings."""
-    body = []
-    for variant, title in GENERALISATION.items():
-        cells = cells_of("e2e", variant)
-        curves = [[loss for _, loss in cell["curves"]["training loss"]] for cell in cells]
-        learned = mean(mean(losses[-(len(losses) // 5) :]) for losses in curves)
-        other = mean(cell["metrics"]["loss"] for cell in cells)
-        body.append([title, f"{learned:.2f}", f"{other:.2f}", f"{other - learned:+.2f}"])
-    return table(["", "loss, end of training", "of dev rows", "difference"], body)
-
-
 def base_rates() -> str:
     """What each rate reached on a slice, by its ratio to the recipe's for a wide model, which the file has first."""
     heads = {  # powers of three
@@ -322,20 +271,6 @@ def _answers(cells: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.stack([np.equal(cell["predictions"]["labels"], cell["predictions"]["predictions"]) for cell in cells])
 
 
-def _scores(row: Row) -> list[str]:
-    return [f"{float(row[name]):.3f}" for name in ("accuracy", "f1")]
-
-
-def prompts() -> str:
-    """What a prompt does on the demo data: label words, or a template for a head."""
-
-    def keep(row: Row) -> bool:
-        given = settings(row["variant"])
-        return "prompt" in given and "init_from" not in given and "max_steps" not in given
-
-    return table(PROMPTED, map(_prompted, results("compare_demo.csv", keep)))
-
-
 WAYS = {
     "zero-shot": "no training",
     "calibrated": "no training, calibrated",
@@ -366,16 +301,6 @@ def _several(measured: Sequence[Row]) -> str:
         return "-"
     spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
     return f"{mean(values):.3f}{spread}"
-
-
-PROMPTED = ("method", "answer", "peak memory, MB", "accuracy", "F1")
-
-
-def _prompted(row: Row) -> list[str]:
-    given = settings(row["variant"].partition(":init_from=")[0])
-    answer = given.get("prompt_head", "label words" if "prompt" in given else "no prompt")
-    name = NAMES[row["method"]] + (", calibrated" if "calibrate" in given else "")
-    return [name, answer, whole(row["peak_memory_mb"]), *_scores(row)]
 
 
 def frozen_accuracy() -> str:
@@ -411,22 +336,6 @@ def quantised() -> str:
     errors = "weight_error", "logit_error"
     body = ([row["format"], ways[row["way"]], *(f"{100 * float(row[each]):.1f} %" for each in errors)] for row in found)
     return table(["format", "factors fitted by", "error of the weights", "of the logits"], body)
-
-
-def quantised_weights() -> str:
-    ways = {"plain": "the weight alone", "loftq": "LoftQ", "qpissa": "QPiSSA", "siva": "**SiVA**"}
-    shown = {"mpnet": "MPNet-base", "smollm2": "SmolLM2-135M"}
-    found = {
-        (row["model"], row["r"], row["way"]): f"{100 * float(row['weight_error']):.2f} %"
-        for row in rows("siva_quantised.csv")
-        if row["format"] == "nf4"
-    }
-    body = [
-        [name, rank, *(found[model, rank if way != "plain" else "", way] for way in ways)]
-        for model, name in shown.items()
-        for rank in ("4", "16")
-    ]
-    return table(["model", "rank", *ways.values()], body)
 
 
 def backbone_dtype() -> str:

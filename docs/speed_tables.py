@@ -46,27 +46,19 @@ TRAINING_STEPS = {
 }
 
 
-def _adapters(targets: str) -> str:
-    case = ("demo", targets, "float32")
-    found = (row for row in rows("siva_training.csv") if (row["model"], row["targets"], row["dtype"]) == case)
-    return table(["one training step", "ms", "time over SiVA's"], _ratios(found, ADAPTER_STEPS))
-
-
 def siva_speed() -> str:
-    return _adapters("query, key")
-
-
-def siva_speed_all() -> str:
-    return _adapters("all linear")
-
-
-def siva_speed_base() -> str:
-    """RoBERTa-base's shapes, on both choices of layers."""
-    body = []
+    """Adapters on both choices of layers, of the bundled model and at RoBERTa-base's shapes."""
+    cells: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in rows("siva_training.csv"):
-        if (row["model"], row["dtype"], row["tokens"]) == ("base", "float32", "32"):
-            body += [[row["targets"], *cells] for cells in _ratios([row], ADAPTER_STEPS)]
-    return table(["layers", "one training step", "ms", "time over SiVA's"], body)
+        if row["dtype"] == "float32" and row["tokens"] == "32" and row["candidate"] in ADAPTER_STEPS:
+            ratio = [whole(row["ms_p50"]), f"{float(row['ratio_p50']):.2f}"]
+            cells.setdefault((row["targets"], row["candidate"]), {})[row["model"]] = ratio
+    body = (
+        [targets, ADAPTER_STEPS[name], *found.get("demo", ["-", "-"]), *found.get("base", ["-", "-"])]
+        for (targets, name), found in sorted(cells.items(), key=lambda cell: cell[0][0] != "query, key")
+    )
+    times = [f"{SHAPES[model]}: {what}" for model in ("demo", "base") for what in ("ms", "time over SiVA's")]
+    return table(["layers", "one training step", *times], body)
 
 
 def all_steps() -> str:
@@ -80,24 +72,6 @@ def all_steps() -> str:
                 times.setdefault(row["candidate"], []).extend(cells)
     heads = [f"{SHAPES[model]}: {what}" for model in ("demo", "base") for what in ("ms", "time over SiVA's")]
     return table(["one training step", *heads], ([TRAINING_STEPS[name], *cells] for name, cells in times.items()))
-
-
-def quantised_steps() -> str:
-    """SiVA on nf4 beside QLoRA; ratios to QLoRA's time in the same round."""
-    found: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in rows("siva_quantised_steps.csv"):
-        if row["work"] == "training step":
-            times = found.setdefault((row["of"], row["rows"], row["r"]), {})
-            times[row["candidate"]] = row["ratio_p50"] if row["candidate"] != "qlora" else row["ms_p50"]
-    body = [
-        [
-            *case,
-            f"{float(times['qlora']):.0f}",
-            *(f"{float(times[each]):.2f}" if each in times else "-" for each in ("siva", "siva-4-bits")),
-        ]
-        for case, times in found.items()
-    ]
-    return table(["shape", "rows", "rank", "QLoRA, ms", "**SiVA** in nf4", "SiVA on QLoRA's base"], body)
 
 
 GENERATION = {
@@ -254,12 +228,6 @@ def frozen_encoder() -> str:
 
 
 OP_WINDOW = {"reference": "its plain formula", "composed": "composed of PyTorch's"}
-OP_MIXED = {
-    "reference": "its plain formula",
-    "gathered": "factors gathered",
-    "peft lora": "PEFT's LoRA",
-    "one adapter": "one adapter (the bound)",
-}
 WORKS = {"forward": "forward", "training": "with backward"}
 
 
@@ -271,15 +239,6 @@ def op_window() -> str:
         return [row["tokens"], row["window"], extra]
 
     return _op("window_attention.csv", ["tokens", "window", ""], case, OP_WINDOW)
-
-
-def op_mixed() -> str:
-    """Rows of several adapters against the formula, gathered factors and PEFT, on a CPU."""
-
-    def case(row: Row) -> list[str]:
-        return [f"{row['rows']} x {row['tokens']}", row["order"]]
-
-    return _op("siva_linear_mixed.csv", ["rows x tokens", "their order"], case, OP_MIXED)
 
 
 def _op(file: str, heads: list[str], case: Callable[[Row], list[str]], names: dict[str, str]) -> str:
@@ -311,19 +270,6 @@ def frozen_head() -> str:
     return table(
         ["", "tokens", "", "without logits, ms", "with logits, times as long", "20th to 80th percentile"], body
     )
-
-
-def frozen_head_memory() -> str:
-    """Peaks of such steps, MB, and what is between losses and gradients of both forms."""
-    lines: dict[tuple[str, str, str], list[str]] = {}
-    for row in rows("frozen_head_memory.csv"):
-        kind = {"float32": "float32, measured", "bfloat16": "bfloat16, simulated"}[row["dtype"]]
-        line = lines.setdefault((HEADS[row["method"]], f"{int(row['tokens']):,}", kind), [])
-        line.append(whole(row["peak_mb"]))
-        if row["candidate"] == "logits":
-            line += [row["loss_apart"] or "-", row["gradients_apart"] or "-"]
-    body = [[*case, *line] for case, line in lines.items()]
-    return table(["", "tokens", "", "without logits", "with logits", "losses apart", "gradients apart"], body)
 
 
 def mezo_pass() -> str:
@@ -399,19 +345,6 @@ def distributed_beyond() -> str:
 def _two_digits(value: float) -> str:
     """A number with the digits before its point, and two at least."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def growth() -> str:
-    """How the time of a step grows with a size, in one process: exponents, measured and of the operations."""
-    names = {"siva": NAMES["siva"], "k-lst": NAMES["k-lst"], "pool": "**9-LST**, a pool"}
-    found = {
-        (names[row["method"]], row["axis"]): (row["exponent"], row["exponent_predicted"])
-        for method in names
-        for row in rows("scaling.csv")
-        if row["method"] == method
-    }
-    body = ([*axis, *exponents] for axis, exponents in found.items())
-    return table(["method", "size", "exponent of the time", "of the operations"], body)
 
 
 def evidence_hours() -> str:
