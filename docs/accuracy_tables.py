@@ -303,20 +303,6 @@ def _several(measured: Sequence[Row]) -> str:
     return f"{mean(values):.3f}{spread}"
 
 
-def frozen_accuracy() -> str:
-    """What fewer bits cost: the same runs in float32, in bfloat16 and with an int8 backbone, paired by seed."""
-    runs: dict[tuple[str, str], list[Row]] = {}
-    for row in rows("frozen_accuracy.csv"):
-        runs.setdefault((row["method"], row["dtype"]), []).append(row)
-    body = []
-    for (method, dtype), found in runs.items():
-        accuracies = [100 * float(row["accuracy"]) for row in found]
-        dev_rows = int(found[0]["dev_rows"])  # a difference is of whole rows, which the file has rounded
-        each = ", ".join(f"{100 * round(float(row['difference']) * dev_rows) / dev_rows:+.1f}" for row in found)
-        body.append([NAMES[method], dtype, f"{mean(accuracies):.1f}", "-" if dtype == "float32" else each])
-    return table(["", "frozen weights", "accuracy, %", "beside float32, by seed"], body)
-
-
 def siva_rates() -> str:
     """What each rate makes of each model and set of layers."""
     found: dict[tuple[str, str], dict[tuple[str, str], str]] = {}

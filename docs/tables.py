@@ -44,7 +44,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "ladder-speed": speed_tables.ladder_speed,
     "feature-cache": speed_tables.feature_cache,
     "pool": speed_tables.pool,
-    "frozen-accuracy": accuracy_tables.frozen_accuracy,
     "backbone-dtype": accuracy_tables.backbone_dtype,
     "siva-rates": accuracy_tables.siva_rates,
     "siva-init": speed_tables.siva_init,
