@@ -135,8 +135,6 @@ LADDER_STEPS = {
     "lora": "LoRA, query and key",
     "lora packed": "LoRA, packed",
     "lora packed without dropout": "LoRA, packed, without dropout",
-    "lst direct": "LST, composed of PyTorch's layers",
-    "9-lst direct": "9-LST, composed of PyTorch's layers",
     "backbone forward": "the backbone's forward alone (the bound)",
 }
 
@@ -153,7 +151,9 @@ def ladder_speed() -> str:
 SHAPES = {"demo": "bundled model", "base": "RoBERTa-base's shapes", "large": "RoBERTa-large's shapes"}
 
 
-FROZEN_STEPS = ADAPTER_STEPS | LADDER_STEPS
+FROZEN_STEPS = {
+    name: shown for name, shown in (ADAPTER_STEPS | LADDER_STEPS).items() if name not in ("limit", "backbone forward")
+}
 
 
 def frozen_steps() -> str:
@@ -309,6 +309,7 @@ def distributed() -> str:
             whole(row["ms_p50"]),
         ]
         for row in rows("distributed.csv")
+        if row["ranks"] != "2"
     ]
     return table(["method", "engine", "processes", "sent, kB", "predicted, kB", "memory, MB", "ms"], body)
 
