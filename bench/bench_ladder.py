@@ -11,10 +11,8 @@ packed, as `fastpeft train` packs them; and packed without dropout, which a side
 base that was loaded so: PEFT's factors are float32. With `--dtype int8` the linear layers of side networks' backbones
 are int8 and the rest of them bfloat16, as LoRA's base.
 
-Predicted for the bundled model before measuring: 54 ms for the backbone's forward and 23 for LST's side network, which
-were known, 6 for the projections of 38 features (0.7 billion multiply-adds, forward and for their weights) and 8 for
-window attention, together 91 ms, 1.75 times LoRA's speed. Most of a direct formulation's time is the backbone's too, so
-it could be beaten 1.8 times at most, by a side network that costs nothing.
+Predicted for the bundled model before measuring: 54 ms for the backbone's forward, 23 for LST's side network, 6 for the
+projections and 8 for window attention, together 1.75 times LoRA's speed. A direct form could be beaten 1.8 times.
 """
 
 from __future__ import annotations

@@ -126,16 +126,3 @@ def llama_memory() -> str:
     heads = [f"{model}, checkpointed" if again == "yes" else model for model, again in both]
     body = ([name, *(_peak(found, *each, "1", "2048") for each in both)] for name, found in cases)
     return table(["peak memory, MB", *heads], body)
-
-
-def llama_measured() -> str:
-    """Peaks of steps of SmolLM2 that ran, beside those that are simulated for them."""
-    names = {"lora": "LoRA", "siva": "**SiVA**", "lst": "LST", "k-lst": "**9-LST**", "full": "full", "mezo": "**MeZO**"}
-    body = []
-    for row in rows("llama_memory_measured.csv"):
-        marks = [names[row["method"]]]
-        marks += ["nf4"] * (row["backbone"] == "nf4") + ["logits"] * (row["head"] == "logits")
-        marks += ["checkpointed"] * (row["checkpointing"] == "yes")
-        figures = f"{float(row['peak_mb']):,.1f}", f"{float(row['measured_mb']):,.1f}", row["ratio"]
-        body.append([", ".join(marks), f"{int(row['tokens']):,}", *figures])
-    return table(["", "tokens", "simulated, MB", "measured, MB", "ratio"], body)

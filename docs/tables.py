@@ -38,7 +38,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_tables.memory,
     "processes": memory_tables.processes,
     "llama-memory": memory_tables.llama_memory,
-    "llama-measured": memory_tables.llama_measured,
     "siva-speed": speed_tables.siva_speed,
     "ladder-speed": speed_tables.ladder_speed,
     "feature-cache": speed_tables.feature_cache,
