@@ -271,38 +271,6 @@ def _answers(cells: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.stack([np.equal(cell["predictions"]["labels"], cell["predictions"]["predictions"]) for cell in cells])
 
 
-WAYS = {
-    "zero-shot": "no training",
-    "calibrated": "no training, calibrated",
-    "few-shot": "a few rows",
-    "siva": "2,000 rows",
-}
-
-
-def auto_prompt() -> str:
-    """Prompts that were found beside others, with no training and after some; of several seeds the mean."""
-    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
-    for row in sorted(rows("auto_prompt.csv"), key=lambda row: int(row["seed"])):
-        found.setdefault((row["task"], row["way"]), {}).setdefault(row["prompt"], []).append(row)
-    body = []
-    for (task, way), prompts in sorted(found.items(), key=lambda item: (item[0][0], [*WAYS].index(item[0][1]))):
-        if "auto" not in prompts:  # no prompt was found for it, so that there is nothing to compare
-            continue
-        accuracies = (_several(prompts.get(prompt, [])) for prompt in ("none", "manual", "auto"))
-        first = prompts["auto"][0]
-        body.append([task, WAYS[way], *accuracies, f"`{first['template']}`", first["label_words"]])
-    return table(["data", "trained on", "none", "manual", "auto", "found", "label words"], body)
-
-
-def _several(measured: Sequence[Row]) -> str:
-    """The accuracy of runs that differ in their seed: the mean, and from where to where."""
-    values = [float(row["accuracy"]) for row in measured]
-    if not values:
-        return "-"
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{spread}"
-
-
 def siva_rates() -> str:
     """What each rate makes of each model and set of layers."""
     found: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
@@ -322,14 +290,6 @@ def quantised() -> str:
     errors = "weight_error", "logit_error"
     body = ([row["format"], ways[row["way"]], *(f"{100 * float(row[each]):.1f} %" for each in errors)] for row in found)
     return table(["format", "factors fitted by", "error of the weights", "of the logits"], body)
-
-
-def backbone_dtype() -> str:
-    body = (
-        [row["backbone_dtype"] or "float32", row["weights_mb"], _share(row["feature_error"]), row["accuracy"]]
-        for row in rows("backbone_dtype.csv")
-    )
-    return table(["backbone", "its weights, MB", "change of the last features", "accuracy"], body)
 
 
 def mezo_drift() -> str:

@@ -255,23 +255,6 @@ def _op(file: str, heads: list[str], case: Callable[[Row], list[str]], names: di
     return table([*heads, "", "the op, ms", *names.values()], body)
 
 
-HEADS = {"alone": "the loss alone", "LST": "LST", "SiVA": "**SiVA**, query and key", "MeZO": "**MeZO**"}
-
-
-def frozen_head() -> str:
-    """The loss of SmolLM2 without its logits, alone and in steps, against that with them."""
-    lines: dict[tuple[str, ...], list[str]] = {}
-    for row in rows("frozen_head.csv"):
-        case = HEADS[row["method"]], f"{int(row['tokens']):,}", WORKS[row["work"]]
-        line = lines.setdefault(case, [])
-        low, middle, high = (f"{float(row[f'ratio_p{percentile}']):.2f}" for percentile in (20, 50, 80))
-        line += [middle, f"{low} to {high}"] if line else [whole(row["ms_p50"])]
-    body = [[*case, *line] for case, line in lines.items()]
-    return table(
-        ["", "tokens", "", "without logits, ms", "with logits, times as long", "20th to 80th percentile"], body
-    )
-
-
 def mezo_pass() -> str:
     """How many times faster than the usual loop a pass of noise is."""
     body = []
