@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from memory_tables import large
 from table_rows import NAMES, Row, all_cells, rows, table, whole
 
 
@@ -295,35 +294,6 @@ def distributed() -> str:
         if row["ranks"] != "2"
     ]
     return table(["method", "engine", "processes", "sent, kB", "predicted, kB", "memory, MB", "ms"], body)
-
-
-# what FSDP2 holds whole of a RoBERTa-large at a time: what is outside of the blocks, and two of these
-GATHERED = (355.4 - 302.3 + 2 * 302.3 / 24) / 355.4
-GIGABIT = 125.0  # MB a second
-
-
-def distributed_beyond() -> str:
-    """A step of a RoBERTa-large, calculated: sums of what `memory.csv` has, divided and sent."""
-    body = []
-    for name, row in large():
-        if row["tokens"] != "128" or row["residual_dtype"]:
-            continue
-        weights, gradients, state, rest, peak = (
-            float(row[f"{part}_mb"]) for part in ("weights", "gradients", "optimizer", "activations", "peak")
-        )
-        is_mezo = row["method"] == "mezo"
-        sent = {n: 2 * 8e-6 * (n - 1) if is_mezo else 2 * (n - 1) / n * gradients for n in (2, 8, 64)}
-        body.append(
-            [
-                name,
-                *map(_two_digits, sent.values()),
-                f"{sent[64] / (10 * GIGABIT):.1g}",
-                f"{peak + gradients:,.0f}",
-                f"{(weights + gradients + state) / 8 + GATHERED * weights + rest:,.0f}",
-            ]
-        )
-    heads = ["method", *(f"{n} processes" for n in (2, 8, 64)), "s at 10 Gbit/s", "MB, DDP", "MB, FSDP2 on 8"]
-    return table(heads, body)
 
 
 def _two_digits(value: float) -> str:

@@ -68,11 +68,6 @@ def table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def settings(variant: str) -> dict[str, str]:
-    """What follows the method in `siva:targets=all-linear:rank=4`."""
-    return dict(part.partition("=")[::2] for part in variant.split(":")[1:])
-
-
 def whole(number: str) -> str:
     return f"{float(number):,.0f}" if number else "-"
 

@@ -54,7 +54,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "mezo-step": speed_tables.mezo_step,
     "mezo-drift": accuracy_tables.mezo_drift,
     "distributed": speed_tables.distributed,
-    "distributed-beyond": speed_tables.distributed_beyond,
     "evidence-hours": speed_tables.evidence_hours,
     "compiled": speed_tables.compiled,
     "kills": reliability_tables.kills,
