@@ -3,8 +3,7 @@
 `python -m bench.bench_feature_cache` writes `bench/data/feature_cache.csv`. The steps go through the same batches of
 random text, one after another; before measuring all of them were read once, as in any epoch after the second.
 
-Predicted before measuring: 2.5 times the speed for the bundled model, whose layers are 53 ms of a step of 85, and about 4
-times at RoBERTa-base shapes.
+Predicted before measuring: 2.5 times the speed for the bundled model, and about 4 times at RoBERTa-base shapes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""A whole MeZO step of the bundled model, prompted, against the bare forward passes in it.
+"""A whole MeZO step of the bundled model, prompted, against the bare forward passes in it, and the reference's loop.
 
-`python -m bench.bench_mezo` writes `bench/data/mezo_step.csv`. Text is random: only the shape of the batch matters. The
-first candidate is the forwards alone, so a ratio is what a step costs over them: at best 1. Before this library's
-engine there was the reference's loop, which draws each noise four times, into tensors of its own.
+`python -m bench.bench_mezo` writes `bench/data/mezo_step.csv`. Text is random: only the shape of the batch matters. A
+ratio is what a step costs over its forwards.
 """
 
 from __future__ import annotations
