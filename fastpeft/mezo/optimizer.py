@@ -81,7 +81,7 @@ class MeZO(torch.optim.Optimizer):
             weights are not those of the model until `settle()` is called, so call it before anything else reads or
             saves them, as `save_state` of accelerate. Deferring changes no bit.
         restore: "in_place" as above, or "exact", for half precision, where each pass in place costs a rounding
-            (docs/methods/mezo.md has the drift, measured). With "exact" the perturbed weights exist only in a scratch
+            (`bench/mezo_drift.py` measures the drift). With "exact" the perturbed weights exist only in a scratch
             buffer of the size of the largest module, which is filled when the forward reaches a module (for embeddings
             on a CPU, with the rows looked up); the stored weights change only by the update. Every trained parameter
             must be read in the forward of its own module. Other reads are refused by name at the first step, at each
