@@ -48,7 +48,7 @@ test-all: test test-rest
 test-full: $(VENV)/dev.stamp fuzz
 	$(PYTEST) --full
 
-# the figures of docs/results/faults.md: runs killed at random moments, and runs of very many steps
+# the figures of docs/reliability.md: runs killed at random moments, and runs of very many steps
 KILLS ?= 30
 kill-test: $(VENV)/dev.stamp
 	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.kill --kills $(KILLS)
