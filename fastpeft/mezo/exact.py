@@ -200,7 +200,7 @@ class ScratchWeights(Weights):
         holder._parameters[name] = view  # type: ignore[assignment]  # the module reads what stands there
         self._depths[-1] += 1
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, *_args: Any) -> None:
         """Put the parameters of the innermost module back."""
         for _ in range(self._depths.pop() if self._depths else 0):
             holder, name, param = self._borrowed[-1]
