@@ -148,14 +148,13 @@ def candidates(case: Case, device: torch.device) -> Candidates:
 
     @torch.no_grad()
     def plain() -> Any:
-        h, ps = reference.siva_linear_mixed(*operands, sizes, order, bias)
+        layer = x, [weight], [None], us, ss, vs
+        (h,), p = reference.siva_linear(*layer, [bias], sizes, order)
         if case.work == "forward":
             return h
-        every = [True] * number
-        dx, dus, dvs, _ = reference.siva_linear_mixed_backward(
-            dh, *operands, ps, sizes, order, True, every, every, False
-        )
-        return dx, *dvs, *dus
+        needs = True, [True] * number, True, [False]
+        dx, dus, dv, _ = reference.siva_linear_backward([dh], *layer, p, *needs, sizes, order)
+        return dx, *dv.split(RANK), *dus
 
     def ready(form: Callable[[], Tensor], inputs: tuple[Tensor, ...] = (x, *vs, *us)) -> Callable[[], object]:
         return (lambda: torch.autograd.grad(form(), inputs, dh)) if case.work == "training" else form

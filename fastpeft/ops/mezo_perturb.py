@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops import noise as noise_contract
-from fastpeft.ops.checks import FLOATS
 from fastpeft.ops.define import define
+from fastpeft.ops.dtypes import FLOATS
 from fastpeft.ops.noise import NOISE, ROUNDINGS
 
 NOISE_CHUNK = 2**20  # elements whose noise exists at one time

@@ -87,5 +87,5 @@ def quantised_siva_linear(
     u, s, v = (factor.to(factors_dtype(dtype, x.device)) for factor in (u, s, v))
     bias = None if bias is None else bias.to(dtype)
     h: Tensor
-    (h,) = SivaLinear.apply((Scales(rest.scales, rest.nested),), x.to(dtype), rest.codes, u, s, v, bias)
+    (h,) = SivaLinear.apply((Scales(rest.scales, rest.nested),), (), None, x.to(dtype), rest.codes, u, s, v, bias)
     return h
