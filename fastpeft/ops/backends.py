@@ -52,7 +52,6 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("frozen_head_cross_entropy", "cuda"): ("triton", "aten"),
     ("mezo_perturb_", "cpu"): ("cpp",),
     ("mezo_perturb_", "cuda"): ("cuda", "triton"),
-    ("mezo_perturb_replay_", "cuda"): ("cuda", "triton"),
     ("mezo_perturb", "cpu"): ("cpp",),
     ("mezo_perturb", "cuda"): ("cuda", "triton"),
 }
@@ -65,7 +64,6 @@ _TRITON_LAUNCHERS = {
     "window_attention_backward": "window_attention_backward",
     "frozen_head_cross_entropy": "frozen_head_cross_entropy",
     "mezo_perturb_": "mezo_perturb",
-    "mezo_perturb_replay_": "mezo_perturb",
     "mezo_perturb": "mezo_perturb",
 }
 

@@ -144,11 +144,6 @@ def side_step_(z: Sizes) -> list[Any]:
     return [*given, *projected, 1, block, window, keys, visible, hidden, 2, 1, 0.3, 2, 1e-5, 1e-5, 1]
 
 
-def mezo_perturb_replay_(z: Sizes) -> list[Any]:
-    seeds, scales = TERMS
-    return [[draw(z["n"], z["k"]), draw(z["b"])], [3, 100], torch.tensor(seeds), torch.tensor(scales).double(), 0.1]
-
-
 # what makes the operands of an op, and which sizes they have
 OPS: dict[str, tuple[Callable[[Sizes], list[Any]], str]] = {
     "siva_linear": (siva_linear, "b t k n r"),
@@ -165,7 +160,6 @@ OPS: dict[str, tuple[Callable[[Sizes], list[Any]], str]] = {
     "side_step_": (side_step_, "b k"),
     "mezo_perturb": (mezo_perturb, "k n"),
     "mezo_perturb_": (mezo_perturb_, "b k n"),
-    "mezo_perturb_replay_": (mezo_perturb_replay_, "b k n"),
 }
 IN_PLACE = [op for op in OPS if op.endswith("_")]
 
@@ -320,9 +314,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def laid_out(op: str, layout: Callable[[Tensor], Tensor]) -> list[Any]:
-    """The operands of an op in a layout, but for terms in tensors, of which the checked function takes dense ones."""
-    args = OPS[op][0](SIZES)
-    return [*each(layout, args[:3]), *args[3:]] if op == "mezo_perturb_replay_" else each(layout, args)
+    return each(layout, OPS[op][0](SIZES))
 
 
 @everywhere
@@ -475,7 +467,7 @@ def by_function(op: str, args: list[Any]) -> Any:
         q, c, p, mask, slots, causal, dropout, seed, block = args
         options = {"slots": slots, "causal": causal, "dropout": dropout, "seed": seed, "block": block}
         return functional.window_attention(q, c, p, mask, **options)
-    return getattr(functional, op.removesuffix("replay_"))(*args)
+    return getattr(functional, op)(*args)
 
 
 NOT_CALLED = "feature_dropout_", "side_step_"
@@ -549,17 +541,6 @@ def test_parameters_on_several_kinds_of_devices() -> None:
     functional.mezo_perturb_([alone], [5], [1], [0.1])
     assert torch.equal(here, alone)
     assert (alone != 0).all()
-
-
-def test_terms_that_share_memory_with_a_parameter_are_refused() -> None:
-    param = torch.zeros(4, dtype=torch.float64)
-    for seeds, scales in (
-        (param.view(torch.int64)[:2], torch.ones(2).double()),
-        (torch.ones(2).long(), param[:2]),
-    ):
-        with pytest.raises(FastpeftError, match="seeds, scales and parameters share memory"):
-            functional.mezo_perturb_([param], [0], seeds, scales)
-    assert (param == 0).all()
 
 
 @pytest.mark.parametrize("order", [[0, 0, 1], [0, 1, 3], [-1, 0, 1]])
