@@ -170,7 +170,7 @@ def siva_products(
         dense = [weight.dense(dtype) for weight in weights]
         hs, _ = siva_linear_reference(x, dense, [None] * len(dense), [*us], [*ss], [*vs], biases)
     elif torch.is_grad_enabled() and not torch.compiler.is_exporting():  # a graph to export has the op
-        hs = SivaLinear.apply(forms, x, *stored, *us, *ss, *vs, *biases)
+        hs = SivaLinear.apply(forms, (), None, x, *stored, *us, *ss, *vs, *biases)
     else:
         hs, _ = torch.ops.fastpeft.siva_linear.default(x, *products_of(stored, forms, x), us, ss, vs, biases)
     return hs

@@ -1,5 +1,4 @@
-// What siva_linear.cpp and siva_linear_mixed.cpp share but for their passes: operands, the products with a weight, and
-// factors as the passes read them.
+// Products with a frozen weight, dense, packed or quantised, and the operands that the ops of SiVA are given.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -14,8 +13,7 @@
 #include <vector>
 
 #include "checked.h"
-#include "choose.h"
-#include "siva_linear_products.h"
+#include "variants.h"
 
 // of torch/csrc/inductor/aoti_torch/c/shim_cpu.h, which a module on the stable ABI cannot include; weak, because a
 // torch that is built without oneDNN lacks them, and makes no packs
@@ -45,7 +43,6 @@ constexpr int64_t kSide = 256;             // rows or columns of a quantised wei
 constexpr int64_t kGrainValues = 1 << 15;  // values that are worth a thread
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t padded(int64_t ranks) { return ceil_div(ranks, kRankBlock) * kRankBlock; }
 
 // Whether these kernels take the operands; otherwise ATen does.
 inline bool is_supported(const Tensor& x, const Tensors& ss) {
@@ -295,104 +292,6 @@ inline Tensor quantised_product(const Tensor& x, const Matrix& rows, const Weigh
     }
     return out;
 }
-
-// -- factors ------------------------------------------------------------------------------------------------------
-
-using Buffer = std::unique_ptr<float[]>;
-inline Buffer new_buffer(int64_t size) { return Buffer(new float[size]); }
-
-// A strided matrix of the caller, one of its dimensions being ranks.
-template <typename T>
-struct ViewOf {
-    T* data;
-    int64_t rank_stride, other_stride;
-
-    T* at(int64_t rank, int64_t other) const { return data + rank * rank_stride + other * other_stride; }
-};
-using View = ViewOf<const float>;
-
-inline const float* data_of(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-inline float* writable(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-inline View by_rows(const Tensor& t) { return {data_of(t), t.stride(0), t.stride(1)}; }
-inline View by_columns(const Tensor& t) { return {data_of(t), t.stride(1), t.stride(0)}; }
-
-// The ranks of all layers of a group, one after the other; each layer's are padded to blocks.
-struct Ranks {
-    explicit Ranks(const Tensors& ss) {
-        for (const Tensor& s : ss) {
-            start.push_back(total);
-            first.push_back(sum);
-            count.push_back(s.numel());
-            total += padded(s.numel());
-            sum += s.numel();
-        }
-    }
-
-    int64_t padded_count(size_t layer) const { return padded(count[layer]); }
-
-    std::vector<int64_t> start, first, count;  // of each layer: its place with padding and without, its ranks
-    int64_t total = 0, sum = 0;                // with padding and without
-};
-
-// U (N, R) as diag(s) U^T (R, N), or V (R, K) as it is: without gaps, with zeros for the ranks of the padding.
-inline void pack(View from, const Tensor* s, int64_t ranks, int64_t columns, float* to) {
-    for (int64_t r = 0; r < padded(ranks); ++r, to += columns) {
-        if (r >= ranks) {
-            std::fill(to, to + columns, 0.0f);
-            continue;
-        }
-        const float scale = s == nullptr ? 1.0f : data_of(*s)[r * s->stride(0)];
-        for (int64_t i = 0; i < columns; ++i) to[i] = *from.at(r, i) * scale;
-    }
-}
-
-// The factors of a group of layers: all V below each other (sum of R, K), and each diag(s) U^T (R, N).
-class GroupFactors {
-  public:
-    GroupFactors(const Tensors& us, const Tensors& ss, const Tensors& vs, int64_t k) : ranks(ss), ss_(ss), k_(k) {
-        check(!us.empty() && ss.size() == us.size() && vs.size() == us.size());
-        v_ = new_buffer(ranks.total * k);
-        for (size_t i = 0; i < us.size(); ++i) {
-            const int64_t n = us[i].size(0), r = ranks.count[i];
-            check(is_matrix(us[i], n, r) && is_matrix(vs[i], r, k) && is_vector(ss[i], r));
-            pack(by_rows(vs[i]), nullptr, r, k, v_.get() + ranks.start[i] * k);
-            scaled_u_.push_back(new_buffer(padded(r) * n));
-            pack(by_columns(us[i]), &ss[i], r, n, scaled_u_.back().get());
-            columns_.push_back(n);
-        }
-    }
-
-    Factors v() const { return {v_.get(), ranks.total, k_}; }
-    Factors scaled_u(size_t layer) const {
-        return {scaled_u_[layer].get(), ranks.padded_count(layer), columns_[layer]};
-    }
-    float scale(size_t layer, int64_t rank) const { return data_of(ss_[layer])[rank * ss_[layer].stride(0)]; }
-    // do the layers have these weights, (N, K), or where they are packed for backward (K, N)?
-    bool fit(const Weights& weights, ScalarType kind, bool for_backward = false) const {
-        bool fits = weights.size() == columns_.size();
-        for (size_t i = 0; fits && i < weights.size(); ++i) {
-            const Tensor& values = weights[i].values;
-            fits = weights[i].scales.has_value()       ? is_quantised(weights[i], columns_[i], k_)
-                   : for_backward && is_packed(values) ? is_matrix(values, k_, columns_[i], kind)
-                                                       : is_matrix(values, columns_[i], k_, kind);
-        }
-        return fits;
-    }
-    size_t layers() const { return columns_.size(); }
-    int64_t columns(size_t layer) const { return columns_[layer]; }
-    int64_t multiply_adds() const {  // for one row
-        return ranks.total * (k_ + std::accumulate(columns_.begin(), columns_.end(), int64_t{0}));
-    }
-
-    const Ranks ranks;
-
-  private:
-    Tensors ss_;
-    int64_t k_;
-    Buffer v_;
-    std::vector<Buffer> scaled_u_;
-    std::vector<int64_t> columns_;
-};
 
 }  // namespace siva
 }  // namespace fastpeft

@@ -2,4 +2,4 @@
 #define FASTPEFT_ISA baseline
 #define FASTPEFT_TARGET
 #define FASTPEFT_VECTOR_BYTES 16
-#include "mezo_perturb_tile.h"
+#include "variant_tiles.h"

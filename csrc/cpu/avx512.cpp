@@ -3,5 +3,5 @@
 #define FASTPEFT_ISA avx512
 #define FASTPEFT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,f16c" FASTPEFT_WHOLE_REGISTERS)))
 #define FASTPEFT_VECTOR_BYTES 64
-#include "mezo_perturb_tile.h"
+#include "variant_tiles.h"
 #endif
