@@ -1,4 +1,4 @@
-"""The rule `Exact`: perturbed copies of the weights, made when the forward reaches a module.
+"""The rule `Exact`: perturbed weights in a scratch buffer, filled when the forward reaches a module.
 
 To add a perturbation to a weight and take it out again costs two roundings; in half precision weights drift by that.
 Here a perturbation never touches the stored weights.
@@ -6,8 +6,10 @@ Here a perturbation never touches the stored weights.
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -15,10 +17,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastpeft.errors import FastpeftError
-from fastpeft.functional import mezo_perturb, mezo_perturb_
+from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.checks import check_choice
 from fastpeft.mezo.estimator import Point
 from fastpeft.mezo.in_place import Rule, Weights
@@ -26,6 +28,7 @@ from fastpeft.mezo.sharding import is_sharded
 from fastpeft.ops.noise import ROUNDINGS
 from fastpeft.support.interrupts import uninterrupted
 
+_ALIGNMENT = 64  # bytes
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # have no forward; the module above reads their parameters
 
 
@@ -33,11 +36,12 @@ _CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # have no forward; the modul
 class Exact(Rule):
     """Perturb a copy, for half precision, where each pass in place costs a rounding.
 
-    The perturbed weights of a module (of embeddings on a CPU, the rows looked up) exist only while its forward runs;
-    the stored weights change only by the update. Every trained parameter must be read in the forward of its own module.
-    Other reads are refused by name at the first step, at each hundredth, and after a step with g = 0; at other steps
-    such a read sees theta itself. A model of `torch.compile` runs uncompiled. `bench/mezo_drift.py` measures the drift
-    of the other rule.
+    The perturbed weights exist only in a scratch buffer of the size of the largest module, which is filled when the
+    forward reaches a module (for embeddings on a CPU, with the rows looked up); the stored weights change only by the
+    update. A module inside another that has trained parameters of its own needs a second buffer. Every trained
+    parameter must be read in the forward of its own module. Other reads are refused by name at the first step, at each
+    hundredth, and after a step with g = 0; at other steps such a read sees theta itself. A model of `torch.compile`
+    runs uncompiled. `bench/mezo_drift.py` measures the drift of the other rule.
 
     Args:
         rounding: of the update, whose terms are added in float32: "stochastic" (unbiased, by counters of the step's
@@ -68,6 +72,7 @@ class ScratchWeights(Weights):
         super().__init__(model, noise, rounding)
         self._seed = 0
         self._scales: Mapping[Tensor, float] = {}  # of each parameter; empty: the forward sees theta
+        self._scratch: list[Tensor] = []  # bytes; one buffer for each depth of nested modules
         self._borrowed: list[tuple[nn.Module, str, Tensor]] = []  # parameters that are replaced, innermost last
         self._depths: list[int] = []  # how many of these each running module has
         self._filling = False
@@ -95,6 +100,11 @@ class ScratchWeights(Weights):
                 "MeZO: the rule Exact got a trained parameter that is in no module of the model, so it cannot be "
                 "replaced in the forward. Train parameters of the model only, or use InPlace."
             )
+
+    @property
+    def scratch_bytes(self) -> int:  # type: ignore[override]
+        """Size of the scratch so far."""
+        return sum(buffer.numel() for buffer in self._scratch)
 
     def check(self, params: Sequence[Tensor]) -> None:
         if is_sharded(params):
@@ -175,9 +185,12 @@ class ScratchWeights(Weights):
         try:
             if _by_rows(module):
                 return (self._look_up(module, *args, **kwargs),), {}
-            for holder, name, param in self._owned[module]:
-                at, scale = self._offsets[param], self._scales[param]
-                self._lend(holder, name, param, mezo_perturb(param, at, [self._seed], [scale], noise=self.noise))
+            owned = self._owned[module]
+            views = self._take([(param.shape, param) for _, _, param in owned])
+            for (holder, name, param), view in zip(owned, views):
+                view.copy_(param)
+                mezo_perturb_([view], [self._offsets[param]], [self._seed], [self._scales[param]], noise=self.noise)
+                self._lend(holder, name, param, view)
             return None
         finally:
             self._filling = False
@@ -187,7 +200,7 @@ class ScratchWeights(Weights):
         weight, width = module.weight, module.embedding_dim
         rows, indices = input.unique(return_inverse=True)
         count = max(rows.numel(), (module.padding_idx or 0) + 1)  # the module needs a row of that number
-        stand_in = weight.new_empty(count, width)
+        (stand_in,) = self._take([((count, width), weight)])
         looked_up = stand_in[: rows.numel()]
         looked_up.copy_(weight[rows])
         offsets = [self._offsets[weight] + row * width for row in rows.tolist()]
@@ -195,17 +208,42 @@ class ScratchWeights(Weights):
         self._lend(module, "weight", weight, stand_in)
         return indices
 
+    def _take(self, wanted: list[tuple[tuple[int, ...], Tensor]]) -> list[Tensor]:
+        """Tensors in the buffer of the present depth, each of a given shape and like another tensor."""
+        sizes = [math.prod(shape) * like.element_size() for shape, like in wanted]
+        starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+        end = starts[-1]
+        depth, device = len(self._depths) - 1, wanted[0][1].device
+        if depth == len(self._scratch):
+            self._scratch.append(torch.empty(0, dtype=torch.uint8))
+        if self._scratch[depth].numel() < end or self._scratch[depth].device != device:
+            self._scratch[depth] = torch.empty(0, dtype=torch.uint8)  # frees the smaller one first
+            self._scratch[depth] = torch.empty(end, dtype=torch.uint8, device=device)
+        buffer = self._scratch[depth]
+        return [
+            buffer[start : start + size].view(like.dtype).view(shape)
+            for start, size, (shape, like) in zip(starts, sizes, wanted)
+        ]
+
     def _lend(self, holder: nn.Module, name: str, param: Tensor, view: Tensor) -> None:
         self._borrowed.append((holder, name, param))  # first, so that an interrupt finds it there
         holder._parameters[name] = view  # type: ignore[assignment]  # the module reads what stands there
         self._depths[-1] += 1
 
-    def _leave(self, *_args: Any) -> None:
-        """Put the parameters of the innermost module back."""
-        for _ in range(self._depths.pop() if self._depths else 0):
+    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Put the parameters of the innermost module back; return its output, of which no part is in the scratch."""
+        lent = self._depths.pop() if self._depths else 0
+        if not lent:
+            return None
+        for _ in range(lent):
             holder, name, param = self._borrowed[-1]
             holder._parameters[name] = param  # type: ignore[assignment]
             self._borrowed.pop()
+        # the next module would write over what lies there, as Perceiver's latents, which are expanded for each row
+        buffers = {buffer.untyped_storage().data_ptr() for buffer in self._scratch}
+        if not any(_lies_in(each, buffers) for each in tree_leaves(output)):
+            return None
+        return tree_map(lambda each: each.clone() if _lies_in(each, buffers) else each, output)
 
 
 def _by_rows(module: nn.Module) -> TypeGuard[nn.Embedding]:
@@ -213,6 +251,12 @@ def _by_rows(module: nn.Module) -> TypeGuard[nn.Embedding]:
     if type(module) is not nn.Embedding or module.max_norm is not None:
         return False
     return module.weight.device.type == "cpu"
+
+
+def _lies_in(found: Any, buffers: Set[int]) -> bool:
+    """Whether a tensor is in one of the storages with these addresses."""
+    strided = isinstance(found, Tensor) and found.layout == torch.strided and not found.is_nested
+    return strided and found.untyped_storage().data_ptr() in buffers
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

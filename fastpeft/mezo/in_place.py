@@ -36,7 +36,10 @@ class Weights:
         model, noise, rounding: as given.
         param_groups: the optimizer's, which sets them here.
         point: of the present step where the weights are; not `HOME` only between estimate and update.
+        scratch_bytes: memory that is used beside the weights.
     """
+
+    scratch_bytes = 0
 
     def __init__(self, model: nn.Module | None, noise: str, rounding: str) -> None:
         self.model = model

@@ -122,7 +122,7 @@ def _initial(layer: Any, name: str, state_dict: dict[str, Tensor], prefix: str, 
         if len(lacks) > 0 and any(tensor is not None for tensor in found):
             raise FastpeftError(
                 f"{layer.name}: what is being loaded for adapter {name!r} lacks {lacks[0]}, or holds it in another "
-                "shape or without values. Load all tensors that save_pretrained wrote."
+                "shape or not finite. Load all tensors that save_pretrained wrote."
             )
     u, s, v = found[:3]
     if u is None or s is None or v is None:
