@@ -257,7 +257,7 @@ def backward(
         n, k = weight.shape[0] if any(need_du) else 0, weight.shape[1] if need_dv else 0
         adapters = _Adapters(rows, ranks, tuple(need_du), need_dv, n, k)
         wide = as_matrix(dh), as_matrix(x) if k > 0 else as_matrix(dh)[:, :0]
-        p = p if any(need_du) else q  # never read
+        p = p.contiguous() if any(need_du) else q  # never read
         du, of_v = _factor_gradients(*wide, p, q, s, order, math.prod(dh.shape[1:-1]), adapters)
         dv = of_v.view(shape) if need_dv else dv
         needed = [i for i, need in enumerate(need_du) if need]
