@@ -356,6 +356,8 @@ class LadderPool:
             at every step, so all must make equally many.
         """
         members = self._members
+        if isinstance(seed, Mapping) and (extra := seed.keys() - optimizers.keys()):
+            raise FastpeftError(f"there is a seed for {', '.join(sorted(extra))}, but no optimizer. Leave it out.")
         trainers = {}
         for name, stepping in optimizers.items():
             own_seed = seed.get(name, 0) if isinstance(seed, Mapping) else seed
