@@ -48,7 +48,7 @@ test-all: test test-rest
 test-full: $(VENV)/dev.stamp fuzz
 	$(PYTEST) --full
 
-# the figures of docs/results/faults.md: runs killed at random moments, and runs of very many steps
+# the figures of docs/reliability.md: runs killed at random moments, and runs of very many steps
 KILLS ?= 30
 kill-test: $(VENV)/dev.stamp
 	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.kill --kills $(KILLS)
@@ -89,9 +89,8 @@ docs: $(VENV)/dev.stamp
 
 # the C++ tests of csrc's host code, which need a compiler and nothing else
 NATIVE ?= build/native
-SIMD := mezo_perturb siva_linear int8_linear dequantise window_attention side_step
-NATIVE_SOURCES := $(wildcard tests/native/*.cpp $(foreach isa,baseline avx2 avx512,$(SIMD:%=csrc/cpu/%_$(isa).cpp)) \
-	csrc/cpu/siva_linear_avx512bf16.cpp csrc/cpu/window_attention_avx512bf16.cpp)
+NATIVE_SOURCES := $(wildcard tests/native/*.cpp csrc/cpu/baseline.cpp csrc/cpu/avx2.cpp csrc/cpu/avx512.cpp \
+	csrc/cpu/*_avx512bf16.cpp)
 NATIVE_FLAGS := -std=c++17 -g -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread -Icsrc
 build_native = mkdir -p $(NATIVE) && $(CXX) $(NATIVE_FLAGS) $(1) $(NATIVE_SOURCES) -o $(NATIVE)/$@
 run_native = $(build_native) && $(NATIVE)/$@

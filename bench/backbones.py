@@ -17,6 +17,10 @@ LLAMA = LlamaConfig(  # Llama-3.2-1B
     **{"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
     **{"num_attention_heads": 32, "num_key_value_heads": 8, "pad_token_id": 0},
 )
+SMOLLM2 = LlamaConfig(  # SmolLM2-135M
+    **{"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+    **{"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+)
 MODELS: dict[str, Callable[[], Any]] = {
     "demo": lambda: load_classifier("demo", ["negative", "positive"], CLASSIFICATION).model,  # 6 layers of 384
     "base": lambda: RobertaForSequenceClassification(BASE),

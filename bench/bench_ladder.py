@@ -1,7 +1,6 @@
 """A whole training step of k-LST, and what it is to be compared with, side by side.
 
-`python -m bench.bench_ladder` writes `bench/data/ladder.csv`; `pytest bench --benchmark-enable --benchmark-only` shows
-each step through pytest-benchmark. Text is random: only the shape of the batch matters.
+`python -m bench.bench_ladder` writes `bench/data/ladder.csv`. Text is random: only the shape of the batch matters.
 
 The forward pass of the backbone alone, without gradients, is the bound: no side network makes a step cheaper. The
 direct formulation is there with the backbone in evaluation mode, as the library keeps it, and with all of the model in
@@ -12,32 +11,26 @@ packed, as `fastpeft train` packs them; and packed without dropout, which a side
 base that was loaded so: PEFT's factors are float32. With `--dtype int8` the linear layers of side networks' backbones
 are int8 and the rest of them bfloat16, as LoRA's base.
 
-Predicted for the bundled model before measuring: 54 ms for the backbone's forward and 23 for LST's side network, which
-were known, 6 for the projections of 38 features (0.7 billion multiply-adds, forward and for their weights) and 8 for
-window attention, together 91 ms, 1.75 times LoRA's speed. Most of a direct formulation's time is the backbone's too, so
-it could be beaten 1.8 times at most, by a side network that costs nothing.
+Predicted for the bundled model before measuring: 54 ms for the backbone's forward, 23 for LST's side network, 6 for the
+projections and 8 for window attention, together 1.75 times LoRA's speed. A direct form could be beaten 1.8 times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
-import pytest
 import torch
 from torch import nn
 
 from bench.backbones import HEADS, MODELS
-from bench.bench_training import BATCH_SIZE, CASE, TOKENS, names_in, step_of
-from bench.harness import DATA, Candidates, measure, timing_parser
+from bench.bench_training import BATCH_SIZE, TOKENS, Step, names_in, step_of
+from bench.harness import Bench, Candidates, Run
 from bench.oracles.direct_run import DirectRun
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
 from fastpeft.ops.frozen_linear import set_packing
 
-FILE = DATA / "ladder.csv"
 RANK = 4
-DTYPES = ("float32", "bfloat16", "int8")
 FORWARD = "backbone forward"
 DIRECT_AS_TRAINED = "9-lst direct with backbone dropout"
 LORA_PACKED, LORA_WITHOUT_DROPOUT = "lora packed", "lora packed without dropout"
@@ -75,16 +68,12 @@ def prepared(model: str, method: str, dtype: str = "float32") -> nn.Module:
     return ready
 
 
-def training_step(
-    model: str, method: str, device: torch.device, dtype: str = "float32", tokens: int = TOKENS
-) -> Callable[[], object]:
+def training_step(model: str, method: str, device: torch.device, dtype: str = "float32", tokens: int = TOKENS) -> Run:
     """Forward, backward and AdamW of one batch, ready to run."""
     return step_of(prepared(model, method, dtype).to(device), weight_decay=0.0, device=device, tokens=tokens)
 
 
-def backbone_forward(
-    model: str, device: torch.device, dtype: str = "float32", tokens: int = TOKENS
-) -> Callable[[], object]:
+def backbone_forward(model: str, device: torch.device, dtype: str = "float32", tokens: int = TOKENS) -> Run:
     """The backbone's pass beside a side network, without gradients."""
     base = prepared(model, "lst", dtype).to(device).eval().backbone.body
     ids = torch.randint(5, 8_000, (BATCH_SIZE, tokens), device=device)
@@ -99,38 +88,14 @@ def backbone_forward(
 METHODS = ("9-lst", "lora", LORA_PACKED, LORA_WITHOUT_DROPOUT, "lst", "lst direct", "9-lst direct", DIRECT_AS_TRAINED)
 
 
-def candidates(
-    model: str,
-    device: torch.device,
-    methods: tuple[str, ...] = METHODS,
-    dtype: str = "float32",
-    tokens: int = TOKENS,
-) -> Candidates:
+def candidates(case: Step, device: torch.device) -> Candidates:
     """The steps of all methods, k-LST first, and the bound."""
-    steps = {method: training_step(model, method, device, dtype, tokens) for method in methods}
-    return {**steps, FORWARD: backbone_forward(model, device, dtype, tokens)}
+    given = {"device": device, "dtype": case.dtype, "tokens": case.tokens}
+    steps = {method: partial(training_step, case.model, method, **given) for method in METHODS}
+    return {**steps, FORWARD: partial(backbone_forward, case.model, **given)}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_ladder(benchmark: Any, method: str) -> None:
-    benchmark(training_step("demo", method, torch.device("cpu")))
-
-
-def main() -> None:
-    parser = timing_parser(__doc__)
-    parser.add_argument("--model", choices=MODELS, default="demo")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="what the frozen weights are brought to")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of a text; default {TOKENS}")
-    parser.add_argument("--methods", default=",".join(METHODS), help="the first is what ratios are taken to")
-    given = parser.parse_args()
-    measure(
-        FILE,
-        {**CASE, "model": given.model, "tokens": str(given.tokens), "dtype": given.dtype},
-        candidates(given.model, given.device, tuple(given.methods.split(",")), given.dtype, given.tokens),
-        given.device,
-        given.rounds,
-    )
-
+BENCH = Bench(__doc__, "ladder.csv", lambda _: [Step()], candidates)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main()

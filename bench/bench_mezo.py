@@ -1,8 +1,7 @@
-"""A whole MeZO step of the bundled model, prompted, against the bare forward passes in it.
+"""A whole MeZO step of the bundled model, prompted, against the bare forward passes in it, and the reference's loop.
 
-`python -m bench.bench_mezo` writes `bench/data/mezo_step.csv`. Text is random: only the shape of the batch matters. The
-first candidate is the forwards alone, so a ratio is what a step costs over them: at best 1. Before this library's
-engine there was the reference's loop, which draws each noise four times, into tensors of its own.
+`python -m bench.bench_mezo` writes `bench/data/mezo_step.csv`. Text is random: only the shape of the batch matters. A
+ratio is what a step costs over its forwards.
 """
 
 from __future__ import annotations
@@ -11,17 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import DATA, Candidates, columns_of, measure, timing_parser
-from fastpeft import MeZO, Prompt
+from bench.harness import Bench, Candidates, Run
+from fastpeft import Exact, InPlace, MeZO, Prompt
+from fastpeft.mezo.estimator import estimator_of
+from fastpeft.mezo.in_place import Rule
 from fastpeft.prompts.model import load_prompted
 
-FILE = DATA / "mezo_step.csv"
 LR, EPS = 1e-6, 1e-3
-ROUNDS = 11
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,6 @@ class Case:
     model: str = "demo"
     dtype: str = "float32"
     work: str = "one step"
-
-    def __str__(self) -> str:
-        return f"{self.estimator}-{self.num_estimates}-{self.noise}"
 
 
 CASES = [
@@ -64,40 +59,45 @@ def batch_of(case: Case, device: torch.device) -> dict[str, Tensor]:
 
 
 def candidates(case: Case, device: torch.device) -> Candidates:
-    """The forwards of a step, and steps with them, ready to run."""
+    """The forwards of a step, and steps with them."""
     batch = batch_of(case, device)
 
     def loss_of(model: nn.Module) -> Callable[[], float]:
         return lambda: float(model(**batch).loss)
 
-    bare = loss_of(prompted(device))
+    def forwards() -> Run:
+        bare = loss_of(prompted(device))
 
-    @torch.no_grad()
-    def forwards() -> None:
-        for _ in range(case.forwards):
-            bare()
+        @torch.no_grad()
+        def run() -> None:
+            for _ in range(case.forwards):
+                bare()
 
-    def step(**options: Any) -> Callable[[], object]:
+        return run
+
+    def step(rule: Rule) -> Run:
         model = prompted(device)
-        kind = {"estimator": case.estimator, "num_estimates": case.num_estimates, "noise": case.noise}
-        optimizer = MeZO(model, LR, EPS, **kind, **options)
+        optimizer = MeZO(model, LR, EPS, estimator=estimator_of(vars(case)), rule=rule)
         closure = loss_of(model)
         optimizer.step(closure)  # the first looks twice
         return lambda: optimizer.step(closure)
 
-    made = {
+    def loop() -> Run:
+        model = prompted(device)
+        return reference_step(model, loss_of(model))
+
+    made: dict[str, Callable[[], Run]] = {
         "forwards": forwards,
-        "step": step(),
-        "step, deferred": step(defer=True),
-        "step, exact": step(restore="exact"),
+        "step": lambda: step(InPlace()),
+        "step, deferred": lambda: step(InPlace(defer=True)),
+        "step, exact": lambda: step(Exact()),
     }
     if (case.estimator, case.noise) == ("spsa", "gaussian"):
-        model = prompted(device)
-        made["reference's loop"] = reference_step(model, loss_of(model))
+        made["reference's loop"] = loop
     return made
 
 
-def reference_step(model: nn.Module, closure: Callable[[], float]) -> Callable[[], object]:
+def reference_step(model: nn.Module, closure: Callable[[], float]) -> Run:
     """A step as the reference makes it: the same noise drawn anew for each of four passes over every tensor."""
     params = [p for p in model.parameters() if p.requires_grad]
 
@@ -118,18 +118,7 @@ def reference_step(model: nn.Module, closure: Callable[[], float]) -> Callable[[
     return step
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", ["forwards", "step, deferred"])
-def test_mezo_step(benchmark: Any, case: Case, name: str) -> None:
-    benchmark.group = str(case)
-    benchmark(candidates(case, torch.device("cpu"))[name])
-
-
-def main() -> None:
-    given = timing_parser(__doc__, ROUNDS).parse_args()
-    for case in CASES:
-        measure(FILE, columns_of(case), candidates(case, given.device), given.device, given.rounds)
-
+BENCH = Bench(__doc__, "mezo_step.csv", lambda _: CASES, candidates, rounds=11)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main()

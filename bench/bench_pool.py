@@ -1,80 +1,83 @@
 """A pool of side networks at RoBERTa-base's shapes: 64 rows of one task or of 16, and training one member or 8 at once.
 
-`python -m bench.bench_pool` writes `bench/data/pool.csv`; `pytest bench --benchmark-enable --benchmark-only` shows the
-same through pytest-benchmark. Weights and text are random: only shapes matter.
+`python -m bench.bench_pool` writes `bench/data/pool.csv`. Weights and text are random: only shapes matter.
 
-Predicted before measuring, with a block for each layer, at the 105 GFLOPS that this CPU's matrix products reach.
-Answers (64 rows of 32 tokens, 9-LST): 3.3 s for the backbone, 0.45 for a side network's products and 0.2 for its
-attention; over 16 tasks products of 128 rows are as fast when stacked, and 16 heads in place of one cost 50 ms: 1.02
-times as long, 1.1 with side networks one after another. A training step (16 rows): 0.83 s for the backbone, and for
-each member 0.22 for products, 0.1 for attention and the small rest, 0.03 for AdamW: eight take 3.65 s and one 1.18, 3.1
-times. With cached features what the backbone takes goes, and reading 10 MB of them comes in its place.
+Predicted before measuring, with a block for each layer: rows of 16 tasks take 1.02 times as long as rows of one, and a
+training step of eight members 3.1 times as long as of one. With cached features what the backbone takes goes.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench.backbones import MODELS
-from bench.harness import DATA, Candidates, measure, timing_parser
+from bench.harness import Bench, Candidates, Run, ready_made
 from fastpeft import LadderConfig, LadderPool
 
-FILE = DATA / "pool.csv"
-TOKENS, ANSWER_ROWS, TRAIN_ROWS = 32, 64, 16
-ANSWER_TASKS, TRAIN_MEMBERS = 16, 8
-ROUNDS = 5  # of seconds each
-WORKS = ("answer", "train")
+TASKS, MEMBERS = 16, 8  # that answer, and that train
 
 
-def pool_of(
-    members: int, window: int, device: torch.device, make: Callable[[], nn.Module] = MODELS["base"]
-) -> LadderPool:
-    pool = LadderPool(make().to(device))
+@dataclass(frozen=True)
+class Case:
+    """What a pool does, "answer" or "train", the window of its side networks and the batch."""
+
+    model: str
+    work: str
+    window: int
+    rows: int
+    tokens: int = 32
+    dtype: str = "float32"
+
+
+CASES = Case("base", "answer", 9, 64), Case("base", "train", 9, 16)
+
+
+def candidates(case: Case, device: torch.device) -> Candidates:
+    """Of a pool that all of them share."""
+    members = TASKS if case.work == "answer" else MEMBERS
+    pool = LadderPool(MODELS[case.model]().to(device))
     for number in range(members):
-        pool.add(str(number), LadderConfig(window_size=window))
-    return pool
+        pool.add(str(number), LadderConfig(window_size=case.window))
+    ids = torch.randint(5, 1_000, (case.rows, case.tokens), device=device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    @torch.no_grad()
+    def forward() -> None:
+        pool.backbone.body(**batch)
+
+    runs = (answers if case.work == "answer" else training)(pool, batch)
+    return ready_made({**runs, "backbone forward": forward})
 
 
-def batch(rows: int, device: torch.device) -> dict[str, torch.Tensor]:
-    ids = torch.randint(5, 1_000, (rows, TOKENS), device=device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def answers(pool: LadderPool, device: torch.device) -> Candidates:
-    """Rows of one task, rows of all tasks in turn, and the bound."""
-    given = batch(ANSWER_ROWS, device)
-    spread = [pool.tasks[row % len(pool.tasks)] for row in range(ANSWER_ROWS)]
+def answers(pool: LadderPool, batch: dict[str, Tensor]) -> dict[str, Run]:
+    """Rows of one task, and rows of all tasks in turn."""
+    rows = len(batch["input_ids"])
+    spread = [pool.tasks[row % len(pool.tasks)] for row in range(rows)]
     return {
-        "one task": lambda: pool(given, [pool.tasks[0]] * ANSWER_ROWS),
-        f"{len(pool.tasks)} tasks": lambda: pool(given, spread),
-        "backbone forward": lambda: forward(pool, given),
+        "one task": lambda: pool(batch, [pool.tasks[0]] * rows),
+        f"{len(pool.tasks)} tasks": lambda: pool(batch, spread),
     }
 
 
-@torch.no_grad()
-def forward(pool: LadderPool, given: dict[str, torch.Tensor]) -> None:
-    pool.backbone.body(**given)
-
-
-def training(pool: LadderPool, device: torch.device, folder: Path) -> Candidates:
-    """A step of one member, of all from one pass and from features cached in `folder`, of one alone, and the bound."""
-    given = {**batch(TRAIN_ROWS, device), "labels": torch.arange(TRAIN_ROWS, device=device) % 2}
+def training(pool: LadderPool, batch: dict[str, Tensor]) -> dict[str, Run]:
+    """A step of one member, of all from one pass and from cached features, and of one alone."""
+    given = {**batch, "labels": torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device) % 2}
     optimizers = {name: adamw(pool[name]) for name in pool.tasks}
     first = pool.tasks[0]
-    cache = pool.cache_features(folder)
+    folder = tempfile.TemporaryDirectory()
+    cache = pool.cache_features(folder.name)
     pool.feature_cache = None
 
     def from_cache() -> None:
         pool.feature_cache = cache
         pool.fit([given], optimizers)
         pool.feature_cache = None
+        _ = folder  # which is there as long as this function is
 
     def alone() -> None:
         model = pool[first].train()
@@ -87,7 +90,6 @@ def training(pool: LadderPool, device: torch.device, folder: Path) -> Candidates
         f"{len(pool.tasks)} members": lambda: pool.fit([given], optimizers),
         f"{len(pool.tasks)} members, features cached": from_cache,
         "LadderModel alone": alone,
-        "backbone forward": lambda: forward(pool, {name: given[name] for name in ("input_ids", "attention_mask")}),
     }
 
 
@@ -95,52 +97,7 @@ def adamw(model: nn.Module) -> Any:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
 
-@pytest.mark.parametrize("name", ["one task", f"{ANSWER_TASKS} tasks"])
-def test_answer(benchmark: Any, name: str) -> None:
-    device = torch.device("cpu")
-    benchmark(answers(pool_of(ANSWER_TASKS, 9, device), device)[name])
-
-
-@pytest.mark.parametrize(
-    "name", ["one member", f"{TRAIN_MEMBERS} members", f"{TRAIN_MEMBERS} members, features cached"]
-)
-def test_training_step(benchmark: Any, tmp_path: Path, name: str) -> None:
-    device = torch.device("cpu")
-    benchmark(training(pool_of(TRAIN_MEMBERS, 9, device), device, tmp_path)[name])
-
-
-def record(
-    file: Path,
-    work: str,
-    window: int,
-    device: torch.device,
-    rounds: int = ROUNDS,
-    make: Callable[[], nn.Module] = MODELS["base"],
-) -> None:
-    """Measure one kind of work and put it into `file`."""
-    members, rows = (ANSWER_TASKS, ANSWER_ROWS) if work == "answer" else (TRAIN_MEMBERS, TRAIN_ROWS)
-    pool = pool_of(members, window, device, make)
-    case = {
-        "model": "roberta-base",
-        "work": work,
-        "window": str(window),
-        "rows": str(rows),
-        "tokens": str(TOKENS),
-        "dtype": "float32",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        candidates = answers(pool, device) if work == "answer" else training(pool, device, Path(folder))
-        measure(file, case, candidates, device, rounds)
-
-
-def main() -> None:
-    parser = timing_parser(__doc__, ROUNDS)
-    parser.add_argument("--work", choices=WORKS, nargs="+", default=WORKS)
-    parser.add_argument("--window", type=int, default=9)
-    given = parser.parse_args()
-    for work in given.work:
-        record(FILE, work, given.window, given.device, given.rounds)
-
+BENCH = Bench(__doc__, "pool.csv", lambda _: CASES, candidates, rounds=5)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main()

@@ -37,7 +37,7 @@ class Stage:
 
 
 STAGES = [
-    Stage("siva_linear", "tests/kernels -k siva_linear", ["bench_siva_linear", "bench_siva_linear_mixed"]),
+    Stage("siva_linear", "tests/kernels -k siva_linear", ["bench_siva_linear"]),
     Stage("window_attention", "tests/kernels -k window_attention", ["bench_window_attention"]),
     Stage("frozen_head", "tests/kernels -k frozen_head", ["bench_frozen_head"]),
     Stage("mezo_perturb", "tests/kernels -k mezo_perturb", ["bench_mezo_perturb --model large", "bench_mezo"]),
@@ -45,10 +45,10 @@ STAGES = [
         "steps",
         "tests/ops tests/siva -m gpu",
         [
-            f"bench_training --adapters --model large --tokens 128 {STEPS} --candidates siva,limit,lora",
-            f"bench_ladder --model large --tokens 128 {STEPS} --methods 9-lst,lora,lst",
-            f"bench_training --adapters --model 1b --tokens 128 {STEPS} --candidates siva,limit,lora",
-            f"bench_ladder --model 1b --tokens 128 {STEPS} --methods 9-lst,lora,lst",
+            f"bench_adapters --model large --tokens 128 {STEPS} --candidates siva,limit,lora",
+            f"bench_ladder --model large --tokens 128 {STEPS} --candidates 9-lst,lora,lst",
+            f"bench_adapters --model 1b --tokens 128 {STEPS} --candidates siva,limit,lora",
+            f"bench_ladder --model 1b --tokens 128 {STEPS} --candidates 9-lst,lora,lst",
             "bench_pool",
             "bench_feature_cache",
         ],

@@ -1,4 +1,8 @@
-"""Timing of alternatives side by side, and the one writer of the tables in `bench/data`.
+"""The framework of all benches: what runs in turns on each case of a sweep, and one form of table in `bench/data`.
+
+A bench is a `Bench`: cases, each a data class, and what is timed on a case. `python -m bench.bench_NAME` measures all
+of it into its table, and each field of a case is an option: `--model base --tokens 64 128` replaces the field in every
+case. `--candidates` takes some, the first of which ratios are taken to.
 
 Candidates run interleaved in one process, each once per round in a rotating order, so that a machine that slows down
 slows all of them; a ratio is taken within each round and its median reported.
@@ -13,10 +17,11 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -35,14 +40,111 @@ SHORTEST_SAMPLE_S = 1e-3  # a candidate faster than this is repeated within a sa
 VERSIONS = ("python", "fastpeft", "torch", "triton", "peft")
 
 Row = dict[str, str]
-Candidates = Mapping[str, Callable[[], object]]
+Run = Callable[[], object]
+Candidates = Mapping[str, Callable[[], Run]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What runs in turns on the cases of a sweep.
+
+    Attributes:
+        about: what `--help` says.
+        file: the table's name, and its name for cards too.
+        cases: the sweep on a device, the smallest case first; a case is a data class whose fields are the columns.
+        candidates: of a case on a device, what makes each one ready to run; ratios are taken to the first.
+        rounds: how often each runs.
+    """
+
+    about: str | None
+    file: str
+    cases: Callable[[torch.device], Iterable[Any]]
+    candidates: Callable[[Any, torch.device], Candidates]
+    rounds: int = ROUNDS
+
+    def main(self, arguments: Sequence[str] | None = None, folder: Path = DATA) -> None:
+        """The command of a bench."""
+        fields = asdict(next(iter(self.cases(torch.device("cpu")))))
+        parser = option_parser(self.about)
+        parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (default) or cuda")
+        parser.add_argument("--rounds", type=int, default=self.rounds, help=f"default {self.rounds}")
+        parser.add_argument("--candidates", type=lambda names: names.split(","), help="names, separated by commas")
+        for name, value in fields.items():
+            kind = "True".__eq__ if isinstance(value, bool) else type(value)
+            parser.add_argument(f"--{name.replace('_', '-')}", nargs="+", type=kind, help=f"as {value!r}")
+        given = vars(parser.parse_args(arguments))
+        device, changes = given["device"], {name: given[name] for name in fields if given[name] is not None}
+        for case in dict.fromkeys(changed(self.cases(device), changes)):
+            if device.type == "cuda":
+                self._measure_on_card(case, device, given["rounds"], given["candidates"], folder / CARDS.name)
+            else:
+                self.measure(case, device, given["rounds"], given["candidates"], folder / self.file)
+
+    def ready(self, case: Any, device: torch.device, names: Sequence[str] | None = None) -> dict[str, Run]:
+        """The candidates of a case, or those of `names`, ready to run."""
+        made = self.candidates(case, device)
+        return {name: made[name]() for name in names or made}
+
+    def measure(
+        self, case: Any, device: torch.device, rounds: int, names: Sequence[str] | None, file: Path
+    ) -> list[Row]:
+        """Put a row for each candidate into `file`.
+
+        `ratio_*` is a candidate's time over the first candidate's in the same round: above 1, the first is faster.
+        """
+        runs, columns = self.ready(case, device, names), columns_of(case)
+        rows = [
+            {**columns, "candidate": name, **machine(device), **figures}
+            for name, figures in _figures(interleave(runs, device, rounds)).items()
+        ]
+        for row in rows:
+            put_row(file, row, (*columns, "candidate", "device", "card"))
+        return rows
+
+    def _measure_on_card(
+        self, case: Any, device: torch.device, rounds: int, names: Sequence[str] | None, folder: Path
+    ) -> None:
+        file, columns = folder / self.file, columns_of(case)
+        where = {**machine(device), "source": source()}
+        wanted = set(names or self.candidates(case, device))
+
+        def is_there(how: str) -> bool:
+            key = {**columns, "how": how, "card": where["card"], "source": where["source"]}
+            return {row["candidate"] for row in read_rows(file) if key.items() <= row.items()} >= wanted
+
+        left = [how for how in ("eager", "graph", "cold") if not is_there(how)]
+        runs = self.ready(case, device, names) if left else {}  # to make them takes longer than to time them
+        for how in left:
+            timed = captured(runs) if how == "graph" else runs
+            if next(iter(runs)) not in timed:
+                continue  # nothing to take ratios to
+            timer = elapsed_cold if how == "cold" else elapsed
+            for name, figures in _figures(interleave(timed, device, rounds, timer)).items():
+                figures["peak_mb"] = f"{peak_mb(runs[name]):.1f}"
+                row = {**columns, "candidate": name, "how": how, **where, **figures}
+                put_row(file, row, (*columns, "candidate", "how", "card", "source"))
+
+
+def ready_made(runs: Mapping[str, Run]) -> Candidates:
+    """Candidates that need no setup of their own."""
+    return {name: partial(_itself, run) for name, run in runs.items()}
+
+
+def _itself(run: Run) -> Run:
+    return run
+
+
+def changed(cases: Iterable[Any], changes: Mapping[str, Sequence[Any]]) -> Iterator[Any]:
+    """Each case with every combination of other values of its fields."""
+    for case, values in itertools.product(cases, list(itertools.product(*changes.values()))):
+        yield replace(case, **dict(zip(changes, values)))
 
 
 def interleave(
-    candidates: Candidates,
+    candidates: Mapping[str, Run],
     device: torch.device,
     rounds: int = ROUNDS,
-    timer: Callable[[Callable[[], object], torch.device, int], float] = elapsed,
+    timer: Callable[[Run, torch.device, int], float] = elapsed,
 ) -> dict[str, list[float]]:
     """Seconds of every candidate in every round."""
     if device.type == "cpu":
@@ -61,15 +163,24 @@ def interleave(
     return seconds
 
 
-def spread(values: Iterable[float]) -> tuple[float, float, float]:
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile."""
-    deciles = quantiles(values, n=10, method="inclusive")
+    deciles = quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
     return deciles[1], deciles[4], deciles[7]
 
 
-def percentiles(name: str, values: Iterable[float]) -> Row:
-    """The columns of the 20th, 50th and 80th percentile."""
+def _percentiles(name: str, values: Sequence[float]) -> Row:
     return {f"{name}_p{percentile}": f"{value:.4g}" for percentile, value in zip((20, 50, 80), spread(values))}
+
+
+def _figures(seconds: Mapping[str, list[float]]) -> dict[str, Row]:
+    """Percentiles of each candidate's milliseconds, and of its ratios to the first."""
+    first = next(iter(seconds.values()))
+    return {
+        name: _percentiles("ms", [1e3 * t for t in times])
+        | _percentiles("ratio", [t / base for t, base in zip(times, first)])
+        for name, times in seconds.items()
+    }
 
 
 def columns_of(case: Any) -> Row:
@@ -90,65 +201,7 @@ def machine(device: torch.device) -> Row:
     }
 
 
-def measure(file: Path, case: Row, candidates: Candidates, device: torch.device, rounds: int = ROUNDS) -> None:
-    """Time `candidates` on `case` and put one row for each into `file`, on a card into the one of that name for cards.
-
-    `ratio_*` is a candidate's time over the first candidate's in the same round: above 1, the first is faster.
-    """
-    if device.type == "cuda":
-        _measure_on_card(CARDS / file.name, case, candidates, device, rounds)
-        return
-    for name, figures in _figures(interleave(candidates, device, rounds)).items():
-        put_row(file, {**case, "candidate": name, **machine(device), **figures}, (*case, "candidate", "device", "card"))
-
-
-def _figures(seconds: Mapping[str, list[float]]) -> dict[str, Row]:
-    """Percentiles of each candidate's milliseconds, and of its ratios to the first."""
-    first = next(iter(seconds.values()))
-    return {
-        name: percentiles("ms", [1e3 * t for t in times])
-        | percentiles("ratio", [t / base for t, base in zip(times, first)])
-        for name, times in seconds.items()
-    }
-
-
-def is_on_card(file: Path, case: Row, names: Iterable[str], device: torch.device) -> bool:
-    """Whether these candidates' last rows are there, so that they need not be made again to measure the case."""
-    return _on_card(CARDS / file.name, case, "cold", machine(device)["card"]) >= set(names)
-
-
-def _on_card(file: Path, case: Row, how: str, card: str) -> set[str]:
-    """The candidates that have a row of the same sources."""
-    wanted = {**case, "how": how, "card": card, "source": source()}
-    return {row["candidate"] for row in read_rows(file) if wanted.items() <= row.items()}
-
-
-def _measure_on_card(file: Path, case: Row, candidates: Candidates, device: torch.device, rounds: int) -> None:
-    where = {**machine(device), "source": source()}
-    key = (*case, "candidate", "how", "card", "source")
-    for how in ("eager", "graph", "cold"):
-        if _on_card(file, case, how, where["card"]) >= candidates.keys():
-            continue
-        runs, timer = candidates, elapsed
-        if how == "graph":
-            runs = captured(candidates)
-            runs = runs if next(iter(candidates)) in runs else {}  # nothing to take ratios to
-        elif how == "cold":
-            timer = elapsed_cold
-        for name, figures in _figures(interleave(runs, device, rounds, timer)).items() if runs else ():
-            figures["peak_mb"] = f"{peak_mb(candidates[name]):.1f}"
-            put_row(file, {**case, "candidate": name, "how": how, **where, **figures}, key)
-
-
 @cache
-def resident(name: str) -> int:
-    """Resident bytes of this process, now (`VmRSS`), at most (`VmHWM`), or now and of no file (`RssAnon`)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise KeyError(name)
-
-
 def source() -> str:
     """A hash of what is measured: the package's and the kernels' files."""
     root = Path(__file__).parent.parent
@@ -160,33 +213,6 @@ def source() -> str:
 def option_parser(description: str | None) -> argparse.ArgumentParser:
     """The parser of a bench's options, whose `--help` is the bench's docstring, line by line."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def timing_parser(description: str | None, rounds: int = ROUNDS) -> argparse.ArgumentParser:
-    """The `option_parser` of a bench that times: it has --device, a `torch.device`, and --rounds."""
-    parser = option_parser(description)
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
-    return parser
-
-
-def time_operation(
-    description: str | None,
-    file: Path,
-    cases: Callable[[tuple[str, ...]], Iterable[Any]],
-    candidates: Callable[[Any, torch.device], Candidates],
-) -> None:
-    """The command of a bench of one operation: `measure` the candidates of every case, a data class.
-
-    Args:
-        description: what `--help` says.
-        file: the table.
-        cases: those in some dtypes: float32 on a CPU, bfloat16 too on a card.
-        candidates: those of a case on a device.
-    """
-    given = timing_parser(description).parse_args()
-    for case in cases(("float32",) if given.device.type == "cpu" else ("bfloat16", "float32")):
-        measure(file, columns_of(case), candidates(case, given.device), given.device, given.rounds)
 
 
 def read_rows(file: Path) -> list[Row]:

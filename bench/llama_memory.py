@@ -18,68 +18,41 @@ that is cut off goes on, and after a change of the code the file is deleted firs
 A row tells apart weights, gradients, optimizer state, and the rest of the peak. The peak need not be where all
 gradients are: then the rest is smaller than the activations.
 
-Counted on paper for 8B, 2,048 tokens, batch 1, in MB (2^20 bytes), before it was simulated. d = 4096 is the width, f =
-14336 that of the feed-forward, D that of the side network.
-
-- Weights: 6,979 M in linear layers, 525 M each in embeddings and head: 15,317 in bfloat16. In nf4 with scales in
-  float32 3,744 and 2,004: 5,748; with scales in 8 bits 5,438. Rank 16 in all layers is 42 M: 160 in float32, as much
-  in gradients and half in optimizer state. SiVA has its initial factors too: 320, or 240 beside 4 bits, where these are
-  in bfloat16. That was predicted to save 80 of the peak.
-- LoRA keeps of a token and layer four times f and nine times d in bfloat16, twice d in float32, and the smaller keys
-  and values: 0.23 MB, 14,000 in all. With checkpointing 32 inputs, 512, and of one layer what it keeps and its
-  gradient: 1,000.
-- LST keeps 33 features, 528, and of a token and side block 19 D numbers, three of these D in float32: 44 D bytes. At
-  D = 256 that is 700, at 512 1,400, or with checkpointing one state of 4 D bytes, 64 and 128. It trains 61 M or 172 M:
-  232 or 657 in weights, as much in gradients and half in state.
-- 9-LST keeps its windows too, 18 D bytes of a token and block; with the projections of nine slots it trains 319 M at
-  D = 256 and 690 M at 512: 10 bytes each, 3,040 and 6,600.
-- The loss: logits in bfloat16 and float32 and the gradient of these are 2,500; without them 63, a chunk of 256 tokens.
-- With six blocks, at D = 512: of LST 7 features, 112, and 262 inside of blocks; 36 M trained, 137 in weights, as much
-  in gradients and half in state: 6,150 beside nf4-double, where 32 blocks take 8,700. Of 9-LST six slots of 32 are
-  trained, 130 M, and 33 features and 110 of windows are kept: 7,600.
-- MeZO keeps nothing: the weights and a layer's inside, 4 times f, 300.
-
-`--measure MODEL` runs such steps, in float32, on a Llama that is there, as SmolLM2-135M (`python -m bench.pretrained
-smollm2 models/smollm2`), and writes peaks of live tensors beside what is simulated for them to
-`bench/data/llama_memory_measured.csv`. Neither has what an op makes inside itself, as a chunk of the loss or a weight
-of few bits as numbers: a step that runs does not show it. The rows of shapes have an estimate of it.
+Counted on paper for 8B, 2,048 tokens, batch 1, in MB (2^20 bytes), before it was simulated: weights 15,317 in bfloat16,
+5,748 in nf4 and 5,438 with its scales in 8 bits; of LoRA 14,000 in activations, checkpointed 1,000; of LST with six
+blocks 6,150 in all beside nf4-double, and 8,700 with one for each layer; of 9-LST with six 7,600.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bench.backbones import checkpoint_activations
 from bench.harness import DATA, Row, option_parser, put_row, read_rows
 from fastpeft import LadderConfig, LadderModel, SivaConfig, fuse_head
 from fastpeft.methods.side_network import GATED
-from fastpeft.methods.wrapping import in_4_bits
 from fastpeft.ops.frozen_head_cross_entropy import FEWEST_TOKENS
 from fastpeft.ops.quantise import Format, QuantisedLinear
 from fastpeft.support.environment import versions
 from fastpeft.training.memory import (
     MEBIBYTE,
     BlockwiseAdamW,
-    MemoryEstimate,
-    MemoryTracker,
     embeddings_in_float,
-    scales_of,
     simulate_training_step,
 )
 
-FILE, MEASURED_FILE = DATA / "llama_memory.csv", DATA / "llama_memory_measured.csv"
+FILE = DATA / "llama_memory.csv"
 RANK = 16
 SIZES = (1, 2048), (4, 2048), (1, 512), (4, 512)  # rows of a batch, tokens
 NARROW, DEFAULT = "16", "8"  # reductions: 256 and 512 wide at 8B
@@ -135,15 +108,6 @@ CASES = [
     Case("mezo"),
     Case("mezo", "nf4"),
 ]
-_LADDERS = [Case(method, "nf4", reduction=DEFAULT) for method in ("lst", "k-lst")]
-MEASURED = [
-    *(replace(case, checkpointing=c) for case in (Case("lora", "nf4"), *_LADDERS) for c in ("no", "yes")),
-    Case("siva", "nf4"),
-    Case("lst", "float32", reduction=DEFAULT),
-    Case("lora", "float32", "logits"),
-    Case("full", "float32", "logits"),
-    Case("mezo", "float32"),
-]
 # transformers makes no mask for an attention whose name it does not know; beside sdpa it asks values of the batch for
 # padding, which a fake tensor does not have, and so would make one
 UNMASKED = "causal_sdpa"
@@ -158,32 +122,28 @@ def blank(config: LlamaConfig) -> Any:
 
 
 def prepared(case: Case, model: Any) -> Any:
-    """The model that a step of `case` trains, made of a Llama with weights or of one on the meta device."""
-    is_blank = next(model.parameters()).is_meta
+    """The model that a step of `case` trains, made of a Llama on the meta device."""
     quantised = case.backbone in get_args(Format)
     if case.method in ("lst", "k-lst"):
-        if quantised and is_blank:
+        if quantised:
             _replace_linears(model, partial(QuantisedLinear, kind=case.backbone))
         config = LadderConfig(
             **(GATED if case.method == "lst" else {}),
             reduction_factor=int(case.reduction),
             layers_per_block=int(case.layers_per_block) if case.layers_per_block else None,
             causal=True,
-            backbone_dtype=case.backbone if quantised and not is_blank else None,
             pack_weights=False,
         )
-        with torch.device("meta") if is_blank else torch.device("cpu"):
+        with torch.device("meta"):
             model = LadderModel(model, config)
     elif case.method == "siva":
         common: dict[str, Any] = {"residual_dtype": case.backbone} if quantised else {}
         common |= {"quant_iterations": 0, "pack_weights": False}
         model = _adapted(model, SivaConfig, **common)
     elif case.method == "lora" or quantised:
-        if quantised and is_blank:
+        if quantised:
             _replace_linears(model, blank_linear4bit)
             model.is_loaded_in_4bit = True
-        elif quantised:
-            in_4_bits(model)
         model = _adapted(model, LoraConfig, lora_alpha=2 * RANK)
     if case.checkpointing == "yes":
         checkpoint_activations(model)
@@ -246,49 +206,13 @@ def batch_of(rows: int, tokens: int) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def simulated(
-    case: Case, model: Any, rows: int, tokens: int, dtype: torch.dtype | None, estimate_inside: bool
-) -> MemoryEstimate:
-    """Of a prepared model; `dtype` is that of autocast."""
+def simulate(name: str, case: Case, config: LlamaConfig, rows: int, tokens: int) -> Row:
+    """A row of a step of such a shape, as on a card."""
+    model = prepared(case, blank(config))
     adamw = partial(BlockwiseAdamW, in_float=embeddings_in_float(model))
-    batch = batch_of(rows, tokens)
-    optimizer = None if case.method == "mezo" else adamw
-    return simulate_training_step(model, batch, optimizer, dtype, estimate_inside=estimate_inside)
-
-
-def measured(case: Case, model: Any, rows: int, tokens: int) -> int:
-    """Peak of live tensors, in bytes, of the second of two steps that run."""
-    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
-
-    is_mezo, batch = case.method == "mezo", batch_of(rows, tokens)
-    model.train(not is_mezo)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):  # as the Trainer does
-            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
-    optimizer = AdamW8bit(trained, lr=1e-6)
-    with MemoryTracker() as tracker:
-        tracker.add(_tensors(model))
-        tracker.add(tensor for tensor in batch.values() if isinstance(tensor, Tensor))
-        for _ in range(1 if is_mezo else 2):  # the first makes the optimizer's state
-            tracker.reset_peak()
-            with torch.set_grad_enabled(not is_mezo):
-                loss = model(**batch).loss
-            if not is_mezo:
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            del loss
-    return tracker.peak
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, and the scales of those that bitsandbytes has quantised."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        yield from (tensor, *scales_of(tensor))
-
-
-def row_of(name: str, case: Case, model: Any, rows: int, tokens: int, found: MemoryEstimate) -> Row:
+    batch, optimizer = batch_of(rows, tokens), None if case.method == "mezo" else adamw
+    with patch.dict(FEWEST_TOKENS, cpu=FEWEST_TOKENS["cuda"]):  # a card's chunk of the loss
+        found = simulate_training_step(model, batch, optimizer, torch.bfloat16)
     parts = {"weights": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
     parts |= {"rest": found.activations, "peak": found.peak}
     return {
@@ -299,48 +223,18 @@ def row_of(name: str, case: Case, model: Any, rows: int, tokens: int, found: Mem
     }
 
 
-def simulate(name: str, case: Case, config: LlamaConfig, rows: int, tokens: int) -> Row:
-    """A row of a step of such a shape, as on a card."""
-    model = prepared(case, blank(config))
-    with patch.dict(FEWEST_TOKENS, cpu=FEWEST_TOKENS["cuda"]):  # a card's chunk of the loss
-        found = simulated(case, model, rows, tokens, torch.bfloat16, True)
-    return row_of(name, case, model, rows, tokens, found)
-
-
-def measure(name: str, case: Case, model: Any, rows: int, tokens: int) -> Row:
-    """A row with both peaks of a step of a Llama that has weights."""
-    model = prepared(case, model)
-    found = simulated(case, model, rows, tokens, None, False)  # as `measured` does not see it
-    peak = measured(case, model, rows, tokens)
-    both = {"measured_mb": f"{peak / MEBIBYTE:.1f}", "ratio": f"{found.peak / peak:.3f}"}
-    return {**row_of(name, case, model, rows, tokens, found), **both}
-
-
 def main() -> None:
     parser = option_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default all")
     parser.add_argument("--methods", nargs="+", help="default all")
-    parser.add_argument("--measure", metavar="MODEL", help="steps that run, on the model in this folder")
-    parser.add_argument("--tokens", type=int, default=256, help="of those steps, default 256")
     given = parser.parse_args()
-    if given.measure:
-        file, cases = MEASURED_FILE, [((1, given.tokens), Path(given.measure).name, case) for case in MEASURED]
-    else:
-        file, cases = FILE, list(itertools.product(SIZES, given.models, CASES))
-    there = {tuple(row[column] for column in KEY) for row in read_rows(file)}
-    for size, name, case in cases:
+    there = {tuple(row[column] for column in KEY) for row in read_rows(FILE)}
+    for size, name, case in itertools.product(SIZES, given.models, CASES):
         own = (name, *asdict(case).values(), *map(str, size))
-        if own in there or case.method not in (given.methods or (case.method,)):
-            continue
-        if given.measure:
-            model = AutoModelForCausalLM.from_pretrained(
-                given.measure, dtype=torch.float32, attn_implementation=UNMASKED
-            )
-            row = measure(name, case, model, *size)
-        else:
+        if own not in there and case.method in (given.methods or (case.method,)):
             row = simulate(name, case, MODELS[name], *size)
-        put_row(file, row, KEY)
-        print(", ".join(row.values()), flush=True)
+            put_row(FILE, row, KEY)
+            print(", ".join(row.values()), flush=True)
 
 
 if __name__ == "__main__":

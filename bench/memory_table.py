@@ -6,12 +6,8 @@ computes without autocast. 8-bit AdamW is counted as bitsandbytes keeps it; an o
 weight is read, so they are zeros. What a step holds at its peak is told apart: weights, gradients, optimizer state, and
 the rest, which are activations and temporaries.
 
-What to expect of the parts: 355.4 M weights are 678 MB. A layer that an adapter trains keeps its input for backward
-(2 bytes a value), which query and key share; LoRA also keeps the input in the dtype of its factors, where that is
-another one, and SiVA keeps its factors' start (in float32, 0.4 % of the adapted weights) to give the pretrained
-weight back. A quantised residual is 1 byte a weight (int8) or 0.5625 (nf4) in place of 2, plus one layer's dequantised
-weight at a time; so is, in the same column, the backbone of a side network. That keeps nothing of its backbone but the
-features, which the gradients of its projections need.
+What to expect: 355.4 M weights are 678 MB. A layer that an adapter trains keeps its input for backward, which query and
+key share; a side network keeps nothing of its backbone but the features.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """`python -m bench.plot` draws the pictures that pages show of the tables in `bench/data`.
 
-Those of one table lie beside it: timings as ratios, or over sizes. Two go to `docs/images`: memory against speed, and
-accuracy against memory.
+Timings of one table, as ratios, lie beside it. Accuracy against memory goes to `docs/images`.
 """
 
 from __future__ import annotations
@@ -23,24 +22,9 @@ from fastpeft.support.files import read_json, write_text
 
 MEASURED = ("ms_", "ratio_")
 WHERE = ("device", "card", "threads", *VERSIONS)
-IMAGES = DATA.parents[1] / "docs" / "images"
-OVERVIEW, PARETO = IMAGES / "memory-speed.png", IMAGES / "accuracy-memory.svg"
+PARETO = DATA.parents[1] / "docs" / "images" / "accuracy-memory.svg"
 
-# A point of the overview: variant in compare_demo.csv, candidate in training.csv, label and where it stands.
-POINTS = (
-    ("mezo:prompt=sst2:learning_rate=1.5e-5:epochs=6", "mezo", "MeZO", (9, 4)),
-    ("k-lst", "k-lst", "9-LST", (9, 4)),
-    ("lst", "lst", "LST", (9, 4)),
-    ("lora:rank=4", "lora-query-key", "LoRA, query and key", (8, 8)),
-    ("siva:rank=4:targets=query+key", "siva-query-key", "SiVA, query and key", (-4, -16)),
-    ("siva:rank=4:targets=all-linear:learning_rate=5e-4", "siva-all-linear", "SiVA, all linear layers", (4, 9)),
-    ("head", "head", "head only", (-9, 4)),
-    ("last-n", "last-n", "last 3 layers", (-7, 5)),
-    ("bitfit", "bitfit", "BitFit", (-8, -7)),
-    ("lora:rank=4:targets=all-linear", "lora-all-linear", "LoRA, all linear layers", (9, -12)),
-    ("full", "full", "full fine-tuning", (0, 10)),
-)
-# A point of the other: cells of the evidence, candidate in training.csv, name.
+# A point: cells of the evidence, candidate in training.csv, name.
 EVIDENCE = (
     ("sst2/full", "full", "full fine-tuning"),
     ("sst2/lora-rank=4-targets=query+key", "lora-query-key", "LoRA"),
@@ -54,7 +38,6 @@ EVIDENCE = (
     ("sst2/head", "head", "head only"),
     ("sst2-mezo/mezo-prompt=sst2-learning_rate=6e-6-epochs=5", "mezo", "MeZO, five epochs"),
 )
-OURS = ("siva", "k-lst", "lst", "mezo")
 
 
 def plot_timings(rows: list[Row], file: Path) -> None:
@@ -94,67 +77,10 @@ def _plot_ratios(axes: Axes, rows: list[Row], colors: Mapping[str, str]) -> None
     axes.set_xlabel(f"time over that of {first} (median, 20th to 80th percentile)", fontsize=8)
 
 
-def plot_scaling(rows: list[Row], file: Path) -> None:
-    """Time of a step over each size, a panel for each, with the counted operations as a dashed line from its start."""
-    panels = _grouped(rows, ("axis",))
-    columns = -(-len(panels) // 2)
-    figure, all_axes = plt.subplots(2, columns, figsize=(4.2 * columns, 7), squeeze=False, layout="constrained")
-    for spare in all_axes.flat[len(panels) :]:
-        spare.axis("off")
-    for axes, ((axis,), panel) in zip(all_axes.flat, panels.items()):
-        for (method,), line in _grouped(panel, ("method",)).items():
-            sizes = [int(row["size"]) for row in line]
-            times, counted = ([float(row[name]) for row in line] for name in ("ms_p50", "gflop"))
-            label = f"{method}: {line[0]['exponent']} (predicted {line[0]['exponent_predicted']})"
-            (drawn,) = axes.loglog(sizes, times, "o-", ms=4, lw=1, label=label)
-            axes.loglog(sizes, [times[0] * each / counted[0] for each in counted], "--", lw=1, color=drawn.get_color())
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.minorticks_off()
-        axes.set_xlabel(axis)
-        axes.set_ylabel("ms a step")
-        axes.legend(fontsize=7, title="exponents", title_fontsize=7)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
-def plot_overview(file: Path) -> None:
-    """Training speed over peak memory of the methods: the bundled model, float32, 16 x 32 tokens, two CPU cores.
-
-    Memory is that of each method's run on the demo data, speed that of whole training steps.
-    """
-    memory = {row["variant"]: float(row["peak_memory_mb"] or 0) for row in read_rows(DATA / "compare_demo.csv")}
-    steps = {row["candidate"]: row for row in read_rows(DATA / "training.csv") if row["model"] == "demo"}
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for variant, candidate, label, offset in POINTS:
-        step = steps[candidate]
-        place = memory[variant], 1e3 * int(step["batch"]) / float(step["ms_p50"])
-        ours = variant.partition(":")[0] in OURS
-        axes.plot(*place, "o" if ours else "s", ms=9 if ours else 7, color="#e65100" if ours else "#546e7a")
-        axes.annotate(
-            label,
-            place,
-            offset,
-            textcoords="offset points",
-            horizontalalignment="right" if offset[0] < 0 else "left",
-            weight="bold" if ours else "normal",
-            fontsize=9,
-        )
-    for label, marker, color in (("in fastpeft", "o", "#e65100"), ("for comparison", "s", "#546e7a")):
-        axes.plot([], [], marker, color=color, label=label)
-    axes.legend(fontsize=9)
-    axes.set_xlim(0, 480)
-    axes.set_ylim(0, 300)
-    axes.set_xlabel("peak memory of a training step, MB (less is better)")
-    axes.set_ylabel("samples a second (more is better)")
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
 def plot_evidence(file: Path) -> None:
     """Accuracy over peak memory, and the time of a step, of the paper's methods on a pretrained model of base size.
 
-    Accuracies are of the cells of sst2 and sst2-mezo that `python -m bench.evidence` has finished, with the interval of
+    Accuracies are of the cells of sst2 and sst2-mezo in `bench/data/evidence`, with the interval of
     reports, for new sentences and seeds, and memory is simulated for them. A step is of RoBERTa-base's shapes, 16 x 32
     tokens, in float32; of a method that was not timed so, its mark has the usual size.
     """
@@ -189,18 +115,13 @@ def _case(row: Row) -> str:
     return " ".join(f"{name} {value}" if value.isdigit() else value for name, value in columns.items())
 
 
-PICTURES = {  # tables that a page shows as a picture, and what draws it
-    "ladder": plot_timings,
-    "scaling": plot_scaling,
-    "siva_training": plot_timings,
-}
+TIMINGS = ("ladder", "siva_training")  # tables that a page shows as a picture
 
 
 def main() -> None:
-    plot_overview(OVERVIEW)
     plot_evidence(PARETO)
-    for name, draw in PICTURES.items():
-        draw(read_rows(DATA / f"{name}.csv"), DATA / f"{name}.png")
+    for name in TIMINGS:
+        plot_timings(read_rows(DATA / f"{name}.csv"), DATA / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def keep_freed_memory() -> None:
     """Let this process keep what it frees: glibc else gives it back, and the next call pays for fresh pages.
 
-    Which candidate pays is chance where several take turns: 11,000 pages in a step of SiVA on all linear layers of the
-    bundled model, a tenth of its time, and none in one of its bound. `MALLOC_TRIM_THRESHOLD_=2147483647
+    Which candidate pays is chance where several take turns. `MALLOC_TRIM_THRESHOLD_=2147483647
     MALLOC_MMAP_THRESHOLD_=33554432` says the same to any process.
     """
     if platform.libc_ver()[0] == "glibc":

@@ -45,10 +45,9 @@ from typing import Any
 
 import torch
 
-from bench.evidence import tagged_sentences, write_lines
 from bench.harness import DATA, Row, machine, option_parser, put_row, read_rows
 from fastpeft.comparison.variants import parse_variant
-from fastpeft.support.files import read_json
+from fastpeft.support.files import read_json, write_text
 from fastpeft.training.config import TrainConfig
 
 FILE = DATA / "transfer.csv"
@@ -104,6 +103,13 @@ def _some_of_each(folder: Path) -> tuple[Rows, Rows]:
     return kept, test
 
 
+def _tagged_sentences(file: Path) -> Rows:
+    """The rows of a file in CoNLL's form: a word and its tag a line, and an empty line after each sentence."""
+    blocks = file.read_text(encoding="utf-8").split("\n\n")
+    sentences = ([line.split("\t") for line in block.splitlines()] for block in blocks if block.strip())
+    return [{"tokens": [word for word, _ in pairs], "tags": [tag for _, tag in pairs]} for pairs in sentences]
+
+
 def _sms(folder: Path) -> tuple[Rows, Rows]:
     rows = list({row["text"]: row for row in _table(folder / "sms.csv", ",", "text", "label")}.values())
     random.Random(0).shuffle(rows)
@@ -135,7 +141,7 @@ TASKS = {
     "trec": Source(_files(partial(_table, delimiter="\t", text="text", label="label"), "train.tsv", "test.tsv")),
     "banking77": Source(_some_of_each, rows=None),
     "sms": Source(_sms),
-    "wnut17": Source(_files(tagged_sentences, "train.conll", "test.conll"), "entity_f1"),
+    "wnut17": Source(_files(_tagged_sentences, "train.conll", "test.conll"), "entity_f1"),
     "sick": Source(_sick),
     "sts": Source(_sts, "spearman"),
     "banking77-all": Source(_banking, rows=None, folder="banking77"),
@@ -151,7 +157,8 @@ def write_task(name: str, source: Path, folder: Path) -> Path:
             random.Random(0).shuffle(part)
         for file, rows in (("train", train[: TASKS[name].rows]), ("dev", test[:TEST_ROWS])):
             target.mkdir(parents=True, exist_ok=True)
-            write_lines(target / f"{file}.jsonl", rows)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(target / f"{file}.jsonl", "".join(lines))
     return target
 
 

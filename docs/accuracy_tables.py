@@ -9,7 +9,7 @@ from typing import Any
 
 import memory_tables
 import numpy as np
-from table_rows import DOCS, LORA, NAMES, Row, cells_of, over_seeds, read, rows, settings, table, whole
+from table_rows import LORA, NAMES, Row, cells_of, over_seeds, rows, table, whole
 
 from fastpeft.comparison.significance import compare_pair, row_scores
 from fastpeft.comparison.suites import PaperRow, get_suite
@@ -17,30 +17,6 @@ from fastpeft.comparison.suites import PaperRow, get_suite
 PAPER = get_suite("table2").rows  # which has all of the paper's, with the prompt for film reviews
 
 LAYERS = {"key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
-OWN_LAYERS = {  # where none are given; of LoRA and its kin PEFT's
-    "siva": "all that read hidden states",
-    "lora": "query, value",
-    "pissa": "query, value",
-    "lokr": "query, value",
-    "qlora": "all linear",
-    "ia3": "key, value, outputs",
-}
-
-
-def results(file: str, keep: Callable[[Row], bool]) -> list[Row]:
-    """Runs of a comparison, least memory first; what was not trained has none."""
-    kept = [row for row in rows(file) if keep(row)]
-    return sorted(kept, key=lambda row: float(row["peak_memory_mb"] or 0))
-
-
-def _layers(row: Row) -> str:
-    targets = settings(row["variant"]).get("targets")
-    return LAYERS[targets] if targets else OWN_LAYERS.get(row["method"], "-")
-
-
-def _named(row: Row) -> str:
-    in_8_bits = "optim" in settings(row["variant"])
-    return NAMES[row["method"]] + (", 8-bit AdamW" if in_8_bits else "")
 
 
 def _milliseconds() -> dict[str, float]:
@@ -48,49 +24,8 @@ def _milliseconds() -> dict[str, float]:
     return {row["candidate"]: float(row["ms_p50"]) for row in rows("training.csv") if row["model"] == "demo"}
 
 
-def demo() -> str:
-    """Every method on the demo data, without a prompt."""
-    plain = {"targets", "rank", "learning_rate", "optim"}
-    found = results("compare_demo.csv", lambda row: set(settings(row["variant"])) <= plain)
-    milliseconds = _milliseconds()
-    body = []
-    for row in found:
-        layers = _layers(row)
-        work = layers.replace("query, value", "query, key")  # two matrices of one size a block are the same work
-        timed = row["method"] + ("" if work == "-" else f"-{work.replace(', ', '-').replace(' ', '-')}")
-        speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds and "optim" not in row["variant"] else "-"
-        accuracy = f"{float(row['accuracy']):.3f}"
-        memory, trained = whole(row["peak_memory_mb"]), whole(row["trainable_parameters"])
-        body.append([_named(row), layers, memory, accuracy, speed, trained])
-    return table(["method", "layers", "peak memory, MB", "accuracy", "samples/s", "trainable parameters"], body)
-
-
-def comparison(folder: str) -> dict[str, list[Row]]:
-    """The runs of each variant, one a seed, of a comparison in docs/results; those of its searches are left out."""
-    runs: dict[str, list[Row]] = {}
-    for run in read(DOCS / "results" / folder / "results.csv"):
-        if run["state"] == "finished" and not run.get("search"):
-            runs.setdefault(run["variant"], []).append(run)
-    return runs
-
-
 def _percent(runs: Sequence[Row], metric: str = "accuracy") -> str:
     return over_seeds([100 * float(run[metric]) for run in runs])
-
-
-def sst2() -> str:
-    """Every method on SST-2, without a prompt and from the pretrained model, least memory first."""
-    body = []
-    for runs in (*comparison("table2-full").values(), *comparison("peers").values()):
-        first = runs[0]
-        given = settings(first["variant"])
-        if given.keys() <= {"targets", "rank", "window", "optim", "learning_rate"}:
-            name = _named(first).replace("9", given.get("window", "9"))
-            scores = [_percent(runs, metric) for metric in ("accuracy", "f1")]
-            rate = f"{float(first['learning_rate']):g}"
-            body.append((float(first["peak_memory_mb"]), [name, _layers(first), *scores, rate]))
-    heads = ["method", "layers", "accuracy, %", "F1, %", "learning rate", "peak memory, MB"]
-    return table(heads, ([*cells, f"{memory:,.0f}"] for memory, cells in sorted(body)))
 
 
 SUMMARY = {  # of the README: the paper's variant -> (case of memory.csv, candidate of training.csv, what trains)
@@ -117,40 +52,25 @@ def summary() -> str:
     return table(["method", "what trains", *heads], body)
 
 
-def targets() -> str:
-    """Full fine-tuning, LoRA and SiVA by the layers they adapt, on two data sets."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for folder in ("targets-demo", "table2-full"):
-        for runs in comparison(folder).values():
-            if runs[0]["method"] in ("full", "lora", "siva"):  # which the suites have without prompts
-                rate = f"{float(runs[0]['learning_rate']):g}"
-                cells = found.setdefault((_layers(runs[0]), NAMES[runs[0]["method"]]), [])
-                cells += [_percent(runs), rate]
-    body = [[name, layers, *cells] for (layers, name), cells in sorted(found.items())]
-    return table(["method", "layers", "demo data, %", "rate", "SST-2, %", "rate"], body)
-
-
 def _given(row: PaperRow) -> str:
     """The paper's accuracy; both where its tables have two."""
     return " / ".join(f"{value:.2f}" for value in row.accuracy)
 
 
-def suite(folder: str, *, speeds: bool = True) -> str:
-    """The paper's rows beside what a comparison in docs/results measured; speeds only of runs that had the machine."""
-    runs = comparison(folder)
+def table2() -> str:
+    """The paper's rows beside what the bundled model has; runs of searches are left out."""
+    runs: dict[str, list[Row]] = {}
+    for run in rows("table2_full.csv"):
+        if run["state"] == "finished" and not run["search"]:
+            runs.setdefault(run["variant"], []).append(run)
     body = []
     for row in PAPER:
         found = runs.get(row.variant.replace(":layers_per_block=1", ""))  # of the bundled model's six layers
         if found:
-            cells = [_given(row), _percent(found)]
-            for given, column in ((row.memory_mb, "peak_memory_mb"), (row.samples_per_second, "samples_per_second")):
-                measured = mean(float(run[column]) for run in found)
-                cells += ["-" if given is None else f"{given:,}", f"{measured:,.0f}"]
-            body.append([row.title, *cells])
-    heads = ["", "accuracy, %: paper", "here", "memory, MB: paper", "here", "samples/s: paper", "here"]
-    if not speeds:
-        heads, body = heads[:-2], [cells[:-2] for cells in body]
-    return table(heads, body)
+            given = "-" if row.memory_mb is None else f"{row.memory_mb:,}"
+            memory = f"{mean(float(run['peak_memory_mb']) for run in found):,.0f}"
+            body.append([row.title, _given(row), _percent(found), given, memory])
+    return table(["", "accuracy, %: paper", "here", "memory, MB: paper", "here"], body)
 
 
 def _papers_cells(task: str, variant: str) -> list[dict[str, Any]]:
@@ -254,22 +174,14 @@ LAST_16 = "layers_to_transform=[14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29]
 BESIDE_16 = ":siva_layers=16:rank=4:targets=q_proj+k_proj"
 LINEAR = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"
 SPEAKING = {  # variants of E2E's evidence
-    "lst:layers_per_block=1:normalise_features=false": "LST, a block for each layer, not normalised",
     "lst": "LST",
-    "lst:reduction=4:learning_rate=0.002": "LST, twice as wide",
-    "lst:side_heads=9": "LST, nine heads in place of one",
     "lst:examples=8": "LST after 8 examples",
-    "lst:siva_layers=4:rank=4:targets=q_proj+k_proj": "LST with SiVA in the last 4 layers",
     f"lst{BESIDE_16}": "LST with SiVA in the last 16 layers",
     f"lst{BESIDE_16}:learning_rate=0.001": "the same at SiVA's rate",
-    f"lst{BESIDE_16}:learning_rate=0.001:epochs=3": "the same, three epochs",
     "k-lst:window=9:layers_per_block=1": "9-LST, a block for each layer",
     "k-lst:window=9": "**9-LST**",
-    "k-lst:window=9:residual=state": "9-LST with the state",
     f"k-lst:window=9{BESIDE_16}": "9-LST with SiVA in the last 16 layers",
     f"k-lst:window=9{BESIDE_16}:learning_rate=0.001": "the same at SiVA's rate",
-    f"k-lst:window=9{BESIDE_16}:learning_rate=0.001:layer_drop=0.3:feature_dropout=0.3": "the same, blocks left out",
-    "k-lst:window=9:siva_layers=10:rank=8:targets=all-linear:learning_rate=0.001": "9-LST, SiVA in all linear of 10",
     f"siva:rank=4:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of the last 16 layers",
     f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
     "siva:rank=8:targets=all-linear": "**SiVA**, all linear",
@@ -278,7 +190,6 @@ SPEAKING = {  # variants of E2E's evidence
     "last-n": "last 3 layers",
     "full": "full fine-tuning",
     "pissa:rank=8:targets=all-linear": "PiSSA, all linear",
-    "siva:rank=8:targets=all-linear:svd_niter=4": "SiVA, all linear, decomposed nearly",
     "siva:rank=8:targets=all-linear:residual_dtype=nf4": "SiVA in nf4, all linear",
     "qlora:rank=8:targets=all-linear": "QLoRA, all linear",
     "mezo": "**MeZO**",
@@ -303,33 +214,6 @@ def speaking() -> str:
         body.append([title, bleu, rouge, shown[0], f"{shown[1]} to {shown[2]}", *cost])
     heads = ["", "BLEU", "ROUGE-L", "perplexity", "other text, nats a token", "memory, MB", "learning rate", "seeds"]
     return table(heads, body)
-
-
-GENERALISATION = {  # titles of some of them
-    "full": "full fine-tuning",
-    "lora:rank=8:targets=all-linear": "LoRA, all linear",
-    "siva:rank=8:targets=all-linear": "SiVA, all linear",
-    f"siva:rank=8:targets={LINEAR}:{LAST_16}": "SiVA, all linear of the last 16 layers",
-    f"siva:rank=4:targets=q_proj+k_proj:{LAST_16}": "SiVA, query and key of these",
-    "last-n": "last 3 layers",
-    "lst": "LST",
-    "k-lst:window=9": "9-LST",
-    f"lst{BESIDE_16}:learning_rate=0.001": "LST with SiVA in the last 16 layers, at SiVA's rate",
-    f"lst{BESIDE_16}:learning_rate=0.001:epochs=3": "the same, three epochs",
-    "k-lst:window=9:siva_layers=10:rank=8:targets=all-linear:learning_rate=0.001": "9-LST, SiVA in all linear of 10",
-}
-
-
-def generalisation() -> str:
-    """The loss of a decoder in the last fifth of training, and that of rows with other meanings."""
-    body = []
-    for variant, title in GENERALISATION.items():
-        cells = cells_of("e2e", variant)
-        curves = [[loss for _, loss in cell["curves"]["training loss"]] for cell in cells]
-        learned = mean(mean(losses[-(len(losses) // 5) :]) for losses in curves)
-        other = mean(cell["metrics"]["loss"] for cell in cells)
-        body.append([title, f"{learned:.2f}", f"{other:.2f}", f"{other - learned:+.2f}"])
-    return table(["", "loss, end of training", "of dev rows", "difference"], body)
 
 
 def base_rates() -> str:
@@ -378,107 +262,6 @@ def _answers(cells: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.stack([np.equal(cell["predictions"]["labels"], cell["predictions"]["predictions"]) for cell in cells])
 
 
-def _scores(row: Row) -> list[str]:
-    return [f"{float(row[name]):.3f}" for name in ("accuracy", "f1")]
-
-
-def prompts() -> str:
-    """What a prompt does on the demo data: label words, or a template for a head."""
-
-    def keep(row: Row) -> bool:
-        given = settings(row["variant"])
-        return "prompt" in given and "init_from" not in given and "max_steps" not in given
-
-    return table(PROMPTED, map(_prompted, results("compare_demo.csv", keep)))
-
-
-def after_mezo() -> str:
-    """What methods reach from the weights that MeZO left."""
-    found = results(
-        "compare_demo.csv", lambda row: ":init_from=" in row["variant"] and "max_steps" not in row["variant"]
-    )
-    return table(PROMPTED, map(_prompted, found))
-
-
-WAYS = {
-    "zero-shot": "no training",
-    "calibrated": "no training, calibrated",
-    "few-shot": "a few rows",
-    "siva": "2,000 rows",
-}
-
-
-def auto_prompt() -> str:
-    """Prompts that were found beside others, with no training and after some; of several seeds the mean."""
-    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
-    for row in sorted(rows("auto_prompt.csv"), key=lambda row: int(row["seed"])):
-        found.setdefault((row["task"], row["way"]), {}).setdefault(row["prompt"], []).append(row)
-    body = []
-    for (task, way), prompts in sorted(found.items(), key=lambda item: (item[0][0], [*WAYS].index(item[0][1]))):
-        if "auto" not in prompts:  # no prompt was found for it, so that there is nothing to compare
-            continue
-        accuracies = (_several(prompts.get(prompt, [])) for prompt in ("none", "manual", "auto"))
-        first = prompts["auto"][0]
-        body.append([task, WAYS[way], *accuracies, f"`{first['template']}`", first["label_words"]])
-    return table(["data", "trained on", "none", "manual", "auto", "found", "label words"], body)
-
-
-def _several(measured: Sequence[Row]) -> str:
-    """The accuracy of runs that differ in their seed: the mean, and from where to where."""
-    values = [float(row["accuracy"]) for row in measured]
-    if not values:
-        return "-"
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{spread}"
-
-
-PROMPTED = ("method", "answer", "peak memory, MB", "accuracy", "F1")
-
-
-def _prompted(row: Row) -> list[str]:
-    given = settings(row["variant"].partition(":init_from=")[0])
-    answer = given.get("prompt_head", "label words" if "prompt" in given else "no prompt")
-    name = NAMES[row["method"]] + (", calibrated" if "calibrate" in given else "")
-    return [name, answer, whole(row["peak_memory_mb"]), *_scores(row)]
-
-
-def ladder_options() -> str:
-    """Options of the side network, on slices of 2,000 rows."""
-    runs: dict[tuple[str, str], list[Row]] = {}
-    for row in rows("ladder_options.csv"):
-        runs.setdefault((row["data"], row["variant"]), []).append(row)
-    body = []
-    for (data, variant), found in sorted(runs.items(), key=lambda item: item[0][0]):
-        accuracies = [float(row["entity_f1"] or row["accuracy"]) for row in found]
-        losses = [float(row["loss"]) for row in found]
-        parameters = whole(found[0]["trainable_parameters"])
-        body.append(
-            [data, f"`{variant}`", f"{len(found)}", f"{mean(accuracies):.3f}", f"{mean(losses):.3f}", parameters]
-        )
-    return table(["data", "variant", "seeds", "accuracy, of tags F1", "loss", "trainable parameters"], body)
-
-
-def frozen_accuracy() -> str:
-    """What fewer bits cost: the same runs in float32, in bfloat16 and with an int8 backbone, paired by seed."""
-    runs: dict[tuple[str, str], list[Row]] = {}
-    for row in rows("frozen_accuracy.csv"):
-        runs.setdefault((row["method"], row["dtype"]), []).append(row)
-    body = []
-    for (method, dtype), found in runs.items():
-        accuracies = [100 * float(row["accuracy"]) for row in found]
-        dev_rows = int(found[0]["dev_rows"])  # a difference is of whole rows, which the file has rounded
-        each = ", ".join(f"{100 * round(float(row['difference']) * dev_rows) / dev_rows:+.1f}" for row in found)
-        body.append([NAMES[method], dtype, f"{mean(accuracies):.1f}", "-" if dtype == "float32" else each])
-    return table(["", "frozen weights", "accuracy, %", "beside float32, by seed"], body)
-
-
-def ladder_pretraining() -> str:
-    """What masked words, learned first, and SiVA beside it give a side network."""
-    found = [row for row in rows("ladder_pretraining.csv") if row["accuracy"]]
-    body = [[row["cell"], f"{float(row['accuracy']):.3f}", f"{float(row['loss']):.3f}"] for row in found]
-    return table(["trained", "accuracy", "loss"], body)
-
-
 def siva_rates() -> str:
     """What each rate makes of each model and set of layers."""
     found: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
@@ -498,30 +281,6 @@ def quantised() -> str:
     errors = "weight_error", "logit_error"
     body = ([row["format"], ways[row["way"]], *(f"{100 * float(row[each]):.1f} %" for each in errors)] for row in found)
     return table(["format", "factors fitted by", "error of the weights", "of the logits"], body)
-
-
-def quantised_weights() -> str:
-    ways = {"plain": "the weight alone", "loftq": "LoftQ", "qpissa": "QPiSSA", "siva": "**SiVA**"}
-    shown = {"mpnet": "MPNet-base", "smollm2": "SmolLM2-135M"}
-    found = {
-        (row["model"], row["r"], row["way"]): f"{100 * float(row['weight_error']):.2f} %"
-        for row in rows("siva_quantised.csv")
-        if row["format"] == "nf4"
-    }
-    body = [
-        [name, rank, *(found[model, rank if way != "plain" else "", way] for way in ways)]
-        for model, name in shown.items()
-        for rank in ("4", "16")
-    ]
-    return table(["model", "rank", *ways.values()], body)
-
-
-def backbone_dtype() -> str:
-    body = (
-        [row["backbone_dtype"] or "float32", row["weights_mb"], _share(row["feature_error"]), row["accuracy"]]
-        for row in rows("backbone_dtype.csv")
-    )
-    return table(["backbone", "its weights, MB", "change of the last features", "accuracy"], body)
 
 
 def mezo_drift() -> str:

@@ -88,19 +88,12 @@ def processes() -> str:
 LLAMA = {
     ("mezo", "nf4", "fused", "", ""): "**MeZO** over QLoRA",
     ("lst", "nf4-double", "fused", "8", ""): "LST, nf4-double",
-    ("lst", "nf4", "fused", "8", ""): "LST, nf4",
-    ("lst", "nf4-double", "fused", "16", "1"): "LST, nf4-double, half as wide, a block for each layer",
     ("lst", "nf4-double", "fused", "8", "1"): "LST, nf4-double, a block for each layer",
     ("k-lst", "nf4-double", "fused", "8", ""): "**9-LST**, nf4-double",
-    ("k-lst", "nf4", "fused", "8", ""): "**9-LST**, nf4",
-    ("k-lst", "nf4-double", "fused", "16", "1"): "**9-LST**, nf4-double, half as wide, a block for each layer",
     ("k-lst", "nf4-double", "fused", "8", "1"): "**9-LST**, nf4-double, a block for each layer",
     ("siva", "nf4-double", "fused", "", ""): "**SiVA**, nf4-double",
-    ("siva", "nf4", "fused", "", ""): "**SiVA**, nf4",
     ("lora", "nf4", "fused", "", ""): "QLoRA",
     ("lora", "nf4", "logits", "", ""): "QLoRA, with logits",
-    ("lst", "int8", "fused", "8", ""): "LST, int8",
-    ("k-lst", "int8", "fused", "8", ""): "**9-LST**, int8",
     ("mezo", "bfloat16", "fused", "", ""): "**MeZO**",
     ("lst", "bfloat16", "fused", "8", ""): "LST",
     ("k-lst", "bfloat16", "fused", "8", ""): "**9-LST**",
@@ -108,7 +101,6 @@ LLAMA = {
     ("lora", "bfloat16", "fused", "", ""): "LoRA",
     ("full", "bfloat16", "logits", "", ""): "full fine-tuning",
 }
-_LLAMA_SIZES = (("1", "512"), ("4", "512"), ("1", "2048"), ("4", "2048"))  # rows, tokens
 
 
 def _llama() -> Iterator[tuple[str, dict[tuple[str, ...], Row]]]:
@@ -134,38 +126,3 @@ def llama_memory() -> str:
     heads = [f"{model}, checkpointed" if again == "yes" else model for model, again in both]
     body = ([name, *(_peak(found, *each, "1", "2048") for each in both)] for name, found in cases)
     return table(["peak memory, MB", *heads], body)
-
-
-def llama_parts() -> str:
-    """Where the peaks of the 8B in nf4 are."""
-    parts = ("weights", "gradients", "optimizer", "rest", "peak")
-    body = []
-    for name, found in _llama():
-        for again, suffix in (("no", ""), ("yes", ", checkpointed")):
-            row = found.get(("8B", again, "1", "2048"))
-            if row and row["backbone"] == "nf4":
-                body.append([name + suffix, *(whole(row[f"{part}_mb"]) for part in parts)])
-    return table(["MB", "weights", "gradients", "optimizer state", "the rest", "peak"], body)
-
-
-def llama_sizes() -> str:
-    """Peaks of the 8B by rows and tokens, checkpointed where that is possible, of what has been simulated for all."""
-    body = []
-    for name, found in _llama():
-        again = "no" if "MeZO" in name else "yes"
-        peaks = [_peak(found, "8B", again, *size) for size in _LLAMA_SIZES]
-        body += [] if "-" in peaks else [[name, *peaks]]
-    return table(["peak memory, MB", *(f"{count} x {int(tokens):,} tokens" for count, tokens in _LLAMA_SIZES)], body)
-
-
-def llama_measured() -> str:
-    """Peaks of steps of SmolLM2 that ran, beside those that are simulated for them."""
-    names = {"lora": "LoRA", "siva": "**SiVA**", "lst": "LST", "k-lst": "**9-LST**", "full": "full", "mezo": "**MeZO**"}
-    body = []
-    for row in rows("llama_memory_measured.csv"):
-        marks = [names[row["method"]]]
-        marks += ["nf4"] * (row["backbone"] == "nf4") + ["logits"] * (row["head"] == "logits")
-        marks += ["checkpointed"] * (row["checkpointing"] == "yes")
-        figures = f"{float(row['peak_mb']):,.1f}", f"{float(row['measured_mb']):,.1f}", row["ratio"]
-        body.append([", ".join(marks), f"{int(row['tokens']):,}", *figures])
-    return table(["", "tokens", "simulated, MB", "measured, MB", "ratio"], body)

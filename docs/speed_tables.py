@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from memory_tables import large
 from table_rows import NAMES, Row, all_cells, rows, table, whole
 
 
@@ -46,27 +45,19 @@ TRAINING_STEPS = {
 }
 
 
-def _adapters(targets: str) -> str:
-    case = ("demo", targets, "float32")
-    found = (row for row in rows("siva_training.csv") if (row["model"], row["targets"], row["dtype"]) == case)
-    return table(["one training step", "ms", "time over SiVA's"], _ratios(found, ADAPTER_STEPS))
-
-
 def siva_speed() -> str:
-    return _adapters("query, key")
-
-
-def siva_speed_all() -> str:
-    return _adapters("all linear")
-
-
-def siva_speed_base() -> str:
-    """RoBERTa-base's shapes, on both choices of layers."""
-    body = []
+    """Adapters on both choices of layers, of the bundled model and at RoBERTa-base's shapes."""
+    cells: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in rows("siva_training.csv"):
-        if (row["model"], row["dtype"], row["tokens"]) == ("base", "float32", "32"):
-            body += [[row["targets"], *cells] for cells in _ratios([row], ADAPTER_STEPS)]
-    return table(["layers", "one training step", "ms", "time over SiVA's"], body)
+        if row["dtype"] == "float32" and row["tokens"] == "32" and row["candidate"] in ADAPTER_STEPS:
+            ratio = [whole(row["ms_p50"]), f"{float(row['ratio_p50']):.2f}"]
+            cells.setdefault((row["targets"], row["candidate"]), {})[row["model"]] = ratio
+    body = (
+        [targets, ADAPTER_STEPS[name], *found.get("demo", ["-", "-"]), *found.get("base", ["-", "-"])]
+        for (targets, name), found in sorted(cells.items(), key=lambda cell: cell[0][0] != "query, key")
+    )
+    times = [f"{SHAPES[model]}: {what}" for model in ("demo", "base") for what in ("ms", "time over SiVA's")]
+    return table(["layers", "one training step", *times], body)
 
 
 def all_steps() -> str:
@@ -80,35 +71,6 @@ def all_steps() -> str:
                 times.setdefault(row["candidate"], []).extend(cells)
     heads = [f"{SHAPES[model]}: {what}" for model in ("demo", "base") for what in ("ms", "time over SiVA's")]
     return table(["one training step", *heads], ([TRAINING_STEPS[name], *cells] for name, cells in times.items()))
-
-
-def siva_profile(targets: str) -> str:
-    """Where a step of the bundled model goes."""
-    found = [row for row in rows("siva_profile.csv") if row["targets"] == targets]
-    columns = ("siva", "limit", "lora")
-    body = []
-    for kind in dict.fromkeys(row["kind"] for row in found):
-        spent = {row["candidate"]: row["ms"] for row in found if row["kind"] == kind}
-        body.append([kind, *(f"{float(spent[column]):.1f}" for column in columns)])
-    return table(["milliseconds of a step", "**SiVA**", "the bound", "LoRA"], body)
-
-
-def quantised_steps() -> str:
-    """SiVA on nf4 beside QLoRA; ratios to QLoRA's time in the same round."""
-    found: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in rows("siva_quantised_steps.csv"):
-        if row["work"] == "training step":
-            times = found.setdefault((row["of"], row["rows"], row["r"]), {})
-            times[row["candidate"]] = row["ratio_p50"] if row["candidate"] != "qlora" else row["ms_p50"]
-    body = [
-        [
-            *case,
-            f"{float(times['qlora']):.0f}",
-            *(f"{float(times[each]):.2f}" if each in times else "-" for each in ("siva", "siva-4-bits")),
-        ]
-        for case, times in found.items()
-    ]
-    return table(["shape", "rows", "rank", "QLoRA, ms", "**SiVA** in nf4", "SiVA on QLoRA's base"], body)
 
 
 GENERATION = {
@@ -172,8 +134,6 @@ LADDER_STEPS = {
     "lora": "LoRA, query and key",
     "lora packed": "LoRA, packed",
     "lora packed without dropout": "LoRA, packed, without dropout",
-    "lst direct": "LST, composed of PyTorch's layers",
-    "9-lst direct": "9-LST, composed of PyTorch's layers",
     "backbone forward": "the backbone's forward alone (the bound)",
 }
 
@@ -190,7 +150,9 @@ def ladder_speed() -> str:
 SHAPES = {"demo": "bundled model", "base": "RoBERTa-base's shapes", "large": "RoBERTa-large's shapes"}
 
 
-FROZEN_STEPS = ADAPTER_STEPS | LADDER_STEPS
+FROZEN_STEPS = {
+    name: shown for name, shown in (ADAPTER_STEPS | LADDER_STEPS).items() if name not in ("limit", "backbone forward")
+}
 
 
 def frozen_steps() -> str:
@@ -223,24 +185,6 @@ def pool() -> str:
         for row in rows("pool.csv")
     ]
     return table(["work", "", "ms", "time over the first"], body)
-
-
-def serve() -> str:
-    """`fastpeft serve` under load."""
-    body = [
-        [
-            row["tasks"].replace(" ", ", "),
-            row["clients"],
-            whole(row["requests"]),
-            *(row[name] for name in ("requests_per_s", "texts_per_s")),
-            *(whole(row[name]) for name in ("ms_p50", "ms_p99")),
-            row["wrong"],
-            row["load"],
-        ]
-        for row in rows("serve.csv")
-    ]
-    heads = ["tasks", "clients", "requests", "a second", "texts a second", "ms, p50", "ms, p99", "wrong", "load"]
-    return table(heads, body)
 
 
 FROZEN = {
@@ -283,12 +227,6 @@ def frozen_encoder() -> str:
 
 
 OP_WINDOW = {"reference": "its plain formula", "composed": "composed of PyTorch's"}
-OP_MIXED = {
-    "reference": "its plain formula",
-    "gathered": "factors gathered",
-    "peft lora": "PEFT's LoRA",
-    "one adapter": "one adapter (the bound)",
-}
 WORKS = {"forward": "forward", "training": "with backward"}
 
 
@@ -300,15 +238,6 @@ def op_window() -> str:
         return [row["tokens"], row["window"], extra]
 
     return _op("window_attention.csv", ["tokens", "window", ""], case, OP_WINDOW)
-
-
-def op_mixed() -> str:
-    """Rows of several adapters against the formula, gathered factors and PEFT, on a CPU."""
-
-    def case(row: Row) -> list[str]:
-        return [f"{row['rows']} x {row['tokens']}", row["order"]]
-
-    return _op("siva_linear_mixed.csv", ["rows x tokens", "their order"], case, OP_MIXED)
 
 
 def _op(file: str, heads: list[str], case: Callable[[Row], list[str]], names: dict[str, str]) -> str:
@@ -323,36 +252,6 @@ def _op(file: str, heads: list[str], case: Callable[[Row], list[str]], names: di
         for key, (ms, *ratios) in lines.items()
     ]
     return table([*heads, "", "the op, ms", *names.values()], body)
-
-
-HEADS = {"alone": "the loss alone", "LST": "LST", "SiVA": "**SiVA**, query and key", "MeZO": "**MeZO**"}
-
-
-def frozen_head() -> str:
-    """The loss of SmolLM2 without its logits, alone and in steps, against that with them."""
-    lines: dict[tuple[str, ...], list[str]] = {}
-    for row in rows("frozen_head.csv"):
-        case = HEADS[row["method"]], f"{int(row['tokens']):,}", WORKS[row["work"]]
-        line = lines.setdefault(case, [])
-        low, middle, high = (f"{float(row[f'ratio_p{percentile}']):.2f}" for percentile in (20, 50, 80))
-        line += [middle, f"{low} to {high}"] if line else [whole(row["ms_p50"])]
-    body = [[*case, *line] for case, line in lines.items()]
-    return table(
-        ["", "tokens", "", "without logits, ms", "with logits, times as long", "20th to 80th percentile"], body
-    )
-
-
-def frozen_head_memory() -> str:
-    """Peaks of such steps, MB, and what is between losses and gradients of both forms."""
-    lines: dict[tuple[str, str, str], list[str]] = {}
-    for row in rows("frozen_head_memory.csv"):
-        kind = {"float32": "float32, measured", "bfloat16": "bfloat16, simulated"}[row["dtype"]]
-        line = lines.setdefault((HEADS[row["method"]], f"{int(row['tokens']):,}", kind), [])
-        line.append(whole(row["peak_mb"]))
-        if row["candidate"] == "logits":
-            line += [row["loss_apart"] or "-", row["gradients_apart"] or "-"]
-    body = [[*case, *line] for case, line in lines.items()]
-    return table(["", "tokens", "", "without logits", "with logits", "losses apart", "gradients apart"], body)
 
 
 def mezo_pass() -> str:
@@ -392,55 +291,14 @@ def distributed() -> str:
             whole(row["ms_p50"]),
         ]
         for row in rows("distributed.csv")
+        if row["ranks"] != "2"
     ]
     return table(["method", "engine", "processes", "sent, kB", "predicted, kB", "memory, MB", "ms"], body)
-
-
-# what FSDP2 holds whole of a RoBERTa-large at a time: what is outside of the blocks, and two of these
-GATHERED = (355.4 - 302.3 + 2 * 302.3 / 24) / 355.4
-GIGABIT = 125.0  # MB a second
-
-
-def distributed_beyond() -> str:
-    """A step of a RoBERTa-large, calculated: sums of what `memory.csv` has, divided and sent."""
-    body = []
-    for name, row in large():
-        if row["tokens"] != "128" or row["residual_dtype"]:
-            continue
-        weights, gradients, state, rest, peak = (
-            float(row[f"{part}_mb"]) for part in ("weights", "gradients", "optimizer", "activations", "peak")
-        )
-        is_mezo = row["method"] == "mezo"
-        sent = {n: 2 * 8e-6 * (n - 1) if is_mezo else 2 * (n - 1) / n * gradients for n in (2, 8, 64)}
-        body.append(
-            [
-                name,
-                *map(_two_digits, sent.values()),
-                f"{sent[64] / (10 * GIGABIT):.1g}",
-                f"{peak + gradients:,.0f}",
-                f"{(weights + gradients + state) / 8 + GATHERED * weights + rest:,.0f}",
-            ]
-        )
-    heads = ["method", *(f"{n} processes" for n in (2, 8, 64)), "s at 10 Gbit/s", "MB, DDP", "MB, FSDP2 on 8"]
-    return table(heads, body)
 
 
 def _two_digits(value: float) -> str:
     """A number with the digits before its point, and two at least."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def growth() -> str:
-    """How the time of a step grows with a size, in one process: exponents, measured and of the operations."""
-    names = {"siva": NAMES["siva"], "k-lst": NAMES["k-lst"], "pool": "**9-LST**, a pool"}
-    found = {
-        (names[row["method"]], row["axis"]): (row["exponent"], row["exponent_predicted"])
-        for method in names
-        for row in rows("scaling.csv")
-        if row["method"] == method
-    }
-    body = ([*axis, *exponents] for axis, exponents in found.items())
-    return table(["method", "size", "exponent of the time", "of the operations"], body)
 
 
 def evidence_hours() -> str:

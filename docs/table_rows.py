@@ -45,13 +45,13 @@ def read(file: Path) -> list[Row]:
 
 
 def cells_of(task: str, variant: str) -> list[dict[str, Any]]:
-    """The cells of a variant that `python -m bench.evidence` has finished, one a seed."""
+    """The cells of a variant in `bench/data/evidence`, one a seed."""
     name = re.sub(r"[^\w.+=-]+", "-", variant).strip("-")  # as a comparison names its folders
     return _cells(task, f"{name}-seed*.json")
 
 
 def all_cells(task: str) -> list[dict[str, Any]]:
-    """Every cell of a task that `python -m bench.evidence` has finished."""
+    """Every cell of a task in `bench/data/evidence`."""
     return _cells(task, "*.json")
 
 
@@ -66,11 +66,6 @@ def table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
         raise ValueError(f"a table has no rows; its columns are {', '.join(heads)}")
     lines = [heads, ["---"] * len(heads), *body]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def settings(variant: str) -> dict[str, str]:
-    """What follows the method in `siva:targets=all-linear:rank=4`."""
-    return dict(part.partition("=")[::2] for part in variant.split(":")[1:])
 
 
 def whole(number: str) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastpeft.comparison.plan import CompareConfig
     from fastpeft.comparison.run import compare
     from fastpeft.ladder import LadderConfig, LadderModel, LadderPool
-    from fastpeft.mezo.optimizer import MeZO
+    from fastpeft.mezo import FZOO, SPSA, Exact, InPlace, MeZO
     from fastpeft.mezo.trainer import MeZOConfig, MeZOTrainer
     from fastpeft.ops.frozen_linear import pack_frozen, unpack_frozen
     from fastpeft.ops.fused_head import fuse_head, unfuse_head
@@ -29,11 +29,15 @@ if TYPE_CHECKING:
     from fastpeft.prompts.template import Prompt
     from fastpeft.siva import SivaConfig, SivaLinear
     from fastpeft.training.config import TrainConfig
-    from fastpeft.training.run import train
+    from fastpeft.training.recipe import train
 
 __all__ = [
+    "FZOO",
+    "SPSA",
     "CompareConfig",
+    "Exact",
     "FastpeftError",
+    "InPlace",
     "LadderConfig",
     "LadderModel",
     "LadderPool",
@@ -57,11 +61,15 @@ __all__ = [
 
 # where the other names are, for their first use
 _MODULES = {
+    "FZOO": "fastpeft.mezo",
+    "SPSA": "fastpeft.mezo",
     "CompareConfig": "fastpeft.comparison.plan",
+    "Exact": "fastpeft.mezo",
+    "InPlace": "fastpeft.mezo",
     "LadderConfig": "fastpeft.ladder",
     "LadderModel": "fastpeft.ladder",
     "LadderPool": "fastpeft.ladder",
-    "MeZO": "fastpeft.mezo.optimizer",
+    "MeZO": "fastpeft.mezo",
     "MeZOConfig": "fastpeft.mezo.trainer",
     "MeZOTrainer": "fastpeft.mezo.trainer",
     "Prompt": "fastpeft.prompts.template",
@@ -73,7 +81,7 @@ _MODULES = {
     "compare": "fastpeft.comparison.run",
     "fuse_head": "fastpeft.ops.fused_head",
     "pack_frozen": "fastpeft.ops.frozen_linear",
-    "train": "fastpeft.training.run",
+    "train": "fastpeft.training.recipe",
     "unfuse_head": "fastpeft.ops.fused_head",
     "unpack_frozen": "fastpeft.ops.frozen_linear",
 }
@@ -98,6 +106,6 @@ def __dir__() -> list[str]:
 when_imported(
     {
         "peft": partial(importlib.import_module, "fastpeft.siva"),
-        "transformers": partial(importlib.import_module, "fastpeft.ladder"),
+        "transformers.models.auto": partial(importlib.import_module, "fastpeft.ladder"),
     }
 )

@@ -134,7 +134,7 @@ def train(
 
     with shown(quiet):
         from fastpeft import console
-        from fastpeft.training.run import train as train_run
+        from fastpeft.training.recipe import train as train_run
 
         console.show_messages(quiet)
         if dry_run:

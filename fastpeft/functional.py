@@ -4,7 +4,7 @@ from fastpeft.ops import backends  # noqa: F401  (declares ops, registers their 
 from fastpeft.ops.frozen_head_cross_entropy import frozen_head_cross_entropy
 from fastpeft.ops.int8_linear import int8_linear
 from fastpeft.ops.mezo_perturb import mezo_perturb, mezo_perturb_
-from fastpeft.ops.siva import siva_linear, siva_linear_group, siva_linear_mixed
+from fastpeft.ops.siva_linear import siva_linear, siva_linear_group, siva_linear_mixed
 from fastpeft.ops.window_attention import MAX_WINDOW, window_attention
 
 __all__ = [

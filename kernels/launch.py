@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastpeft.kernels import tiles
 from fastpeft.kernels.tiles import DotKind
+from fastpeft.ops.define import is_captured
 from fastpeft.ops.dtypes import HALVES
 
 
@@ -24,13 +25,15 @@ def dot_kind_of(x: Tensor) -> DotKind | None:
     return dot_kind(x.dtype, matrix_units=not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
-def is_for_kernels(x: Tensor, rank: int) -> bool:
+def is_for_kernels(x: Tensor, rank: int, is_mixed: bool = False) -> bool:
     """Whether SiVA's kernels take x and factors of this rank.
 
-    Not float32 on a GPU: in it cuBLAS's tiles are larger than those that Triton compiles without spilling.
+    Not float32 on a GPU: in it cuBLAS's tiles are larger than those that Triton compiles without spilling. Not rows of
+    several adapters in a CUDA graph being captured: a replay would read their table from the host again.
     """
     kind = dot_kind_of(x)
-    return rank <= tiles.MAX_RANK and kind is not None and (kind == "half" or not x.is_cuda)
+    is_kind = kind is not None and (kind == "half" or not x.is_cuda)
+    return rank <= tiles.MAX_RANK and is_kind and not (is_mixed and is_captured())
 
 
 def precision(kind: DotKind) -> str:

@@ -30,7 +30,6 @@ from torch import Tensor
 from fastpeft.kernels.philox import eight_in_order, random_words
 from fastpeft.kernels.tiles import MEZO_PERTURB
 from fastpeft.ops import noise as contract
-from fastpeft.ops.define import is_captured
 
 # a kernel reads numbers of its module only in this form
 _A, _B = tl.constexpr(contract.BEND_A), tl.constexpr(contract.BEND_B)
@@ -167,7 +166,6 @@ def _mezo_perturb_kernel(
 
 _ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.int16, torch.float32: tl.float32, torch.float64: tl.float64}
 _MOST_TABLES = 512  # of lists of tensors; with `restore="exact"` MeZO has one for each module
-_captured: dict[int, _Table] = {}  # those that CUDA graphs read at each replay, which may be any time later
 
 
 class _Table(NamedTuple):
@@ -198,11 +196,11 @@ def _bits(*numbers: float) -> tuple[int, ...]:
     return struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
 
 
-def mezo_perturb_replay_(
+def mezo_perturb_(
     params: list[Tensor],
     offsets: list[int],
-    seeds: Tensor,
-    scales: Tensor,
+    seeds: list[int],
+    scales: list[float],
     decay: float,
     noise: str = "gaussian",
     rounding: str = "nearest",
@@ -210,37 +208,34 @@ def mezo_perturb_replay_(
     """Terms (seed, scale) in order on each tensor, in place; any strides.
 
     Args:
-        params: float16, bfloat16, float32 or float64, on one device.
+        params: float16, bfloat16, float32 or float64.
         offsets: flat index of each tensor's first element.
-        seeds: `(n,)` int64 on that device, read when the kernel runs, as are
-        scales: `(n,)` float64.
+        seeds, scales: one of each a term; they go to each device in one copy.
         decay: a = 1 - decay for the first term, 1 for the others.
         noise: "gaussian" or "rademacher".
         rounding: "nearest" or "stochastic"; float32 and float64 are stored as computed.
 
     Notes:
-        One launch for each dtype, and a copy to and from for each tensor that is not contiguous. A CUDA graph captures
-        it once it has run on these tensors, if all are contiguous: a table is not made while a graph is captured.
+        One launch for each device and dtype, and a copy to and from for each tensor that is not contiguous.
     """
+    terms = torch.tensor([seeds, _bits(*scales)], dtype=torch.int64)
     # C order of the logical tensor: itself, or a copy that is written back
     dense = [param.contiguous() for param in params]
-    for dtype in dict.fromkeys(flat.dtype for flat in dense if flat.numel()):
+    for device, dtype in dict.fromkeys((flat.device, flat.dtype) for flat in dense if flat.numel()):
         places = tuple(
             (flat.data_ptr(), offset, flat.numel())
             for flat, offset in zip(dense, offsets, strict=True)
-            if flat.dtype == dtype and flat.numel()
+            if flat.device == device and flat.dtype == dtype and flat.numel()
         )
-        table = _table(places, seeds.device)
-        if is_captured():
-            _captured[id(table)] = table
-        with torch.cuda.device_of(seeds):
+        table, on_device = _table(places, device), terms.to(device, non_blocking=True)
+        with torch.cuda.device_of(on_device):
             _mezo_perturb_kernel[(table.of_program.numel(),)](
                 table.tensors,
                 table.of_program,
-                seeds,
-                scales,
+                on_device[0],
+                on_device[1].view(torch.float64),
                 *_bits(1.0 - decay),
-                seeds.numel(),
+                len(seeds),
                 dtype=_ELEMENTS[dtype],
                 IS_RADEMACHER=noise == "rademacher",
                 IS_STOCHASTIC=rounding == "stochastic" and dtype.itemsize == 2,
@@ -251,31 +246,6 @@ def mezo_perturb_replay_(
     for param, flat in zip(params, dense):
         if flat is not param and not param.is_contiguous():
             param.copy_(flat)
-
-
-def mezo_perturb_(
-    params: list[Tensor],
-    offsets: list[int],
-    seeds: list[int],
-    scales: list[float],
-    decay: float,
-    noise: str = "gaussian",
-    rounding: str = "nearest",
-) -> None:
-    """`mezo_perturb_replay_` with the terms as numbers, which go to the device in one copy."""
-    terms = torch.tensor([seeds, _bits(*scales)], dtype=torch.int64)
-    for device in dict.fromkeys(param.device for param in params):
-        here = [(param, offset) for param, offset in zip(params, offsets, strict=True) if param.device == device]
-        on_device = terms.to(device, non_blocking=True)
-        mezo_perturb_replay_(
-            [param for param, _ in here],
-            [offset for _, offset in here],
-            on_device[0],
-            on_device[1].view(torch.float64),
-            decay,
-            noise,
-            rounding,
-        )
 
 
 def mezo_perturb(

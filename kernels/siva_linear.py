@@ -1,6 +1,7 @@
 """SiVA linear layers: a frozen product and a low-rank one in a single kernel, and the gradients of both factors.
 
-One layer is a group of one; several, such as query, key and value, read the same x.
+One layer is a group of one; several, such as query, key and value, read the same x. Rows of different adapters have
+kernels of their own, in `fastpeft.kernels.siva_linear_mixed`.
 
     h_i = x W_i^T + ((x V_i^T) * s_i) U_i^T + b_i         p = x V^T, of all V_i below each other
     dx = sum over i of dh_i W_i + (q_i * s_i) V_i         q_i = dh_i U_i
@@ -42,12 +43,14 @@ Source: SiVA, the adaptation by singular vectors described in `fastpeft.siva`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft.kernels import tiles
+from fastpeft.kernels import siva_linear_mixed, tiles
 from fastpeft.kernels.launch import is_for_kernels
 from fastpeft.kernels.siva_linear_parts import (
     accumulate,
@@ -63,7 +66,7 @@ from fastpeft.kernels.siva_linear_parts import (
 from fastpeft.ops import aten
 from fastpeft.ops.dispatch import next_power_of_two
 from fastpeft.ops.products import as_matrix
-from fastpeft.ops.siva_linear import whole
+from fastpeft.ops.siva_forms import whole
 
 
 @tiles.Tuned
@@ -173,8 +176,10 @@ def siva_linear(
     ss: list[Tensor],
     vs: list[Tensor],
     biases: list[Tensor | None],
+    sizes: Sequence[int] = (),
+    order: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Each `h_i = x W_i^T + ((x V_i^T) * s_i) U_i^T + b_i`, and p^T of all layers.
+    """Each `h_i = x W_i^T + ((x V_i^T) * s_i) U_i^T + b_i`, and p^T of all layers, or adapters.
 
     Args:
         x: `(*, K)`, on the device of all operands. Any strides, here and below.
@@ -185,9 +190,12 @@ def siva_linear(
         ss: `(R_i,)` each.
         vs: `(R_i, K)` each.
         biases: `(N_i,)` each, or None.
+        sizes: empty, or of a batch x `(B, *, K)` of one layer how many rows take each of the factors.
+        order: int64 `(B,)`, the permutation that sorts these rows by adapter; None where they are sorted.
 
     Returns:
-        Each h `(*, N_i)`, and p^T `(sum of R_i, M)`, contiguous.
+        Each h `(*, N_i)`, and p^T `(sum of R_i, M)`, contiguous, or of adapters each `(R_i, rows of it)`, sorted, one
+        after the other in one dimension.
 
     Notes:
         Fused ATen calls serve ranks above 64 (`tiles.MAX_RANK`); float64, because the kernels accumulate in float32;
@@ -195,9 +203,13 @@ def siva_linear(
         and float32 on any GPU (`fastpeft.kernels.launch.is_for_kernels`).
     """
     ranks, columns = lengths(ss), lengths(us)
-    if not is_for_kernels(x, max(ranks)):
-        return aten.siva_linear(x, weights, scales, us, ss, vs, biases)
-    rows, weights = as_matrix(x), whole(weights, scales, us, vs, x.dtype)
+    if not is_for_kernels(x, max(ranks), bool(sizes)):
+        return aten.siva_linear(x, weights, scales, us, ss, vs, biases, sizes, order)
+    weights = whole(weights, scales, us, vs, x.dtype)
+    if sizes:
+        h, p = siva_linear_mixed.forward(x, *weights, us, ss, vs, *biases, sizes, order)
+        return [h], p
+    rows = as_matrix(x)
     m, k = rows.shape
     hs = [x.new_empty(*x.shape[:-1], n) for n in columns]
     p = vs[0].new_empty(sum(ranks), m)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft.kernels import tiles
+from fastpeft.kernels import siva_linear_mixed, tiles
 from fastpeft.kernels.launch import is_for_kernels
 from fastpeft.kernels.siva_linear_parts import (
     accumulate,
@@ -24,7 +26,7 @@ from fastpeft.kernels.siva_linear_sums import Term, factor_gradients
 from fastpeft.ops import aten
 from fastpeft.ops.dispatch import next_power_of_two
 from fastpeft.ops.products import as_matrix
-from fastpeft.ops.siva_linear import whole
+from fastpeft.ops.siva_forms import whole
 
 
 @tiles.Tuned
@@ -125,13 +127,15 @@ def siva_linear_backward(
     need_du: list[bool],
     need_dv: bool,
     need_dbias: list[bool],
+    sizes: Sequence[int] = (),
+    order: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """Gradients of `siva_linear`.
 
     Args:
         dhs: `(*, N_i)` each, the gradients of h. Any strides, here and below.
         x: `(*, K)`; not read without `need_dv`, and may then have 0 elements.
-        weights, scales, us, ss, vs: as in the forward.
+        weights, scales, us, ss, vs, sizes, order: as in the forward.
         p: p^T of the forward; not read where no dU is needed, and may then have 0 elements.
         need_dx, need_du, need_dv, need_dbias: which gradients to compute.
 
@@ -144,9 +148,18 @@ def siva_linear_backward(
         in the forward, and db.
     """
     ranks, columns = lengths(ss), lengths(us)
-    if not is_for_kernels(dhs[0], max(ranks)):
-        return aten.siva_linear_backward(dhs, x, weights, scales, us, ss, vs, p, need_dx, need_du, need_dv, need_dbias)
+    if not is_for_kernels(dhs[0], max(ranks), bool(sizes)):
+        return aten.siva_linear_backward(
+            dhs, x, weights, scales, us, ss, vs, p, need_dx, need_du, need_dv, need_dbias, sizes, order
+        )
     rows = [as_matrix(dh) for dh in dhs]
+    dbiases = [dh.sum(0) if need else dh.new_empty(0) for dh, need in zip(rows, need_dbias, strict=True)]
+    weights = whole(weights, scales, us, vs, dhs[0].dtype) if need_dx else weights
+    if sizes:
+        gradients = siva_linear_mixed.backward(
+            *dhs, x, *weights, us, ss, vs, p, need_dx, need_du, need_dv, sizes, order
+        )
+        return *gradients, dbiases
     m, k = len(rows[0]), vs[0].shape[1]
     dx, dv = rows[0].new_empty(0), vs[0].new_empty(0)
     if need_dx or need_dv:
@@ -156,7 +169,6 @@ def siva_linear_backward(
             for dh, u, part in zip(rows, turned, q.split(ranks), strict=True):
                 part.copy_(u @ dh.t())
     if need_dx:
-        weights = whole(weights, scales, us, vs, dx.dtype)
         dx = dx.new_empty(*dhs[0].shape[:-1], k)
         if dx.numel() > 0:
             with torch.cuda.device_of(dx):
@@ -186,5 +198,4 @@ def siva_linear_backward(
         found, dv = factor_gradients(of_us, of_v)
         for i, du in zip(needed, found, strict=True):
             dus[i] = du
-    dbiases = [dh.sum(0) if need else dh.new_empty(0) for dh, need in zip(rows, need_dbias, strict=True)]
     return dx, dus, dv, dbiases

@@ -27,6 +27,7 @@ programs multiply by zeros.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,11 +37,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, constants_of, lengths, pick, tile_of
 from fastpeft.kernels.siva_linear_sums import add_up, rows_of, sum_over_rows
-from fastpeft.ops import aten
-from fastpeft.ops.define import is_captured
 from fastpeft.ops.products import as_matrix
 
 _BLOCK_FIELDS = tl.constexpr(6)  # of the table of row blocks
@@ -218,113 +216,59 @@ def _siva_linear_mixed_bwd_partials_kernel(
         tl.store(partial_ptrs, acc * s[None, :], mask=mask_c[:, None] & mask_r[None, :])
 
 
-def siva_linear_mixed(
+def forward(
     x: Tensor,
     weight: Tensor,
     us: list[Tensor],
     ss: list[Tensor],
     vs: list[Tensor],
-    sizes: list[int],
-    order: Tensor | None,
     bias: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """`h[b] = x[b] W^T + ((x[b] V_i^T) * s_i) U_i^T + b` for the rows b of each adapter, and its p^T.
-
-    Args:
-        x: `(B, *, K)`, on the device of all operands; dtypes are as in `siva_linear`. Any strides, here and below.
-        weight: `(N, K)`.
-        us, ss, vs: `(N, R_i)`, `(R_i,)` and `(R_i, K)` of each adapter.
-        sizes: how many of the B rows take the factors of each.
-        order: int64 `(B,)`, the permutation that sorts the rows by adapter; None where they are sorted.
-        bias: `(N,)` or None.
-
-    Returns:
-        h `(B, *, N)` in the order of x, and of each adapter p^T `(R_i, rows of it)`, sorted. They share a storage.
-
-    Notes:
-        Fused ATen calls serve what they serve in `siva_linear`, and CUDA graphs being captured, since a replay
-        would read the table from the host again.
-    """
-    if not _is_for_kernels(x, ss):
-        return aten.siva_linear_mixed(x, weight, us, ss, vs, sizes, order, bias)
-    rows, ranks = _rows(x, sizes), lengths(ss)
-    h, p = _linear(x, weight, torch.cat(us, 1), torch.cat(ss), torch.cat(vs), bias, order, rows, ranks)
-    parts = p.split([m * rank for m, rank in zip(rows, ranks, strict=True)])
-    return h, [part.view(rank, m) for part, m, rank in zip(parts, rows, ranks, strict=True)]
+    sizes: Sequence[int],
+    order: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """h `(B, *, N)` in the order of x, and p^T, as `fastpeft.kernels.siva_linear.siva_linear` says."""
+    return _linear(x, weight, torch.cat(us, 1), torch.cat(ss), torch.cat(vs), bias, order, _rows(x, sizes), lengths(ss))
 
 
-def siva_linear_mixed_backward(
+def backward(
     dh: Tensor,
     x: Tensor,
     weight: Tensor,
     us: list[Tensor],
     ss: list[Tensor],
     vs: list[Tensor],
-    ps: list[Tensor],
-    sizes: list[int],
-    order: Tensor | None,
+    p: Tensor,
     need_dx: bool,
     need_du: list[bool],
-    need_dv: list[bool],
-    need_dbias: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """Gradients of `siva_linear_mixed`.
-
-    Args:
-        dh: `(B, *, N)`, the gradient of h. Any strides, here and below.
-        x: `(B, *, K)`; not read where no dV is needed, and may then have 0 elements.
-        weight, us, ss, vs, sizes, order: as in the forward.
-        ps: p^T of each adapter, as the forward returns them; one whose dU is not needed may have 0 elements.
-        need_dx, need_du, need_dv, need_dbias: which gradients to compute.
-
-    Returns:
-        dx `(B, *, K)`, each dU `(N, R_i)`, each dV `(R_i, K)` and db `(N,)`, contiguous; 0 elements in place of one
-        that is not needed.
-
-    Notes:
-        No atomics: repeats are bit-equal. ATen serves what it serves in the forward, and db.
-    """
-    if not _is_for_kernels(dh, ss):
-        return aten.siva_linear_mixed_backward(
-            dh, x, weight, us, ss, vs, ps, sizes, order, need_dx, need_du, need_dv, need_dbias
-        )
-    dx, dbias = dh.new_empty(0), dh.new_empty(0)
-    dus, dvs = ([t.new_empty(0) for t in each] for each in (us, vs))
-    s, rows, ranks = torch.cat(ss), _rows(dh, sizes), lengths(ss)
-    q = s.new_empty(0)
-    if need_dx or any(need_dv):
+    need_dv: bool,
+    sizes: Sequence[int],
+    order: Tensor | None,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """dx, each dU and all dV, as `fastpeft.kernels.siva_linear_backward.siva_linear_backward` says."""
+    s, rows, ranks, shape = torch.cat(ss), _rows(dh, sizes), lengths(ss), (sum(lengths(ss)), weight.shape[1])
+    dx, q, dv = dh.new_empty(0), s.new_empty(0), s.new_empty(0)
+    dus = [u.new_empty(0) for u in us]
+    if need_dx or need_dv:
         u, v = torch.cat(us, 1), torch.cat(vs)
         columns = weight.shape[1] if need_dx else 0  # of dx; none leave q
         found, q = _linear(dh, weight.t()[:columns], v.t()[:columns], s, u.t(), None, order, rows, ranks)
         dx = found if need_dx else dx
-    if any(need_du) or any(need_dv):
-        n, k = weight.shape[0] if any(need_du) else 0, weight.shape[1] if any(need_dv) else 0
-        p = torch.cat([p.reshape(-1) for p, needed in zip(ps, need_du, strict=True) if needed] or [q])
-        adapters = _Adapters(rows, ranks, tuple(need_du), tuple(need_dv), n, k)
+    if need_dv or any(need_du):
+        n, k = weight.shape[0] if any(need_du) else 0, weight.shape[1] if need_dv else 0
+        adapters = _Adapters(rows, ranks, tuple(need_du), need_dv, n, k)
         wide = as_matrix(dh), as_matrix(x) if k > 0 else as_matrix(dh)[:, :0]
-        du, dv = _factor_gradients(*wide, p, q, s, order, math.prod(dh.shape[1:-1]), adapters)
-        _share(dus, du, need_du, us)
-        _share(dvs, dv, need_dv, vs)
-    if need_dbias:
-        dbias = as_matrix(dh).sum(0)
-    return dx, dus, dvs, dbias
+        p = p.contiguous() if any(need_du) else q  # never read
+        du, of_v = _factor_gradients(*wide, p, q, s, order, math.prod(dh.shape[1:-1]), adapters)
+        dv = of_v.view(shape) if need_dv else dv
+        needed = [i for i, need in enumerate(need_du) if need]
+        for i, part in zip(needed, du.split([us[i].numel() for i in needed]), strict=True):
+            dus[i] = part.view(us[i].shape)
+    return dx, dus, dv
 
 
-def _is_for_kernels(x: Tensor, ss: list[Tensor]) -> bool:
-    """`is_for_kernels`, outside graphs that are being captured."""
-    return is_for_kernels(x, max(lengths(ss))) and not is_captured()
-
-
-def _rows(x: Tensor, sizes: list[int]) -> tuple[int, ...]:
+def _rows(x: Tensor, sizes: Sequence[int]) -> tuple[int, ...]:
     """Of each adapter, the number of its rows of x `(B, *, K)` as a matrix."""
     return tuple(size * math.prod(x.shape[1:-1]) for size in sizes)
-
-
-def _share(gradients: list[Tensor], of_all: Tensor, needs: list[bool], factors: list[Tensor]) -> None:
-    """Put the parts of `of_all` into the places of `gradients` that are needed, shaped as the factors."""
-    needed = [i for i, need in enumerate(needs) if need]
-    for i, part in zip(needed, of_all.split([factors[i].numel() for i in needed]), strict=True):
-        gradients[i] = part.view(factors[i].shape)
 
 
 def _linear(
@@ -384,7 +328,7 @@ class _Adapters(NamedTuple):
     rows: tuple[int, ...]
     ranks: tuple[int, ...]
     need_du: tuple[bool, ...]
-    need_dv: tuple[bool, ...]
+    need_dv: bool
     n: int
     k: int
 
@@ -455,11 +399,11 @@ def _adapter_table(adapters: _Adapters, pinned: bool) -> tuple[Tensor, int, int]
     """
     n, k = adapters.n, adapters.k
     size_u = n * sum(rank for rank, need in zip(adapters.ranks, adapters.need_du, strict=True) if need)
-    table, first_row, first_r, of_p, of_q, of_u, of_v = [], 0, 0, 0, 0, 0, size_u
-    for m, rank, need_du, need_dv in zip(*adapters[:4], strict=True):
-        where = of_p - first_row, of_q - first_row, of_u if need_du else -1, of_v if need_dv else -1
-        if need_du or need_dv:
+    table, first_row, first_r, start, of_u, of_v = [], 0, 0, 0, 0, size_u  # start: of p and q
+    for m, rank, need_du in zip(*adapters[:3], strict=True):
+        where = start - first_row, start - first_row, of_u if need_du else -1, of_v if adapters.need_dv else -1
+        if need_du or adapters.need_dv:
             table.append((first_row, first_row + m, first_r, rank, m, *where))
-        first_row, first_r, of_q = first_row + m, first_r + rank, of_q + rank * m
-        of_p, of_u, of_v = of_p + rank * m * need_du, of_u + rank * n * need_du, of_v + rank * k * need_dv
+        first_row, first_r, start = first_row + m, first_r + rank, start + rank * m
+        of_u, of_v = of_u + rank * n * need_du, of_v + rank * k * adapters.need_dv
     return torch.tensor(table, dtype=torch.int64, pin_memory=pinned), size_u, of_v

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SETTINGS: list[dict[str, Any]] = [  # arguments of `MeZO`
-    {},
-    {"noise": "rademacher"},
-    {"num_estimates": 3},
-    {"num_estimates": 2, "noise": "rademacher", "max_projected_grad": 0.05},
-    {"estimator": "fzoo", "num_estimates": 4, "noise": "rademacher"},
+from fastpeft.mezo import FZOO, SPSA
+from fastpeft.mezo.estimator import Estimator
+
+# estimators, with a limit of g
+ESTIMATES: list[tuple[Estimator, float | None]] = [
+    (SPSA(), None),
+    (SPSA(noise="rademacher"), None),
+    (SPSA(3), None),
+    (SPSA(2, "rademacher"), 0.05),
+    (FZOO(4), None),
 ]
 
 

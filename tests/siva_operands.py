@@ -41,26 +41,43 @@ def as_group_backward(
     return [[dh], x, [weight], [None], [u], [s], [v], p, dx, [du], dv, [dbias]]
 
 
-def batch(
+def layers(
     shape: tuple[int, ...],
-    n: int,
+    ns: tuple[int, ...],
     ranks: tuple[int, ...],
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
+    sizes: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     sort: bool = True,
 ) -> list[Any]:
-    """As `operands`, of `siva_linear_mixed`: x of this shape, weight, us, ss, vs, sizes, order, bias.
-
-    Without `sort` the rows stand in order.
+    """All operands of `siva_linear`: x of this shape, and layers of these out_features and ranks, or with `sizes` one
+    layer and adapters. Every second layer has no bias; without `sort` rows stand in the order of adapters.
     """
     *leading, k = shape
-    found = [operands(0, k, n, r, dtype, device) for r in ranks]
-    _, weight, *_, bias = found[0]
+    found = [operands(0, k, n, r, dtype, device) for n, r in zip(ns * len(ranks) if sizes else ns, ranks)]
+    weights, us, ss, vs, biases = (list(each) for each in zip(*(one[1:] for one in found)))
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(*leading, k, generator=generator).to(weight)
+    x = torch.randn(*leading, k, generator=generator).to(weights[0])
+    if not sizes:
+        return [x, weights, [None] * len(ns), us, ss, vs, [b if i % 2 == 0 else None for i, b in enumerate(biases)]]
     order = torch.randperm(len(x), generator=generator).to(device) if sort else None
-    return [x, weight, *map(list, zip(*(one[2:5] for one in found))), list(sizes), order, bias]
+    return [x, weights[:1], [None], us, ss, vs, biases[:1], list(sizes), order]
+
+
+def gradients_of(args: Sequence[Any]) -> list[Tensor]:
+    """Some gradient of each output."""
+    generator = torch.Generator().manual_seed(7)
+    outputs = [torch.randn(*args[0].shape[:-1], len(u), generator=generator) for u, _ in zip(args[3], args[1])]
+    return [dh.to(args[0]) for dh in outputs]
+
+
+def backward_of(
+    dhs: list[Tensor], args: Sequence[Any], p: Tensor, needs: Sequence[Any] | None = None, weights: Any = None
+) -> list[Any]:
+    """The operands of the gradients' op: all gradients, without `needs`."""
+    x, of_forward, scales, us, ss, vs, biases, *rows = args
+    needs = needs or [True, [True] * len(us), True, [True] * len(biases)]
+    return [dhs, x, of_forward if weights is None else weights, scales, us, ss, vs, p, *needs, *rows]
 
 
 def each(function: Callable[[Tensor], Tensor], args: Sequence[Any]) -> list[Any]:

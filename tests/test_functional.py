@@ -264,7 +264,7 @@ def test_a_second_derivative_is_refused(op: str) -> None:
         out = siva_linear_mixed(x, weight, [u], [s], [v], [2])
     elif op == "a quantised layer":
         rest = QuantisedWeight(weight, "int8")
-        (out,) = SivaLinear.apply([Scales(rest.scales, None)], x, rest.codes, u, s, v, None)
+        (out,) = SivaLinear.apply([Scales(rest.scales, None)], (), None, x, rest.codes, u, s, v, None)
     else:
         out = functional.window_attention(x.view(1, 1, 2, 6), x.view(1, 1, 2, 6), x[:1])
     with pytest.raises(FastpeftError, match=r"no second derivative.*create_graph"):

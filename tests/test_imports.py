@@ -32,6 +32,11 @@ def test_an_import_alone_loads_no_other_library(module: str) -> None:
     assert python(f"import {module}\n{LOADED}") == ""
 
 
+def test_transformers_loads_no_more_beside_it() -> None:
+    """What registers with its Auto classes waits for these."""
+    assert python(f"import fastpeft, transformers\n{LOADED}") == python(f"import transformers\n{LOADED}")
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -69,6 +74,8 @@ except SystemExit as stop:
         pytest.param("from fastpeft.models import resolve_model", id="from our own modules"),
         pytest.param("from fastpeft import SivaConfig", id="by a name"),
         pytest.param("import fastpeft\nfrom transformers import Trainer", id="inside transformers"),
+        pytest.param("import fastpeft\nfrom transformers import AutoConfig", id="an Auto class alone"),
+        pytest.param("import fastpeft\nfrom transformers import RobertaModel", id="a model's class"),
     ],
 )
 def test_what_is_registered_in_any_order_of_imports(imports: str) -> None:

@@ -1,10 +1,11 @@
-// The loops of dequantise.h, compiled once for each instruction set; the including file defines the macros that
+// The loops of Dequantisers, compiled once for each instruction set; the including file defines the macros that
 // siva_linear_tile.h explains. Nothing of the standard library is called here.
-#include "dequantise.h"
+#include "variants.h"
 #include "vectors.h"
 
 namespace fastpeft {
 namespace FASTPEFT_ISA {
+namespace dequantise {
 namespace {
 
 // quantiles of a normal distribution, the largest of which is 1 (Dettmers et al. 2023)
@@ -87,7 +88,8 @@ constexpr Dequantise<T>* nf4 = dequantise<uint8_t, 2, nf4_at, T>;
 
 }  // namespace
 
-const Dequantisers dequantisers = {int8<float>, int8<BFloat16>, nf4<float>, nf4<BFloat16>};
+constexpr Dequantisers dequantisers = {int8<float>, int8<BFloat16>, nf4<float>, nf4<BFloat16>};
 
+}  // namespace dequantise
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

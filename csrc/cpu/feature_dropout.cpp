@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "arithmetic.h"
-#include "choose.h"
 #include "feature_dropout_arguments.h"
+#include "variants.h"
 
 namespace fastpeft {
 namespace {

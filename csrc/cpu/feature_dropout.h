@@ -20,16 +20,4 @@ struct Dropout {
 // x[i] <- x[i] * (word(first + i) >= threshold ? scale : 0) for i < count; float32 and float64
 using Drop = void(void* x, Format format, uint64_t first, uint64_t count, const Dropout& dropout);
 
-namespace baseline {
-Drop drop;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-Drop drop;
-}
-namespace avx512 {
-Drop drop;
-}
-#endif
-
 }  // namespace fastpeft

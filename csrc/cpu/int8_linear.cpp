@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "checked.h"
-#include "choose.h"
+#include "variants.h"
 
 namespace fastpeft {
 namespace {

@@ -1,4 +1,4 @@
-// The loops of int8_linear_rows.h, compiled once for each instruction set: the including file defines
+// The loops of Int8, compiled once for each instruction set: the including file defines
 //
 //     FASTPEFT_ISA      the namespace that this copy lives in
 //     FASTPEFT_TARGET   the attribute that makes the compiler use the instruction set ("" for its default)
@@ -8,10 +8,11 @@
 // end up in the code for all.
 #include <cstring>
 
-#include "int8_linear_rows.h"
+#include "variants.h"
 
 namespace fastpeft {
 namespace FASTPEFT_ISA {
+namespace int8_linear {
 namespace {
 
 constexpr int kLanes = 16;
@@ -108,7 +109,8 @@ FASTPEFT_TARGET void scale(const int32_t* sums, const Quantised* quantised, cons
 
 }  // namespace
 
-const Int8 int8 = {quantise<float>, quantise<uint16_t>, scale<float>, scale<uint16_t>};
+constexpr Int8 int8 = {quantise<float>, quantise<uint16_t>, scale<float>, scale<uint16_t>};
 
+}  // namespace int8_linear
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

@@ -7,9 +7,9 @@
 #include <utility>
 #include <vector>
 
-#include "choose.h"
 #include "mezo_perturb_arguments.h"
 #include "mezo_perturb_pass.h"
+#include "variants.h"
 
 namespace fastpeft {
 namespace {

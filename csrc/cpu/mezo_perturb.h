@@ -26,16 +26,4 @@ constexpr uint64_t kNoiseTile = 4096;  // elements that go through all terms bef
 // p[i] <- round(fl(fl(keep p[i]) + fl(scale z(seed, first + i)))) for i < count, term after term
 using Perturb = void(void* p, Format format, uint64_t first, uint64_t count, const Change& change);
 
-namespace baseline {
-Perturb perturb;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-Perturb perturb;
-}
-namespace avx512 {
-Perturb perturb;
-}
-#endif
-
 }  // namespace fastpeft

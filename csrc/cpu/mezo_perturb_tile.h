@@ -21,7 +21,10 @@
 
 namespace fastpeft {
 namespace FASTPEFT_ISA {
+namespace mezo_perturb {
 namespace {
+
+using fastpeft::load, fastpeft::store;  // of one number, not of registers
 
 constexpr int kBlock = 256;                      // elements whose noise exists at one time
 constexpr int kCounters = kBlock / 4;            // of words: a counter is four elements
@@ -423,5 +426,6 @@ FASTPEFT_TARGET void perturb(void* p, Format format, uint64_t first, uint64_t co
     }
 }
 
+}  // namespace mezo_perturb
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

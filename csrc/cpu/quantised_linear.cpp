@@ -2,13 +2,13 @@
 //
 //     h = x W^T + b     dx = dh W     W (N, K), codes in 8 or 4 bits
 //
-// siva_linear_parts.h has the product, which siva_linear.cpp needs too.
+// frozen_products.h has the product, which siva_linear.cpp needs too.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 
 #include "by_aten.h"
-#include "siva_linear_parts.h"
+#include "frozen_products.h"
 
 namespace fastpeft {
 namespace {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "by_aten.h"
-#include "choose.h"
+#include "variants.h"
 
 namespace fastpeft {
 namespace {

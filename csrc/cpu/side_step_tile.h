@@ -1,10 +1,11 @@
-// The products of side_step_products.h, compiled once for each instruction set; the including file defines the macros
+// The products of VectorProducts, compiled once for each instruction set; the including file defines the macros
 // that siva_linear_tile.h explains. Nothing of the standard library is called here.
-#include "side_step_products.h"
+#include "variants.h"
 #include "vectors.h"
 
 namespace fastpeft {
 namespace FASTPEFT_ISA {
+namespace side_step {
 namespace {
 
 constexpr int kSums = 4;  // rows or registers at a time, whose sums do not wait for each other
@@ -54,7 +55,8 @@ FASTPEFT_TARGET void combine(const float* weights, StridedRows rows, float* out)
 
 }  // namespace
 
-const VectorProducts vector_products = {dots, combine};
+constexpr VectorProducts vector_products = {dots, combine};
 
+}  // namespace side_step
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

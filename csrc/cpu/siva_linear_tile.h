@@ -1,4 +1,4 @@
-// The products of siva_linear_products.h, compiled once for each instruction set: the including file defines
+// The products of a SiVA layer in variants.h, compiled once for each instruction set: the including file defines
 //
 //     FASTPEFT_ISA            the namespace that this copy lives in
 //     FASTPEFT_TARGET         the attribute that makes the compiler use the instruction set ("" for its default)
@@ -8,7 +8,7 @@
 // Each product keeps a block of sums in registers while it runs along the long side once: x and out are read or written
 // once for all ranks of a block. Nothing of the standard library is called here: a copy of one of its functions,
 // compiled for a newer processor, could end up in the code for all.
-#include "siva_linear_products.h"
+#include "variants.h"
 #include "vectors.h"
 
 // sums and addresses of rows stay in registers only where the loop that has them is not a call
@@ -16,6 +16,7 @@
 
 namespace fastpeft {
 namespace FASTPEFT_ISA {
+namespace siva_linear {
 namespace {
 
 // AVX-512 has 32 registers, the others 16 (NEON's 32 are half as wide as AVX2's): blocks are as large as they allow
@@ -149,10 +150,14 @@ FASTPEFT_TARGET void reduce(Rows coefficients, RowsOf<T> x, int64_t ranks, int64
 
 }  // namespace
 
+#if !defined(FASTPEFT_BFLOAT16)
+constexpr LowRank low_rank = {{project, expand, reduce}, {project, expand, reduce}};
+#endif
+
+}  // namespace siva_linear
+
 #if defined(FASTPEFT_BFLOAT16)
-const LowRankOf<BFloat16> low_rank = {project, expand, reduce};
-#else
-const LowRank low_rank = {{project, expand, reduce}, {project, expand, reduce}};
+const LowRankOf<BFloat16> low_rank = {siva_linear::project, siva_linear::expand, siva_linear::reduce};
 #endif
 
 }  // namespace FASTPEFT_ISA

@@ -18,8 +18,8 @@
 
 #include "arithmetic.h"
 #include "by_aten.h"
-#include "choose.h"
 #include "feature_dropout_arguments.h"
+#include "variants.h"
 
 namespace fastpeft {
 

@@ -59,19 +59,4 @@ struct Passes {  // that multiply in float32
     PassesOf<BFloat16> of_bfloat;
 };
 
-namespace baseline {
-extern const Passes passes;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Passes passes;
-}
-namespace avx512 {
-extern const Passes passes;
-}
-namespace avx512bf16 {
-extern const PassesOf<BFloat16> passes;
-}
-#endif
-
 }  // namespace fastpeft

@@ -17,6 +17,7 @@
 #define FASTPEFT_TARGET \
     __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16" FASTPEFT_WHOLE_REGISTERS)))
 #define FASTPEFT_VECTOR_BYTES 64
+#include "variants.h"
 #include "window_attention_parts.h"
 
 namespace fastpeft {

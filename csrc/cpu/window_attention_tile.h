@@ -12,6 +12,7 @@
 
 namespace fastpeft {
 namespace FASTPEFT_ISA {
+namespace window_attention {
 namespace {
 
 constexpr int kRows = 4;
@@ -319,7 +320,8 @@ constexpr PassesOf<T> passes_of = {bytes_of<false>, bytes_of<true>, attend<T>, a
 
 }  // namespace
 
-const Passes passes = {passes_of<float>, passes_of<BFloat16>};
+constexpr Passes passes = {passes_of<float>, passes_of<BFloat16>};
 
+}  // namespace window_attention
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

@@ -1,4 +1,4 @@
-// fastpeft::mezo_perturb_, mezo_perturb and mezo_perturb_replay_ on CUDA tensors.
+// fastpeft::mezo_perturb_ and mezo_perturb on CUDA tensors.
 //
 // One launch covers all tensors of a dtype on the current stream.
 #include <cuda_runtime.h>
@@ -28,8 +28,6 @@ constexpr int kBlocksPerProcessor = 8;  // 2048 threads, the most that reside on
 struct Request {
     std::vector<int64_t> seeds;
     std::vector<double> scales;
-    const Tensor* device_seeds = nullptr;  // these take the place of the vectors
-    const Tensor* device_scales = nullptr;
     double decay;
     Options options;
 };
@@ -64,20 +62,12 @@ void launch_one(const Launch& launch, Format format, bool rademacher, int device
 void launch_terms(Launch& launch, Format format, const Request& request, int device) {
     launch.stochastic = request.options.stochastic;
     launch.keep = 1.0 - request.decay;
-    launch.seeds = nullptr;
-    launch.scales = nullptr;
-    if (request.device_seeds != nullptr) {
-        launch.seeds = static_cast<const uint64_t*>(request.device_seeds->const_data_ptr());
-        launch.scales = static_cast<const double*>(request.device_scales->const_data_ptr());
-        launch.num_terms = static_cast<int>(request.device_seeds->numel());
-        return launch_one(launch, format, request.options.rademacher, device);
-    }
     size_t done = 0;
     do {
         launch.num_terms = static_cast<int>(std::min<size_t>(request.seeds.size() - done, kMaxTerms));
         for (int i = 0; i < launch.num_terms; ++i) {
-            launch.seed_values[i] = static_cast<uint64_t>(request.seeds[done + i]);
-            launch.scale_values[i] = request.scales[done + i];
+            launch.seeds[i] = static_cast<uint64_t>(request.seeds[done + i]);
+            launch.scales[i] = request.scales[done + i];
         }
         launch_one(launch, format, request.options.rademacher, device);
         done += launch.num_terms;
@@ -162,29 +152,12 @@ Tensor mezo_perturb(Tensor param, int64_t offset, std::vector<int64_t> seeds, st
     return out;
 }
 
-void mezo_perturb_replay_(std::vector<Tensor> params, std::vector<int64_t> offsets, Tensor seeds, Tensor scales,
-                          double decay, std::string noise, std::string rounding) {
-    STD_TORCH_CHECK(seeds.scalar_type() == ScalarType::Long && scales.scalar_type() == ScalarType::Double &&
-                        seeds.is_contiguous() && scales.is_contiguous() && seeds.numel() == scales.numel(),
-                    "mezo_perturb_replay_ takes one float64 scale per int64 seed, both contiguous");
-    for (const Tensor& param : params) {
-        STD_TORCH_CHECK(seeds.is_cuda() && scales.is_cuda() && seeds.get_device_index() == param.get_device_index() &&
-                            scales.get_device_index() == param.get_device_index(),
-                        "mezo_perturb_replay_ takes seeds and scales on the device of the parameters");
-    }
-    Request request = make_request({}, {}, decay, noise, rounding);
-    request.device_seeds = &seeds;
-    request.device_scales = &scales;
-    run_in_place(params, offsets, request);
-}
-
 }  // namespace
 
 // implementations only: the schemas are declared once, in fastpeft/ops
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CUDA, m) {
     m.impl("mezo_perturb_", TORCH_BOX(&mezo_perturb_));
     m.impl("mezo_perturb", TORCH_BOX(&mezo_perturb));
-    m.impl("mezo_perturb_replay_", TORCH_BOX(&mezo_perturb_replay_));
 }
 
 }  // namespace fastpeft

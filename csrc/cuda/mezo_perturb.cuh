@@ -31,12 +31,9 @@ struct Launch {
     uint64_t numel[kMaxParts];
     uint32_t end_tile[kMaxParts];  // tiles of this and all tensors before it
     int num_parts;
-    // terms, by value or, where the pointers are not null, in the GPU's memory
     int num_terms;
-    uint64_t seed_values[kMaxTerms];
-    double scale_values[kMaxTerms];
-    const uint64_t* seeds;
-    const double* scales;
+    uint64_t seeds[kMaxTerms];
+    double scales[kMaxTerms];
     double keep;  // 1 - decay, for the first term
     bool stochastic;
 };
@@ -125,8 +122,8 @@ __device__ Lanes draw(uint64_t q, uint64_t seed) {
 template <typename T, bool is_rademacher>
 __device__ void apply_terms(Octet<T>& octet, uint64_t q, const Launch& launch) {
     for (int i = 0; i < launch.num_terms; ++i) {
-        const uint64_t seed = launch.seeds ? launch.seeds[i] : launch.seed_values[i];
-        const auto scale = static_cast<compute_t<T>>(launch.scales ? launch.scales[i] : launch.scale_values[i]);
+        const uint64_t seed = launch.seeds[i];
+        const auto scale = static_cast<compute_t<T>>(launch.scales[i]);
         const auto keep = static_cast<compute_t<T>>(i == 0 ? launch.keep : 1.0);
         const Lanes lanes = draw<is_rademacher>(q, seed);
         compute_t<T> value[kGaussians];

@@ -7,11 +7,12 @@ import transformers
 
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.generation import LadderCache
+from fastpeft.ladder.inputs import LadderInputs
 from fastpeft.ladder.model import LadderModel
 from fastpeft.ladder.pool import LadderPool
 from fastpeft.ladder.side import SideNetwork
 
-__all__ = ["LadderCache", "LadderConfig", "LadderModel", "LadderPool", "SideNetwork"]
+__all__ = ["LadderCache", "LadderConfig", "LadderInputs", "LadderModel", "LadderPool", "SideNetwork"]
 
 transformers.AutoConfig.register(LadderConfig.model_type, LadderConfig, exist_ok=True)
 for _auto in (

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    GenerationMixin,
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
@@ -42,6 +43,7 @@ _OF_TOKENS = {
 # the inputs of a text model that decide its features
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 CACHES = ("past_key_values", "cache")  # what decoders call their cache, before transformers 5.24 and from then on
+CACHE = CACHES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
 # left out where a model does not know them
 _OPTIONAL = ("token_type_ids", "logits_to_keep", "cache_position", "output_router_logits")
 
@@ -99,6 +101,8 @@ class Backbone:
             _check_reads_rows(core)
         self.context: Any = None
         self.rows_first = False
+        self.hooks: Any = None  # of `fastpeft.ladder.passes`
+        self.probed: Any = None  # a `fastpeft.ladder.probe.Probe`
         self._given_sizes = feature_sizes
         self.tuple_size: int | None = None  # length of the tuple that a layer returns, 0 for a tensor; None: unknown
         self.layers = self._find_layers() if feature_modules is None else self._named_layers(feature_modules)
@@ -125,8 +129,8 @@ class Backbone:
             raise FastpeftError(
                 f"the layers of {kind} are not found: its lists of modules of one class are {_lengths(lists)}, of "
                 f"several classes {_lengths(mixed)}, and its configuration says {expected} layers. Name in "
-                "feature_modules layers that run once each, in their order; layers that a model runs several times, "
-                "such as ALBERT's, cannot be read."
+                "feature_modules layers that run once each, in their order; layers that a model runs several times "
+                "cannot be read."
             )
         return lists[name]
 
@@ -210,7 +214,7 @@ class Backbone:
 
     @property
     def input_embeddings(self) -> nn.Module | None:
-        """The module of its input's embeddings, None where it names none: images may have none, CANINE several."""
+        """The module of its input's embeddings, None where it names none: images may have none, characters several."""
         try:
             embeddings: nn.Module = self.core.get_input_embeddings()
         except NotImplementedError:
@@ -270,7 +274,7 @@ class Backbone:
     def decoder_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the head's decoder to the vocabulary, by the model's names, but for those of embeddings.
 
-        Another matrix with a side of all words is a part of it, such as that of MobileBERT beside its embeddings.
+        Another matrix with a side of all words is a part of it, as where embeddings are narrower than states.
         """
         if self.decoder is None:
             return {}
@@ -336,8 +340,7 @@ class Backbone:
 
     def arguments(self, given: Mapping[str, Any], part: nn.Module | None = None) -> dict[str, Any]:
         """Arguments for the model or a part of it: no None, and of the optional ones those that it knows."""
-        kind: Any = type(self.core if part is None else part)
-        accepted = parameters_of(kind)
+        accepted = parameters_of(self.core if part is None else part)
         chosen = {
             name: value
             for name, value in given.items()
@@ -358,9 +361,14 @@ class Backbone:
         return self.arguments({name: given[name] for name in INPUTS if name in given}, self.encoder or self.body)
 
 
+def parameters_of(module: nn.Module) -> frozenset[str]:
+    """The names that the forward of a module's class takes."""
+    kind: Any = type(module)
+    return _parameters_of(kind)
+
+
 @functools.cache
-def parameters_of(kind: Any) -> frozenset[str]:
-    """The names that the forward of a class takes."""
+def _parameters_of(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
@@ -394,9 +402,9 @@ def _check_reads_rows(core: PreTrainedModel) -> None:
 def _body_of(core: PreTrainedModel) -> PreTrainedModel:
     """The model without its head; itself where that cannot be told.
 
-    A few name another as their body than they have, such as CLIPForImageClassification: theirs is the one model inside.
+    A few name another as their body than they have: theirs is the one model inside.
     """
-    if _has_one_stack(core):  # also DINOv3's, whose encoder has the name of a body
+    if _has_one_stack(core):  # also one whose encoder has the name of a body
         return core
     inside = [child for child in core.children() if isinstance(child, PreTrainedModel)]
     return inside[0] if core.base_model is core and len(inside) == 1 else core.base_model
@@ -404,10 +412,9 @@ def _body_of(core: PreTrainedModel) -> PreTrainedModel:
 
 def _has_one_stack(core: PreTrainedModel) -> bool:
     """Whether the output of the layers is what the model is for: it is one of `AutoModel` with a single stack."""
-    kind: Any = type(core)
-    name = kind.__name__
+    name = type(core).__name__
     names = (*MODEL_MAPPING_NAMES.values(), *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.values())
-    compares = "return_loss" in parameters_of(kind)  # texts with images or sound, as CLIP and CLAP
+    compares = "return_loss" in parameters_of(core)  # texts with images or sound
     one_stack = not getattr(core.config, "is_encoder_decoder", False) and not compares
     return one_stack and any(name in ((each,) if isinstance(each, str) else each) for each in names)
 
@@ -417,7 +424,7 @@ def _model_with_a_head(config: Any) -> str:
     heads = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING)
     if named := [classes[type(config)].__name__ for classes in heads if type(config) in classes]:
         return f"Load the model with {' or '.join(named)}."
-    if getattr(config, "is_encoder_decoder", False):  # such as LongT5
+    if getattr(config, "is_encoder_decoder", False):
         return (
             f"Transformers has no classifier of the kind {config.model_type}: put its encoder and a head into an "
             "nn.Module of your own, and name the encoder's layers in feature_modules."

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER, Backbone
-from fastpeft.ladder.backbone_passes import features_of
+from fastpeft.ladder.passes import features_of
 from fastpeft.ops.dtypes import autocast_dtype
 from fastpeft.ops.frozen_linear import Packed
 from fastpeft.ops.packing import version_of

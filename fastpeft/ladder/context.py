@@ -9,7 +9,6 @@ The backbone sees a text's tokens after those of the context, at the positions t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +19,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.backbone import CACHE, Backbone, parameters_of
 from fastpeft.ladder.cache import stamp_of
-from fastpeft.ladder.generation import CACHE, GrowingLayer, keeps_keys
+from fastpeft.ladder.probe import probe
+from fastpeft.ladder.side_cache import GrowingLayer
 from fastpeft.ops.define import is_transformed
 
 _RELATIVE = ("bloom", "roformer")  # of models that take no positions, those whose distances do not count padding
@@ -71,18 +71,18 @@ class Context:
     def __init__(self, backbone: Backbone, tokens: Sequence[int]) -> None:
         core = backbone.core
         kinds = {type(layer) for layer in DynamicCache(config=core.config).layers}
-        if not keeps_keys(backbone) or kinds - {DynamicLayer}:
+        if not probe(backbone).keeps_keys or kinds - {DynamicLayer}:
             raise FastpeftError(
                 "a context goes before the texts of a decoder that generates and keeps the keys and values of all "
                 f"tokens, which a {backbone.class_name} does not. Leave it out."
             )
-        self._takes_positions = "position_ids" in inspect.signature(core.forward).parameters
+        self._takes_positions = "position_ids" in parameters_of(core)
         if not self._takes_positions and core.config.model_type not in _RELATIVE:
             raise FastpeftError(
                 f"a context before texts that are padded on the left: a {backbone.class_name} would answer a row "
                 "otherwise than alone, since it takes no positions. Leave the context out."
             )
-        if any(hasattr(module, "create_position_ids_from_input_ids") for module in core.modules()):  # RoBERTa's kind
+        if any(hasattr(module, "create_position_ids_from_input_ids") for module in core.modules()):
             raise FastpeftError(
                 f"a context before texts: a {backbone.class_name} counts positions from that of its padding, and so "
                 "texts would not follow the context. Leave the context out."

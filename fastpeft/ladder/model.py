@@ -17,47 +17,35 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone, activation_of
-from fastpeft.ladder.backbone_passes import compile_layers
-from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import FeatureCache
 from fastpeft.ladder.checks import (
     check_adapters_around,
-    check_attentions,
-    check_base,
     check_head,
     check_in_place,
-    check_inputs,
-    check_labels,
-    check_mask,
-    check_positions,
-    check_read,
     check_whole,
     warn_of_earlier_head,
-    warn_of_no_gradient,
     warn_of_shared_head,
 )
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, converted_to, pack
-from fastpeft.ladder.defaults import decide_defaults
-from fastpeft.ladder.feature_sources import FeatureSource, LadderPass, choose_source
 from fastpeft.ladder.fingerprints import check_fingerprints
-from fastpeft.ladder.generation import (
-    CACHE,
-    LadderCache,
-    cache_of_pass,
-    check_generates,
-    given_cache,
-    prepare_pass,
-    with_cache,
-    with_own_cache,
-)
+from fastpeft.ladder.generation import LadderCache, cache_of_pass, prepare_pass, with_cache, with_own_cache
+from fastpeft.ladder.inputs import OTHER_CACHES, LadderInputs, WithInputsOfBase
 from fastpeft.ladder.loss import with_loss
-from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
-from fastpeft.ladder.probes import check_answers, check_causal, predicts_next_tokens, warn_of_other_ways
+from fastpeft.ladder.passes import Known, LadderPass, compile_layers, hooks_of
+from fastpeft.ladder.probe import (
+    check_answers,
+    check_causal,
+    check_generates,
+    decide_defaults,
+    probe,
+    warn_of_other_ways,
+)
 from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import run_of
+from fastpeft.ladder.states import StatesOnly
 from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.ops.quantise import count_parameters
@@ -128,11 +116,6 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     _warned_of_inputs = False
 
     def __init__(self, base: nn.Module, config: LadderConfig) -> None:
-        if not isinstance(config, LadderConfig):
-            raise FastpeftError(
-                f"LadderModel takes a model and a LadderConfig; the configuration is a {type(config).__name__}. Write "
-                "LadderModel(base, LadderConfig(...))."
-            )
         warn_if_not_compiled()
         check_in_place(base)
         config = copy.deepcopy(config)
@@ -154,6 +137,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         if config.context is not None:
             backbone.context = Context(backbone, config.context)
         convert(backbone, config.backbone_dtype)
+        hooks_of(backbone)  # torch.compile traces those that are there
         # the base can be read, and the side network is made; now they become one model
         super().__init__(config)
         self.backbone = backbone
@@ -161,9 +145,9 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         self.side = side.to(backbone.device)
         self.side_run: type[SideRun] = SideRun  # the class of a pass of the side network
         self.feature_cache: FeatureCache | None = None
-        self._source: FeatureSource | None = None  # of the features while `reading_from` is entered
+        self._known: Known = None  # while `knowing` is entered
         self._looks_for_other_ways = is_new  # by which a module's answer passes the side network
-        self._take_after_base()
+        self._follow_base()
         self._freeze_but(head, adapters)
         self.post_init()
         # ties are between frozen weights, and the base keeps them; save_pretrained and the Trainer read these names
@@ -171,12 +155,12 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         self._keys_to_ignore_on_save = self.state_dict().keys() - self._trained
         self.train(base.training)
 
-    def _take_after_base(self) -> None:
+    def _follow_base(self) -> None:
         """Tell transformers what it asks of a model as the base would: its input, loss, task and generation."""
         backbone = self.backbone
         self.main_input_name = backbone.input_name
         self.loss_type = getattr(backbone.core, "loss_type", None)  # by which the Trainer knows that labels are shifted
-        self._generates = predicts_next_tokens(backbone)
+        self._generates = probe(backbone).predicts
         if self._generates:
             self.generation_config = copy.deepcopy(backbone.core.generation_config)
             self.generation_config.cache_implementation = None  # a `LadderCache` takes its place
@@ -224,8 +208,8 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
 
     @property
     def base_model(self) -> Any:
-        """The base; beside a decoder a pass without its head of words, see `fastpeft.ladder.body`."""
-        return Body(self) if self._generates else super().base_model
+        """The base; beside a decoder a pass without its head of words, see `StatesOnly`."""
+        return StatesOnly(self) if self._generates else super().base_model
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The base's LM head; None where it has none."""
@@ -299,115 +283,78 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     # -- forward -------------------------------------------------------------------------------------------------
 
     @WithInputsOfBase
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        inputs: Tensor | None = None,
-        labels: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        past_key_values: LadderCache | None = None,
-        use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
-        logits_to_keep: int | Tensor | None = None,
-        cache: LadderCache | None = None,
-        output_attentions: bool | None = None,
-        **others: Any,
-    ) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base model returns: `logits`, and `loss` if labels are given; without a head `last_hidden_state`.
 
         Args:
-            input_ids: `(B, T)`, or `inputs_embeds` `(B, T, d)`. A vision model takes `pixel_values`; a module that is
-                not a transformers model takes `inputs`, its one argument.
-            attention_mask: `(B, T)`, 1 for tokens and 0 for padding; beside `inputs` only the side network reads it.
-            token_type_ids, position_ids: `(B, T)`; token types are dropped if the base knows none.
-            labels, start_positions, end_positions: as the base takes them. A module that is not a transformers model
-                takes integer classes (cross-entropy), or numbers in the shape of the logits (mean squared error, or
-                binary cross-entropy where the configuration's `problem_type` is `multi_label_classification`). The
-                loss that balances a mixture's experts is left out, unless an adapter in the backbone trains.
-            output_hidden_states: whether to return the side states `theta_0 .. theta_N`, each `(B, T, D)`, as
-                `hidden_states`.
-            return_dict: False for a tuple.
-            cache, past_key_values: what an earlier pass returned under that name, of which the first is transformers'
-                since 5.24. The inputs are then the tokens that follow, and the mask is of all tokens.
-            use_cache: True keeps what later passes need of these tokens, for decoders in evaluation mode.
-            cache_position, logits_to_keep: as the base takes them, where it knows them.
-            output_attentions: refused if true.
-            others: other inputs that the base's forward names, such as `bbox` of LayoutLM; beside a decoder
-                `num_items_in_batch` too, by which its loss is divided in place of the number of its own labels.
+            args, kwargs: the fields of `fastpeft.ladder.LadderInputs`, in their order or by name, such as `input_ids`,
+                `attention_mask` and `labels`; and other inputs that the base's forward names.
 
         Raises:
-            FastpeftError: the features do not have the shape of the input, the base was copied or replaced, it has no
-                head and labels are given, it is not a transformers model and answers for each token while the
-                configuration's `causal` is None, texts are joined in a row, or attentions or a cache are asked for that
-                it cannot have.
+            FastpeftError: the features do not have the shape of the input, the base was copied or replaced, it is not a
+                transformers model and answers for each token while the configuration's `causal` is None, texts are
+                joined in a row, the base does not take an input, or a cache is asked for that it cannot have.
         """
-        check_attentions(output_attentions)
-        check_base(self.base, self.backbone)
-        plain = self.backbone.plain
-        text = input_ids if input_ids is not None else inputs_embeds
-        source = inputs if plain else text if text is not None else pixel_values
-        check_inputs(self.backbone, source)
-        if source is not None and source.requires_grad and not self._warned_of_inputs:
-            self._warned_of_inputs = warn_of_no_gradient(source, self.gradients_from)
-        check_labels(self.backbone, labels, start_positions, end_positions)
-        takes = _DIVISOR in others and self.accepts_loss_kwargs
-        divisor = {_DIVISOR: others.pop(_DIVISOR)} if takes else {}
-        check_others(self.backbone, others, LadderModel.forward)
-        cache = cache_of_pass(self.backbone, given_cache(cache, past_key_values), use_cache, self.training)
-        past = 0 if cache is None else cache.get_seq_length()
-        if text is not None:
-            check_mask(attention_mask, (text.shape[0], past + text.shape[1]))
-            if self.config.causal:
-                check_positions(position_ids, attention_mask)
-        given = {
-            "inputs": inputs,
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "pixel_values": pixel_values,
-            "labels": labels,
-            "start_positions": start_positions,
-            "end_positions": end_positions,
-            "output_hidden_states": False,
-            # they are for a loss that balances experts: frozen ones learn nothing of it, skipped ones have none
-            "output_router_logits": None if self.adapters else False,
-            CACHE: cache,
-            "use_cache": None if cache is None else True,
-            "cache_position": cache_position,
-            "logits_to_keep": logits_to_keep,
-            **others,
-        }
-        check_read(self.backbone, given)
+        given, backbone = LadderInputs.of(*args, **kwargs), self.backbone
+        if backbone.model is not self.base:
+            raise FastpeftError(
+                "the base is not the module that this LadderModel was made with. nn.DataParallel copies it: use one "
+                "GPU, or a process per GPU by torchrun. If you replaced it, make a new LadderModel."
+            )
+        loss = {_DIVISOR: given.others.pop(_DIVISOR)} if _DIVISOR in given.others and self.accepts_loss_kwargs else {}
+        cache = cache_of_pass(backbone, given, self.training)
+        given.check(backbone, 0 if cache is None else cache.get_seq_length(), joined=not self.config.causal)
+        self._warn_of_no_gradient(given)
         self._share_padding()
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        step = past > 0 and text is not None and text.shape[1] == 1
-        run = self.new_side_run(attention_mask, bool(output_hidden_states), cache, step)
-        arguments = {"inputs": inputs} if plain else self.backbone.arguments(given)
-        # features of tokens that follow others, or stand beside an image or the like, are those of no row
-        keeps = cache is None and pixel_values is None and all(value is None for value in others.values())
-        features = self._source or choose_source(self.feature_cache if keeps else None, arguments)
-        called = arguments if plain else self.backbone.after_context(arguments)
-        this = LadderPass(self.backbone, run, arguments, self.gradients_from)
-        with this.around_base(features):
-            outputs = self.base(inputs) if plain else self.base(**called, **divisor, return_dict=True)
+        if given.output_hidden_states is None:
+            given.output_hidden_states = self.config.output_hidden_states
+        outputs, run, read = self.run_base(given, cache, **loss)
         self._take_problem()
-        outputs = self._with_loss(outputs, inputs, labels, this.read) if plain else with_own_cache(outputs, cache)
+        outputs = self._with_loss(outputs, given, read) if backbone.plain else with_own_cache(outputs, cache)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return outputs if return_dict else outputs.to_tuple()
+        as_dict = self.config.return_dict if given.return_dict is None else given.return_dict
+        return outputs if as_dict else outputs.to_tuple()
+
+    def run_base(
+        self, given: LadderInputs, cache: LadderCache | None = None, **options: Any
+    ) -> tuple[Any, SideRun, tuple[int, int] | None]:
+        """A pass of the base with the side network's output in place of its encoder's.
+
+        Args:
+            given: the inputs.
+            cache: of the tokens before these, which the pass extends.
+            options: other arguments of the base.
+
+        Returns:
+            What the base returned; the pass of the side network; B and T of the features, where it read them.
+        """
+        backbone = self.backbone
+        arguments = given.for_base(backbone, cache, router_logits=None if self.adapters else False)
+        run = self._new_side_run(given, cache)
+        known = self._known
+        # features of tokens that follow others, or stand beside an image or the like, are those of no row
+        alone = cache is None and given.pixel_values is None and all(each is None for each in given.others.values())
+        if known is None and alone and self.feature_cache is not None:
+            known = self.feature_cache.features(arguments)
+        called = arguments if backbone.plain else backbone.after_context(arguments)
+        this = LadderPass(backbone, run, arguments, self.gradients_from)
+        with this.around_base(known):
+            outputs = self.base(given.inputs) if backbone.plain else self.base(**called, **options, return_dict=True)
+        return outputs, run, this.read
+
+    def _warn_of_no_gradient(self, given: LadderInputs) -> None:
+        """Warn once where what asks for a gradient, such as a soft prompt, is read, and none comes to it."""
+        read = given.read_by(self.backbone)
+        if read is None or not read.requires_grad or self._warned_of_inputs or self.gradients_from == 0:
+            return
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warned_of_inputs = True
+            logger.warning(
+                "the input of a LadderModel requires a gradient, but none comes to it, since nothing is propagated "
+                "back through the backbone: what made it does not train. Train that without a side network, as by "
+                "SiVA, or call detach() on the input"
+            )
 
     def _share_padding(self) -> None:
         """Tell the base's head, which reads its own configuration, the padding that trainers have put into ours."""
@@ -423,26 +370,24 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         if problem not in (None, self.config.problem_type):
             self.config.problem_type = problem
 
-    def _with_loss(self, outputs: Any, inputs: Any, labels: Tensor | None, read: tuple[int, int] | None) -> Any:
+    def _with_loss(self, outputs: Any, given: LadderInputs, read: tuple[int, int] | None) -> Any:
         """What a base that is not a transformers model answers, with its loss; `read` are B and T of its features."""
         compiling = torch.compiler.is_compiling()
         if self._looks_for_other_ways and not compiling:
-            self._looks_for_other_ways = not warn_of_other_ways(self.backbone, inputs)
+            self._looks_for_other_ways = not warn_of_other_ways(self.backbone, given.inputs)
         # of the first pass: a later batch may have as many tokens as there are classes
         first = not (self._has_answered or compiling)
         check_causal(self.config.causal, self.base, outputs, read if first else None)
         if first:
             self._has_answered = True
-        return with_loss(outputs, labels, self.config.problem_type)
+        return with_loss(outputs, given.labels, self.config.problem_type)
 
-    def new_side_run(
-        self, attention_mask: Tensor | None, keep_states: bool, cache: LadderCache | None = None, step: bool = False
-    ) -> SideRun:
+    def _new_side_run(self, given: LadderInputs, cache: LadderCache | None) -> SideRun:
         """A new pass of the side network, with what it drops drawn from torch's random state."""
         if self.backbone.body.training:  # by `base.train()`, or a loop over all modules
             self._keep_in_evaluation()
         device = self.side.up.weight.device
-        mask = None if attention_mask is None else attention_mask.to(device).bool()
+        mask = None if given.attention_mask is None else given.attention_mask.to(device).bool()
         seed: int | Tensor = 0
         blocks_seed = 0
         if self.training and (self.config.dropout or self.config.layer_drop):
@@ -453,16 +398,19 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             if torch.is_grad_enabled():  # or each process would wait for gradients that others do not have
                 blocks_seed = agreed(blocks_seed, device)
         side_cache = None if cache is None else cache.sides[0]
-        return run_of(self.side, mask, side_cache, step, keep_states, seed, blocks_seed, self.side_run)
+        text = given.text
+        step = cache is not None and cache.get_seq_length() > 0 and text is not None and text.shape[1] == 1
+        keeps = bool(given.output_hidden_states)
+        return run_of(self.side, mask, side_cache, step, keeps, seed, blocks_seed, self.side_run)
 
     @contextlib.contextmanager
-    def reading_from(self, source: FeatureSource) -> Iterator[None]:
-        """While the block runs, passes take their features from `source`."""
-        self._source = source
+    def knowing(self, known: Known) -> Iterator[None]:
+        """While the block runs, passes take their features, or the side network's output, from `known`."""
+        self._known = known
         try:
             yield
         finally:
-            self._source = None
+            self._known = None
 
     # -- generation ----------------------------------------------------------------------------------------------
 

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.backbone import INPUTS, Backbone
-from fastpeft.ladder.backbone_passes import features_of, run_body
+from fastpeft.ladder.backbone import CACHE, INPUTS, Backbone
 from fastpeft.ladder.cache import FeatureCache
 from fastpeft.ladder.config import BackboneDtype, LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, converted_to
-from fastpeft.ladder.feature_sources import FeatureSource, GivenFeatures, GivenOutput
-from fastpeft.ladder.generation import CACHE, check_generates, with_cache
-from fastpeft.ladder.pool_admission import Admission, check_dtypes, leave_backbone, share_backbone
+from fastpeft.ladder.generation import with_cache
+from fastpeft.ladder.passes import Known, features_of, run_body
 from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache, check_mode, check_shared_head
-from fastpeft.ladder.pool_members import Members
+from fastpeft.ladder.pool_members import Admission, Members, leave_backbone, share_backbone
 from fastpeft.ladder.pool_training import (
     LABELS,
     Batch,
@@ -35,7 +33,7 @@ from fastpeft.ladder.pool_training import (
     source_of,
     steps_of,
 )
-from fastpeft.ladder.probes import decide_causal
+from fastpeft.ladder.probe import check_generates, decide_causal
 from fastpeft.ladder.side import SideRun
 from fastpeft.ops.quantise import check_format
 from fastpeft.prompts.model import inside_prompt
@@ -93,7 +91,7 @@ class LadderPool:
                 f"a {self.backbone.class_name} takes {self.backbone.input_name}; a pool is for transformers "
                 "models of text, whose batches have input_ids. Give each task a LadderModel of its own."
             )
-        # as members will; and RWKV scales its weights in its first pass, which must be before members share them
+        # as members will; and some scale their weights in their first pass, which must be before members share them
         decide_causal(self.backbone, True)
         dtype = backbone_dtype or converted_to(self.backbone.core)
         convert(self.backbone, dtype)
@@ -124,12 +122,6 @@ class LadderPool:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tasks)
-
-    def __getstate__(self) -> Any:
-        raise FastpeftError(
-            "a LadderPool can be neither copied nor pickled. Save its members by pool[task].save_pretrained(folder), "
-            "and add the folders to a LadderPool of another base."
-        )
 
     # -- members -------------------------------------------------------------------------------------------------
 
@@ -165,7 +157,6 @@ class LadderPool:
                         "or a LadderConfig, for which the pool makes a head, or make it on a base of its own."
                     )
             if member is side:
-                check_dtypes(inside_prompt(member), self.backbone)
                 share_backbone(inside_prompt(member), self.backbone)
             inside_prompt(member).backbone.context = self.backbone.context
             member.eval()
@@ -228,7 +219,7 @@ class LadderPool:
             answers: list[Any] = [None] * len(tasks)
             for name, output in encoded.items():
                 part = {key: value[rows[name]] for key, value in batch.items()}
-                answer = _run(asked[name], part, GivenOutput(output))
+                answer = _run(asked[name], part, output)
                 for row, own in zip(rows[name], _by_row(answer)):
                     answers[row] = own
         return answers
@@ -319,17 +310,12 @@ class LadderPool:
             `(task, output)`, where the output has `loss` and `logits` with their graph.
 
         Raises:
-            FastpeftError: a task is not in the pool or has no batch, or a batch has unknown entries.
+            FastpeftError: a task is not in the pool, or a batch has unknown entries.
         """
         members = self._members
         given: Any = batch
         by_task = bool(batch) and all(isinstance(value, Mapping) for value in batch.values())
         names = list(tasks if tasks is not None else batch if by_task else members.models)
-        if by_task and (missing := [name for name in names if name not in given]):
-            raise FastpeftError(
-                f"LadderPool.outputs got batches for {', '.join(given)}, and none for {', '.join(missing)} of `tasks`. "
-                "Give one, or leave it out of `tasks`."
-            )
         chosen = {name: members[name] for name in names}
         passed = self._features({name: given[name] if by_task else given for name in names})
         for name, member in chosen.items():
@@ -370,8 +356,8 @@ class LadderPool:
             at every step, so all must make equally many.
         """
         members = self._members
-        if isinstance(seed, Mapping) and (extra := [name for name in seed if name not in optimizers]):
-            raise FastpeftError(f"there is a seed for {', '.join(map(repr, extra))}, but no optimizer. Leave it out.")
+        if isinstance(seed, Mapping) and (extra := seed.keys() - optimizers.keys()):
+            raise FastpeftError(f"there is a seed for {', '.join(sorted(extra))}, but no optimizer. Leave it out.")
         trainers = {}
         for name, stepping in optimizers.items():
             own_seed = seed.get(name, 0) if isinstance(seed, Mapping) else seed
@@ -429,7 +415,7 @@ class LadderPool:
     def _train_pass(self, member: Any, features: Sequence[Tensor], batch: Batch) -> Any:
         """The output of a member in training, on the features of its batch."""
         with self._passing:  # a call would change its mode, and the model may stand on the pool's base itself
-            return _run(member, batch, GivenFeatures(features))
+            return _run(member, batch, features)
 
     # -- batches -------------------------------------------------------------------------------------------------
 
@@ -442,8 +428,6 @@ class LadderPool:
             raise FastpeftError(
                 f"the batch has {len(source_of(batch))} rows, but {len(tasks)} tasks were given. Give that of each row."
             )
-        if labels := [name for name in LABELS if name in batch]:
-            raise FastpeftError(f"a call takes no {labels[0]}: leave it out, or train with outputs or fit.")
         return batch
 
     def _check_batch(self, batch: Batch) -> dict[str, Tensor]:
@@ -472,10 +456,10 @@ class LadderPool:
         return {name: value.to(self.backbone.core.device) for name, value in batch.items()}
 
 
-def _run(member: Any, batch: Batch, source: FeatureSource) -> Any:
+def _run(member: Any, batch: Batch, known: Known) -> Any:
     """The output of a member for a batch, which may hold positions of masks for the prompts of other members."""
     own = batch if hasattr(member, "prompt") else {name: value for name, value in batch.items() if name != _MASKS}
-    with inside_prompt(member).reading_from(source):
+    with inside_prompt(member).knowing(known):
         return member(**own, return_dict=True)
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.checks import check_attentions, check_mask
+from fastpeft.ladder.backbone import CACHE, Backbone
 from fastpeft.ladder.config import LadderConfig
-from fastpeft.ladder.feature_sources import LadderPass, RunningBackbone
-from fastpeft.ladder.generation import CACHE, LadderCache, given_cache, prepare_pass, with_own_cache
+from fastpeft.ladder.generation import LadderCache, prepare_pass, with_own_cache
+from fastpeft.ladder.inputs import LadderInputs, WithInputsOfBase
+from fastpeft.ladder.passes import LadderPass
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import run_of
 from fastpeft.support.eval_mode import in_eval_mode
@@ -118,54 +118,27 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         """Always: the pool has asked its backbone before it makes this."""
         return True
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: PoolCache | None = None,
-        cache: PoolCache | None = None,
-        use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
-        logits_to_keep: int | Tensor | None = None,
-        return_dict: bool | None = None,
-        output_attentions: bool | None = None,
-    ) -> Any:
-        """As `LadderModel.forward`, which explains the arguments."""
-        check_attentions(output_attentions)
-        text: Any = input_ids if input_ids is not None else inputs_embeds
-        cache = given_cache(cache, past_key_values)
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            CACHE: cache,
-            "use_cache": True,
-            "cache_position": cache_position,
-            "logits_to_keep": logits_to_keep,
-        }
-        with self._lock, in_eval_mode(self._parts):
-            return self._pass(text, attention_mask, cache, self.backbone.arguments(arguments))
-
-    def _pass(self, text: Tensor, attention_mask: Tensor | None, cache: Any, arguments: dict[str, Any]) -> Any:
+    @WithInputsOfBase
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As `LadderModel.forward`, which explains the arguments; there is always a cache."""
+        given, backbone = LadderInputs.of(*args, **kwargs), self.backbone
+        cache: PoolCache = given.cache
+        text: Any = given.text
         if not cache.rows:
             cache.begin(len(text), text.device)
         past = cache.get_seq_length()
-        check_mask(attention_mask, (len(text), past + text.shape[1]))
-        mask = None if attention_mask is None else attention_mask.bool()
-        runs: list[tuple[TaskRows, SideRun]] = []
+        given.check(backbone, past)
+        mask = None if given.attention_mask is None else given.attention_mask.bool()
         step = past > 0 and text.shape[1] == 1
-        for rows, side, side_cache in zip(cache.rows, self._sides, cache.sides, strict=True):
-            own = None if mask is None else mask[rows]
-            runs.append((rows, run_of(side, own, side_cache, step)))
-        run: Any = PoolRun(runs)
-        called = self.backbone.after_context(arguments)
-        with LadderPass(self.backbone, run, arguments, len(self.backbone.layers) + 1).around_base(RunningBackbone()):
-            return with_own_cache(self.base(**called, return_dict=True), cache)
+        arguments = given.for_base(backbone, cache)
+        with self._lock, in_eval_mode(self._parts):
+            runs: list[tuple[TaskRows, SideRun]] = []
+            for rows, side, side_cache in zip(cache.rows, self._sides, cache.sides, strict=True):
+                runs.append((rows, run_of(side, None if mask is None else mask[rows], side_cache, step)))
+            run: Any = PoolRun(runs)
+            called = backbone.after_context(arguments)
+            with LadderPass(backbone, run, arguments, len(backbone.layers) + 1).around_base():
+                return with_own_cache(self.base(**called, return_dict=True), cache)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fastpeft.errors import FastpeftError, first_line
+from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import INPUTS
 
 LABELS = ("labels", "start_positions", "end_positions")
@@ -70,18 +70,11 @@ def steps_of(
         )
     if not isinstance(data, Mapping):
         for batch in itertools.chain.from_iterable(itertools.repeat(data, epochs)):
-            if isinstance(batch, Mapping) and batch and {*batch} <= {*names}:
-                raise FastpeftError(
-                    f"a batch has the tasks {', '.join(map(repr, batch))} in place of tensors. Give each task its "
-                    "batches: {task: [batch, ...]}."
-                )
             active = [name for name in names if name not in stopped]
             if not active:
                 return
             yield dict.fromkeys(active, batch)
         return
-    if missing := [name for name in names if name not in data]:
-        raise FastpeftError(f"there are no batches for {', '.join(map(repr, missing))}. Give some for every optimizer.")
     if extra := [name for name in data if name not in names]:
         raise FastpeftError(f"there are batches for {', '.join(map(repr, extra))}, but no optimizer. Leave them out.")
     left = {name: itertools.chain.from_iterable(itertools.repeat(data[name], epochs)) for name in names}
@@ -191,20 +184,10 @@ class MemberTrainer:
         """A step on the loss of the output that `compute` returns.
 
         Raises:
-            FastpeftError: there is no loss, or it is not finite, or the head has no such class. No step is made then.
+            FastpeftError: the loss is not finite. No step is made then.
         """
         with self._stream:
-            try:
-                loss = compute().loss
-            except IndexError as error:  # on a CPU; a GPU stops the process
-                config: Any = self.model.config
-                raise FastpeftError(
-                    f"a batch for {self.name!r}, whose head has {config.num_labels} classes: "
-                    f"{first_line(error).rstrip('.')}. Give labels below that, and tasks of other classes batches of "
-                    "their own: {task: [batch, ...]}."
-                ) from error
-            if loss is None:
-                raise FastpeftError(f"a batch for {self.name!r} has no labels. Give {', '.join(LABELS)}.")
+            loss = compute().loss
             loss.backward()
             self.losses.append(loss.item())
             if not math.isfinite(self.losses[-1]):

@@ -68,7 +68,7 @@ class SavedModel(PreTrainedModel):
             write_card_of(self.config, Path(save_directory))
             if self.adapters:
                 self.base.save_pretrained(Path(save_directory) / ADAPTER_FOLDER)
-        # or weights get the names that the base's architecture has on the hub, as GTE's, and loading looks for its own
+        # or weights get the names that the base's architecture has on the hub, and loading looks for its own
         kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -136,18 +136,18 @@ class SavedModel(PreTrainedModel):
         check_shape(saved, wanted, name)
         base = saved.base_model_name_or_path
         check_fingerprints(self.backbone, saved.base_fingerprints, base, self.adapters.values())
-        own, taken = self.state_dict(), {}
+        own, chosen = self.state_dict(), {}
         weights = {without_wrapper(item): tensor for item, tensor in read_weights(name, {}).items()}
         for item in self._trained:
             takes = saved.train_adapters if item in self.adapters else head or item.startswith("side.")
             found = weights.pop(without_wrapper(item), None)
             if not takes:
-                taken[item] = own[item]
+                chosen[item] = own[item]
             elif found is not None:
-                taken[item] = found
+                chosen[item] = found
         if head and saved.train_adapters == self.config.train_adapters:
-            taken |= weights  # the check then refuses weights that this model does not have
-        self._load(taken, name)
+            chosen |= weights  # the check then refuses weights that this model does not have
+        self._load(chosen, name)
         self.config.update(form)
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.config import LadderConfig
-from fastpeft.ladder.generation import SideLayer
 from fastpeft.ladder.side_blocks import GatedFusion, SideBlock, WindowFusion, attends_in_float32
+from fastpeft.ladder.side_cache import SideLayer
 from fastpeft.ops.dtypes import autocast_dtype
 from fastpeft.support.processor import has_bfloat16
 

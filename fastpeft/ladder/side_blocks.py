@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from fastpeft.functional import window_attention
 from fastpeft.ladder.config import STATE, LadderConfig
-from fastpeft.ladder.generation import SideLayer
+from fastpeft.ladder.side_cache import SideLayer
 
 _GATE_TEMPERATURE = 0.1
 _POSITION_STD = 0.02

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fastpeft.ladder.config import STATE
-from fastpeft.ladder.generation import SideCache
 from fastpeft.ladder.side import TINY, SideNetwork, SideRun
 from fastpeft.ladder.side_blocks import GatedFusion, SideBlock
+from fastpeft.ladder.side_cache import SideCache
 from fastpeft.ops.side_step import ACTIVATIONS, weights_of
 
 

@@ -21,7 +21,7 @@ from fastpeft.methods.side_network import GATED, OF_SIVA, SideNetworkMethod
 from fastpeft.methods.whole_model import WholeModelMethod, biases, everything, head, last_layers
 
 # the paper's: 48,000 steps, 11.4 epochs of SST-2; of a narrow model six times the rate, by MPNet-base's loss on rows
-# that it did not learn, see docs/results/paper.md
+# that it did not learn, see docs/results/accuracy.md
 _MEZO = Recipe(
     1e-6,
     head_learning_rate=None,
@@ -33,7 +33,7 @@ _MEZO = Recipe(
     for_narrow={"learning_rate": 6e-6},
 )
 _LORA = Recipe(4e-4)  # Hu et al. 2022, RoBERTa-large on SST-2; PiSSA is LoRA from another start
-# of a narrow model three times the rate, measured with MPNet-base; see docs/results/paper.md
+# of a narrow model three times the rate, measured with MPNet-base; see docs/results/accuracy.md
 _LORA_BY_WIDTH = dataclasses.replace(_LORA, for_narrow={"learning_rate": 1.2e-3})
 # all of a side network begins at random, and its head with it; of words the best of the rates measured here, see
 # `bench/data/words_rates.csv`

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from fastpeft.errors import FastpeftError
+from fastpeft.mezo.checks import check_choice
+from fastpeft.ops.noise import NAMES, NOISE
 
 Point = tuple[int, int]
 Term = tuple[int, float]
 
 HOME: Point = (0, 0)  # theta itself
-ESTIMATORS = ("spsa", "fzoo")
 _MASK = 2**64 - 1
 
 
@@ -40,59 +43,137 @@ def step_seed(seed: int, draw: int) -> int:
 
 
 @dataclass(frozen=True)
-class Estimator:
+class Estimator(ABC):
     """At which points a step looks at the loss, and the slopes that it finds.
-
-    Attributes:
-        kind: "spsa" looks at both sides of theta in each direction; "fzoo" (arXiv 2506.09034) looks at theta once and
-            at one side, and divides the step by the standard deviation of the losses.
-        num_estimates: directions a step, n; at least 1, for "fzoo" at least 2.
 
     Raises:
         FastpeftError: an attribute is out of its range.
     """
 
-    kind: str = "spsa"
-    num_estimates: int = 1
+    num_estimates: int
+    noise: str
+
+    name: ClassVar[str]
+    fewest: ClassVar[int] = 1  # directions
 
     def __post_init__(self) -> None:
-        if self.kind not in ESTIMATORS:
-            raise FastpeftError(f"MeZO: estimator is {self.kind!r}; allowed are {', '.join(ESTIMATORS)}.")
-        least = 2 if self.kind == "fzoo" else 1
-        if type(self.num_estimates) is not int or not least <= self.num_estimates <= 255:
+        check_choice("noise", self.noise, tuple(NOISE))
+        if type(self.num_estimates) is not int or not self.fewest <= self.num_estimates <= 255:
             raise FastpeftError(
-                f"MeZO: num_estimates is {self.num_estimates!r}; allowed are {least} to 255 for the estimator "
-                f"{self.kind!r}."
+                f"MeZO: num_estimates is {self.num_estimates!r}; allowed are {self.fewest} to 255 for the estimator "
+                f"{self.name!r}."
             )
 
     @property
-    def points(self) -> list[Point]:
-        """Where the losses of a step are computed, in order."""
-        draws = range(self.num_estimates)
-        if self.kind == "fzoo":
-            return [HOME, *((draw, 1) for draw in draws)]
-        return [(draw, side) for draw in draws for side in (1, -1)]
+    def settings(self) -> dict[str, Any]:
+        """What a saved state and the header of a journal say of it."""
+        how = {"noise": self.noise, "drawn_by": NAMES[self.noise]}
+        return {"estimator": self.name, "num_estimates": self.num_estimates, **how}
 
     def seeds(self, seed: int, step: int) -> list[int]:
         """The seed of each draw of step number `step`, from 0."""
         return [step_seed(seed, step * self.num_estimates + draw) for draw in range(self.num_estimates)]
 
     def slopes(self, losses: Sequence[float], eps: float, limit: float | None) -> list[float]:
-        """The factor of each z in the estimated gradient, from the losses at `points`.
-
-        It is `g_i / n`, with g_i at most `limit` in size. "spsa": g_i is the difference of the two losses over 2 eps.
-        "fzoo": `(l_i - l_0) / (eps sigma)` with the sample standard deviation sigma of l_1 .. l_n; all 0 where sigma is
-        0.
-        """
-        n = self.num_estimates
+        """The factor of each z in the estimated gradient, `g_i / n`, with g_i at most `limit` in size."""
         bound = math.inf if limit is None else limit
-        if self.kind == "fzoo":
-            at_home, *beside = losses
-            scale = eps * statistics.stdev(beside)
-            found = [(loss - at_home) / scale if scale else 0.0 for loss in beside]
-        else:
-            found = [(losses[2 * draw] - losses[2 * draw + 1]) / (2 * eps) for draw in range(n)]
-        return [max(-bound, min(bound, g)) / n for g in found]
+        return [max(-bound, min(bound, g)) / self.num_estimates for g in self.projected_grads(losses, eps)]
+
+    @property
+    @abstractmethod
+    def points(self) -> list[Point]:
+        """Where the losses of a step are computed, in order."""
+
+    @abstractmethod
+    def projected_grads(self, losses: Sequence[float], eps: float) -> list[float]:
+        """g of each direction, from the losses at `points`."""
+
+    @abstractmethod
+    def loss(self, losses: Sequence[float]) -> float:
+        """The loss that a step reports."""
+
+
+@dataclass(frozen=True)
+class SPSA(Estimator):
+    """Two-sided differences, `g_i = (L(theta + eps z_i) - L(theta - eps z_i)) / (2 eps)`: 2 n forward passes a step.
+
+    Args:
+        num_estimates: directions a step, n, over which it averages: 1 to 255.
+        noise: "gaussian", or "rademacher" (+1 or -1).
+    """
+
+    num_estimates: int = 1
+    noise: str = "gaussian"
+
+    name = "spsa"
+
+    @property
+    def points(self) -> list[Point]:
+        return [(draw, side) for draw in range(self.num_estimates) for side in (1, -1)]
+
+    def projected_grads(self, losses: Sequence[float], eps: float) -> list[float]:
+        return [(plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2])]
+
+    def loss(self, losses: Sequence[float]) -> float:
+        return sum(losses) / len(losses)
+
+
+@dataclass(frozen=True)
+class FZOO(Estimator):
+    """One-sided differences over their spread (Dang et al., 2025, arXiv 2506.09034): n + 1 forward passes a step.
+
+    With l_0 the loss at theta, l_i those at theta + eps z_i and sigma the standard deviation of l_1 .. l_n, g_i is
+    `(l_i - l_0) / (eps sigma)`; all are 0 where sigma is 0. Where the slope outweighs the curvature over eps, each
+    weight moves by about `lr / (eps sqrt(n))`, so its rates differ from those of `SPSA`. Near a minimum sigma vanishes
+    and l_i - l_0 does not; then only `max_projected_grad` bounds the step. g is usually at most a few times 1 / eps:
+    with a limit of 10 / eps and noise "rademacher" no weight moves by more than `10 lr / eps` a step.
+
+    Args:
+        num_estimates: directions a step, n: 2 to 255.
+        noise: "rademacher" (+1 or -1), as its authors use it, or "gaussian".
+    """
+
+    num_estimates: int = 8
+    noise: str = "rademacher"
+
+    name = "fzoo"
+    fewest = 2
+
+    @property
+    def points(self) -> list[Point]:
+        return [HOME, *((draw, 1) for draw in range(self.num_estimates))]
+
+    def projected_grads(self, losses: Sequence[float], eps: float) -> list[float]:
+        at_home, *beside = losses
+        scale = eps * statistics.stdev(beside)
+        return [(loss - at_home) / scale if scale else 0.0 for loss in beside]
+
+    def loss(self, losses: Sequence[float]) -> float:
+        return losses[0]
+
+
+ESTIMATORS: dict[str, type[SPSA | FZOO]] = {each.name: each for each in (SPSA, FZOO)}
+
+
+def estimator_of(settings: Mapping[str, Any]) -> Estimator:
+    """The estimator with `settings`, as `Estimator.settings` has them.
+
+    Raises:
+        FastpeftError: one is out of its range.
+    """
+    check_choice("estimator", settings["estimator"], tuple(ESTIMATORS))
+    return ESTIMATORS[settings["estimator"]](settings["num_estimates"], settings["noise"])
+
+
+def check_drawn_by(settings: Mapping[str, Any], what: str) -> None:
+    """Raise a FastpeftError if `what`, a state or a journal with these settings, has noise that was drawn otherwise."""
+    noise, drawn_by = settings["noise"], settings["drawn_by"]
+    if drawn_by != NAMES.get(noise):
+        raise FastpeftError(
+            f"{what} is of a run whose {noise} noise was drawn by {drawn_by!r}; this version draws it by "
+            f"{NAMES.get(noise)!r}, so it cannot repeat those steps. Use the version of fastpeft that wrote it, or "
+            "move it away and begin anew from a checkpoint with weights."
+        )
 
 
 def moves(start: Point, end: Point) -> list[Term]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import time
@@ -13,10 +14,15 @@ from typing import Any, BinaryIO
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
-from fastpeft.mezo.journal_format import Position, Record, RecordFormat, pack_header, unpack_header
-from fastpeft.mezo.replay import described_params, repeat
+from fastpeft.mezo.estimator import step_seed
+from fastpeft.mezo.journal_format import Kind, Position, Record, RecordFormat, pack_header, unpack_header
+from fastpeft.mezo.parameters import described_params
+from fastpeft.mezo.replay import repeat
 from fastpeft.mezo.sharding import digest
 from fastpeft.support import files
+from fastpeft.support.processes import Ranks
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "mezo.journal"
 _FLUSHED_EVERY = 1.0  # seconds: the most that a power cut takes of a run
@@ -50,6 +56,7 @@ class Journal:
         self._size = size  # of all that is whole
         self.torn = 0
         self._flushed = -math.inf  # when, by the monotonic clock
+        self._writes = True  # or another process does
 
     @classmethod
     def create(cls, path: str | Path, header: dict[str, Any]) -> Journal:
@@ -86,6 +93,82 @@ class Journal:
             journal.count(record)
         journal.torn = len(content) - journal._size
         return journal
+
+    @classmethod
+    def begin(cls, path: Path, header: dict[str, Any], params: Sequence[Tensor], ranks: Ranks) -> Journal:
+        """Begin the journal of an optimizer; its first process writes, the others count.
+
+        Args:
+            path: of the file.
+            header: but for the digest of the weights.
+            params: the weights.
+            ranks: the processes.
+
+        Raises:
+            FastpeftError: on all of them, as `create`.
+        """
+        header = {**header, "weights": digest(params)}
+        journal = ranks.together(lambda: cls.create(path, header) if ranks.is_first else cls(path, header))
+        journal._writes = ranks.is_first
+        return journal
+
+    @classmethod
+    def resumed(
+        cls,
+        path: Path,
+        settings: Mapping[str, Any],
+        params: Sequence[Tensor],
+        start: int | Position | None,
+        stop: int | None,
+        ranks: Ranks,
+    ) -> Journal:
+        """Make the weights at `stop` of those at `start`, see `MeZO.resume`; what the journal then stands after.
+
+        Raises:
+            FastpeftError: on all processes, as `open`, `check_settings` and `replay`.
+        """
+
+        def opened() -> Journal:
+            journal = cls.open(path)
+            journal.check_settings(settings)
+            if journal.torn and ranks.is_first:
+                logger.warning("the end of %s was not written whole; its %d bytes are dropped", path, journal.torn)
+            return journal
+
+        end = start if isinstance(start, tuple) and start[0] == stop else stop
+        journal = ranks.together(opened)
+        if start is None:
+            found = digest(params)  # of shards this is a call of all, so nothing of one alone may end it
+            ranks.together(lambda: journal.check_weights(found))
+            start = journal.begins_at
+        ranks.together(lambda: journal.replay(params, start, end))
+        if end is not None:
+            journal.rewind(end)
+        journal._writes = ranks.is_first
+        return journal
+
+    def add(
+        self, kind: Kind, step: int, points: int, slopes: Sequence[float], groups: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Add what became of an estimate of step number `step`, for which the weights were brought to some points.
+
+        Raises:
+            FastpeftError: as `append`, or a setting of a group with parameters is not that of the header.
+        """
+        for name in ("eps", "weight_decay"):
+            if [group[name] for group in groups] != [group[name] for group in self.header["groups"]]:
+                raise FastpeftError(
+                    f"MeZO: {name} changed, but the journal {self.path} has one for all of its steps. Begin another "
+                    "one with `record`."
+                )
+        directions = self.header["num_estimates"]
+        found = tuple(slopes) if kind == Kind.MADE else (math.nan,) * directions
+        seed = step_seed(self.header["seed"], step * directions)
+        record = Record(step, kind, points, seed, found, tuple(float(group["lr"]) for group in groups))
+        if self._writes:
+            self.append(record)
+        else:
+            self.count(record)
 
     def append(self, record: Record) -> None:
         """Add a record to the file.
@@ -181,22 +264,12 @@ class Journal:
 
     def check_settings(self, found: Mapping[str, Any]) -> None:
         """Raise a FastpeftError unless the run had the settings `found`, by their names in the header."""
-        for name, value in found.items():
-            if self.header[name] != value:
-                theirs = self.header[name]
-                what = _first_difference(theirs, value) if name == "groups" else f"{name} {theirs!r}, not {value!r}"
+        theirs, ours = _flat({name: self.header[name] for name in found}), _flat(found)
+        for name in theirs | ours:
+            if theirs.get(name) != ours.get(name):
                 raise FastpeftError(
-                    f"MeZO: the journal {self.path} is of a run with another {what}. Use the settings of that run, or "
-                    "an optimizer without this journal."
-                )
-
-    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Raise a FastpeftError if an optimizer's groups with parameters have other settings than when it began."""
-        for name in ("eps", "weight_decay"):
-            if [group[name] for group in groups] != [group[name] for group in self.header["groups"]]:
-                raise FastpeftError(
-                    f"MeZO: {name} changed, but the journal {self.path} has one for all of its steps. Begin another "
-                    "one with `record`."
+                    f"MeZO: the journal {self.path} is of a run with another {name} {theirs.get(name)!r}, not "
+                    f"{ours.get(name)!r}. Use the settings of that run, or an optimizer without this journal."
                 )
 
     def replay(
@@ -240,19 +313,10 @@ class Journal:
         return self._format.unpack(content, self._start, self.begins_at, self.path)
 
 
-def _first_difference(theirs: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> str:
-    """In which setting or parameter the groups of two runs differ first."""
-
-    def in_words(parameter: Mapping[str, Any]) -> str:
-        return f"{parameter['name']} {parameter['shape']} in {parameter['dtype'].removeprefix('torch.')}"
-
-    for index, (one, other) in enumerate(zip(theirs, ours)):
-        for name in ("eps", "weight_decay"):
-            if one[name] != other[name]:
-                return f"{name} of group {index}, {one[name]}, not {other[name]}"
-        for its, mine in zip(one["parameters"], other["parameters"]):
-            if its != mine:
-                return f"parameter in group {index}, {in_words(its)}, not {in_words(mine)}"
-        if len(one["parameters"]) != len(other["parameters"]):
-            return f"number of parameters in group {index}, {len(one['parameters'])}, not {len(other['parameters'])}"
-    return f"number of groups, {len(theirs)}, not {len(ours)}"
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run by their names, also those of its groups and their parameters."""
+    flat = {name: value for name, value in settings.items() if name != "groups"}
+    for index, group in enumerate(settings.get("groups", ())):
+        flat |= {f"{name} of group {index}": group[name] for name in ("eps", "weight_decay")}
+        flat |= {f"parameter {number} of group {index}": each for number, each in enumerate(group["parameters"])}
+    return flat

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import FastpeftError
-from fastpeft.mezo.estimator import Estimator
-from fastpeft.mezo.settings import CHOICES
-from fastpeft.ops.noise import NAMES
+from fastpeft.mezo.estimator import check_drawn_by, estimator_of
+from fastpeft.ops.noise import ROUNDINGS
 from fastpeft.support import files
 
 MAGIC = b"MeZOjrn\x01"
@@ -87,13 +86,7 @@ def unpack_header(content: bytes, path: Path) -> tuple[dict[str, Any], int]:
             f"{path} is not a journal of this version of MeZO, or its header is damaged. Restore the file, or move "
             "it away and resume from a checkpoint with weights."
         )
-    kind = header["noise"]
-    if (drawn_by := header["drawn_by"]) != NAMES[kind]:
-        raise FastpeftError(
-            f"the journal {path} is of a run whose {kind} noise was drawn by {drawn_by!r}; this version draws it by "
-            f"{NAMES[kind]!r}, so it cannot repeat those steps. Use the version of fastpeft that wrote the journal, or "
-            "move it away and resume from a checkpoint with weights, where another one then begins."
-        )
+    check_drawn_by(header, f"the journal {path}")
     return header, fixed + length + 4
 
 
@@ -101,10 +94,10 @@ def _read_header(text: bytes) -> dict[str, Any] | None:
     """The header in `text`; None if a run cannot have written it. A right checksum proves nothing."""
     try:
         header = files.parse_json(text)
-        Estimator(header["estimator"], header["num_estimates"])
+        estimator_of(header)
         numbers = header["seed"], header["first_step"], header["dropped"]
         fits = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-        fits &= all(header[name] in CHOICES[name] for name in ("noise", "restore", "rounding"))
+        fits &= header["restore"] in ("in_place", "exact") and header["rounding"] in ROUNDINGS
         fits &= isinstance(header["weights"], str) and "drawn_by" in header and len(header["groups"]) > 0
         for group in header["groups"]:
             fits &= math.isfinite(group["eps"]) and math.isfinite(group["weight_decay"])
@@ -124,7 +117,7 @@ class RecordFormat:
     """
 
     def __init__(self, header: dict[str, Any]) -> None:
-        self._estimator = Estimator(header["estimator"], header["num_estimates"])
+        self._estimator = estimator_of(header)
         self._seed: int = header["seed"]
         self._layout = struct.Struct(f"<IBxHQ{self._estimator.num_estimates + len(header['groups'])}d")
         self.size = self._layout.size + 4

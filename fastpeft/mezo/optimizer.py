@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError, NotFiniteError
-from fastpeft.mezo.closure import check_repeated, loss_of, warn_of_gradients
-from fastpeft.mezo.estimator import HOME, Estimator, Point
-from fastpeft.mezo.journal import Journal
-from fastpeft.mezo.journal_format import Kind, Record
-from fastpeft.mezo.perturbed_weights import PerturbedWeights
-from fastpeft.mezo.replay import describe_groups
-from fastpeft.mezo.saved_state import SavedState
-from fastpeft.mezo.settings import check_group, check_settings, check_trained
-from fastpeft.mezo.sharding import (
-    check_sharding,
-    digest,
-    fingerprints,
-    names_of,
-    refuse_fsdp1,
-    reshard,
-    without_parallel,
-)
-from fastpeft.ops.noise import NAMES
+from fastpeft.mezo.checks import check_group, check_repeated, check_trained, warn_of_rounding
+from fastpeft.mezo.estimator import HOME, SPSA, Estimator, check_drawn_by, estimator_of
+from fastpeft.mezo.in_place import InPlace, Rule
+from fastpeft.mezo.journal import Journal, Kind
+from fastpeft.mezo.parameters import describe_groups, names_of, without_parallel
+from fastpeft.mezo.sharding import fingerprints, refuse_fsdp1, reshard
 from fastpeft.support.eval_mode import in_eval_mode
 from fastpeft.support.four_bits import keep_form
 from fastpeft.support.interrupts import uninterrupted
@@ -42,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH_EVERY = 100  # steps; to look at each op takes long
 _LARGEST = torch.finfo(torch.float32).max
+_STATE = ("seed", "steps_done", "dropped", "estimator", "num_estimates", "noise", "drawn_by")
 
 
 class MeZO(torch.optim.Optimizer):
@@ -62,33 +50,10 @@ class MeZO(torch.optim.Optimizer):
             full RoBERTa-large).
         eps: size of the perturbation, above 0.
         weight_decay: 0 or more, decoupled: the update shrinks theta by `lr * weight_decay`.
-        seed: of the noise, 0 to 2^63 - 1.
-        estimator: "spsa" as above, or "fzoo" (Dang et al., 2025, arXiv 2506.09034): with l_0 the loss at theta, l_i
-            those at theta + eps z_i and sigma the standard deviation of l_1 .. l_n, the update subtracts
-            `lr / (n eps sigma) * sum (l_i - l_0) z_i`. Where the slope outweighs the curvature over eps, each weight
-            moves by about `lr / (eps sqrt(n))`, so its rates differ from those of "spsa". Near a minimum sigma
-            vanishes and l_i - l_0 does not; then only `max_projected_grad` bounds the step. The authors use it with
-            noise "rademacher".
-        num_estimates: directions a step, n, at most 255. "spsa" averages over them, at 2 n forward passes; "fzoo" needs
-            two or more and makes n + 1 passes.
-        noise: "gaussian" or "rademacher" (+1 or -1).
-        max_projected_grad: limit of the size of g, of each direction and group, above 0; None sets no limit. With
-            "fzoo" g is `(l_i - l_0) / (eps sigma)`, usually at most a few times 1 / eps: with 10 / eps and noise
-            "rademacher" no weight moves by more than `10 lr / eps` a step.
-        on_nonfinite: what to do when a loss or an update is not finite. "stop" raises an error; "skip" logs a warning
-            and makes a step that changes nothing, to rounding.
-        defer: leave the end of a step to the next one, which saves one pass over the weights a step. Between steps the
-            weights are not those of the model until `settle()` is called, so call it before anything else reads or
-            saves them, as `save_state` of accelerate. Deferring changes no bit.
-        restore: "in_place" as above, or "exact", for half precision, where each pass in place costs a rounding
-            (`bench/mezo_drift.py` measures the drift). With "exact" the perturbed weights exist only in a scratch
-            buffer of the size of the largest module, which is filled when the forward reaches a module (for embeddings
-            on a CPU, with the rows looked up); the stored weights change only by the update. Every trained parameter
-            must be read in the forward of its own module. Other reads are refused by name at the first step, at each
-            hundredth, and after a step with g = 0; at other steps such a read sees theta itself. A model of
-            `torch.compile` runs uncompiled.
-        rounding: of the update with "exact", whose terms are added in float32: "stochastic" (unbiased, by counters of
-            the step's seed) or "nearest", which loses updates smaller than half of a weight's spacing.
+        seed: of the noise, 0 to 2^63 - 1; of several processes that of the first.
+        estimator: `SPSA` as above, also over several directions, or `FZOO`; each has its kind of noise.
+        rule: how a step changes the weights: `InPlace` as above, or `Exact` for half precision. Each has a limit of g
+            and says what happens where a loss is not finite.
         model: the model that has the parameters or groups, where these are given.
         process_group: the processes that train together. All make the optimizer and call its methods, each with the
             loss of its own rows; a step follows the mean of these losses. DistributedDataParallel is not needed. None
@@ -100,7 +65,8 @@ class MeZO(torch.optim.Optimizer):
     Attributes:
         projected_grad: g of the last step (of the first group; the mean over the directions), None before the first,
             NaN after a skipped one.
-        seed: as given, or as loaded.
+        seed, estimator: as given, or as loaded.
+        rule: as given.
         steps_done: updates made so far, skipped ones included.
         journal: where each step is recorded, see `record`; None where none is.
 
@@ -116,10 +82,10 @@ class MeZO(torch.optim.Optimizer):
         make the later weights again.
         A signal whose handler raises, such as Ctrl-C, waits for the end of a pass over the weights. After `settle()`
         they are those before the step or after it, as `steps_done` and the journal say.
-        Several processes exchange one float64 a loss and nothing else; the seed is that of the first process. They see
-        equal losses, so they make equal steps, and stop or skip together. The first step raises if their weights or
-        settings differ, as `check_same` does. Parameters may be sharded by `fully_shard` (FSDP2) in their first
-        dimension, evenly or not, which changes no bit; this needs `model`, and `restore="in_place"`.
+        Several processes exchange one float64 a loss and nothing else. They see equal losses, so they make equal steps,
+        and stop or skip together. The first step raises if their weights or settings differ, as `check_same` does.
+        Parameters may be sharded by `fully_shard` (FSDP2) in their first dimension, evenly or not, which changes no
+        bit; this needs `model`, and the rule `InPlace`.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -136,38 +102,25 @@ class MeZO(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         *,
-        estimator: str = "spsa",
-        num_estimates: int = 1,
-        noise: str = "gaussian",
-        max_projected_grad: float | None = None,
-        on_nonfinite: str = "stop",
-        defer: bool = False,
-        restore: str = "in_place",
-        rounding: str = "stochastic",
+        estimator: Estimator = SPSA(),  # noqa: B008  # which nothing changes
+        rule: Rule = InPlace(),  # noqa: B008
         model: nn.Module | None = None,
         process_group: Any = None,
     ) -> None:
-        choices = {"noise": noise, "on_nonfinite": on_nonfinite, "restore": restore, "rounding": rounding}
-        check_settings(seed, max_projected_grad, **choices)
-        self.estimator = Estimator(estimator, num_estimates)
-        if not (model is None or isinstance(model, nn.Module)):
-            raise FastpeftError(f"MeZO: model is a {type(model).__name__}; pass the module that has the parameters.")
-        if isinstance(model_or_params, Tensor):
-            raise FastpeftError("MeZO got one tensor; pass a model, a list of parameters or a list of groups.")
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise FastpeftError(f"MeZO: seed is {seed!r}; allowed are whole numbers from 0 to 2^63 - 1.")
         if isinstance(model_or_params, nn.Module):
             reshard(model_or_params)
             model, model_or_params = model_or_params, without_parallel(model_or_params).named_parameters()
-        if restore == "exact" and model is None:
-            raise FastpeftError("MeZO: restore='exact' needs the model, to show its forward other weights: pass model.")
         params = list(model_or_params)
         if model is not None:
             refuse_fsdp1(model)
             keep_form(model)
         self.ranks = Ranks(process_group)
         self.seed = self.ranks.gather(seed)[0]
-        self.max_projected_grad = None if max_projected_grad is None else float(max_projected_grad)
-        self.on_nonfinite = on_nonfinite
-        self.defer = defer
+        self.estimator = estimator
+        self.rule = rule
+        self.weights = rule.weights(model, estimator.noise)
         self.steps_done = 0
         self.journal: Journal | None = None
         self._dropped = 0  # estimates since the last step of which settle() left the roundings
@@ -176,22 +129,12 @@ class MeZO(torch.optim.Optimizer):
         self._skip = False  # whether that estimate is not finite
         self._held = False  # inside `settled()`
         self._checked = False  # whether the closure was seen to repeat its loss, and all processes to be the same
-        self.noise = noise
-        self.restore = restore
-        self.rounding = rounding if restore == "exact" else "nearest"
-        self.weights = PerturbedWeights(model, noise, restore, self.rounding)
-        if params:  # torch refuses an empty list in words of its own
-            super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
-        if not params or not self.weights.params():
+        super().__init__(params or [{"params": []}], {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        if not self.weights.params():
             raise FastpeftError(
                 "MeZO got no parameter that requires a gradient, so there is nothing to train. Call "
                 "requires_grad_(True) on what is to be trained, before making the optimizer."
             )
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory that `restore="exact"` needs beside the weights, as far as the forwards so far have shown."""
-        return self.weights.scratch_bytes
 
     @property
     def projected_grad(self) -> float | None:
@@ -211,6 +154,8 @@ class MeZO(torch.optim.Optimizer):
         super().add_param_group({**group, "params": self.weights.trained(group["params"])})
         self.weights.set_groups(self.param_groups)
 
+    # -- a step --------------------------------------------------------------------------------------------------------
+
     def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
         """Make one step.
 
@@ -228,7 +173,7 @@ class MeZO(torch.optim.Optimizer):
         """
         try:
             loss = None if closure is None else self.estimate(closure)
-            self._finish()
+            self._update()
         except BaseException:
             self.settle()
             raise
@@ -244,53 +189,54 @@ class MeZO(torch.optim.Optimizer):
             closure: as for `step`.
 
         Returns:
-            The mean of the losses ("fzoo": the loss at theta), over all processes; NaN where one was not finite and is
-            skipped.
+            The mean of the losses (with `FZOO` the loss at theta), over all processes; NaN where one was not finite
+            and is skipped.
 
         Raises:
             FastpeftError: a group's setting is out of its range, a parameter was frozen since, a loss is not finite, or
                 at the first step two losses at equal weights differ, or processes do. Here and after any exception in
                 `closure` the weights are those before, to rounding.
         """
-        if self._held:
-            raise FastpeftError("MeZO: no step inside `with optimizer.settled()`: it would perturb the weights.")
-        for group in self.param_groups:  # which schedules and others change
-            check_group(group)
-        check_trained(self.weights.params())
-        if self._points_seen:
-            self.settle()
+        self._begin()
         losses: list[float] = []
-        self._skip = False
-        if not self._checked:
-            self.check_same()
         try:
-            watch = not self._checked or self.steps_done % _WATCH_EVERY == 0 or not any(self._slopes or ())
             with in_eval_mode(self.weights.modules()):
-                self.weights.show(watch)
-                for point in self.estimator.points:
-                    self._go(point)
-                    each = self._losses(closure)
-                    if not self._checked and all(map(math.isfinite, each)):
-                        again = self._losses(closure, warn=True)
-                        check_repeated(each, again, self.ranks)
-                        each, self._checked = again, True
-                        warn_of_gradients(self.weights.params(), self.ranks)
-                    for rank, loss in enumerate(each):
-                        if not math.isfinite(loss):
-                            where = {1: "theta + eps z", -1: "theta - eps z", 0: "theta"}[point[1]]
-                            self._give_up(f"the loss at {where} is {loss}{self.ranks.on(rank)}")
-                            return math.nan
-                    losses.append(statistics.fmean(each))
+                self.weights.show(check=self._watches())
+                for point in self.estimator.points:  # theta + eps z, then theta - eps z
+                    self._move(point)
+                    losses.append(self._loss(closure))
+                    if self._skip:
+                        return math.nan
         except BaseException:
             self.settle()
             raise
         finally:
             self.weights.hide()
-        epses, limit = self.weights.epses(), self.max_projected_grad
-        if limit is not None:
-            limit *= min(epses) / epses[0]  # the g of the group with the smallest eps is the largest
-        self._slopes = self.estimator.slopes(losses, epses[0], limit)
-        return losses[0] if self.estimator.kind == "fzoo" else sum(losses) / len(losses)
+        self._slopes = self.estimator.slopes(losses, self.weights.epses()[0], self._limit())
+        return self.estimator.loss(losses)
+
+    @uninterrupted()
+    @torch.no_grad()
+    def _update(self) -> None:
+        """The second half of a step: restore and update, at once or with the first pass of the next step."""
+        if not self._points_seen or self._slopes is None:
+            raise FastpeftError(
+                "MeZO.step needs a closure that returns the loss, or a call of estimate before it. Trainer of "
+                "transformers gives none: use fastpeft.MeZOTrainer. For checkpoints take its own state_dict(): "
+                "get_state_dict of torch.distributed.checkpoint makes such a step."
+            )
+        owed = self.weights.update(self._slopes, self._seeds())
+        if not self._skip and not all(abs(scale) <= _LARGEST for each in owed for scale in each.scales):
+            self._give_up(f"the update is not finite (projected gradient {self.projected_grad:g})")
+        self._record(Kind.SKIPPED if self._skip else Kind.MADE, self._points_seen)  # which may raise, so it comes first
+        if self._skip:
+            self.weights.move(HOME, self._seeds())
+        else:
+            self.weights.owe(owed)
+        self._points_seen = 0
+        self.steps_done, self._dropped = self.steps_done + 1, 0
+        if not self.rule.defer:
+            self.settle()
 
     @uninterrupted()
     @torch.no_grad()
@@ -302,9 +248,9 @@ class MeZO(torch.optim.Optimizer):
         """
         self.weights.hide()
         dropped, self._points_seen = self._points_seen, 0
-        self.weights.move(HOME, self.draw_seeds())
-        if dropped and self.restore == "in_place":
-            self._write(Kind.DROPPED, dropped)
+        self.weights.move(HOME, self._seeds())
+        if dropped and isinstance(self.rule, InPlace):
+            self._record(Kind.DROPPED, dropped)
             self._dropped += 1
 
     @contextmanager
@@ -313,7 +259,7 @@ class MeZO(torch.optim.Optimizer):
 
         Example:
             >>> model = torch.nn.Linear(4, 1)
-            >>> optimizer = MeZO(model, lr=1e-2, defer=True)
+            >>> optimizer = MeZO(model, lr=1e-2, rule=InPlace(defer=True))
             >>> loss = optimizer.step(lambda: model(torch.ones(2, 4)).square().mean())
             >>> with optimizer.settled():
             ...     state = model.state_dict()
@@ -325,6 +271,75 @@ class MeZO(torch.optim.Optimizer):
         finally:
             self._held = before
 
+    def _begin(self) -> None:
+        """Check what may have changed since the last step."""
+        if self._held:
+            raise FastpeftError("MeZO: no step inside `with optimizer.settled()`: it would perturb the weights.")
+        for group in self.param_groups:  # which schedules and others change
+            check_group(group)
+        check_trained(self.weights.params())
+        if self._points_seen:
+            self.settle()
+        self._skip = False
+        if not self._checked:
+            self.check_same()
+
+    def _seeds(self) -> list[int]:
+        """The seeds of the noise of the present step, one a draw."""
+        return self.estimator.seeds(self.seed, self.steps_done)
+
+    def _limit(self) -> float | None:
+        """That of g of the first group; the g of the group with the smallest eps is the largest."""
+        limit, epses = self.rule.max_projected_grad, self.weights.epses()
+        return None if limit is None else float(limit) * min(epses) / epses[0]
+
+    def _watches(self) -> bool:
+        """Whether this step looks for reads that would not see the perturbation."""
+        return not self._checked or self.steps_done % _WATCH_EVERY == 0 or not any(self._slopes or ())
+
+    @uninterrupted()
+    def _move(self, point: tuple[int, int]) -> None:
+        """Bring the weights to another point of the present step, and count it."""
+        self._points_seen += 1
+        self.weights.move(point, self._seeds())
+
+    def _loss(self, closure: Callable[[], Any]) -> float:
+        """The loss at the present point, the mean over the processes."""
+        each = self._losses(closure)
+        if not self._checked and all(map(math.isfinite, each)):
+            again = self._losses(closure, warn=True)
+            check_repeated(each, again, self.ranks)
+            each, self._checked = again, True
+        for rank, loss in enumerate(each):
+            if not math.isfinite(loss):
+                where = {1: "theta + eps z", -1: "theta - eps z", 0: "theta"}[self.weights.point[1]]
+                self._give_up(f"the loss at {where} is {loss}{self.ranks.on(rank)}")
+                break
+        return statistics.fmean(each)
+
+    def _losses(self, closure: Callable[[], Any], *, warn: bool = False) -> list[float]:
+        """The loss of each process as a double, in which one of float32 or half precision is exact."""
+        loss = closure()
+        if warn and self.ranks.is_first:
+            warn_of_rounding(loss, self.weights.epses()[0])
+        return self.ranks.losses(float(loss), self.weights.params()[0].device)
+
+    def _give_up(self, what: str) -> None:
+        """Raise an error about a value that is not finite, or note that the step is to be skipped."""
+        seed = self._seeds()[self.weights.point[0]]
+        fault = f"MeZO: {what} at step {self.steps_done + 1} (noise seed {seed})"
+        if self.rule.on_nonfinite == "stop":
+            raise NotFiniteError(
+                f"{fault}; the weights are those before that step. Lower the learning rate, look for a fault in the "
+                "data, or skip such steps (on_nonfinite='skip')."
+            )
+        if self.ranks.is_first:
+            logger.warning("%s; the step is skipped", fault)
+        self._skip = True
+        self._slopes = [math.nan] * self.estimator.num_estimates
+
+    # -- a run: its journal, its state, its processes ------------------------------------------------------------------
+
     def record(self, path: str | Path) -> None:
         """Begin a journal: from now on each step appends a record to `path`, 36 bytes for one direction and one group.
 
@@ -335,11 +350,8 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: there is a file at `path`, or it cannot be written, or processes differ.
         """
         self.check_same()
-        weights = digest(self.weights.params())
-        begun = {"first_step": self.steps_done, "dropped": self._dropped, "weights": weights}
-        header = {**self._described(), **begun}
-        begin = Journal.create if self.ranks.is_first else Journal
-        self.journal = self.ranks.together(lambda: begin(Path(path), header))
+        begun = {"first_step": self.steps_done, "dropped": self._dropped}
+        self.journal = Journal.begin(Path(path), self._described() | begun, self.weights.params(), self.ranks)
 
     def resume(
         self, path: str | Path, weights_at: int | Mapping[str, Any] | None = None, steps: int | None = None
@@ -360,27 +372,22 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: the journal is damaged or of other weights or settings, or does not hold those steps.
         """
         self.settle()
-        self.weights.reshard()
-        start = SavedState.read(weights_at).position if isinstance(weights_at, Mapping) else weights_at
-        stop = start if isinstance(start, tuple) and start[0] == steps else steps
-        journal = self.ranks.together(lambda: self._opened(Path(path)))
+        reshard(self.weights.model)
+        start = _position(weights_at) if isinstance(weights_at, Mapping) else weights_at
         params = self.weights.params()
-        if start is None:
-            found = digest(params)  # of shards this is a call of all, so nothing of one alone may end it
-            self.ranks.together(lambda: journal.check_weights(found))
-            start = journal.begins_at
-        self.ranks.together(lambda: journal.replay(params, start, stop))
-        if stop is not None:
-            journal.rewind(stop)
-        self.steps_done, self._dropped, self.journal = journal.steps, journal.dropped, journal
+        self.journal = Journal.resumed(Path(path), self._described(), params, start, steps, self.ranks)
+        self.steps_done, self._dropped = self.journal.steps, self.journal.dropped
 
-    def _opened(self, path: Path) -> Journal:
-        """A journal of a run with the settings of this optimizer."""
-        journal = Journal.open(path)
-        journal.check_settings(self._described())
-        if journal.torn and self.ranks.is_first:
-            logger.warning("the end of %s was not written whole; its %d bytes are dropped", path, journal.torn)
-        return journal
+    def _record(self, kind: Kind, points: int) -> None:
+        """Record what became of the present estimate, if there is a journal."""
+        if self.journal is not None:
+            groups, slopes = [group for group, _ in self.weights.groups()], self._slopes or ()
+            self.journal.add(kind, self.steps_done, points, slopes, groups)
+
+    def _described(self) -> dict[str, Any]:
+        """What the header of a journal says of the run, but for its beginning."""
+        rule = {"restore": self.rule.restore, "rounding": self.weights.rounding}
+        return {"seed": self.seed, **self.estimator.settings, **rule, "groups": describe_groups(self.weights.groups())}
 
     def check_same(self) -> None:
         """Raise if processes that train together differ in a setting or in a bit of the weights that they train.
@@ -391,21 +398,21 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: on all processes, naming one that differs from an earlier one, and in what.
         """
         self.settle()
-        check_sharding(self.weights.params(), self.restore, self.weights.model)
-        if self.ranks.size == 1:
-            return
-        rates = [float(group["lr"]) for group in self.param_groups]
-        what = {**self._described(), "steps_done": self.steps_done, "lr": rates}
-        for group, offsets in self.weights.groups():
-            what |= fingerprints(group, offsets)
-        self.ranks.check_same(what)
+        self.weights.check(self.weights.params())
+        if self.ranks.size > 1:
+            rates = [float(group["lr"]) for group in self.param_groups]
+            found = {**self._described(), "steps_done": self.steps_done, "lr": rates}
+            for group, offsets in self.weights.groups():
+                found |= fingerprints(group, offsets)
+            self.ranks.check_same(found)
 
     def state_dict(self) -> dict[str, Any]:
         """Settle the weights; return groups, seed and number of steps, all that a run needs beside them to go on."""
         if self._points_seen:
             raise FastpeftError("MeZO: the weights are perturbed; call step() or settle() before saving anything.")
         self.settle()
-        return {**super().state_dict(), **asdict(self._saved_state())}
+        position = {"seed": self.seed, "steps_done": self.steps_done, "dropped": self._dropped}
+        return {**super().state_dict(), **position, **self.estimator.settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the optimizer of `state_dict` stood, with its groups, seed, noise and estimator.
@@ -416,7 +423,7 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: another optimizer wrote it, or one of parameters with other names or in another order; or
                 there is a journal, of other settings or of other steps.
         """
-        saved = SavedState.read(state_dict)
+        position = _position(state_dict)
         own, given = (
             [name for group in groups if "param_names" in group for name in names_of(group)]
             for groups in (self.param_groups, state_dict["param_groups"])
@@ -428,100 +435,28 @@ class MeZO(torch.optim.Optimizer):
                     "order of the parameters. Make the optimizer of the same parameters, in the same order."
                 )
         self.settle()
+        estimator = estimator_of(state_dict)
         if self.journal is not None:
-            self.journal.check_settings(saved.settings)
-            self.journal.find(saved.position)
+            self.journal.check_settings({"seed": state_dict["seed"], **estimator.settings})
+            self.journal.find(position)
         super().load_state_dict(state_dict)
         self.weights.set_groups(self.param_groups)
         if self.journal is not None:
-            self.journal.rewind(saved.position)
-        self.seed, self.noise, self.weights.noise = saved.seed, saved.noise, saved.noise
-        self.steps_done, self._dropped = saved.position
-        self.estimator = Estimator(saved.estimator, saved.num_estimates)
+            self.journal.rewind(position)
+        self.seed, self.estimator, self.weights.noise = state_dict["seed"], estimator, estimator.noise
+        self.steps_done, self._dropped = position
 
-    def __getstate__(self) -> Any:
+
+def _position(state_dict: Mapping[str, Any]) -> tuple[int, int]:
+    """Where a run stood when `state_dict` was made: steps, and estimates that were dropped after them.
+
+    Raises:
+        FastpeftError: another optimizer wrote it, or its noise was drawn otherwise than now.
+    """
+    if not state_dict.keys() >= set(_STATE):
         raise FastpeftError(
-            "a MeZO can be neither copied nor pickled. Make another of the copied model, and give that one "
-            "load_state_dict(optimizer.state_dict())."
+            f"MeZO: the state has {', '.join(map(str, state_dict))} but not {', '.join(_STATE)}, so another optimizer "
+            "wrote it. Load the state of a MeZO optimizer, or begin anew."
         )
-
-    def _saved_state(self) -> SavedState:
-        estimator = self.estimator
-        return SavedState(
-            self.seed,
-            self.steps_done,
-            self.noise,
-            estimator.kind,
-            estimator.num_estimates,
-            NAMES[self.noise],
-            self._dropped,
-        )
-
-    def _described(self) -> dict[str, Any]:
-        """What the header of a journal says of the run, but for its beginning."""
-        own = {"restore": self.restore, "rounding": self.rounding, "groups": describe_groups(self.weights.groups())}
-        return {**self._saved_state().settings, **own}
-
-    def _write(self, kind: Kind, points: int) -> None:
-        """Record what became of the present estimate, if there is a journal."""
-        if self.journal is None:
-            return
-        groups = [group for group, _ in self.weights.groups()]
-        self.journal.check_groups(groups)
-        slopes = (math.nan,) * self.estimator.num_estimates if kind != Kind.MADE else tuple(self._slopes or ())
-        rates = tuple(float(group["lr"]) for group in groups)
-        keep = self.journal.append if self.ranks.is_first else self.journal.count
-        keep(Record(self.steps_done, kind, points, self.draw_seeds()[0], slopes, rates))
-
-    def draw_seeds(self) -> list[int]:
-        """The seeds of the noise of the present step, one a draw."""
-        return self.estimator.seeds(self.seed, self.steps_done)
-
-    @uninterrupted()
-    def _go(self, point: Point) -> None:
-        """Bring the weights to another point of the present step, and count it."""
-        self._points_seen += 1
-        self.weights.move(point, self.draw_seeds())
-
-    @uninterrupted()
-    @torch.no_grad()
-    def _finish(self) -> None:
-        """The second half of a step: restore and update, at once or with the first pass of the next step."""
-        if not self._points_seen or self._slopes is None:
-            raise FastpeftError(
-                "MeZO.step needs a closure that returns the loss, or a call of estimate before it. Trainer of "
-                "transformers gives none: use fastpeft.MeZOTrainer. For checkpoints take its own state_dict(): "
-                "get_state_dict of torch.distributed.checkpoint makes such a step."
-            )
-        owed = self.weights.update(self._slopes, self.draw_seeds())
-        if not self._skip and not all(abs(scale) <= _LARGEST for each in owed for scale in each.scales):
-            self._give_up(f"the update is not finite (projected gradient {self.projected_grad:g})")
-        self._write(Kind.SKIPPED if self._skip else Kind.MADE, self._points_seen)  # which may raise, so it comes first
-        if self._skip:
-            self.weights.move(HOME, self.draw_seeds())
-        else:
-            self.weights.owe(owed)
-        self._points_seen = 0
-        self.steps_done, self._dropped = self.steps_done + 1, 0
-        if not self.defer:
-            self.settle()
-
-    def _losses(self, closure: Callable[[], Any], *, warn: bool = False) -> list[float]:
-        """The loss of each process; with `warn`, a warning tells where it is too coarse."""
-        eps = self.weights.epses()[0] if warn and self.ranks.is_first else None
-        return self.ranks.losses(loss_of(closure, eps), self.weights.params()[0].device)
-
-    def _give_up(self, what: str) -> None:
-        """Raise an error about a value that is not finite, or note that the step is to be skipped."""
-        seed = self.draw_seeds()[self.weights.point[0]]
-        fault = f"MeZO: {what} at step {self.steps_done + 1} (noise seed {seed})"
-        if self.on_nonfinite == "stop":
-            self.settle()
-            raise NotFiniteError(
-                f"{fault}; the weights are those before that step. Lower the learning rate, look for a fault in the "
-                "data, or skip such steps (on_nonfinite='skip')."
-            )
-        if self.ranks.is_first:
-            logger.warning("%s; the step is skipped", fault)
-        self._skip = True
-        self._slopes = [math.nan] * self.estimator.num_estimates
+    check_drawn_by(state_dict, "MeZO: the state")
+    return state_dict["steps_done"], state_dict["dropped"]

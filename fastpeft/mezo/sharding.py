@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fastpeft.errors import FastpeftError
+from fastpeft.mezo.parameters import names_of
 
 if dist.is_available():  # some builds of torch come without
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
@@ -68,26 +68,6 @@ def local_parts(group: Mapping[str, Any], offsets: Sequence[int]) -> tuple[list[
     return [part for part, _ in parts], [start for _, start in parts]
 
 
-def names_of(group: Mapping[str, Any]) -> list[str]:
-    """Names of the parameters of an optimizer's group, or their numbers in it."""
-    return [*map(plain_name, group.get("param_names") or ())] or [str(number) for number in range(len(group["params"]))]
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what `torch.compile` puts into it."""
-    return name.replace("_orig_mod.", "")
-
-
-def without_parallel(model: nn.Module) -> nn.Module:
-    """The model that DistributedDataParallel or DataParallel wraps, in which parameters have the names of one process.
-
-    Any other model is given back.
-    """
-    outermost: Any = getattr(model, "_orig_mod", model)  # of a model that torch.compile wraps
-    wraps = isinstance(outermost, (DataParallel, DistributedDataParallel))
-    return without_parallel(outermost.module) if wraps else model
-
-
 def digest(params: Sequence[Tensor]) -> str:
     """A text that is the same for two lists of tensors only if they are bit-equal.
 
@@ -108,16 +88,9 @@ def fingerprints(group: Mapping[str, Any], offsets: Sequence[int]) -> dict[str, 
     }
 
 
-def check_sharding(params: Sequence[Tensor], restore: str, model: nn.Module | None) -> None:
-    """Raise a FastpeftError if some of `params` are sharded and these arguments of `MeZO` do not allow that."""
-    if not is_sharded(params):
-        return
-    if restore == "exact":
-        raise FastpeftError(
-            "MeZO: restore='exact' does not work with sharded parameters (DTensor). Use "
-            "restore='in_place'; float32 shards with mixed precision (MixedPrecisionPolicy) hardly drift."
-        )
-    if model is None:
+def check_sharding(params: Sequence[Tensor], model: nn.Module | None) -> None:
+    """Raise a FastpeftError if some of `params` are sharded and the model is not known."""
+    if model is None and is_sharded(params):
         raise FastpeftError(
             "MeZO: parameters are sharded (DTensor), so each forward must gather them anew, for which MeZO needs the "
             "model: pass model."
@@ -137,12 +110,14 @@ def refuse_fsdp1(model: nn.Module) -> None:
             )
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module | None, params: Sequence[Tensor] | None = None) -> None:
     """Free the gathered parameters of a model, so that the next forward gathers the changed shards.
 
-    FSDP2 frees those of the outermost module in the backward pass, which MeZO does not make.
+    FSDP2 frees those of the outermost module in the backward pass, which MeZO does not make. Nothing is done where
+    `params` are given and none is sharded.
     """
-    if dist.is_available():
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    if model is None or not dist.is_available() or not (params is None or is_sharded(params)):
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

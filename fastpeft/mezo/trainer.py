@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from fastpeft.errors import FastpeftError, NotFiniteError
 from fastpeft.mezo.checkpoints import STATE_FILE, Checkpoint, Start, where_to_begin
-from fastpeft.mezo.closure import warn_of_rounding
+from fastpeft.mezo.checks import check_choice, warn_of_rounding
+from fastpeft.mezo.estimator import estimator_of
+from fastpeft.mezo.exact import Exact
+from fastpeft.mezo.in_place import InPlace, Rule
 from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
 from fastpeft.mezo.sharding import is_sharded
@@ -32,9 +35,6 @@ from fastpeft.support.processes import Ranks
 
 logger = logging.getLogger(__name__)
 
-# fields of a `MeZOConfig` that go to the optimizer, which keeps the first of them under the same names
-_KEPT = ("seed", "noise", "rounding", "max_projected_grad", "on_nonfinite", "restore")
-_SETTINGS = (*_KEPT, "eps", "weight_decay", "estimator", "num_estimates")
 _MEASURING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # callbacks that do not look at the weights, or that save them by the Trainer, which settles; trackers may look
 _NOT_LOOKING = {
@@ -59,8 +59,10 @@ class MeZOConfig(TrainingArguments):
     gradients (`optim`, `max_grad_norm`, `gradient_checkpointing`) have no effect.
 
     Args:
-        eps, estimator, num_estimates, noise, max_projected_grad, on_nonfinite, restore, rounding: as for
-            `fastpeft.MeZO`.
+        eps: as for `fastpeft.MeZO`.
+        estimator, num_estimates, noise: "spsa" or "fzoo", as for `fastpeft.SPSA` and `fastpeft.FZOO`.
+        restore, rounding, max_projected_grad, on_nonfinite: "in_place" or "exact", as for `fastpeft.InPlace` and
+            `fastpeft.Exact`.
         journal: append a record of each step, some 40 bytes, to `mezo.journal` in the output folder. With the base
             model this is a checkpoint of every step: `resume_from_checkpoint=True` goes on from the last one. The log
             is not in it, nor what a callback does to the weights.
@@ -111,6 +113,13 @@ class MeZOConfig(TrainingArguments):
             )
         super().__post_init__()
 
+    def rule(self) -> Rule:
+        """How a step changes the weights."""
+        check_choice("restore", self.restore, ("in_place", "exact"))
+        limits: dict[str, Any] = {"max_projected_grad": self.max_projected_grad, "on_nonfinite": self.on_nonfinite}
+        exact = Exact(rounding=self.rounding, **limits)
+        return exact if self.restore == "exact" else InPlace(defer=True, **limits)
+
 
 class MeZOTrainer(Trainer):
     """A Trainer that trains what requires a gradient by MeZO: two forward passes a step and no graph.
@@ -122,8 +131,7 @@ class MeZOTrainer(Trainer):
 
     Args:
         model, args: the model and its `MeZOConfig`.
-        kwargs: all else as for `Trainer`. An optimizer among `optimizers` must be a `MeZO`. Its settings are used; a
-            warning names what `args` set otherwise.
+        kwargs: all else as for `Trainer`. An optimizer among `optimizers` must be a `MeZO`, and its settings are used.
 
     Raises:
         FastpeftError: `args` is no `MeZOConfig`, the optimizer is no `MeZO`, or `optimizer_cls_and_kwargs`, FSDP or
@@ -134,10 +142,11 @@ class MeZOTrainer(Trainer):
         makes no logits. The loss of a step is the mean over its micro-batches, all under the
         same noise. A `compute_loss_func` gets `num_items_in_batch`, must divide by it, and its results are added up. A
         skipped step is logged with the loss of the step before it.
-        The end of a step is left to the next one (`MeZO(defer=True)`), but evaluation, saving and callbacks see settled
-        weights; only `on_pre_optimizer_step` comes between the two halves of a step. So each event that a callback
-        handles costs one more pass over the weights. Callbacks known not to look at the weights are excepted: this
-        library's, and of transformers the progress bars, early stopping, saving at a signal and TensorBoard.
+        In place, the end of a step is left to the next one (`InPlace(defer=True)`), but evaluation, saving and
+        callbacks see settled weights; only `on_pre_optimizer_step` comes between the two halves of a step. So each
+        event that a callback handles costs one more pass over the weights. Callbacks known not to look at the weights
+        are excepted: this library's, and of transformers the progress bars, early stopping, saving at a signal and
+        TensorBoard.
         Under a launcher (`torchrun`) all processes begin with the weights of the first, and each sends its loss, one
         number a forward. The model is not wrapped in DistributedDataParallel. The first writes journal and checkpoints.
         When the Trainer of transformers 5.0 resumes, it loses the LayerNorm weights of a whole model that came from
@@ -148,6 +157,7 @@ class MeZOTrainer(Trainer):
         >>> MeZOTrainer(model, args, train_dataset=rows).train()  # doctest: +SKIP
     """
 
+    callback_handler: Any
     optimizer: Any  # a MeZO, while training in accelerate's wrapper; None before
 
     def __init__(self, model: nn.Module | None = None, args: MeZOConfig | None = None, **kwargs: Any) -> None:
@@ -162,8 +172,6 @@ class MeZOTrainer(Trainer):
                 "MeZOTrainer got optimizer_cls_and_kwargs, but makes its optimizer by the MeZOConfig. Leave it out, or "
                 "give a MeZO in optimizers."
             )
-        if optimizer is not None:
-            _warn_of_unused(args, optimizer)
         super().__init__(model, args, **kwargs)
         self._micro_batches: list[dict[str, Any]] = []
         self._last_loss = 0.0
@@ -171,7 +179,12 @@ class MeZOTrainer(Trainer):
         self._start: Start | None = None  # of a resumed run with a journal
         self._loaded_from: str | None = None  # the checkpoint whose weights are being loaded
         self._resumes = False  # from a checkpoint, given or made
-        self._settle_for_callbacks()
+        handler = self.callback_handler
+        at_work = handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
+        self.callback_handler = _SettlingHandler(self, handler.callbacks, *at_work)
+        for what, asked in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
+            if asked:
+                raise _sharded(what)
         fuse_any_head(self.model)  # its loss asks for no gradient here, even where the decoder trains
         for warning in self.warnings_of_head():
             logger.warning("%s", warning)
@@ -193,24 +206,17 @@ class MeZOTrainer(Trainer):
             "(--init-from)."
         ]
 
-    def create_accelerator_and_postprocess(self) -> None:
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> Any:
         """Keep the model out of DistributedDataParallel, which has buffers for gradients and sends at each forward.
 
-        All processes get the weights of the first here, as that would give them.
+        Prepared for evaluation, it is not wrapped later. All processes get the weights of the first, as that would give
+        them.
         """
-        super().create_accelerator_and_postprocess()
-        for what, asked in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
-            if asked:
-                raise _sharded(what)
-        prepare_model = self.accelerator.prepare_model
-
-        def prepared(model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
-            ready = prepare_model(model, device_placement, evaluation_mode=True)
-            if not evaluation_mode:
-                Ranks().share(ready)
-            return ready
-
-        self.accelerator.prepare_model = prepared  # of this instance
+        wrapped = super()._wrap_model(model, training, *args, **kwargs)
+        if training and wrapped is self.model:
+            wrapped = self.accelerator.prepare_model(wrapped, evaluation_mode=True)
+            Ranks().share(wrapped)
+        return wrapped
 
     @property
     def mezo(self) -> MeZO:
@@ -240,47 +246,28 @@ class MeZOTrainer(Trainer):
             with self._started(resume_from_checkpoint) as checkpoint:
                 return super().train(checkpoint, *args, **kwargs)
         finally:
-            self._settle()  # also after an interrupt between the two halves of a step
+            self.settle()  # also after an interrupt between the two halves of a step
 
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.hyperparameter_search`.
-
-        Raises:
-            FastpeftError: `args` ask for a journal.
-        """
-        if self.args.journal:
-            raise FastpeftError(
-                "hyperparameter_search with MeZOConfig(journal=True): a journal is of one run, and all trials would "
-                "write it in one output folder. Search with journal=False, then train by the best settings with it."
-            )
-        return super().hyperparameter_search(*args, **kwargs)
-
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Make the weights those of the model, see `MeZO.settle`."""
         if self.optimizer is not None:
             self.mezo.settle()
 
-    def _settle_for_callbacks(self) -> None:
+    def before_event(self, event: str) -> None:
         """Settle before events at which a callback may look at the weights; go on with a run before the first one."""
-        handler = self.callback_handler
-        call_event = handler.call_event
-
-        def settled(event: str, *args: Any, **kwargs: Any) -> Any:
-            if event == "on_train_begin" and self._resumes:
-                self._go_on()
-            looked_at = event == "on_train_end" or any(_may_look(each, event) for each in handler.callbacks)
-            if looked_at and event != "on_pre_optimizer_step":
-                self._settle()
-            return call_event(event, *args, **kwargs)
-
-        handler.call_event = settled  # of this instance
+        if event == "on_train_begin" and self._resumes:
+            self._go_on()
+        looked_at = event == "on_train_end" or any(_may_look(each, event) for each in self.callback_handler.callbacks)
+        if looked_at and event != "on_pre_optimizer_step":
+            self.settle()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._settle()
+        self.settle()
         return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; a checkpoint of a run with `save_weights=False` gets the journal instead."""
-        self._settle()
+        self.settle()
         journal = None if self.optimizer is None else self.mezo.journal
         if _internal_call and self.optimizer is not None:  # all processes are here; a user may save in one alone
             self.mezo.check_same()
@@ -293,7 +280,7 @@ class MeZOTrainer(Trainer):
             files.write_bytes(Path(output_dir) / FILE_NAME, journal.content())
 
     def _load_best_model(self) -> None:
-        self._settle()  # before other weights are loaded, to which the deferred step does not belong
+        self.settle()  # before other weights are loaded, to which the deferred step does not belong
         self._loaded_from = self.state.best_model_checkpoint
         super()._load_best_model()
 
@@ -415,8 +402,9 @@ class MeZOTrainer(Trainer):
                     {"params": [(name, param) for name, param in named if name not in decayed], "weight_decay": 0.0},
                 ]
                 groups = [group for group in groups if group["params"]]  # factors all decay, biases none
-            settings = {name: getattr(self.args, name) for name in _SETTINGS}
-            self.optimizer = MeZO(groups, self.args.learning_rate, defer=True, model=model, **settings)
+            estimator, rule = estimator_of(vars(self.args)), self.args.rule()
+            numbers = self.args.learning_rate, self.args.eps, self.args.weight_decay, self.args.seed
+            self.optimizer = MeZO(groups, *numbers, estimator=estimator, rule=rule, model=model)
         return self.optimizer
 
     def training_step(
@@ -443,7 +431,7 @@ class MeZOTrainer(Trainer):
         def closure() -> Tensor:
             nonlocal began
             loss = compute()
-            if self.mezo.on_nonfinite == "stop" and not loss.isfinite():
+            if self.mezo.rule.on_nonfinite == "stop" and not loss.isfinite():
                 began = where_it_began(model, compute)
             return loss
 
@@ -493,20 +481,16 @@ class MeZOTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def _warn_of_unused(args: MeZOConfig, optimizer: MeZO) -> None:
-    """Name the settings in `args` that differ from those of the user's own optimizer."""
-    mine = {name: getattr(optimizer, name) for name in _KEPT}
-    mine |= {"estimator": optimizer.estimator.kind, "num_estimates": optimizer.estimator.num_estimates}
-    mine |= {name: optimizer.defaults[name] for name in ("eps", "weight_decay")}
-    mine["learning_rate"] = optimizer.defaults["lr"]
-    defaults = {each.name: each.default for each in fields(args)}
-    unused = [
-        f"{name} {getattr(args, name)!r} (it has {value!r})"
-        for name, value in mine.items()
-        if getattr(args, name) not in (value, defaults[name])
-    ]
-    if unused:
-        logger.warning("MeZOTrainer got an optimizer, so these settings have no effect: %s.", ", ".join(unused))
+class _SettlingHandler(CallbackHandler):
+    """Calls the callbacks of a `MeZOTrainer`."""
+
+    def __init__(self, trainer: MeZOTrainer, *args: Any) -> None:
+        super().__init__(*args)
+        self._trainer = trainer
+
+    def call_event(self, event: str, *args: Any, **kwargs: Any) -> Any:
+        self._trainer.before_event(event)
+        return super().call_event(event, *args, **kwargs)
 
 
 def _sharded(what: str) -> FastpeftError:

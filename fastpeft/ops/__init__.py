@@ -16,7 +16,6 @@ from fastpeft.ops import (  # noqa: F401  (each declares its ops)
     quantised_linear,
     side_step,
     siva_linear,
-    siva_linear_mixed,
     window_attention,
 )
 from fastpeft.ops.define import OPS

@@ -47,16 +47,11 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("int8_linear", "cpu"): ("cpp", "aten"),
     ("quantised_linear", "cpu"): ("cpp", "aten"),
     ("quantised_linear_backward", "cpu"): ("cpp", "aten"),
-    ("siva_linear_mixed", "cpu"): ("cpp", "aten"),
-    ("siva_linear_mixed", "cuda"): ("triton", "aten"),
-    ("siva_linear_mixed_backward", "cpu"): ("cpp", "aten"),
-    ("siva_linear_mixed_backward", "cuda"): ("triton", "aten"),
     ("side_step_", "cpu"): ("cpp", "aten"),
     ("frozen_head_cross_entropy", "cpu"): ("aten",),
     ("frozen_head_cross_entropy", "cuda"): ("triton", "aten"),
     ("mezo_perturb_", "cpu"): ("cpp",),
     ("mezo_perturb_", "cuda"): ("cuda", "triton"),
-    ("mezo_perturb_replay_", "cuda"): ("cuda", "triton"),
     ("mezo_perturb", "cpu"): ("cpp",),
     ("mezo_perturb", "cuda"): ("cuda", "triton"),
 }
@@ -65,13 +60,10 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
 _TRITON_LAUNCHERS = {
     "siva_linear": "siva_linear",
     "siva_linear_backward": "siva_linear_backward",
-    "siva_linear_mixed": "siva_linear_mixed",
-    "siva_linear_mixed_backward": "siva_linear_mixed",
     "window_attention": "window_attention",
     "window_attention_backward": "window_attention_backward",
     "frozen_head_cross_entropy": "frozen_head_cross_entropy",
     "mezo_perturb_": "mezo_perturb",
-    "mezo_perturb_replay_": "mezo_perturb",
     "mezo_perturb": "mezo_perturb",
 }
 

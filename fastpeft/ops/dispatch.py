@@ -47,7 +47,7 @@ def choosing(op: Op, forms: Mapping[str, Callable[..., Any]]) -> Callable[..., A
     names = _names(op)
 
     def call(*arguments: Any) -> Any:
-        named = dict(zip(names, arguments, strict=True))
+        named = dict(zip(names, arguments, strict=False))  # a default is not passed on
         of = (_of_window if "q" in named else _of_head if "hidden" in named else _of_siva)(named)
         if not of.is_open or torch.are_deterministic_algorithms_enabled():
             return forms[of.predicted](*arguments)
@@ -71,7 +71,7 @@ def _in_words(question: tuple[Hashable, ...]) -> str:
 
 def _names(op: Op) -> list[str]:
     """The names of its arguments."""
-    return re.findall(r"(\w+)[,)]", op.schema.partition("->")[0])
+    return re.findall(r"(\w+)(?:=[^,)]+)?[,)]", op.schema.partition("->")[0])
 
 
 def _faster(calls: Mapping[str, Callable[[], object]], device: torch.device) -> str:
@@ -130,15 +130,12 @@ class _Call(NamedTuple):
 
 
 def _of_siva(named: Mapping[str, Any]) -> _Call:
-    x = named["dhs"][0] if "dhs" in named else named["dh"] if "dh" in named else named["x"]
-    ss = named["ss"]
+    x, ss = named["dhs"][0] if "dhs" in named else named["x"], named["ss"]
     rows = num_rows(x)
-    layers = 1 if "sizes" in named else len(ss)  # else all have the weight of one
-    sizes = (f"{u.shape[0]}x{v.shape[1]}" for u, v in zip(named["us"][:layers], named["vs"][:layers], strict=True))
-    adapters = ("adapters", len(ss)) if "sizes" in named else ()
-    quantised = ("quantised",) if any(each is not None for each in named.get("scales", ())) else ()
-    none = False, [False] * len(ss)
-    needs = (name for name, value in named.items() if name.startswith("need_") and value not in none)
+    sizes = (f"{u.shape[0]}x{v.shape[1]}" for u, v, _ in zip(named["us"], named["vs"], named["weights"], strict=False))
+    adapters = ("adapters", len(ss)) if named.get("sizes") else ()
+    quantised = ("quantised",) if any(each is not None for each in named["scales"]) else ()
+    needs = (name for name, value in named.items() if name.startswith("need_") and (value is True or any(value or ())))
     rank = next_power_of_two(max(map(len, ss)), 16)
     is_few = rows < _FEWEST_ROWS
     size = "few" if is_few else next_power_of_two(rows)

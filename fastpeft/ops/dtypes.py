@@ -1,4 +1,4 @@
-"""The dtype that an op computes in, and tensors that keep theirs when a module is cast."""
+"""The dtypes that ops take and compute in, and tensors that keep theirs when a module is cast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpeft.errors import FastpeftError
+
 HALVES = torch.float16, torch.bfloat16
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -43,3 +46,13 @@ def keeping_dtypes(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Ca
         return tensor.to(moved.device) if id(tensor) in identities and moved.dtype != tensor.dtype else moved
 
     return move
+
+
+def check_kinds(op: str, device: torch.device, names: str, *operands: Tensor | None) -> None:
+    """Refuse what a cast would cut to whole or real numbers in silence, and tensors that no kernel reads together."""
+    for i, tensor in enumerate(operands):
+        if tensor is not None and (tensor.dtype not in FLOATS or tensor.device != device):
+            raise FastpeftError(
+                f"{op}: {names.split()[i]} is {tensor.dtype} on {tensor.device}; allowed are float16, bfloat16, "
+                f"float32 and float64, all on one device, here {device}. Cast it, dequantise it or move it."
+            )

@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.checks import check_kinds
 from fastpeft.ops.define import NAMESPACE, check_first_derivative, define, is_captured, is_transformed
-from fastpeft.ops.dtypes import compute_dtype, no_autocast
+from fastpeft.ops.dtypes import check_kinds, compute_dtype, no_autocast
 from fastpeft.ops.products import as_matrix, multiplies_in_float32
 
 # Numbers of a chunk of logits, but it has at least so many tokens. With fewer, reading the weight takes longer than the

@@ -1,8 +1,8 @@
 """Linear layers that know that they never train: their weight is packed once, and `pack_frozen` tells them.
 
-`h = x W^T + b` and `dx = dh W`, each by the pack of W or of its transpose that `fastpeft.ops.packing` keeps; W has no
-gradient. Where no pack is to be had (another device or dtype, under `torch.compile`) it is the plain product, or that
-of float32 copies where the processor is slow at half precision.
+`h = x W^T + b` and `dx = dh W`, each by the pack of W or of its transpose, see `fastpeft.ops.frozen_weight`. Where no
+pack is to be had (another device or dtype, under `torch.compile`) it is the plain product, or that of float32 copies
+where the processor is slow at half precision.
 """
 
 from __future__ import annotations
@@ -18,67 +18,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.define import asks_for_gradients, check_first_derivative, is_transformed
-from fastpeft.ops.dtypes import autocast_dtype, compute_dtype
+from fastpeft.ops.define import asks_for_gradients, is_transformed
+from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.frozen_weight import Dense
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
-from fastpeft.ops.packing import Packs, is_token, num_rows, packed_linear, version_of
-from fastpeft.ops.products import as_matrix, multiplies_in_float32, product, times
+from fastpeft.ops.packing import Packs, is_token, packed_linear, version_of
 
 Computation = Literal["int8"]
 Stamp = tuple[int, int, int]
-
-
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) -> Tensor:
-    """`x W^T + b` for a weight that does not train.
-
-    Args:
-        x: `(*, K)`, in the dtype of `weight` unless autocast is on.
-        weight: `(N, K)`.
-        bias: `(N,)` or None; it may train.
-        packs: of this weight.
-
-    Returns:
-        `(*, N)` in the dtype of x, under autocast in that of autocast.
-    """
-    dtype = compute_dtype(x, weight)
-    if autocast_dtype(x.device):
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    packed = packs.of(weight, dtype, rows=num_rows(x)) if x.dtype == dtype else None
-    if packed is None and not multiplies_in_float32(x):
-        return F.linear(x, weight, bias)
-    if asks_for_gradients(x, bias):
-        h: Tensor = _FrozenLinear.apply(x, weight, bias, packs, packed)
-        return h
-    return _product(x, weight, bias, packed)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """The gradients of `frozen_linear`, of x and of the bias."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs, packed: Tensor | None
-    ) -> Tensor:
-        ctx.packs = packs
-        ctx.save_for_backward(weight)  # so that a change before backward is an error, as it is for F.linear
-        return _product(x, weight, bias, packed)
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        check_first_derivative("frozen_linear")
-        (weight,) = ctx.saved_tensors
-        need_dx, _, need_dbias, _, _ = ctx.needs_input_grad
-        dx = dbias = None
-        if need_dx:
-            packed = ctx.packs.of(weight, dh.dtype, transposed=True, rows=num_rows(dh))
-            dx = times(dh, weight.to(dh.dtype)) if packed is None else packed_linear(dh, packed, None)
-        if need_dbias:
-            dbias = as_matrix(dh).sum(0)
-        return dx, None, dbias, None, None
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
-    return product(x, weight.to(x.dtype), bias) if packed is None else packed_linear(x, packed, bias)
 
 
 class Packed:
@@ -158,7 +105,7 @@ class Packed:
         matrix = self._of_matrix(weight)
         if self.computation == "int8" and not trains and can_multiply_int8(x):
             return multiply(x, *self.packs.codes(matrix), self.bias)
-        h = frozen_linear(x, matrix, self.bias, self.packs)
+        h = Dense(matrix, self.packs).product(x, self.bias)
         if not (self.keeps_weight or trains) and self.packs.nbytes:
             del weight, matrix
             self._let_go()

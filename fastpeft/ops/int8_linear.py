@@ -10,9 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.checks import check_kinds
 from fastpeft.ops.define import define
-from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.dtypes import check_kinds, compute_dtype
 from fastpeft.ops.products import as_matrix
 from fastpeft.support.processor import has_int8
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops import noise as noise_contract
-from fastpeft.ops.checks import FLOATS
 from fastpeft.ops.define import define
+from fastpeft.ops.dtypes import FLOATS
 from fastpeft.ops.noise import NOISE, ROUNDINGS
 
 NOISE_CHUNK = 2**20  # elements whose noise exists at one time
@@ -49,19 +49,6 @@ def mezo_perturb_in_place_reference(
             param.copy_(flat.view(param.shape))
 
 
-def mezo_perturb_replay_reference(
-    params: list[Tensor],
-    offsets: list[int],
-    seeds: Tensor,
-    scales: Tensor,
-    decay: float,
-    noise: str = "gaussian",
-    rounding: str = "nearest",
-) -> None:
-    """`mezo_perturb_` with its terms in tensors, int64 `(n,)` and float64 `(n,)`."""
-    mezo_perturb_in_place_reference(params, offsets, seeds.tolist(), scales.tolist(), decay, noise, rounding)
-
-
 def mezo_perturb_reference(
     param: Tensor,
     offset: int,
@@ -87,17 +74,6 @@ define(
 )
 
 
-# the same, with seeds (n,) int64 and scales (n,) float64 read from the device when the pass runs, so that a replay
-# of a captured CUDA graph takes what they hold by then
-define(
-    "mezo_perturb_replay_",
-    "(Tensor(a!)[] params, int[] offsets, Tensor seeds, Tensor scales, float decay, str noise='gaussian', "
-    "str rounding='nearest') -> ()",
-    shapes=lambda *_, **__: None,
-    reference=mezo_perturb_replay_reference,
-)
-
-
 define(
     "mezo_perturb",
     "(Tensor param, int offset, int[] seeds, float[] scales, float decay, str noise='gaussian', "
@@ -110,8 +86,8 @@ define(
 def mezo_perturb_(
     params: Sequence[Tensor],
     offsets: Sequence[int],
-    seeds: Sequence[int] | Tensor,
-    scales: Sequence[float] | Tensor,
+    seeds: Sequence[int],
+    scales: Sequence[float],
     decay: float = 0.0,
     noise: str = "gaussian",
     rounding: str = "nearest",
@@ -131,9 +107,6 @@ def mezo_perturb_(
         rounding: to the storage dtype, "nearest" (even) or "stochastic" (unbiased; half precision only, float32 and
             float64 are stored as computed).
 
-    Seeds and scales may be tensors on the parameters' device, int64 and float64 `(n,)`, both or neither. They are read
-    when the pass runs, unchecked: replaying a CUDA graph that captured it takes the values they hold by then.
-
     Raises:
         FastpeftError: lengths differ, an argument is out of its range, or tensors overlap in memory.
 
@@ -149,15 +122,9 @@ def mezo_perturb_(
         >>> weight.abs().max().item()
         0.0
     """
-    if isinstance(seeds, Tensor) or isinstance(scales, Tensor):
-        _check_terms_on_device(params, seeds, scales)
-        _check_perturbation(params, offsets, [0] * len(seeds), [0.0] * len(scales), decay, noise, rounding)
-        _check_no_overlap(params, seeds, scales)  # type: ignore[arg-type]
-        perturb, terms = torch.ops.fastpeft.mezo_perturb_replay_, (seeds, scales)
-    else:
-        _check_perturbation(params, offsets, seeds, scales, decay, noise, rounding)
-        _check_no_overlap(params)
-        perturb, terms = torch.ops.fastpeft.mezo_perturb_, (list(seeds), list(scales))
+    _check_perturbation(params, offsets, seeds, scales, decay, noise, rounding)
+    _check_no_overlap(params)
+    terms, perturb = (list(seeds), list(scales)), torch.ops.fastpeft.mezo_perturb_
     with torch.no_grad():
         # a list goes to what is registered for one of its kinds of devices, which may pass over the others
         kinds = dict.fromkeys(param.device.type for param in params)
@@ -178,8 +145,8 @@ def mezo_perturb(
 ) -> Tensor:
     """A perturbed copy of one parameter, which itself stays as it is.
 
-    Args and Raises are those of `mezo_perturb_`; seeds and scales are numbers, not tensors. The copy has the
-    parameter's shape, dtype and, where they are dense, strides. No gradient flows through it.
+    Args and Raises are those of `mezo_perturb_`. The copy has the parameter's
+    shape, dtype and, where they are dense, strides. No gradient flows through it.
 
     Example:
         >>> weight = torch.zeros(2, 3)
@@ -233,27 +200,10 @@ def _check_perturbation(
         raise FastpeftError(f"mezo_perturb: rounding is {rounding!r}; allowed are {', '.join(ROUNDINGS)}.")
 
 
-def _check_terms_on_device(params: Sequence[Tensor], seeds: object, scales: object) -> None:
-    for name, given, dtype in (("seeds", seeds, torch.int64), ("scales", scales, torch.float64)):
-        if not isinstance(given, Tensor) or given.dtype != dtype or given.dim() != 1 or not given.is_contiguous():
-            what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-            raise FastpeftError(
-                f"mezo_perturb_: {name} is {what}; where a term is in tensors, allowed are int64 seeds and float64 "
-                "scales, both contiguous and of one dimension."
-            )
-        if any(param.device != given.device for param in params):
-            raise FastpeftError(
-                f"mezo_perturb_: {name} is on {given.device} and a parameter is not; put terms and parameters on one "
-                "device."
-            )
-    if seeds.shape != scales.shape:  # type: ignore[attr-defined]
-        raise FastpeftError("mezo_perturb_ takes one scale per seed; the tensors of seeds and scales differ in length.")
-
-
-def _check_no_overlap(params: Sequence[Tensor], *terms: Tensor) -> None:
-    """An element reached twice would be perturbed twice, by two values of z; a term must stay what it is."""
+def _check_no_overlap(params: Sequence[Tensor]) -> None:
+    """An element reached twice would be perturbed twice, by two values of z."""
     ranges: dict[torch.device, list[tuple[int, int, int]]] = {}
-    for index, param in enumerate((*params, *terms)):
+    for index, param in enumerate(params):
         if param.numel() == 0 or param.is_meta:
             continue
         extent = 1  # elements from the first to the last in memory
@@ -270,10 +220,6 @@ def _check_no_overlap(params: Sequence[Tensor], *terms: Tensor) -> None:
         spans.sort()
         for (_, end, one), (start, _, other) in itertools.pairwise(spans):
             if start < end:
-                if max(one, other) >= len(params):
-                    raise FastpeftError(
-                        "mezo_perturb_: seeds, scales and parameters share memory; pass copies of the terms."
-                    )
                 raise FastpeftError(
                     f"mezo_perturb_: parameters {one} and {other} share memory or interleave in it; pass tied weights "
                     "once, and of a tensor either the whole or its views that do not cross."

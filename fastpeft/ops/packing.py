@@ -106,6 +106,8 @@ def quantise_rows(matrix: Tensor) -> Codes:
 
 def operand(weight: Tensor, packs: Packs | None, x: Tensor, transposed: bool = False) -> Tensor:
     """What a product of `x` reads: the pack of `weight`, or of its transpose, else the weight itself in x's dtype."""
+    if is_token(x, weight):
+        return weight
     if not (packs is None or torch.compiler.is_compiling() or torch.jit.is_tracing()):
         packed = packs.of(weight, x.dtype, transposed, num_rows(x))
         if packed is not None:

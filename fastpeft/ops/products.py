@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +36,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         torch.mm(rows, weight.t(), out=target)
     else:
         torch.addmm(bias, rows, weight.t(), out=target)
-    return h
-
-
-def output(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, p: Tensor, bias: Tensor | None) -> Tensor:
-    """The output h of one layer."""
-    h = product(x, weight, bias)
-    as_matrix(h).addmm_(p, scaled(u, s))
     return h
 
 
@@ -79,15 +71,6 @@ def raised(rows: Tensor, factor: Tensor) -> Tensor:
     return rows.float() if factor.dtype is torch.float32 and rows.dtype in HALVES else rows
 
 
-def stacked(vs: list[Tensor]) -> Tensor:
-    return vs[0] if len(vs) == 1 else torch.cat(vs)
-
-
 def scaled(u: Tensor, s: Tensor) -> Tensor:
     """`diag(s) U^T`, `(R, N)`, contiguous."""
     return torch.mul(u.t(), s[:, None], out=u.new_empty(s.shape[0], u.shape[0]))
-
-
-def split(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Lists of `size`, from one after the other."""
-    return [values[start : start + size] for start in range(0, len(values), size)]

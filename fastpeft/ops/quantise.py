@@ -24,9 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError, install
 from fastpeft.ops.define import asks_for_gradients, is_transformed
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
+from fastpeft.ops.frozen_weight import Coded, coded
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import quantise_rows, samples, version_of
-from fastpeft.ops.quantised_linear import BLOCK, COARSE, Nested, QuantisedProduct, dequantise, unnested
+from fastpeft.ops.quantised_linear import BLOCK, COARSE, Nested
 
 Format = Literal["int8", "nf4", "nf4-double"]
 
@@ -114,6 +115,11 @@ class QuantisedWeight(nn.Module):
         # a replica of nn.DataParallel has them as plain attributes
         return (self.coarse, self.table, self.mean) if self.kind == "nf4-double" else None  # type: ignore[return-value]
 
+    @property
+    def frozen(self) -> Coded:
+        """The weight as products take it."""
+        return coded(self.codes, self.scales, self.nested, self.shape)
+
     def can_multiply(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether `multiply` is there for x: a product in int8 that asks for no gradient."""
         is_plain = not asks_for_gradients(x, bias) and not torch.compiler.is_compiling()
@@ -132,7 +138,8 @@ class QuantisedWeight(nn.Module):
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """`(N, K)` in `dtype`."""
-        return dequantise(self.codes.data, unnested(self.scales.data, self.nested), self.shape, dtype)
+        with torch.no_grad():
+            return self.frozen.dense(dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.kind}"
@@ -166,8 +173,7 @@ class QuantisedLinear(nn.Module):
         if held.can_multiply(x, self.bias):
             return held.multiply(x, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
-        h: Tensor = QuantisedProduct.apply(x.to(dtype), held.codes, held.scales, held.nested, self.out_features, bias)
-        return h
+        return held.frozen.product(x.to(dtype), bias)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -9,14 +9,11 @@ columns, at a time, so that they stay in cache: in float32 4 MB of a weight with
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpeft.ops.define import check_first_derivative, define
-from fastpeft.ops.products import as_matrix
+from fastpeft.ops.define import define
 
 BLOCK = 64  # values of nf4 that share a scale
 COARSE = 256  # scales that share a scale of their own
@@ -82,33 +79,3 @@ define(
     reference=quantised_linear_backward_reference,
     aten=quantised_linear_backward_reference,
 )
-
-
-class QuantisedProduct(torch.autograd.Function):
-    """The autograd formula of `fastpeft::quantised_linear`: `apply(x, codes, scales, nested, out_features, bias)`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        codes: Tensor,
-        scales: Tensor,
-        nested: Nested | None,
-        out_features: int,
-        bias: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(codes, scales, *(nested or ()))
-        ctx.in_features = x.shape[-1]
-        h: Tensor = torch.ops.fastpeft.quantised_linear(x, codes, unnested(scales, nested), out_features, bias)
-        return h
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        check_first_derivative("quantised_linear")
-        codes, scales, *nested = ctx.saved_tensors
-        need_dx, _, _, _, _, need_dbias = ctx.needs_input_grad
-        dx = None
-        if need_dx:
-            scales = unnested(scales, tuple(nested) or None)
-            dx = torch.ops.fastpeft.quantised_linear_backward(dh, codes, scales, ctx.in_features)
-        return dx, None, None, None, None, as_matrix(dh).sum(0) if need_dbias else None

@@ -86,10 +86,10 @@ def side_step_reference(
     fusion = [(fused, width), (width, fused), (width,)] if fused_heads else []
     linears = [(3 * width, width), (width, width), (hidden, width), (width, hidden)]
     shapes = [*fusion, *(shape for n, k in linears for shape in ((n, k), (n,))), *4 * [(width,)]]
-    taken = [each.view(shape) for each, shape in zip(block.split([torch.Size(s).numel() for s in shapes]), shapes)]
-    encoder = taken[-12:]
+    matrices = [each.view(shape) for each, shape in zip(block.split([torch.Size(s).numel() for s in shapes]), shapes)]
+    encoder = matrices[-12:]
     if fused_heads:
-        query, value, out_bias = taken[:3]
+        query, value, out_bias = matrices[:3]
         window[:, 0, -1] = own_parts.flatten(1)
         slots = parts.shape[2]
         rows = window.reshape(batch, 1, window.shape[2] * slots, width).expand(-1, fused_heads, -1, -1)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.checks import check_kinds
 from fastpeft.ops.define import NAMESPACE, check_first_derivative, define, is_differentiated
-from fastpeft.ops.dtypes import compute_dtype, no_autocast
+from fastpeft.ops.dtypes import check_kinds, compute_dtype, no_autocast
 from fastpeft.ops.window import Needs, Window
 from fastpeft.ops.window_composed import composed_holds, window_attention_backward_composed, window_attention_composed
 

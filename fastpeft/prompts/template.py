@@ -342,9 +342,10 @@ class Prompt:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Prompt:
         """The prompt of `values()`, whatever else is beside them."""
-        if missing := {"template", "label_words", "head"} - values.keys():
-            raise FastpeftError(f"{dict(values)} is no prompt: {', '.join(sorted(missing))} missing. Save it anew.")
-        return cls(values["template"], values["label_words"], values["head"])
+        try:
+            return cls(values["template"], values["label_words"], values["head"])
+        except (KeyError, TypeError) as error:
+            raise FastpeftError(f"{dict(values)} is no prompt ({error}). Save it anew.") from None
 
 
 def is_of_decoder(tokenizer: Any) -> bool:
@@ -363,7 +364,7 @@ def _by_class(words: Any, has_space: bool) -> dict[str, str]:
     by_class = {}
     for label, word in words.items():
         if not is_text(word) or not word.strip():
-            raise FastpeftError(f"class {label!r} has no label word (it is {word!r}). Give one word for each class.")
+            raise FastpeftError(f"class '{label}' has no label word (it is {word!r}). Give one word for each class.")
         by_class[str(label)] = word.strip() if has_space else word.rstrip()
     repeated = {word for word in by_class.values() if list(by_class.values()).count(word) > 1}
     if repeated or len(by_class) < 2:

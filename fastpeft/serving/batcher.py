@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastpeft.serving.tasks import RefusedError
 
 
-@dataclass
-class QueuedRequest:
+class QueuedRequest(NamedTuple):
     """A request in the queue."""
 
     task: str
@@ -30,7 +28,6 @@ class Batcher:
         max_wait: seconds that the first request of a batch waits for others.
         max_queue: texts that may wait; a request that comes then is refused, unless none wait.
         seconds: how long a request waits at most.
-        observe: is told the number of texts of each batch.
     """
 
     def __init__(
@@ -41,12 +38,10 @@ class Batcher:
         max_wait: float,
         max_queue: int,
         seconds: float,
-        observe: Callable[[int], object],
     ) -> None:
         self.max_rows, self.max_wait, self.max_queue, self.seconds = max_rows, max_wait, max_queue, seconds
         self.waiting = 0  # texts in the queue
-        self.is_open = False  # while it answers
-        self._answer, self._observe = answer, observe
+        self._answer = answer
         self._queue: asyncio.Queue[QueuedRequest] = asyncio.Queue()
         self._left_over: QueuedRequest | None = None
         self._worker: asyncio.Task[None] | None = None
@@ -56,13 +51,8 @@ class Batcher:
         """Whether nothing answers any more."""
         return self._worker is not None and self._worker.done()
 
-    @property
-    def full(self) -> bool:
-        """Whether it takes no further text."""
-        return self.waiting >= self.max_queue
-
     async def answer(self, task: str, texts: Sequence[Any]) -> Any:
-        """The answer to one request.
+        """Answer one request.
 
         Raises:
             RefusedError: by the task, or there are too many texts in the queue, or they took too long.
@@ -84,11 +74,9 @@ class Batcher:
         # one thread, always the same: each that computes has threads of its own for PyTorch's work
         with ThreadPoolExecutor(1, "fastpeft-serve") as thread:
             self._worker = asyncio.create_task(self._run(thread))
-            self.is_open = True
             try:
                 yield
             finally:
-                self.is_open = False
                 self._worker.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await self._worker
@@ -99,7 +87,6 @@ class Batcher:
             batch = [waiting for waiting in await self._collect() if not waiting.answer.done()]
             if not batch:  # nobody waits for it any more
                 continue
-            self._observe(sum(len(waiting.texts) for waiting in batch))
             asked = [(waiting.task, waiting.texts) for waiting in batch]
             answers: Sequence[Any]
             try:

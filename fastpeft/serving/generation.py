@@ -30,11 +30,8 @@ class GenerationRequest:
         strip: whether space around the answer is left out, as of a turn.
         deliver: is called with each part of the answer and, at its end, with None, in the thread that generates it.
 
-    Attributes:
-        text: the answer so far. What was delivered is its beginning, whatever follows.
-        count: the number of its tokens.
-        finish_reason: `"stop"`, `"length"`, or None while it goes on.
-        abandoned: True where nobody listens any more.
+    What was delivered is the beginning of `text`, whatever follows. `finish_reason` is `"stop"`, `"length"`, or None
+    while it goes on. `abandoned` is set where nobody listens any more.
     """
 
     def __init__(

@@ -45,9 +45,8 @@ NAME = r"[\w.-]{1,100}"  # of a task: it stands in addresses and in metrics
 class RefusedError(FastpeftError):
     """What a client asked for cannot be done.
 
-    Attributes:
-        status: the code of HTTP that says so.
-        param, code: what OpenAI's form of an error names: the part of the request, and the kind of the error.
+    `status` is the code of HTTP that says so. `param` and `code` are what OpenAI's form of an error names: the part of
+    the request, and the kind of the error.
     """
 
     def __init__(self, message: str, status: int, param: str | None = None, code: str | None = None) -> None:
@@ -62,32 +61,12 @@ class Shared:
     Attributes:
         pool: their side networks, by `Task.member`.
         tokenizer: of the first of them.
-        bf16: whether they compute in bfloat16 where autocast does.
-        in_bfloat16: whether its weights are kept in bfloat16.
-        generates_text: whether they learned next words.
+        common: what they have in common beside the backbone, by its name, see `_common`.
     """
 
     pool: LadderPool
     tokenizer: Any
-    bf16: bool
-    in_bfloat16: bool
-    generates_text: bool
-
-    def unlike(self, run: FinishedRun) -> str:
-        """Why rows of a run cannot stand in one batch with those that are here; empty where they can."""
-        own, other = self.tokenizer, run.loaded.tokenizer
-        if self.generates_text != (run.problem is NEXT_WORDS):
-            return f"other runs generate {'text' if self.generates_text else 'no text'}"
-        if self.bf16 != bool(run.config.bf16):
-            return f"it computes in {'float32' if self.bf16 else 'bfloat16'}, and other runs do not"
-        if self.in_bfloat16 != run.config.in_bfloat16:
-            return f"it keeps weights in {'float32' if self.in_bfloat16 else 'bfloat16'}, and other runs do not"
-        if (own.pad_token_id, own.padding_side) != (other.pad_token_id, other.padding_side):
-            return "its tokenizer pads otherwise than that of other runs"
-        core, model = self.pool.backbone.core, run.loaded.model
-        if self.generates_text and core.generation_config != model.generation_config:  # one for all rows
-            return "its generation_config is another than that of other runs"
-        return ""
+    common: dict[str, Any]
 
     def scores(self, rows: Sequence[tuple[Task, EncodedText]]) -> list[np.ndarray]:
         """What `Predictor.scores` gives for each row, by one pass of the backbone."""
@@ -96,7 +75,7 @@ class Shared:
             encoded = [{"mask_positions": 0, **row} for row in encoded]
         batch = PromptCollator(self.tokenizer)(encoded)
         masks = batch["attention_mask"].bool()
-        with torch.autocast(self.pool.backbone.core.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.pool.backbone.core.device.type, torch.bfloat16, enabled=self.common["precision"]):
             answers = self.pool(batch, [task.member for task, _ in rows])
         found = []
         for (task, text), answer, mask in zip(rows, answers, masks):
@@ -106,13 +85,23 @@ class Shared:
         return found
 
 
+def _common(run: FinishedRun) -> dict[str, Any]:
+    """What all rows of a batch have in common, by the name of it."""
+    generates, tokenizer = run.problem is NEXT_WORDS, run.loaded.tokenizer
+    return {
+        "kind of answer": generates,
+        "precision": bool(run.config.bf16),
+        "dtype of weights": run.config.in_bfloat16,
+        "padding": (tokenizer.pad_token_id, tokenizer.padding_side),
+        "generation_config": run.loaded.model.generation_config if generates else None,
+    }
+
+
 @dataclass(frozen=True)
 class Task:
     """A run that is served.
 
     Attributes:
-        name: its name.
-        run: the run.
         predictor: the run in use, where it tells classes, numbers or tags; None where it generates text.
         shared: the backbone that it shares. None: its model is its own.
         reason: why its backbone is its own; empty where others may share it.
@@ -142,16 +131,64 @@ class Task:
         with torch.inference_mode(), self.run.autocast():
             generate_batch(generate, tokenizer, model.device, requests)
 
+    def request(self, asked: Conversation | str, max_tokens: int | None = None, **options: Any) -> GenerationRequest:
+        """A request for generated text, encoded.
+
+        Args:
+            asked: a conversation, which the chat template of the task's model writes, or a text to go on from.
+            max_tokens: the most tokens to generate. None: 256, or what the model has room for.
+            options: of `GenerationRequest`.
+
+        Raises:
+            RefusedError: it is a conversation and the run learned from texts, or the model reads fewer tokens.
+        """
+        chats, tokenizer = isinstance(asked, Conversation), self.run.loaded.tokenizer
+        param = "messages" if chats else "prompt"
+        if chats and not self.run.chats:
+            raise RefusedError(
+                f"the task {self.name!r} learned from texts, not from conversations. Send it a prompt, by POST "
+                "/v1/completions.",
+                400,
+                param,
+            )
+        try:
+            tokens = prompt_tokens(tokenizer, asked)
+            eos = eos_token_ids(self.run.loaded.model, tokenizer, chats=chats)
+        except FastpeftError as error:  # of the template
+            raise RefusedError(str(error), 400, param) from error
+        if not tokens:
+            raise RefusedError("the prompt has no tokens to continue from. Give a text.", 400, param)
+        limit, count = self.run.max_length, len(tokens)
+        room = limit - count
+        if room < (max_tokens or 1):
+            raise RefusedError(
+                f"the task {self.name!r} reads {limit} tokens; here are {count}, and {max_tokens or 1} more for the "
+                "answer. Send less, or ask for fewer.",
+                400,
+                param,
+                "context_length_exceeded",
+            )
+        most = max_tokens or min(_MAX_TOKENS, room)
+        # a text that goes on may begin with a space
+        return GenerationRequest(self, tokenizer, tokens, eos_token_ids=eos, max_tokens=most, strip=chats, **options)
+
+    def describe(self) -> dict[str, Any]:
+        """The task in the list of tasks. Messages and prompts alone are not cut to its `max_length`."""
+        run, generates = self.run, self.predictor is None
+        reads = "pair" if run.is_pair else "words" if run.problem.per_token else "string"
+        return {
+            "name": self.name,
+            "method": run.config.method,
+            "problem": run.problem.name,
+            "labels": [] if generates else run.labels,
+            "reads": ("messages" if run.chats else "prompt") if generates else reads,
+            "max_length": run.max_length,
+        }
+
 
 @dataclass(frozen=True)
 class EncodedRequest:
-    """What is asked of one task, read and encoded.
-
-    Attributes:
-        task: the task.
-        texts: what it is asked.
-        cut: how many of these go on after what the task reads of them.
-    """
+    """Texts for one task, encoded, and how many of them go on after what it reads."""
 
     task: Task
     texts: list[EncodedText]
@@ -222,14 +259,18 @@ class Tasks:
             self._loading.add(name)
         try:
             predictor = None if generates_text(folder) else Predictor(folder, self._device, self._max_length)
-            run = self._for_generation(load_run(folder, self._device)) if predictor is None else predictor.run
+            if predictor is None:  # prompts are not cut, so the model may read more than the run did
+                run = load_run(folder, self._device)
+                run = replace(run, max_length=min(run.loaded.max_length, self._max_length or run.loaded.max_length))
+            else:
+                run = predictor.run
             # asked before it shares a backbone, whose answers to others the passes would disturb
             alone = predictor is None and depends_on_padding(run.loaded.model)
             with self._changing:
                 task = replace(self._placed(name, run, predictor), alone=alone)
                 try:
                     if predictor is None:
-                        task.generate([self._request(task, Conversation(((USER, "a"),)) if run.chats else "a", 1)])
+                        task.generate([task.request(Conversation(((USER, "a"),)) if run.chats else "a", 1)])
                     else:
                         text = ("a", "a") if run.is_pair else "a"
                         self._together([EncodedRequest(task, [predictor.encode(text)])])
@@ -240,11 +281,6 @@ class Tasks:
         finally:
             self._loading.discard(name)
         return task
-
-    def _for_generation(self, run: FinishedRun) -> FinishedRun:
-        """The run with the `max_length` of its model, which may read more than the run did: prompts are not cut."""
-        most = run.loaded.max_length
-        return replace(run, max_length=min(most, self._max_length or most))
 
     def _placed(self, name: str, run: FinishedRun, predictor: Predictor | None) -> Task:
         """The run on a backbone that is here already, where there is one that it can share."""
@@ -257,16 +293,16 @@ class Tasks:
             return Task(name, run, predictor, None, f"{run.config.method} has no side network", held=held)
         if predictor is None and not keeps_tokens(ladder):
             return Task(name, run, predictor, None, f"beside a {ladder.backbone.class_name} no earlier tokens are kept")
-        reason, member = "", f"{name} {next(self._numbers)}"
+        reason, member, common = "", f"{name} {next(self._numbers)}", _common(run)
         here = {id(task.shared): task.shared for task in self if task.shared is not None}
         for shared in here.values():
-            if unlike := shared.unlike(run):
-                reason = reason or unlike  # of one that is alike it is known what else differs
+            if unlike := [what for what, value in common.items() if shared.common[what] != value]:
+                reason = reason or f"its {unlike[0]} is not that of other runs"
                 continue
             try:
                 shared.pool.add(member, run.loaded.model)
                 return Task(name, run, predictor, shared, member=member)
-            except FastpeftError as error:  # it names what differs
+            except FastpeftError as error:  # it names what differs; of one that is alike no more is told
                 reason = str(error).partition(". ")[0]
         try:
             config = ladder.config
@@ -274,23 +310,12 @@ class Tasks:
             pool.add(member, run.loaded.model)
         except FastpeftError as error:  # as of an adapter that trained inside the backbone
             return Task(name, run, predictor, None, str(error).partition(". ")[0])
-        shared = Shared(
-            pool,
-            run.loaded.tokenizer,
-            bool(run.config.bf16),
-            run.config.in_bfloat16,
-            run.problem is NEXT_WORDS,
-        )
-        if shared.generates_text:  # the pool generates by its base's
+        if predictor is None:  # the pool generates by its base's
             pool.backbone.core.generation_config = run.loaded.model.generation_config
-        return Task(name, run, predictor, shared, reason, member)
+        return Task(name, run, predictor, Shared(pool, run.loaded.tokenizer, common), reason, member)
 
     def remove(self, name: str) -> None:
-        """Forget a run.
-
-        Raises:
-            RefusedError: there is no task of that name.
-        """
+        """Forget a run."""
         with self._changing:
             task = self[name]
             self._tasks = {other: each for other, each in self._tasks.items() if other != name}
@@ -307,8 +332,7 @@ class Tasks:
     ) -> list[tuple[EncodedRequest, list[np.ndarray]] | Exception]:
         """Answer requests, each the name of a task and its texts, together where they can be.
 
-        Returns:
-            For each what was read and, as `Predictor.scores` has them, the scores; or why it has none.
+        For each there is what was read and, as `Predictor.scores` has them, the scores; or why it has none.
         """
         found: list[Any] = []
         for name, texts in asked:
@@ -381,78 +405,17 @@ class Tasks:
 
     # -- generated text ------------------------------------------------------------------------------------------
 
-    def generation_request(
-        self, name: str, asked: Conversation | str, max_tokens: int | None = None, **options: Any
-    ) -> GenerationRequest:
-        """A request for generated text, read and encoded.
-
-        Args:
-            name: of the task.
-            asked: a conversation, which the chat template of the task's model writes, or a text to go on from.
-            max_tokens: the most tokens to generate. None: 256, or what the model has room for.
-            options: of `GenerationRequest`.
-
-        Raises:
-            RefusedError: there is no task of that name, it generates no text, it is asked a conversation and learned
-                from texts, or the model does not read so many tokens.
-        """
-        return self._request(self.generative(name), asked, max_tokens, **options)
-
     def generative(self, name: str) -> Task:
-        """The task of that name, which generates text.
-
-        Raises:
-            RefusedError: there is none, or it generates no text.
-        """
+        """The task of that name, which generates text; otherwise `RefusedError` is raised."""
         task = self[name]
         if task.predictor is not None:
-            raise RefusedError(
-                f"the task {name!r} predicts classes, labels, tags or numbers and generates no text. Send it texts by "
-                "POST /predict.",
-                404,
-                *_NO_MODEL,
-            )
+            raise RefusedError(f"the task {name!r} generates no text. Send it texts by POST /predict.", 404, *_NO_MODEL)
         return task
-
-    def _request(
-        self, task: Task, asked: Conversation | str, max_tokens: int | None, **options: Any
-    ) -> GenerationRequest:
-        chats, tokenizer = isinstance(asked, Conversation), task.run.loaded.tokenizer
-        param = "messages" if chats else "prompt"
-        if chats and not task.run.chats:
-            raise RefusedError(
-                f"the task {task.name!r} learned from texts, not from conversations, whose turns it never saw. Send it "
-                "a prompt, by POST /v1/completions.",
-                400,
-                param,
-            )
-        try:
-            tokens = prompt_tokens(tokenizer, asked)
-            eos = eos_token_ids(task.run.loaded.model, tokenizer, chats=chats)
-        except FastpeftError as error:  # of the template
-            raise RefusedError(str(error), 400, param) from error
-        if not tokens:
-            raise RefusedError("the prompt has no tokens to continue from. Give a text.", 400, param)
-        limit = task.run.max_length
-        room = limit - len(tokens)
-        if room < (max_tokens or 1):
-            wanted = f"{max_tokens} more are asked for" if max_tokens else "the answer needs one more"
-            raise RefusedError(
-                f"the task {task.name!r} reads {limit} tokens; the {param} {'have' if chats else 'has'} {len(tokens)}, "
-                f"and {wanted}. Send less, or ask for fewer.",
-                400,
-                param,
-                "context_length_exceeded",
-            )
-        most = max_tokens or min(_MAX_TOKENS, room)
-        # a text that goes on may begin with a space
-        return GenerationRequest(task, tokenizer, tokens, eos_token_ids=eos, max_tokens=most, strip=chats, **options)
 
     def generate(self, asked: Sequence[tuple[str, Sequence[GenerationRequest]]]) -> list[GenerationRequest | Exception]:
         """Answer requests for generated text together where they share a model and their sampling.
 
-        Returns:
-            Each request, which has ended; or why it could not be answered.
+        For each there is the request, which has ended; or why it could not be answered.
         """
         requests = [request for _, each in asked for request in each]
         groups: dict[Any, list[GenerationRequest]] = defaultdict(list)
@@ -515,8 +478,6 @@ def parse_runs(items: Iterable[str]) -> dict[str, str]:
                 "folder follows it. Write NAME=RUN, where RUN is the folder of a finished run."
             )
         if name in found:
-            raise FastpeftError(
-                f"{found[name]!r} and {folder!r} would both be the task {name!r}. Name them apart, NAME=RUN."
-            )
+            raise FastpeftError(f"{found[name]!r} and {folder!r} would both be the task {name!r}. Name one, NAME=RUN.")
         found[name] = folder
     return found

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.functional import siva_linear_group
 from fastpeft.ops.dtypes import autocast_dtype
-from fastpeft.siva.frozen import BaseWeightLayer, Operands, can_call_directly
+from fastpeft.ops.frozen_weight import Dense, FrozenWeight, siva_products
+from fastpeft.siva.base import AdaptedLayer
+from fastpeft.siva.decompose import Factors
 
 # Names of the query, key and value projections, architecture by architecture.
 ATTENTION = (
@@ -44,7 +45,7 @@ def arrange(model: nn.Module) -> None:
         groups = []
         for names in SAME_INPUT:
             alike = names[1:] if len(names) == 3 and _CROSS_ATTENTION.search(path) else names
-            found = tuple(name for name in alike if isinstance(module._modules.get(name), BaseWeightLayer))
+            found = tuple(name for name in alike if isinstance(module._modules.get(name), AdaptedLayer))
             if len(found) > 1:
                 groups.append(found)
         if groups:
@@ -59,7 +60,7 @@ def part(model: nn.Module) -> None:
             shared.remove()
 
 
-def take(layer: BaseWeightLayer, x: Tensor) -> Tensor | None:
+def take(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
     """The output of `layer` for x from its group, if it is in one that is open; None: it must compute for itself."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph must not depend on what was open
         return None
@@ -110,10 +111,10 @@ class SharedInput:
                 if group is not None and output is not None and group.computed_in_vain(layer):
                     self._strangers.add(name)
 
-    def _layers(self, module: nn.Module, names: tuple[str, ...]) -> list[tuple[str, BaseWeightLayer]]:
+    def _layers(self, module: nn.Module, names: tuple[str, ...]) -> list[tuple[str, AdaptedLayer]]:
         """The children of that name which are still adapted layers."""
         children = ((name, module._modules.get(name)) for name in names)
-        return [(name, child) for name, child in children if isinstance(child, BaseWeightLayer)]
+        return [(name, child) for name, child in children if isinstance(child, AdaptedLayer)]
 
     def _regroup(self) -> None:
         """Part each group into the layers that took their output and those that did not."""
@@ -129,16 +130,16 @@ class SharedInput:
 class _Group:
     """The layers of one group during one run: once the first has computed, the outputs that the others may take."""
 
-    def __init__(self, layers: list[BaseWeightLayer]) -> None:
+    def __init__(self, layers: list[AdaptedLayer]) -> None:
         self._layers = layers
         self._hooks = _saving_hooks()
         self._computed = False  # at most once a run: what is called again reads something else
         self._x: Tensor | None = None
         self._state: tuple[object, ...] = ()
-        self._outputs: dict[BaseWeightLayer, Tensor] = {}
-        self._refused: set[BaseWeightLayer] = set()
+        self._outputs: dict[AdaptedLayer, Tensor] = {}
+        self._refused: set[AdaptedLayer] = set()
 
-    def take(self, layer: BaseWeightLayer, x: Tensor) -> Tensor | None:
+    def take(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         if x.is_inference():
             return None  # it has no version by which a change in place could be seen
         if _saving_hooks() != self._hooks:
@@ -153,51 +154,54 @@ class _Group:
             self._x = None
         return output
 
-    def computed_in_vain(self, layer: BaseWeightLayer) -> bool:
+    def computed_in_vain(self, layer: AdaptedLayer) -> bool:
         """Whether the output of `layer` was there and not taken."""
         return layer in self._outputs or layer in self._refused
 
-    def _compute(self, layer: BaseWeightLayer, x: Tensor) -> None:
+    def _compute(self, layer: AdaptedLayer, x: Tensor) -> None:
         """The outputs of all layers that can be computed together with `layer`, if there are any others."""
-        members = {member: found for member in self._layers if (found := _operands(member)) is not None}
-        if layer in members:
-            weight = members[layer][0]
-            members = {member: found for member, found in members.items() if _alike(found[0], weight)}
-        if layer not in members or len(members) == 1:
+        # first: an adapter that is filled only now may bring a quantised residual
+        acting = {member: factors for member in self._layers if (factors := _acting(member)) is not None}
+        if layer not in acting or x.shape[-1:] != (layer.in_features,):
             return
-        operands = tuple(zip(*members.values(), strict=True))
-        if all(can_call_directly(x, found) for found in members.values()):
-            outputs, _ = torch.ops.fastpeft.siva_linear.default(x, operands[0], [None] * len(members), *operands[1:-1])
-        else:
-            outputs = siva_linear_group(x, *operands)
+        weight = layer.frozen
+        members = {member: factors for member, factors in acting.items() if _alike(member.frozen, weight)}
+        if len(members) < 2:
+            return
+        us, ss, vs = zip(*members.values(), strict=True)
+        weights, biases = [member.frozen for member in members], [member.base_layer.bias for member in members]
+        outputs = siva_products(x, layer.compute_dtype(x), weights, us, ss, vs, biases)
         self._outputs = dict(zip(members, outputs, strict=True))
         self._x, self._state, self._computed = x, _state(x), True
 
 
 class _Open(threading.local):
     def __init__(self) -> None:
-        self.groups: dict[BaseWeightLayer, _Group] = {}
+        self.groups: dict[AdaptedLayer, _Group] = {}
 
 
 _open = _Open()  # the groups of the modules that this thread is running
 
 
-def _operands(layer: BaseWeightLayer) -> Operands | None:
-    """What `layer` would compute with; None if its call does more than that.
+def _acting(layer: AdaptedLayer) -> Factors | None:
+    """What `layer` would add to its weight; None if its call does not, or more than that.
 
     A hook before its forward, or a function in place of its forward, may change x or load the layer's weights only then
     (sharding, offloading).
     """
-    return None if layer._forward_pre_hooks or "forward" in layer.__dict__ else layer.operands()
+    return None if layer._forward_pre_hooks or "forward" in layer.__dict__ else layer.acting()
+
+
+def _alike(weight: FrozenWeight, other: FrozenWeight) -> bool:
+    if not (isinstance(weight, Dense) and isinstance(other, Dense)):
+        return False
+    (one, _), (two, _) = weight, other
+    return one.dtype is two.dtype and one.device == two.device and one.shape[1] == two.shape[1]
 
 
 def _saving_hooks() -> Any:
     """What packs the tensors that are saved for backward, as a checkpoint's; None if nothing."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-
-def _alike(weight: Tensor, other: Tensor) -> bool:
-    return weight.dtype is other.dtype and weight.device == other.device and weight.shape[1] == other.shape[1]
 
 
 def _state(x: Tensor) -> tuple[object, ...]:

@@ -19,12 +19,13 @@ from fastpeft.errors import FastpeftError
 from fastpeft.models import TOKENS_FIRST
 from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.siva import grouping
+from fastpeft.siva.base import is_in_4_bits
 from fastpeft.siva.config import SivaConfig, check_name, is_all_linear
-from fastpeft.siva.four_bits import is_in_4_bits
 from fastpeft.siva.heads import head_names, let_heads_train, warn_of_statistics
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.rows import BASE, AdapterRows, acting
+from fastpeft.siva.state import State
 from fastpeft.siva.targets import (
     check_not_held_aside,
     check_saved_layers,
@@ -185,7 +186,7 @@ class SivaModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
         if self._pissa is not None:
-            layer.load_factors(adapter_name, *self._pissa.factors(current_key, layer._weight))
+            layer.load_factors(adapter_name, *self._pissa.factors(current_key, layer.matrix))
         self._number_made += 1
         report("adapting layers", self._number_made, self._number_of_targets)
         if peft_config.init_weights != "saved" and layer.base_fingerprint is not None:
@@ -215,7 +216,7 @@ class SivaModel(BaseTuner):
         for layer in self._siva_layers():
             for changes in (layer.siva_du, layer.siva_dv):
                 if adapter_name in changes:
-                    changes[adapter_name].to(layer._dtype)
+                    changes[adapter_name].to(layer.dtype)
 
     def _siva_layers(self) -> Iterator[SivaLinear]:
         """The adapted layers. The name is private since PEFT looks up any public name in the wrapped model."""
@@ -335,6 +336,8 @@ def _give_pretrained(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
         weight = layer.pretrained_weight() if isinstance(layer, SivaLinear) else None
         if weight is not None:
             state_dict[f"{name}.base_layer.weight"] = weight
+            for adapter, state in layer.states.items():
+                state_dict[f"{name}.states.{adapter}"] = torch.full_like(state, int(State.IMPLICIT))
 
 
 def _copies(arguments: dict[str, Any], model: nn.Module) -> int:

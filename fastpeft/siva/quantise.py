@@ -12,12 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpeft import functional  # noqa: F401  (registers the ops)
-from fastpeft.ops.dtypes import factors_dtype
 from fastpeft.ops.quantise import Format, QuantisedWeight
-from fastpeft.ops.siva_linear import Scales, SivaLinear
 from fastpeft.siva.decompose import Factors, decompose, near_triplets, subtract
-from fastpeft.siva.four_bits import WeightIn4Bits
 
 ITERATIONS = 5
 _FIRST = 4  # power iterations
@@ -60,32 +56,3 @@ def _kept(factors: Factors, kind: Format) -> Factors:
     if kind == "int8":
         return factors
     return factors._replace(u=factors.u.bfloat16().float(), v=factors.v.bfloat16().float())
-
-
-def quantised_siva_linear(
-    x: Tensor,
-    rest: QuantisedWeight | WeightIn4Bits,
-    u: Tensor,
-    s: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`siva_linear` with a quantised weight.
-
-    Args:
-        x, u, s, v, bias: as in `siva_linear`.
-        rest: the weight.
-        dtype: in which all is computed.
-
-    Notes:
-        Saved for backward: as by `siva_linear`, with the codes instead of the weight. Each product
-        dequantises them again: on a CPU some rows of the weight at a time, on a GPU all. int8 codes are never
-        multiplied as they are, as in a side network's backbone, since activations in 8 bits make other outputs: what is
-        evaluated is what trained.
-    """
-    u, s, v = (factor.to(factors_dtype(dtype, x.device)) for factor in (u, s, v))
-    bias = None if bias is None else bias.to(dtype)
-    h: Tensor
-    (h,) = SivaLinear.apply((Scales(rest.scales, rest.nested),), x.to(dtype), rest.codes, u, s, v, bias)
-    return h

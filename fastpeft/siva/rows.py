@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastpeft.errors import FastpeftError
-from fastpeft.siva.frozen import BaseWeightLayer
+from fastpeft.siva.base import AdaptedLayer
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 _STARTING = threading.Lock()
@@ -81,7 +81,7 @@ def acting(model: nn.Module, rows: AdapterRows) -> Iterator[None]:
     """
     changes: list[tuple[nn.Module, str, Any]] = []
     for name, module in model.named_modules():
-        if isinstance(module, BaseWeightLayer):
+        if isinstance(module, AdaptedLayer):
             changes.append((module, "rows", rows))
         elif isinstance(module, AuxiliaryTrainingWrapper):
             changes.append((module, "forward", partial(_run_saved, module, name, rows)))

@@ -17,9 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastpeft.errors import FastpeftError, did_you_mean
+from fastpeft.siva.base import check_kind, matrix, original_fingerprint, shape_of
 from fastpeft.siva.config import SivaConfig
 from fastpeft.siva.decompose import check_decomposable
-from fastpeft.siva.frozen import check_kind, matrix, original_fingerprint
 from fastpeft.siva.heads import ADDED_BY_PEFT
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.support.fingerprints import fingerprints_agree
@@ -69,36 +69,25 @@ def warn_of_unmatched(
     chosen = peft_config.layers_to_transform
     layers = [chosen] if isinstance(chosen, int) else chosen or []
     blocks = _blocks(peft_config, names) if layers else []
-    unmatched: dict[str, tuple[list[Any], list[str], str]] = {
+    unmatched: dict[str, tuple[list[Any], list[str]]] = {  # what matches nothing, and what there is
         "target_modules": (
             [name for name in wanted if all(is_head(each) for each in names if f".{each}".endswith(f".{name}"))],
             endings(linear),
-            f"Linear layers here end in {', '.join(endings(linear))}, beside the head",
         ),
         "rank_pattern": (
-            [
-                key
-                for key in peft_config.rank_pattern
-                if not any(get_pattern_key([key], name) == key for name in targets)
-            ],
+            [key for key in peft_config.rank_pattern if all(get_pattern_key([key], name) != key for name in targets)],
             endings(targets),
-            f"Adapted layers end in {', '.join(endings(targets))}",
         ),
         "modules_to_save": (
             [name for name in saved if not any(each.endswith(name) for each in names)],
-            endings(names),
-            f"The model consists of {', '.join(name for name, _ in model.named_children())}, and what is in them",
+            [name for name, _ in model.named_children()],
         ),
-        "layers_to_transform": (
-            [index for index in layers if index not in blocks],
-            [],
-            f"Blocks here are {', '.join(map(str, blocks))}",
-        ),
+        "layers_to_transform": ([index for index in layers if index not in blocks], [str(block) for block in blocks]),
     }
-    for field, (strange, near, there) in unmatched.items():
+    for field, (strange, there) in unmatched.items():
         if strange:
-            shown, meant = ", ".join(sorted(map(repr, strange))), did_you_mean(str(strange[0]), near)
-            logger.warning("%s: nothing matches %s.%s %s", field, shown, meant, there)
+            shown, meant = ", ".join(sorted(map(repr, strange))), did_you_mean(str(strange[0]), there)
+            logger.warning("%s: nothing matches %s.%s Here are %s", field, shown, meant, ", ".join(there))
 
 
 def reading_hidden_states(model: nn.Module, names: Collection[str]) -> set[str]:
@@ -117,7 +106,7 @@ def reading_hidden_states(model: nn.Module, names: Collection[str]) -> set[str]:
     with suppress(AttributeError, TypeError, ValueError):  # not every kind has heads of one width
         width = max(width, config.num_attention_heads * config.head_dim)  # wider than a hidden state in Qwen3
     read = {name for name in names if not name.startswith("pooler.")}
-    return {name for name in read if _shape_of(model.get_submodule(name))[1] <= width} or {*names}
+    return {name for name in read if shape_of(model.get_submodule(name))[1] <= width} or {*names}
 
 
 def in_chosen_blocks(peft_config: SivaConfig, names: Iterable[str]) -> set[str]:
@@ -175,7 +164,7 @@ def limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
     """Give layers that were not named and that are smaller than r their full rank."""
     limited = {}
     for name, module in targets.items():
-        full = min(_shape_of(module))
+        full = min(shape_of(module))
         if get_pattern_key(list(peft_config.rank_pattern), name) == name and full < peft_config.r:
             limited[name] = full
     if limited:
@@ -231,18 +220,13 @@ def warn_of_a_long_start(peft_config: SivaConfig, targets: Mapping[str, Any]) ->
     if near or peft_config.d is not None:  # with d the advice would not help
         return
     made = [module for module in targets.values() if not isinstance(module, SivaLinear)]
-    shapes = [_shape_of(module) for module in made if module.weight.device.type == "cpu"]
+    shapes = [shape_of(module) for module in made if module.weight.device.type == "cpu"]
     if sum(min(shape) ** 2 * sum(shape) for shape in shapes) > _LONG:
         logger.warning(
             "decomposing %d weights exactly may take minutes on a CPU. svd_niter=4 decomposes nearly, in a small "
             "part of the time, and the model starts the same",
             len(shapes),
         )
-
-
-def _shape_of(layer: Any) -> tuple[int, int]:
-    """The shape `(N, K)` of a layer's matrix, also where it is stored in 4 bits."""
-    return (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.T.shape)
 
 
 def tied_parameters(model: nn.Module) -> set[int]:

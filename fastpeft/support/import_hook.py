@@ -1,7 +1,7 @@
 """Runs something when another library is imported, and imports none by itself.
 
-Libraries import one another while they load. So what waits for one of them runs when the outermost import has ended:
-of this library's own modules, or of one that is waited for.
+Libraries import one another while they load. So what waits for a module runs when the outermost import has ended: of
+this library's own modules, or of any in the libraries that are waited for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OWN = __name__.partition(".")[0]
 
 
 class _Hook(MetaPathFinder):
-    """Finds modules as the other finders do, and sees the modules of `actions`, and this library's own, load.
+    """Finds modules as the other finders do, and sees those of this library and of the libraries in `actions` load.
 
     Attributes:
         actions: what to do, by the name of the module that it waits for.
@@ -28,13 +28,14 @@ class _Hook(MetaPathFinder):
 
     def __init__(self, actions: dict[str, Callable[[], object]]) -> None:
         self.actions = actions
+        self.libraries = {_OWN, *(name.partition(".")[0] for name in actions)}
         self.depth = 0
         self.loaded: list[str] = []
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.actions and fullname.partition(".")[0] != _OWN:
+        if fullname.partition(".")[0] not in self.libraries:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         found = (finder.find_spec(fullname, path, target) for finder in others)

@@ -181,7 +181,7 @@ def estimate(config: TrainConfig, budget_mb: float | None = None) -> Estimate:
 def process_seconds() -> float:
     """Seconds that a process of `fastpeft train` takes beside its run: it starts, loads its libraries, and ends."""
     begin = time.perf_counter()
-    libraries = "import fastpeft.console, fastpeft.training.run, matplotlib.backends.backend_agg, matplotlib.figure"
+    libraries = "import fastpeft.console, fastpeft.training.recipe, matplotlib.backends.backend_agg, matplotlib.figure"
     command = [sys.executable, *import_path(), "-c", libraries]
     subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True)
     return time.perf_counter() - begin

@@ -21,7 +21,7 @@ from fastpeft.data.splitting import prompt_key
 from fastpeft.data.values import RowRef, refuse_empty
 from fastpeft.errors import FastpeftError, install
 from fastpeft.ladder import LadderModel
-from fastpeft.ladder.generation import keeps_keys
+from fastpeft.ladder.probe import probe
 from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
 from fastpeft.training.loading import EncodedText, FinishedRun, load_run
@@ -61,7 +61,7 @@ def tell_ends(model: Any, tokenizer: Any, *, chats: bool) -> None:
 
 def keeps_tokens(model: Any) -> bool:
     """Whether what a model has read of a text is kept; where not, as of LST beside Mamba, give `use_cache=False`."""
-    return not isinstance(model, LadderModel) or keeps_keys(model.backbone)
+    return not isinstance(model, LadderModel) or probe(model.backbone).keeps_keys
 
 
 @torch.inference_mode()

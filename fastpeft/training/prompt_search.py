@@ -46,8 +46,6 @@ _FINALISTS = 6  # templates in the ranking
 _RUNNERS_UP = 4
 _SHORTEST_WORD = 2  # letters
 
-# -- the grammar -----------------------------------------------------------------------------------------------------
-
 _CLAUSES = ("It was", "It is", "This is", "All in all, it was", "So", "It is about", "This is about", "The topic is")
 _ENDS = (".", "!", "")
 _LEADS = (".", ":")
@@ -72,9 +70,6 @@ def templates(is_pair: bool, *, decoder: bool = False) -> list[str]:
         links = product(_PAIR_ENDS, _PAIR_LINKS, _PAIR_STOPS)
         return [f"{{a}}{end} {link}{MASK}{stop} {{b}}" for end, link, stop in links] + after
     return after + [f"{clause}{lead} {texts}" for clause, lead in product(clauses, _LEADS)]
-
-
-# -- what is found ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -187,9 +182,6 @@ def draw_rows(data: TextData, seed: int) -> tuple[Examples, Examples]:
     return data.train.take(chosen), data.train.take(ranked)
 
 
-# -- the search ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Choice:
     """A template and a token for each class, with its score on some rows."""
@@ -209,12 +201,8 @@ class _Search:
         self.calibrate = calibrate
         self.max_length = max_length
         self.words = {at_start: whole_words(tokenizer, at_start) for at_start in (False, True)}  # by token
-        fewest = min(map(len, self.words.values()))
-        if fewest < len(labels):
-            raise FastpeftError(
-                f"the tokenizer has {fewest} whole words, too few for {len(labels)} classes. Write a prompt, or give "
-                "another model."
-            )
+        if (fewest := min(map(len, self.words.values()))) < len(labels):
+            raise FastpeftError(f"the tokenizer has {fewest} whole words for {len(labels)} classes. Write a prompt.")
 
     def run(self, grammar: Sequence[str], chosen: Examples, ranked: Examples) -> FoundPrompt:
         """The best prompt of `grammar`, words chosen by some rows and finalists ranked by others."""
@@ -253,7 +241,7 @@ class _Search:
         logits, favour = self._logits(template, tokens, rows)
         answers, labels = logits - favour, torch.tensor(rows.labels)
         return [
-            _Choice(template, choice.tokens, score(answers[:, [tokens.index(t) for t in choice.tokens]], labels))
+            _Choice(template, choice.tokens, float(score(answers[:, [*map(tokens.index, choice.tokens)]], labels)))
             for choice in choices
         ]
 
@@ -306,41 +294,24 @@ def best_words(
     Returns:
         Choices, as one word's index for each class, and their `score`, the best first.
     """
-    rows = len(logits)
-    lowest = logits.new_full((1, rows), -torch.inf)
-    # of every choice so far: its words, and for each row the logit of its own class's word, the highest of another
-    # class's, and the logarithm of the sum of all their exponentials
-    chosen: Tensor = torch.empty(1, 0, dtype=torch.long)
-    own, rival, total = lowest, lowest, lowest
-    scores = logits.new_zeros(1)
+    chosen, scores = torch.empty(1, 0, dtype=torch.long), torch.zeros(1)
     for index, words in enumerate(candidates):
-        new = logits[:, words].t()  # (candidates, rows)
-        mine, seen = labels == index, labels <= index
-        owns = torch.where(mine, new, own.unsqueeze(1))  # (choices, candidates, rows), as are the next two
-        rivals = torch.where(mine, rival.unsqueeze(1), torch.maximum(rival.unsqueeze(1), new))
-        totals = torch.logaddexp(total.unsqueeze(1), new)
-        found = _score(owns[..., seen], rivals[..., seen], totals[..., seen])
-        taken = (chosen.unsqueeze(1) == words.view(-1, 1)).any(-1)  # (choices, candidates)
-        found = found.masked_fill(taken, -torch.inf).flatten()
-        order = found.argsort(descending=True, stable=True)[:width]
-        order = order[found[order].isfinite()]
-        chosen = torch.cat([chosen[order // len(words)], words[order % len(words)].unsqueeze(1)], 1)
-        own, rival, total = (state.flatten(0, 1)[order] for state in (owns, rivals, totals))
-        scores = found[order]
+        longer = torch.cat([chosen.repeat_interleave(len(words), 0), words.repeat(len(chosen)).unsqueeze(1)], 1)
+        longer = longer[(longer[:, :-1] != longer[:, -1:]).all(1)]  # each class has a word of its own
+        seen = labels <= index
+        scores = score(logits[seen][:, longer].transpose(0, 1), labels[seen])
+        order = scores.argsort(descending=True, stable=True)[:width]
+        chosen, scores = longer[order], scores[order]
     return [(tuple(choice), value) for choice, value in zip(chosen.tolist(), scores.tolist())]
 
 
-def score(logits: Tensor, labels: Tensor) -> float:
-    """How well the logits of chosen words `(rows, classes)` answer: right rows, less a part of 1 that the loss decides.
+def score(logits: Tensor, labels: Tensor) -> Tensor:
+    """How well the logits of chosen words `(..., rows, classes)` answer, `(...)`.
 
-    So more right rows are always better, and among equals the lower cross entropy is.
+    It is the number of right rows, less a part of 1 that the cross entropy decides. So more right rows are always
+    better, and among equals the lower loss is.
     """
-    own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-    rival = logits.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
-    return float(_score(own, rival, logits.logsumexp(1)))
-
-
-def _score(own: Tensor, rival: Tensor, total: Tensor) -> Tensor:
-    """`score` of `(..., rows)`: the logit of the row's class, the highest other one, the logarithm of the sum."""
-    loss = (total - own).mean(-1)
+    index = labels.unsqueeze(-1).expand(*logits.shape[:-1], 1)
+    own, rival = logits.gather(-1, index).squeeze(-1), logits.scatter(-1, index, -torch.inf).amax(-1)
+    loss = (logits.logsumexp(-1) - own).mean(-1)
     return (own > rival).sum(-1) - loss / (1 + loss)

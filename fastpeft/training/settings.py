@@ -13,6 +13,7 @@ from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.method import Method
 from fastpeft.methods.registry import METHODS
 from fastpeft.mezo.trainer import MeZOConfig
+from fastpeft.training.config import TrainConfig
 
 # fields of TrainingArguments that settings may have; in the last line those of MeZOConfig alone
 _ARGUMENTS = """
@@ -31,47 +32,18 @@ _ARGUMENTS = """
     eps estimator num_estimates noise max_projected_grad on_nonfinite restore rounding
 """
 
-_WELL_KNOWN = ("lr_scheduler_type", "warmup_steps", "weight_decay")
-
-# what to do instead of setting some others
-_INSTEAD = {
-    **{name: f"use `{name}`" for name in ("learning_rate", "max_steps", "seed", "bf16", "save_steps")},
-    "r": "use `rank`",
-    "pack_weights": "use the option of that name",
-    "target_modules": "use `targets`",
-    "target_parameters": "name layers by `targets`, or use LoRA, which takes parameters",
-    "layer_replication": "replicate the layers in the base model, or use LoRA",
-    "window_size": "use `window`",
-    "reduction_factor": "use `reduction`",
-    "output_dir": "use `output`",
-    "num_train_epochs": "use `epochs`",
-    "per_device_train_batch_size": "use `batch_size`",
-    "auto_find_batch_size": "use `batch_size`; a dry run tells how much memory it needs",
-    "data_seed": "use `seed`, which decides the order of rows too",
-    "save_strategy": "use `save_steps`",
-    "load_best_model_at_end": "use `metric`",
-    "metric_for_best_model": "use `metric`",
-    "greater_is_better": "use `metric`, which decides it",
-    "full_determinism": "use `deterministic`",
-    "resume_from_checkpoint": "use --resume",
-    "bf16_full_eval": "it would round the weights that train; use `bf16`",
-    "fp16_full_eval": "it would round the weights that train; use fp16",
-    "eval_strategy": "dev rows are measured a few times a run, or with `metric` at each checkpoint",
-    "eval_delay": "use `eval_steps`, which tells every how many steps dev rows are measured",
-    "eval_on_start": "dev rows are always measured before the first step",
-    "report_to": "use `report_to`",
-    "label_names": "the model's labels are in the column labels",
-    "push_to_hub": "push the folder of the finished run",
-    "save_total_limit": "the newest checkpoints are kept",
-    "save_only_model": "a checkpoint holds all that resume needs",
-    "ignore_data_skip": "a resumed run meets the rows that it would have met",
-    "dataloader_drop_last": "every row is trained on in every epoch",
-    "train_sampling_strategy": "rows of about one length share a batch",
-    "group_by_length": "rows of about one length share a batch",  # its name in transformers 5.0
-    "fsdp": "each process of a launcher has the whole model",
-    "deepspeed": "each process of a launcher has the whole model",
-    "journal": "a run by MeZO always keeps one",
-    "save_weights": "leave `save_steps` out, and the journal is the only checkpoint",
+# what has an option of another name
+_OPTIONS = {
+    "r": "rank",
+    "target_modules": "targets",
+    "window_size": "window",
+    "reduction_factor": "reduction",
+    "output_dir": "output",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "save_strategy": "save_steps",
+    "metric_for_best_model": "metric",
+    "full_determinism": "deterministic",
 }
 
 
@@ -85,16 +57,16 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
     fields = {item.name: item for item in dataclasses.fields(arguments) if item.name in _ARGUMENTS.split()}
     hints = {name: hint for name, hint in get_type_hints(arguments).items() if name in fields} | of_method
     for name, value in settings.items():
-        if name not in hints and name in _INSTEAD:
-            raise FastpeftError(f"{name} cannot be set as a setting; {_INSTEAD[name]}.")
+        option = _OPTIONS.get(name, name)
+        if name not in hints and option in TrainConfig.__dataclass_fields__:
+            raise FastpeftError(f"{name} cannot be set as a setting; use `{option}`.")
         if name not in hints:
             takers = [other.name for other in METHODS.values() if name in other.settings()]
             advice = f" The name is one of {' and '.join(takers)}." if takers else ""
-            kind = "fastpeft.MeZOConfig" if method.zeroth_order else "transformers.TrainingArguments"
             raise FastpeftError(
                 f"unknown setting {name!r}; allowed for the method {method.name!r} are "
-                f"{', '.join(of_method) or 'none of its own'}, and {len(fields)} fields of {kind}, as "
-                f"{', '.join(_WELL_KNOWN)}. Choose one of these.{did_you_mean(name, hints)}{advice}"
+                f"{', '.join(of_method) or 'none of its own'}, and {len(fields)} fields of {arguments.__name__}, as "
+                f"lr_scheduler_type and weight_decay.{did_you_mean(name, hints)}{advice}"
             )
         hint = hints[name]
         if not _fits(value, hint):

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastpeft.data.examples import TextData, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.next_words import end_of_turn
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, OBJECTIVES
+from fastpeft.data.splitting import digest
 from fastpeft.data.token_rows import TokenRow, TokenRows
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
@@ -29,6 +31,7 @@ from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH_CAUSAL, Encoder
 from fastpeft.training.loading import continue_earlier, earlier_context, load_start, new_head
 from fastpeft.training.prompt_search import search_prompt
+from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import RunSetup, check_reporter, resolve, training_device
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,13 @@ class Task:
     def num_train_texts(self) -> int:
         """How many texts it trains on, of which joined rows have several."""
         return sum(map(packed_rows.texts_of, self.train_rows))
+
+    @cached_property
+    def trained_on(self) -> set[str]:
+        """Digests of the texts that the run trains on, and of those that what it starts from was trained on."""
+        start = self.config.init_from
+        earlier = set() if start is None else RunFolder(start).trained_on()
+        return earlier.union(map(digest, self.data.train.texts))
 
     @classmethod
     def load(cls, config: TrainConfig) -> Task:

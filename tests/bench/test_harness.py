@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from bench import harness, timers
-from bench.harness import elapsed, interleave, machine, measure, put_row, read_rows, spread, write_rows
+from bench.harness import Bench, elapsed, interleave, put_row, read_rows, spread, write_rows
 
 CPU = torch.device("cpu")
 
@@ -46,16 +48,27 @@ def test_spread_is_three_percentiles():
     assert spread(range(101)) == (20, 50, 80)
 
 
+@dataclass(frozen=True)
+class Case:
+    op: str = "nothing"
+    rows: int = 1
+
+
+def bench(*names: str) -> Bench:
+    return Bench("", "op.csv", lambda _: [Case()], lambda *_: {name: lambda: lambda: None for name in names}, rounds=5)
+
+
 def test_measure_writes_a_row_for_each_candidate(tmp_path):
-    file = tmp_path / "op.csv"
-    candidates = {"ours": lambda: None, "theirs": lambda: None}
     for _ in range(2):  # measuring again replaces
-        measure(file, {"op": "nothing", "rows": "1"}, candidates, CPU, rounds=5)
-    rows = read_rows(file)
-    assert [row["candidate"] for row in rows] == ["ours", "theirs"]
+        bench("ours", "theirs", "another").main(["--candidates", "ours,theirs", "--rows", "1", "2"], tmp_path)
+    rows = read_rows(tmp_path / "op.csv")
+    assert [(row["rows"], row["candidate"]) for row in rows] == [
+        (size, name) for size in "12" for name in ("ours", "theirs")
+    ]
     assert [float(rows[0][f"ratio_p{p}"]) for p in (20, 50, 80)] == [1, 1, 1]
     for row in rows:
         assert row["torch"] == torch.__version__.partition("+")[0]
+        assert row["device"] == "cpu"
         assert row["card"]
         assert float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
 
@@ -76,31 +89,25 @@ def test_a_failed_write_leaves_the_table(tmp_path):
     assert read_rows(file) == [{"a": "1"}]
 
 
-def test_a_table_that_is_not_there_is_empty(tmp_path):
-    assert read_rows(tmp_path / "none.csv") == []
-
-
-def test_machine_names_the_processor():
-    row = machine(CPU)
-    assert row["device"] == "cpu"
-    assert row["card"]
-
-
 def test_on_a_card_every_way_has_its_rows_and_is_measured_once(monkeypatch, tmp_path):
     """With a CPU in the card's place, and a replay that is the call itself."""
     made = []
     monkeypatch.setattr(harness, "captured", lambda runs: made.append("graph") or dict(runs))
     monkeypatch.setattr(harness, "elapsed_cold", elapsed)
     monkeypatch.setattr(harness, "peak_mb", lambda run: 1.5)
-    file = tmp_path / "op.csv"
     for _ in range(2):
-        harness._measure_on_card(file, {"op": "nothing"}, {"ours": lambda: None, "theirs": lambda: None}, CPU, 3)
-    rows = read_rows(file)
+        bench("ours", "theirs")._measure_on_card(Case(), CPU, 3, None, tmp_path)
+        monkeypatch.setattr(Bench, "ready", lambda *_: made.append("ready"))  # preparing takes longer than a call may
+    rows = read_rows(tmp_path / "op.csv")
     assert [(row["how"], row["candidate"]) for row in rows] == [
         (how, name) for how in ("eager", "graph", "cold") for name in ("ours", "theirs")
     ]
     assert made == ["graph"]
     assert all(row["source"] == harness.source() and row["peak_mb"] == "1.5" for row in rows)
+    monkeypatch.undo()
     monkeypatch.setattr(harness, "source", lambda: "of other kernels")
-    harness._measure_on_card(file, {"op": "nothing"}, {"ours": lambda: None}, CPU, 3)
-    assert len(read_rows(file)) == len(rows) + 3
+    monkeypatch.setattr(harness, "captured", lambda runs: {})
+    monkeypatch.setattr(harness, "elapsed_cold", elapsed)
+    monkeypatch.setattr(harness, "peak_mb", lambda run: 1.5)
+    bench("ours")._measure_on_card(Case(), CPU, 3, None, tmp_path)
+    assert [row["how"] for row in read_rows(tmp_path / "op.csv")[len(rows) :]] == ["eager", "cold"]

@@ -15,10 +15,8 @@ from bench.harness import read_rows
 from bench.llama_memory import (
     FILE,
     MODELS,
-    UNMASKED,
     Case,
     blank_linear4bit,
-    measure,
     simulate,
 )
 from fastpeft.methods.wrapping import in_4_bits
@@ -100,27 +98,6 @@ def test_a_blank_layer_has_the_bytes_of_a_quantised_one() -> None:
         found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     assert [(t.shape, t.dtype) for t in tensors[0]] == [(t.shape, t.dtype) for t in tensors[1]]
     assert [state.shape for state in states] == 2 * [torch.Size((896, 256))]
-
-
-@pytest.mark.usefixtures("fresh_bitsandbytes")
-@pytest.mark.parametrize(
-    "case",
-    [
-        QLORA,
-        replace(QLORA, checkpointing="yes"),
-        Case("siva", "nf4"),
-        LST,
-        replace(LST, checkpointing="yes"),
-        Case("k-lst", "nf4", reduction="8"),
-        Case("full", "float32", "logits"),
-        Case("mezo", "float32"),
-    ],
-    ids=str,
-)
-def test_a_step_that_runs_takes_as_much(case: Case) -> None:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE), attn_implementation=UNMASKED)
-    assert float(measure("tiny", case, model, 2, 128)["ratio"]) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ ROOT = Path(plot.__file__).parents[1]
 def test_pages_show_every_picture_and_no_other() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
     shown = set(re.findall(r"\]\((?:\.\./)+bench/data/(\w+)\.png\)", pages))
-    assert shown == set(plot.PICTURES)
+    assert shown == set(plot.TIMINGS)
     assert shown == {file.stem for file in plot.DATA.glob("*.png")}
 
 

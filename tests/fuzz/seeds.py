@@ -7,7 +7,7 @@ import struct
 import zlib
 from typing import Any
 
-from fastpeft.mezo.estimator import Estimator
+from fastpeft.mezo import step_seed
 from fastpeft.mezo.journal_format import MAGIC
 from fastpeft.ops.noise import NAMES
 
@@ -37,7 +37,7 @@ def journal(header: Any = HEADER, records: int = 2) -> bytes:
     text = json.dumps(header).encode()
     made = MAGIC + struct.pack("<I", len(text)) + text + struct.pack("<I", zlib.crc32(text))
     for step in range(records):
-        packed = struct.pack("<IBxHQ2d", step, 0, 2, Estimator().seeds(7, step)[0], 0.5, 1e-6)
+        packed = struct.pack("<IBxHQ2d", step, 0, 2, step_seed(7, step), 0.5, 1e-6)
         made += packed + struct.pack("<I", zlib.crc32(packed))
     return made
 

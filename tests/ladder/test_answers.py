@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderModel
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.probes import check_answers
+from fastpeft.ladder.probe import check_answers
 
 XLM = {"vocab_size": 50, "emb_dim": 16, "n_layers": 3, "n_heads": 2, "num_labels": 3}
 CHARACTERS = {**SPECIAL, "local_transformer_stride": 8}

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
-from fastpeft.ladder.backbone_passes import listen
 from fastpeft.ladder.cache import _identity
+from fastpeft.ladder.passes import listen
 from fastpeft.ops.quantise import QuantisedLinear
 from fastpeft.support.processor import has_int8
 from fastpeft.support.stages import listening

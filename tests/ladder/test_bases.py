@@ -20,7 +20,7 @@ from trainers import quiet
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.backbone_passes import skip_layers
+from fastpeft.ladder.passes import skip_layers
 
 LABELS = torch.tensor([0, 1, 2])
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -442,15 +442,11 @@ def test_inputs_under_another_name_are_refused() -> None:
         made("perceptron")(input_ids=X)
     with pytest.raises(FastpeftError, match="ViTForImageClassification got no input_ids, inputs_embeds or pix"):
         made("vit")(inputs=IMAGES)
-    for kind, given, takes in (
-        (
-            "perceptron",
-            {"inputs": X, "start_positions": IDS[:, 0]},
-            "attention_mask, labels, and got start_pos",
-        ),
-        ("vit", {"pixel_values": IMAGES, "inputs": IMAGES}, "its inputs by their own names, and got inputs"),
+    for kind, given in (
+        ("perceptron", {"inputs": X, "start_positions": IDS[:, 0]}),
+        ("vit", {"pixel_values": IMAGES, "inputs": IMAGES}),
     ):
-        with pytest.raises(FastpeftError, match=takes):
+        with pytest.raises(FastpeftError, match=r"got (start_positions|inputs), which it does not take"):
             made(kind)(**given)
 
 

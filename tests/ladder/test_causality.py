@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft import FastpeftError, LadderModel, LadderPool
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.backbone_passes import compile_layers
-from fastpeft.ladder.probes import decide_causal
+from fastpeft.ladder.passes import compile_layers
+from fastpeft.ladder.probe import decide_causal
 
 IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 

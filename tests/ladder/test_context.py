@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, SivaConfig
-from fastpeft.ladder.generation import CACHE
+from fastpeft.ladder.backbone import CACHE
 
 CONTEXT = [7, 9, 11, 20]
 WORDS = torch.randint(5, 60, (3, 8), generator=torch.Generator().manual_seed(1))

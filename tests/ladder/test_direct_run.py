@@ -11,8 +11,8 @@ from side_networks import EXACT, LAYERS, MASK, features, network
 from torch import Tensor
 
 from bench.oracles.direct_run import DirectRun
-from fastpeft import LadderConfig, LadderModel
-from fastpeft.ladder.side import SideNetwork, SideRun
+from fastpeft import LadderModel
+from fastpeft.ladder.side import SideRun
 
 
 def output(run: SideRun, given: list[Tensor]) -> Tensor:
@@ -56,15 +56,6 @@ def test_it_is_the_same_function(config: dict[str, Any], causal: bool) -> None:
             assert (direct - own).abs().max() <= 5e-6 * own.abs().max()
 
 
-def test_without_a_mask_and_with_states() -> None:
-    side = network(window_size=3)
-    runs = [kind(side, None, 0, keep_states=True) for kind in (SideRun, DirectRun)]
-    own, direct = (output(run, features()) for run in runs)
-    torch.testing.assert_close(direct, own, **EXACT)
-    torch.testing.assert_close(runs[1].states, runs[0].states, **EXACT)
-    assert len(runs[1].states) == LAYERS + 1
-
-
 def test_it_drops_features_and_blocks_in_training() -> None:
     side = network(window_size=3, feature_dropout=0.5).train()
     torch.manual_seed(0)
@@ -84,17 +75,3 @@ def test_a_model_that_computes_so_is_saved_and_loaded_as_ever(config: dict[str, 
     assert all(parameter.grad is not None for parameter in trainable(model).values())
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(LadderModel.from_pretrained(tmp_path, base=tiny())), logits(model))
-
-
-def test_it_keeps_all_features_where_the_library_streams() -> None:
-    side = SideNetwork(LadderConfig(window_size=3), 64, 8).eval()
-    alive: dict[type[SideRun], int] = {}
-    for kind in (SideRun, DirectRun):
-        run = kind(side, None, 0)
-        with torch.no_grad():
-            for layer in range(9):
-                run.feed(layer, torch.randn(2, 5, 64))
-        held = [value for value in vars(run).values() if isinstance(value, list | dict)]
-        tensors = [each for group in held for each in (group.values() if isinstance(group, dict) else group)]
-        alive[kind] = sum(each.nbytes for each in tensors if isinstance(each, Tensor))
-    assert alive == {SideRun: 0, DirectRun: 9 * 2 * 5 * 64 * 4}

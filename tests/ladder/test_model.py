@@ -19,7 +19,6 @@ from backbones import (
     MASK,
     SPECIAL,
     classifier,
-    labels,
     ladder,
     logits,
     moved,
@@ -45,57 +44,12 @@ def trained_head(model: LadderModel) -> list[str]:
 # -- architectures -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "head", "trains"),
-    [
-        ("Roberta", "ForSequenceClassification", ["classifier.dense", "classifier.out_proj"]),
-        ("Roberta", "ForMaskedLM", ["lm_head.dense", "lm_head.layer_norm"]),
-        ("Bert", "ForSequenceClassification", ["bert.pooler.dense", "classifier"]),
-        ("Bert", "ForMaskedLM", ["cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"]),
-        ("XLMRoberta", "ForTokenClassification", ["classifier"]),
-        ("Electra", "ForQuestionAnswering", ["qa_outputs"]),
-        ("Electra", "ForMaskedLM", ["generator_predictions.LayerNorm", "generator_predictions.dense"]),
-        ("DebertaV2", "ForSequenceClassification", ["pooler.dense", "classifier"]),
-        ("DebertaV2", "ForMaskedLM", ["cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"]),
-        ("MobileBert", "ForMaskedLM", ["cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"]),
-        ("DistilBert", "ForSequenceClassification", ["pre_classifier", "classifier"]),
-        ("DistilBert", "ForMaskedLM", ["vocab_transform", "vocab_layer_norm"]),
-        ("ModernBert", "ForSequenceClassification", ["head.dense", "head.norm", "classifier"]),
-        ("ModernBert", "ForMaskedLM", ["head.dense", "head.norm"]),
-        ("GPT2", "ForSequenceClassification", ["score"]),
-        ("GPT2", "LMHeadModel", []),
-    ],
-)
-def test_every_architecture_by_one_path(kind: str, head: str, trains: list[str]) -> None:
-    classes = 2 if head == "ForQuestionAnswering" else 3
-    model = ladder(tiny(kind, head, num_labels=classes)).train()
-    before = copy.deepcopy(model.base.state_dict())
-    output = model(IDS, attention_mask=MASK, **labels(head))
-    output.loss.backward()
-    assert list(dict.fromkeys(name.rpartition(".")[0] for name in trained_head(model))) == trains
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model).keys()
-    assert model.config.causal is (kind == "GPT2")
-    assert all(tensor.equal(before[name]) for name, tensor in model.base.state_dict().items())
-
-
 def test_the_encoder_output_is_the_side_networks() -> None:
     """The head gets the up-projection and nothing else: that of zeros makes all texts alike."""
     model = ladder().eval()
     assert not logits(model)[0].allclose(logits(model)[1])
     model.side.up.weight.data.zero_()
     torch.testing.assert_close(logits(model)[0], logits(model)[1])
-
-
-def test_the_side_network_sees_the_backbones_hidden_states() -> None:
-    base = tiny()
-    with torch.no_grad():
-        expected = base.roberta(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
-    model, seen = ladder(base), []
-    for projection in (model.side.down, *model.side.projections.values()):
-        projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    logits(model)
-    assert len(seen) == 5  # the embeddings twice: for theta_0 and for block 1
-    assert all(a.equal(b) for a, b in zip(seen, (expected[0], *expected)))
 
 
 def test_layers_named_by_hand() -> None:
@@ -199,19 +153,6 @@ def test_token_types_reach_a_base_that_knows_them_and_no_other() -> None:
     with torch.no_grad():
         assert not bert(IDS, token_type_ids=types).logits.equal(bert(IDS).logits)
         assert distil(IDS, token_type_ids=types).logits.equal(distil(IDS).logits)
-
-
-@pytest.mark.parametrize(("kind", "head"), [("Roberta", "ForSequenceClassification"), ("ModernBert", "ForMaskedLM")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_backbone(kind: str, head: str, dtype: torch.dtype) -> None:
-    model = ladder(tiny(kind, head).to(dtype)).train()
-    output = model(IDS, attention_mask=MASK, **labels(head))
-    output.loss.backward()
-    for parameter in model.parameters():
-        assert parameter.dtype == (torch.float32 if parameter.requires_grad else dtype)
-    exact = ladder(tiny(kind, head))
-    assert (logits(model.eval()).float() - logits(exact.eval())).abs().max() < 0.05 * logits(exact).abs().max()
-    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_a_head_in_float64_stays_so() -> None:
@@ -402,7 +343,7 @@ def test_inputs_that_the_base_alone_names_reach_it_in_a_trainer(tmp_path: Path) 
         assert [each.tolist() for each in seen] == [[boxes.tolist()] * 2]
         assert not trainer.model_accepts_loss_kwargs  # a loss divided by what a Trainer counts
     assert not model(IDS, bbox=boxes.expand(3, 9, 4)).logits.allclose(model(IDS).logits)
-    with pytest.raises(FastpeftError, match=r"beside a LayoutLMForTokenClassification got langs, which that does not"):
+    with pytest.raises(FastpeftError, match="got langs, which it does not take"):
         model(IDS, langs=IDS)
 
 
@@ -431,7 +372,7 @@ WAVES = {"conv_dim": (16,), "conv_stride": (5,), "conv_kernel": (5,), "num_feat_
     ("base", "config", "message"),
     [
         (lambda: nn.Linear(4, 4), {}, "the base is a Linear"),
-        (lambda: tiny("Albert"), {}, r"layers of AlbertForSequenceClassification .*says 3 layers.*as ALBERT's"),
+        (lambda: tiny("Albert"), {}, r"layers of AlbertForSequenceClassification .*says 3 layers"),
         (tiny, {"feature_modules": ["encoder.layer"]}, r"'encoder\.layer', which .* roberta\.encoder\.layer \(3\)"),
         (tiny, {"reduction_factor": 5}, "does not divide the backbone's width, 16"),
         (
@@ -505,11 +446,6 @@ def test_advice_on_models_without_a_classifier_works() -> None:
     assert ladder(Own(), feature_modules="encoder.encoder.block")(inputs=IDS).logits.shape == (3, 3)
 
 
-def test_something_else_than_a_configuration_is_refused() -> None:
-    with pytest.raises(FastpeftError, match=r"LadderModel takes a model and a LadderConfig; .* a dict"):
-        LadderModel(tiny(), {"window_size": 3})
-
-
 def test_layers_named_out_of_order_are_refused() -> None:
     model = ladder(feature_modules=["roberta.encoder.layer.1", "roberta.encoder.layer.0"])
     with pytest.raises(FastpeftError, match="in their order"):
@@ -531,7 +467,6 @@ def test_layers_that_do_not_run_are_refused() -> None:
         ({"input_ids": IDS[0]}, r"got a tensor of shape \(9,\); it takes a batch"),
         ({"input_ids": IDS, "attention_mask": MASK[:, None, None]}, r"attention_mask has the shape \(3, 1, 1, 9\)"),
         ({"input_ids": IDS, "attention_mask": MASK[:, 1:]}, r"attention_mask has the shape \(3, 8\)"),
-        ({"input_ids": IDS, "output_attentions": True}, "output_attentions=True, but a side network keeps no"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(inputs: dict[str, Tensor], message: str) -> None:
@@ -562,7 +497,7 @@ def test_virtual_tokens_are_refused() -> None:
 def test_rows_that_a_model_pads_itself_are_padded_by_a_collator() -> None:
     base = tiny("Longformer", attention_window=4)
     model = ladder(base).eval()
-    with pytest.raises(FastpeftError, match=r"\(3, 12, 16\).* as Longformer does, .* pad_to_multiple_of"):
+    with pytest.raises(FastpeftError, match=r"\(3, 12, 16\).* pad_to_multiple_of"):
         model(IDS, attention_mask=MASK)
     padded = [nn.functional.pad(each, (0, more)) for more in (3, 7) for each in (IDS, MASK)]
     once, twice = (model(ids, attention_mask=mask).logits for ids, mask in (padded[:2], padded[2:]))

@@ -11,12 +11,11 @@ import torch
 from backbones import ladder, tiny
 from causal_models import causal_model
 from pools import SMALL
-from tokenizers_for_prompts import make_tokenizer
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder import LadderCache
-from fastpeft.ladder.generation import CACHE
+from fastpeft.ladder.backbone import CACHE
 
 WORDS = torch.randint(5, 60, (5, 7), generator=torch.Generator().manual_seed(2))
 MASK = torch.ones(5, 7, dtype=torch.long)
@@ -96,13 +95,6 @@ def test_a_token_takes_one_pass_of_the_backbone() -> None:
     pool.backbone.layers[0].register_forward_hook(lambda _, args, __: rows.append(tuple(args[0].shape[:2])))
     pool.generate(PROMPTS, MIXES["mixed"], **{**GREEDY, "max_new_tokens": 3})
     assert rows == [(5, 7), (5, 1), (5, 1)]
-
-
-def test_it_ends_at_a_text() -> None:
-    pool, tokenizer = pool_beside(causal_model("llama")), make_tokenizer("byte-level")
-    whole = pool.generate({"input_ids": WORDS[:1]}, ["lst"], **GREEDY)
-    stop = {"stop_strings": tokenizer.decode(whole[0, 7]), "tokenizer": tokenizer}
-    assert pool.generate({"input_ids": WORDS[:1]}, ["lst"], **GREEDY, **stop).equal(whole[:, :8])
 
 
 def test_members_keep_their_mode() -> None:
@@ -209,7 +201,6 @@ def test_what_is_refused() -> None:
     for batch, tasks, options, message in (
         (PROMPTS, ["lst"], {}, "the batch has 5 rows, but 1 tasks"),
         (PROMPTS, ["none"] * 5, {}, "no task 'none'"),
-        ({**PROMPTS, "labels": WORDS}, ["lst"] * 5, {}, "takes no labels"),
         (PROMPTS, ["lst"] * 5, {"use_cache": False}, "use_cache=False"),
         (PROMPTS, ["lst"] * 5, {"cache_implementation": "static"}, "cache_implementation='static'"),
         (
@@ -219,7 +210,6 @@ def test_what_is_refused() -> None:
             "prompt_lookup_num_tokens=3: a pool",
         ),
         (PROMPTS, ["lst"] * 5, {"past_key_values": LadderCache(pool.backbone)}, "is a LadderCache"),
-        (PROMPTS, ["lst"] * 5, {"output_attentions": True}, "output_attentions=True"),
         (PROMPTS, ["lst"] * 5, {"output_hidden_states": True}, "output_hidden_states=True: a pool"),
     ):
         with pytest.raises(FastpeftError, match=message):

@@ -83,14 +83,6 @@ def test_every_row_gets_its_models_answer_from_one_pass(checkpoint: Path, tokeni
     assert len({answer.logits.sum().item() for answer in answers}) == len(TASKS)
 
 
-def test_members_share_the_backbones_weights(checkpoint: Path, tokenizer: Any) -> None:
-    pool = LadderPool(masked_lm(checkpoint))
-    model = pool.add("opinion", member(checkpoint, tokenizer, "opinion"))
-    own, theirs = (dict(backbone.body.named_parameters()) for backbone in (pool.backbone, model.masked_lm.backbone))
-    assert all(theirs[name] is parameter for name, parameter in own.items())
-    assert model.core.lm_head.decoder.weight is own["embeddings.word_embeddings.weight"]
-
-
 def test_a_new_side_network_gets_a_prompt(checkpoint: Path, tokenizer: Any) -> None:
     pool = LadderPool(masked_lm(checkpoint))
     pool.add("opinion", LadderConfig(**SMALL))

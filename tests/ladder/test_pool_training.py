@@ -193,8 +193,6 @@ def test_outputs_for_a_loop_of_ones_own(head: str) -> None:
     assert not list(pool.outputs(batch, tasks=[]))
     with pytest.raises(FastpeftError, match="has no entries"):
         list(pool.outputs({}))
-    with pytest.raises(FastpeftError, match="got batches for 1, and none for 0 of tasks"):
-        list(pool.outputs({"1": batch}, tasks=["0", "1"]))
 
 
 def test_a_call_evaluates_and_leaves_modes_as_they_are() -> None:
@@ -287,24 +285,14 @@ def test_an_iterator_is_good_for_one_epoch() -> None:
 def test_joint_training_refuses_what_does_not_go_together() -> None:
     pool = new_pool()
     optimizers = {name: optimizer_of(pool[name], name) for name in ("slow", "fast")}
-    with pytest.raises(FastpeftError, match="no batches for 'fast'"):
-        pool.fit({"slow": batches()}, optimizers)
     given = {"slow": batches(), "fast": batches()}
     with pytest.raises(FastpeftError, match="batches for 'typo', but no optimizer"):
         pool.fit({**given, "typo": batches()}, optimizers)
-    with pytest.raises(FastpeftError, match="a seed for 'Slow', but no optimizer"):
-        pool.fit(given, optimizers, seed={"Slow": 5})
     embedded = [{"inputs_embeds": torch.randn(2, 4, 16), "labels": torch.tensor([0, 1])}]
     with pytest.raises(FastpeftError, match="some of the batches have"):
         pool.fit({"slow": batches(), "fast": embedded}, optimizers)
     with pytest.raises(FastpeftError, match="a batch as a dictionary of tensors"):
         pool.fit([BATCH["input_ids"]], optimizers)
-    with pytest.raises(FastpeftError, match="a batch has the tasks 'slow', 'fast' in place of tensors"):
-        pool.fit([dict.fromkeys(optimizers, batches()[0])], optimizers)
-    with pytest.raises(FastpeftError, match=r"head has 3 classes: Target 3 is out of bounds\. Give labels below that"):
-        pool.fit([{**BATCH, "labels": torch.tensor([0, 3, 1])}], optimizers)
-    with pytest.raises(FastpeftError, match="a batch for 'slow' has no labels"):
-        pool.fit([BATCH], optimizers)
     with pytest.raises(FastpeftError, match="no task 'b'"):
         pool.fit(batches(), {"b": optimizers["slow"]})
 

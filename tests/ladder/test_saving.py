@@ -313,18 +313,6 @@ def test_a_backbone_that_cannot_be_found_is_asked_for(tmp_path: Path, half_check
             LadderModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("kind", "head"), [("Roberta", "ForSequenceClassification"), ("Bert", "ForMaskedLM"), ("GPT2", "LMHeadModel")]
-)
-def test_a_base_without_a_name_is_given_to_load(tmp_path: Path, kind: str, head: str) -> None:
-    model = ladder(tiny(kind, head))
-    for parameter in trainable(model).values():
-        parameter.data += 0.1
-    model.save_pretrained(tmp_path)
-    assert load_file(tmp_path / "model.safetensors").keys() == trainable(model).keys()
-    assert logits(LadderModel.from_pretrained(tmp_path, base=tiny(kind, head))).equal(logits(model.eval()))
-
-
 @pytest.mark.skipif(not hasattr(transformers, "GteConfig"), reason="this transformers has no such model")
 @pytest.mark.parametrize("adapted", [False, True], ids=["head", "adapter"])
 def test_weights_that_transformers_renames_keep_their_names(tmp_path: Path, adapted: bool) -> None:

@@ -19,7 +19,8 @@ from transformers import RobertaForMaskedLM
 
 from fastpeft import FastpeftError, MeZO, MeZOTrainer, SivaConfig
 from fastpeft.functional import mezo_perturb, mezo_perturb_
-from fastpeft.mezo import Journal, scratch_weights, step_seed
+from fastpeft.mezo import SPSA, Exact, InPlace, Journal, exact, step_seed
+from fastpeft.mezo.in_place import Rule
 
 EPS = 1e-2
 
@@ -36,12 +37,12 @@ def loss_of(model: nn.Module, step: int = 0) -> Callable[[], Tensor]:
 # -- what a step computes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_estimates": 2, "noise": "rademacher"}], ids=str)
-def test_steps_are_those_of_perturbed_copies(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("estimator", [SPSA(), SPSA(2, "rademacher")], ids=str)
+def test_steps_are_those_of_perturbed_copies(estimator: SPSA) -> None:
     """With tied weights, embeddings and stochastic rounding, bit for bit."""
     ours, theirs = language_model(), language_model()
-    optimizer = MeZO(ours, lr=1e-3, eps=EPS, weight_decay=0.1, restore="exact", **settings)
-    n, noise = settings.get("num_estimates", 1), settings.get("noise", "gaussian")
+    optimizer = MeZO(ours, lr=1e-3, eps=EPS, weight_decay=0.1, estimator=estimator, rule=Exact())
+    n, noise = estimator.num_estimates, estimator.noise
     params = dict(theirs.named_parameters())
     offsets, end = [], 0
     for param in params.values():
@@ -81,44 +82,18 @@ def test_steps_are_those_of_perturbed_copies(settings: dict[str, Any]) -> None:
 
 def test_groups_have_their_own_eps() -> None:
     ours, theirs = network(), network()
-    for model, restore in ((ours, "exact"), (theirs, "in_place")):
+    for model, rule in ((ours, Exact()), (theirs, InPlace())):
         groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "eps": 10 * EPS}]
-        optimizer = MeZO(groups, lr=1e-2, eps=EPS, restore=restore, model=model)
+        optimizer = MeZO(groups, lr=1e-2, eps=EPS, rule=rule, model=model)
         for step in range(3):
             optimizer.step(fit(model, step))
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-6)
 
 
-def test_fzoo_and_deferring() -> None:
-    ours, theirs = language_model(), language_model()
-    for model, defer in ((ours, True), (theirs, False)):
-        optimizer = MeZO(
-            model, lr=1e-6, eps=EPS, restore="exact", estimator="fzoo", num_estimates=3, noise="rademacher", defer=defer
-        )
-        for step in range(3):
-            optimizer.step(loss_of(model, step))
-        optimizer.settle()
-    assert equal(weights(ours), weights(theirs))
-    assert not equal(weights(ours), weights(language_model()))
-
-
-def test_what_a_deferred_step_owes_is_no_read_outside_of_a_module() -> None:
-    """Each op is looked at in every hundredth step, and after a step that found no slope."""
-    ours, theirs = language_model(), language_model()
-    deferred = MeZO(ours, lr=1e-3, restore="exact", defer=True)
-    at_once = MeZO(theirs, lr=1e-3, restore="exact")
-    for step in range(6):
-        flat = step in (3, 4)  # no slope
-        for model, optimizer in ((ours, deferred), (theirs, at_once)):
-            optimizer.step((lambda model=model: loss_of(model)() * 0) if flat else loss_of(model))
-    deferred.settle()
-    assert equal(weights(ours), weights(theirs))
-
-
 def test_siva_factors_of_a_peft_model() -> None:
     """What trains lies in small modules of its own."""
     model = peft.get_peft_model(language_model(), SivaConfig(r=2, scaling="plain")).bfloat16()
-    optimizer = MeZO(model, lr=0.0, eps=0.5, restore="exact")  # large enough to show in a loss of bfloat16
+    optimizer = MeZO(model, lr=0.0, eps=0.5, rule=Exact())  # large enough to show in a loss of bfloat16
     before = weights(model)
     optimizer.step(loss_of(model))
     assert optimizer.projected_grad != 0
@@ -134,7 +109,7 @@ def test_a_compiled_model_that_ran_before_takes_the_same_steps() -> None:
             model = torch.compile(model, backend="eager")
             with torch.no_grad():
                 fit(model)()
-        optimizer = MeZO(model, lr=1e-2, eps=EPS, restore="exact")
+        optimizer = MeZO(model, lr=1e-2, eps=EPS, rule=Exact())
         slopes.append([(optimizer.step(fit(model, step)), optimizer.projected_grad) for step in range(4)])
     assert slopes[0] == slopes[1]
     assert all(slope for _, slope in slopes[0])
@@ -148,7 +123,7 @@ def test_stochastic_rounding_keeps_what_nearest_loses() -> None:
     def mean_after(rounding: str) -> float:
         layer = nn.Linear(64, 32, bias=False).to(torch.bfloat16)
         nn.init.ones_(layer.weight)
-        optimizer = MeZO(layer, lr=1.0, eps=2**-6, weight_decay=1e-4, restore="exact", rounding=rounding)
+        optimizer = MeZO(layer, lr=1.0, eps=2**-6, weight_decay=1e-4, rule=Exact(rounding=rounding))
         for _ in range(100):
             optimizer.step(lambda: layer(torch.ones(1, 64, dtype=torch.bfloat16)).sum() * 0)
         return layer.weight.float().mean().item()
@@ -162,14 +137,14 @@ def test_stochastic_rounding_keeps_what_nearest_loses() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lr_0_leaves_every_bit_where_in_place_drifts(dtype: torch.dtype) -> None:
-    exact, in_place = network(dtype), network(dtype)
-    before = weights(exact)
-    for model, restore in ((exact, "exact"), (in_place, "in_place")):
-        optimizer = MeZO(model, lr=0.0, restore=restore)
+    untouched, moved = network(dtype), network(dtype)
+    before = weights(untouched)
+    for model, rule in ((untouched, Exact()), (moved, InPlace())):
+        optimizer = MeZO(model, lr=0.0, rule=rule)
         for step in range(200):
             optimizer.step(fit(model, step))
-    assert equal(weights(exact), before)
-    assert not equal(weights(in_place), before)
+    assert equal(weights(untouched), before)
+    assert not equal(weights(moved), before)
 
 
 @pytest.mark.parametrize("call", [1, 3])
@@ -185,7 +160,7 @@ def test_an_exception_in_the_forward_puts_the_parameters_back(call: int) -> None
             raise KeyboardInterrupt
 
     model.roberta.encoder.layer[1].output.dense.register_forward_pre_hook(fail)
-    optimizer = MeZO(model, lr=0.1, restore="exact")
+    optimizer = MeZO(model, lr=0.1, rule=Exact())
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(loss_of(model))
     assert all(
@@ -203,10 +178,10 @@ def test_the_scratch_is_as_large_as_the_largest_module_reached() -> None:
     model.lm_head.requires_grad_(False)
     model.lm_head.decoder.weight = nn.Parameter(model.lm_head.decoder.weight.detach().clone(), requires_grad=False)
     model.roberta.embeddings.word_embeddings.weight.requires_grad_(True)
-    optimizer = MeZO(model, lr=0.0, eps=EPS, restore="exact")
+    optimizer = MeZO(model, lr=0.0, eps=EPS, rule=Exact())
     optimizer.step(loss_of(model))
     largest = (32 * 16 + 32) * 2  # bytes of a feed-forward layer, with its bias, in bfloat16
-    assert largest <= optimizer.scratch_bytes <= largest + 128
+    assert largest <= optimizer.weights.scratch_bytes <= largest + 128
 
 
 def test_rows_of_embeddings_are_perturbed_as_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +190,8 @@ def test_rows_of_embeddings_are_perturbed_as_the_whole_is(monkeypatch: pytest.Mo
     for by_rows in (True, False):
         model = language_model()
         if not by_rows:
-            monkeypatch.setattr(scratch_weights, "_by_rows", lambda module: False)
-        optimizer = MeZO(model, lr=1e-3, eps=EPS, restore="exact")
+            monkeypatch.setattr(exact, "_by_rows", lambda module: False)
+        optimizer = MeZO(model, lr=1e-3, eps=EPS, rule=Exact())
         losses.append([optimizer.step(loss_of(model, step)) for step in range(2)])
     assert losses[0] == losses[1]
 
@@ -226,7 +201,7 @@ def test_rows_of_embeddings_are_perturbed_as_the_whole_is(monkeypatch: pytest.Mo
 
 def test_a_journal_repeats_stochastic_rounding(tmp_path: Path) -> None:
     model, again = language_model(), language_model()
-    optimizer = MeZO(model, lr=1e-3, eps=EPS, weight_decay=0.1, restore="exact", on_nonfinite="skip", num_estimates=2)
+    optimizer = MeZO(model, lr=1e-3, eps=EPS, weight_decay=0.1, estimator=SPSA(2), rule=Exact(on_nonfinite="skip"))
     optimizer.record(tmp_path / "run")
     for step in range(4):
         optimizer.step(loss_of(model, step) if step != 2 else lambda: float("nan"))
@@ -261,12 +236,12 @@ class Borrowing(nn.Module):
 def test_a_parameter_read_outside_of_its_module_is_refused_by_name() -> None:
     model = Borrowing()
     before = copy.deepcopy(weights(model))
-    optimizer = MeZO(model, lr=0.1, restore="exact")
+    optimizer = MeZO(model, lr=0.1, rule=Exact())
     with pytest.raises(FastpeftError, match=r"'second\.weight' to what reads it outside"):
         optimizer.step(lambda: model(torch.ones(2, 4)).sum())
     assert equal(weights(model), before)
     model.second.requires_grad_(False)
-    MeZO(model, lr=0.1, restore="exact").step(lambda: model(torch.ones(2, 4)).sum())
+    MeZO(model, lr=0.1, rule=Exact()).step(lambda: model(torch.ones(2, 4)).sum())
 
 
 @pytest.mark.parametrize("nothing_else", [True, False])
@@ -275,7 +250,7 @@ def test_a_parameter_read_outside_of_its_module_later_is_refused(nothing_else: b
     model, x = Borrowing(), torch.ones(2, 4)
     read = [model.second]
     model.first.requires_grad_(not nothing_else)
-    optimizer = MeZO(model, lr=0.0, restore="exact")
+    optimizer = MeZO(model, lr=0.0, rule=Exact())
 
     def loss() -> Tensor:
         return read[0](model.first(x)).sum() if read else model(x).sum()
@@ -297,10 +272,10 @@ def test_a_frozen_weight_in_the_memory_of_a_trained_one_can_be_read() -> None:
     model.first.weight = nn.Parameter(memory[:16].view(4, 4))
     model.second.weight = nn.Parameter(memory[16:].view(4, 4), requires_grad=False)
     model.second.bias.requires_grad_(False)
-    MeZO(model, lr=0.1, restore="exact").step(lambda: model(torch.ones(2, 4)).sum())
+    MeZO(model, lr=0.1, rule=Exact()).step(lambda: model(torch.ones(2, 4)).sum())
     model.second.weight = nn.Parameter(memory[15:31].view(4, 4), requires_grad=False)
     with pytest.raises(FastpeftError, match=r"'first\.weight' to what reads it outside"):
-        MeZO(model, lr=0.1, restore="exact").step(lambda: model(torch.ones(2, 4)).sum())
+        MeZO(model, lr=0.1, rule=Exact()).step(lambda: model(torch.ones(2, 4)).sum())
 
 
 class Latents(nn.Module):
@@ -324,13 +299,13 @@ class Latents(nn.Module):
 def test_what_a_module_returns_of_its_weight_outlives_its_forward(larger_before: bool) -> None:
     x = torch.randn(3, 5, 8)
 
-    def slope(restore: str) -> float | None:
+    def slope(rule: Rule) -> float | None:
         model = Latents()
-        optimizer = MeZO(model, lr=1e-3, eps=EPS, restore=restore)
+        optimizer = MeZO(model, lr=1e-3, eps=EPS, rule=rule)
         optimizer.step(lambda: model(model.first(x) if larger_before else x))
         return optimizer.projected_grad
 
-    assert slope("exact") == pytest.approx(slope("in_place"), rel=1e-3)
+    assert slope(Exact()) == pytest.approx(slope(InPlace()), rel=1e-3)
 
 
 def test_rows_without_their_padding_pass_the_watch() -> None:
@@ -339,25 +314,21 @@ def test_rows_without_their_padding_pass_the_watch() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
     x, padding = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False] * 2 + [True] * 2])
 
-    def loss_of_a_step(restore: str) -> float | None:
+    def loss_of_a_step(rule: Rule) -> float | None:
         model = copy.deepcopy(encoder)
-        optimizer = MeZO(model, lr=1e-3, restore=restore)
+        optimizer = MeZO(model, lr=1e-3, rule=rule)
         return optimizer.step(lambda: model(x, src_key_padding_mask=padding).square().mean())
 
     with pytest.raises(FastpeftError, match=r"out_proj\.weight' to what reads it outside"):
-        loss_of_a_step("exact")
+        loss_of_a_step(Exact())
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_("out_proj" not in name)
-    assert loss_of_a_step("exact") == pytest.approx(loss_of_a_step("in_place"), rel=1e-5)
+    assert loss_of_a_step(Exact()) == pytest.approx(loss_of_a_step(InPlace()), rel=1e-5)
 
 
 def test_exact_needs_the_model() -> None:
     model = network(torch.float32)
     with pytest.raises(FastpeftError, match="needs the model"):
-        MeZO(model.parameters(), lr=0.1, restore="exact")
+        MeZO(model.parameters(), lr=0.1, rule=Exact())
     with pytest.raises(FastpeftError, match="in no module of the model"):
-        MeZO([nn.Parameter(torch.zeros(3))], lr=0.1, restore="exact", model=model)
-    with pytest.raises(FastpeftError, match="restore is 'never'; allowed are in_place, exact"):
-        MeZO(model, lr=0.1, restore="never")
-    with pytest.raises(FastpeftError, match="rounding is 'up'"):
-        MeZO(model, lr=0.1, rounding="up")
+        MeZO([nn.Parameter(torch.zeros(3))], lr=0.1, rule=Exact(), model=model)

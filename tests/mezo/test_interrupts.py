@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastpeft import MeZO
-from fastpeft.mezo import Journal
+from fastpeft.mezo import Exact, InPlace, Journal
 from fastpeft.support.interrupts import uninterrupted
 
 _AGAIN = 2.0  # seconds until the next signal
@@ -130,7 +130,7 @@ def test_weights_are_whole_after_an_interrupt_at_any_moment(defer: bool, tmp_pat
     chance = random.Random(0)
     params = [nn.Parameter(torch.randn(3_000)) for _ in range(3)]
     before = [p.detach().clone() for p in params]
-    optimizer = MeZO([{"params": [p]} for p in params], lr=0.0, eps=1.0, defer=defer)
+    optimizer = MeZO([{"params": [p]} for p in params], lr=0.0, eps=1.0, rule=InPlace(defer=defer))
     optimizer.record(tmp_path / "run")
     loss = lambda: params[0].double().sum()  # noqa: E731
     for _ in range(200):
@@ -159,7 +159,7 @@ def test_exact_puts_every_parameter_back_after_an_interrupt_at_any_moment() -> N
     model, x = Two(), torch.ones(4, 8)
     params = dict(model.named_parameters())
     before = {name: p.detach().clone() for name, p in params.items()}
-    optimizer = MeZO(model, lr=0.0, restore="exact")
+    optimizer = MeZO(model, lr=0.0, rule=Exact())
     for _ in range(200):
         interrupted(lambda: optimizer.step(lambda: model(x).square().mean()), chance.uniform(1e-4, 4e-3))
         optimizer.settle()

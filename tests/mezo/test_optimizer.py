@@ -14,7 +14,8 @@ from mezo_networks import close, equal, fit, network, weights
 from torch import Tensor, nn
 
 from fastpeft import MeZO
-from fastpeft.mezo import Journal, step_seed
+from fastpeft.mezo import SPSA, Exact, InPlace, Journal, step_seed
+from fastpeft.mezo.in_place import Rule
 from fastpeft.ops import noise
 
 # -- the seed of a step ------------------------------------------------------------------------------------------------
@@ -65,7 +66,9 @@ def test_each_group_has_the_gradient_of_its_own_eps() -> None:
 def test_a_limit_holds_for_the_group_of_the_smallest_eps() -> None:
     one, other = (torch.ones(8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     optimizer = MeZO(
-        [{"params": [one], "eps": 1e-1}, {"params": [other], "eps": 1e-3}], lr=1.0, max_projected_grad=1e-2
+        [{"params": [one], "eps": 1e-1}, {"params": [other], "eps": 1e-3}],
+        lr=1.0,
+        rule=InPlace(max_projected_grad=1e-2),
     )
     optimizer.step(lambda: 1e3 * (one.sum() + other.sum()))
     z = noise.gaussian(0, 16, step_seed(0, 0)).double()
@@ -136,23 +139,6 @@ def test_no_graph_and_no_dropout() -> None:
     assert [module.training for module in model.modules()] == [True, True, True, False]
 
 
-def test_gradients_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    """Lightning's automatic optimization turns gradients on and calls backward in each of a step's losses."""
-    model = network()
-
-    def closure() -> Tensor:
-        with torch.enable_grad():
-            loss = fit(model)()
-            loss.backward()
-        return loss.detach()
-
-    optimizer = MeZO(model, lr=0.1)
-    optimizer.step(closure)
-    optimizer.step(closure)
-    (warning,) = caplog.messages
-    assert "parameters have gradients" in warning
-
-
 def test_an_autocast_around_the_step_sees_the_perturbation() -> None:
     """Autocast keeps its casts of weights until it ends, whatever happens to the weights."""
     model = network()
@@ -180,7 +166,7 @@ def test_a_loss_in_half_precision_brings_one_warning(dtype: torch.dtype, caplog:
     def told(closure: Callable[[], Tensor]) -> list[str]:
         caplog.clear()
         with caplog.at_level("WARNING", logger="fastpeft"):
-            optimizer = MeZO(model, lr=0.0, eps=0.25, restore="exact")
+            optimizer = MeZO(model, lr=0.0, eps=0.25, rule=Exact())
             for _ in range(2):
                 optimizer.step(closure)
         return caplog.messages
@@ -239,9 +225,10 @@ def test_a_resumed_run_continues_to_the_bit() -> None:
 def test_numbers_of_numpy_are_recorded_and_saved(tmp_path: Path) -> None:
     """As a sweep over np.logspace gives them."""
     ours, theirs = network(), network()
-    optimizer = MeZO(ours, np.float32(1e-2), np.float64(1e-3), np.float32(0.5), max_projected_grad=np.float32(1e-3))
+    limit = np.float32(1e-3)
+    optimizer = MeZO(ours, np.float32(1e-2), np.float64(1e-3), np.float32(0.5), rule=InPlace(max_projected_grad=limit))
     optimizer.record(tmp_path / "run")
-    plain = MeZO(theirs, float(np.float32(1e-2)), 1e-3, 0.5, max_projected_grad=float(np.float32(1e-3)))
+    plain = MeZO(theirs, float(np.float32(1e-2)), 1e-3, 0.5, rule=InPlace(max_projected_grad=float(limit)))
     for step in range(2):
         assert optimizer.step(fit(ours, step)) == plain.step(fit(theirs, step))
         assert type(optimizer.projected_grad) is float
@@ -252,11 +239,11 @@ def test_numbers_of_numpy_are_recorded_and_saved(tmp_path: Path) -> None:
     assert equal(weights(again), weights(theirs))
 
 
-@pytest.mark.parametrize("restore", ["in_place", "exact"])
-def test_the_state_brings_estimator_and_noise(restore: str) -> None:
+@pytest.mark.parametrize("rule", [InPlace(), Exact()])
+def test_the_state_brings_estimator_and_noise(rule: Rule) -> None:
     ours, theirs = network(), network()
-    optimizer = MeZO(ours, lr=0.1, num_estimates=3, noise="rademacher", restore=restore)
-    other = MeZO(theirs, lr=0.1, restore=restore)
+    optimizer = MeZO(ours, lr=0.1, estimator=SPSA(3, "rademacher"), rule=rule)
+    other = MeZO(theirs, lr=0.1, rule=rule)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert optimizer.step(fit(ours)) == other.step(fit(theirs))
     assert equal(weights(ours), weights(theirs))

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from fastpeft import FastpeftError, MeZO, MeZOTrainer
-from fastpeft.mezo import Journal
+from fastpeft.mezo import FZOO, SPSA, Exact, InPlace, Journal
 from fastpeft.mezo.sharding import local_part
 from fastpeft.support.processes import Ranks
 
@@ -227,7 +227,7 @@ def make(placement: str) -> None:
         MeZO(model, lr=0.1)
     if placement in ("exact", "no model"):
         fully_shard(model, mesh=mesh)
-        options = {"model": model, "restore": "exact"} if placement == "exact" else {}
+        options = {"model": model, "rule": Exact()} if placement == "exact" else {}
         MeZO(model.parameters(), lr=0.1, **options)
     if placement == "fsdp1":
         MeZO(FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")), lr=0.1)
@@ -303,9 +303,9 @@ def shard_for_the_trainer(folder: Path) -> None:
 
 OPTIONS = {
     "plain": {"lr": 0.1},
-    "deferred": {"lr": 0.1, "defer": True, "weight_decay": 0.1},
-    "directions": {"lr": 0.1, "num_estimates": 3, "noise": "rademacher", "max_projected_grad": 0.2},
-    "fzoo": {"lr": 1e-3, "estimator": "fzoo", "num_estimates": 3, "defer": True},
+    "deferred": {"lr": 0.1, "rule": InPlace(defer=True), "weight_decay": 0.1},
+    "directions": {"lr": 0.1, "estimator": SPSA(3, "rademacher"), "rule": InPlace(max_projected_grad=0.2)},
+    "fzoo": {"lr": 1e-3, "estimator": FZOO(3, "gaussian"), "rule": InPlace(defer=True)},
 }
 
 
@@ -517,7 +517,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(ranks: Run, value: flo
 
 
 def test_or_is_skipped_by_both(ranks: Run) -> None:
-    first, second = ranks(fail_on_rank_1, math.nan, 6, {"on_nonfinite": "skip"})
+    first, second = ranks(fail_on_rank_1, math.nan, 6, {"rule": InPlace(on_nonfinite="skip")})
     assert equal(first["weights"], second["weights"])
     assert (first["steps"], first["calls"]) == (second["steps"], second["calls"]) == (STEPS, 2 * STEPS)
     assert math.isnan(first["losses"][2])
@@ -561,7 +561,7 @@ def test_the_first_step_compares_them(ranks: Run) -> None:
         ("strided", r"parameter 'w' .* is placed _S"),
         ("partial", r"parameter 'w' .* is placed P"),
         ("by hand", r"'w' of shape \(5, 3\) .* a part of shape \([23], 3\) here; .*cut as torch.chunk"),
-        ("exact", "restore='exact' does not work with sharded parameters .* Use restore='in_place'"),
+        ("exact", "rule Exact does not work with sharded parameters .* Use InPlace"),
         ("no model", "pass model"),
         ("fsdp1", r"FullyShardedDataParallel \(FSDP1\) cuts parameters .* by fully_shard \(FSDP2\)"),
     ],

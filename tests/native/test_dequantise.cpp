@@ -37,7 +37,7 @@ bool is_right(Dequantise<T>* run, Dequantise<T>* one, bool is_nf4, int64_t block
 
 int dequantise_failures() {
     int failures = 0;
-    const Dequantisers& first = baseline::dequantisers;
+    const Dequantisers& first = baseline::variant.dequantisers;
     for (const Variant& variant : variants()) {
         if (!variant.supported) continue;
         const Dequantisers& loops = variant.dequantisers;

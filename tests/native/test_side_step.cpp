@@ -1,4 +1,4 @@
-// The products of csrc/cpu/side_step_products.h by every instruction set against plain sums in double, on buffers that
+// The products of VectorProducts by every instruction set against plain sums in double, on buffers that
 // end where the numbers do: a read or write past an end is the sanitizer's to find.
 #include <cmath>
 #include <cstdint>

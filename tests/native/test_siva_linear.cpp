@@ -1,4 +1,4 @@
-// The products of csrc/cpu/siva_linear_products.h by every instruction set against plain sums in double, on buffers
+// The products of LowRank by every instruction set against plain sums in double, on buffers
 // that end where the numbers do: a read or write past an end is the sanitizer's to find.
 #include <cmath>
 #include <cstdint>

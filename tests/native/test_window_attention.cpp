@@ -113,7 +113,7 @@ int window_failures() {
     }
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16")) {
-        failures += failures_of<BFloat16>("avx512bf16", avx512bf16::passes, avx512::drop, 0.02);
+        failures += failures_of<BFloat16>("avx512bf16", avx512bf16::passes, avx512::variant.drop, 0.02);
     }
 #endif
     return failures;

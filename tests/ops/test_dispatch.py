@@ -147,11 +147,10 @@ def test_a_backward_pass_is_chosen_by_the_gradients_that_it_makes(forms):
     dh, p = torch.ones(2, 32, 24, dtype=torch.bfloat16), torch.ones(4, 64)
     call = choosing(OPS["siva_linear_backward"], forms)
     call([dh], x, weights, scales, us, ss, vs, p, True, [False], True, [False])
-    ofs = us * 2, ss * 2, vs * 2, [p, p]
-    mixed = choosing(OPS["siva_linear_mixed_backward"], forms)
-    mixed(dh, x, weights[0], *ofs, [1, 1], None, False, [False, True], [False, False], False)
+    adapters = us * 2, ss * 2, vs * 2, p.flatten()
+    call([dh], x, weights, scales, *adapters, False, [False, True], False, [False], [1, 1], None)
     layer = "bfloat16 24x40 rank 16 rows 64"
     assert asked() == [
         f"siva_linear_backward {layer} need_dx need_dv",
-        f"siva_linear_mixed_backward {layer} adapters 2 need_du",
+        f"siva_linear_backward {layer} adapters 2 need_du",
     ]

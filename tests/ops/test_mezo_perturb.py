@@ -276,33 +276,7 @@ def test_opcheck() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         params = [values(12, dtype).view(3, 4), values(5, dtype)]
         torch.library.opcheck(ops.mezo_perturb_.default, (params, [0, 12], [1, 2], [0.1, 0.2], 0.1))
-        terms = torch.tensor([1, 2]), torch.tensor([0.1, 0.2], dtype=torch.float64)
-        torch.library.opcheck(ops.mezo_perturb_replay_.default, (params, [0, 12], *terms, 0.1))
         torch.library.opcheck(ops.mezo_perturb.default, (params[0].t(), 0, [1], [0.1], 0.0, "rademacher", "stochastic"))
-
-
-def test_terms_in_tensors() -> None:
-    ours, theirs = torch.zeros(9), torch.zeros(9)
-    seeds, scales = torch.tensor([3, 4]), torch.tensor([0.1, 0.2], dtype=torch.float64)
-    functional.mezo_perturb_([ours], [2], seeds, scales, 0.1)
-    functional.mezo_perturb_([theirs], [2], [3, 4], [0.1, 0.2], 0.1)
-    assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("seeds", "scales", "message"),
-    [
-        (torch.tensor([1]), [0.1], "scales is list"),
-        ([1], torch.tensor([0.1], dtype=torch.float64), "seeds is list"),
-        (torch.tensor([1], dtype=torch.int32), torch.tensor([0.1], dtype=torch.float64), "seeds is torch.int32"),
-        (torch.tensor([1]), torch.tensor([0.1]), r"scales is torch.float32 of shape \(1,\)"),
-        (torch.tensor([1, 2]), torch.tensor([0.1], dtype=torch.float64), "one scale per seed"),
-        (torch.tensor([1], device="meta"), torch.tensor([0.1], dtype=torch.float64), "seeds is on meta"),
-    ],
-)
-def test_bad_terms_in_tensors_are_refused(seeds: object, scales: object, message: str) -> None:
-    with pytest.raises(FastpeftError, match=message):
-        functional.mezo_perturb_([torch.zeros(3)], [0], seeds, scales)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastpeft.functional import siva_linear, siva_linear_group, siva_linear_mixed
 from fastpeft.ops import aten
 from fastpeft.ops import packing as packing_module
-from fastpeft.ops.frozen_linear import frozen_linear, pack_layer
+from fastpeft.ops.frozen_linear import pack_layer
+from fastpeft.ops.frozen_weight import Dense
 from fastpeft.ops.packing import Packs, can_pack, dense, operand, pack, packed_linear, quantise_rows
 
 packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
@@ -58,7 +59,7 @@ def test_outputs_may_be_changed_in_place(function: str, dtype: torch.dtype) -> N
         "siva_linear": lambda: siva_linear(x, weight, u, s, v, bias, packs),
         "siva_linear_group": lambda: siva_linear_group(x, *([each] * 2 for each in (weight, u, s, v, bias, packs)))[1],
         "siva_linear_mixed": lambda: siva_linear_mixed(x, weight, [u], [s], [v], [3], None, bias, packs),
-        "frozen_linear": lambda: frozen_linear(x, weight, bias, packs),
+        "frozen_linear": lambda: Dense(weight, packs).product(x, bias),
     }
     h = calls[function]()
     assert packs.nbytes > 0
@@ -238,7 +239,7 @@ def test_a_copy_that_was_made_for_inference_serves_training() -> None:
         packs.of(weight, torch.bfloat16)
     x = torch.randn(3, 5, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        frozen_linear(x, weight, None, packs).sum().backward()
+        Dense(weight, packs).product(x, None).sum().backward()
     assert x.grad is not None
     assert not operand(weight, packs, x.bfloat16()).is_inference()
 
@@ -248,7 +249,7 @@ def test_a_frozen_layer_on_a_gpu_computes_by_its_copy() -> None:
     weight, x = weight_of(6, 5), torch.randn(3, 5, requires_grad=True)
     packs, bias = Packs(), torch.randn(6, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = frozen_linear(x, weight, bias, packs), nn.functional.linear(x, weight, bias)
+        found, expected = Dense(weight, packs).product(x, bias), nn.functional.linear(x, weight, bias)
     assert torch.equal(found, expected)
     for one, other in zip(*(torch.autograd.grad(h.sum(), (x, bias)) for h in (found, expected))):
         torch.testing.assert_close(one, other)

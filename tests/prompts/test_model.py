@@ -320,13 +320,15 @@ def test_models_that_cannot_be_prompted() -> None:
         PromptModel(bart, tokenizer, PROMPT)
     with pytest.raises(FastpeftError, match="needs no PromptModel"):
         PromptModel(masked_lm(), tokenizer, Prompt("{text}", head="classifier"))
-    with pytest.raises(FastpeftError, match="Give a fastpeft.Prompt"):
+    with pytest.raises(FastpeftError, match=r"Give a fastpeft\.Prompt"):
         PromptModel(masked_lm(), tokenizer, "{text} It was <mask>.")  # type: ignore[arg-type]
     with pytest.raises(FastpeftError, match="Compile what is around it"):
         PromptModel(torch.compile(masked_lm()), tokenizer, PROMPT)  # type: ignore[arg-type]
     unmasked = copy.deepcopy(tokenizer)  # which others share
     unmasked.mask_token = None
-    with pytest.raises(FastpeftError, match="RobertaForMaskedLM fills masks, and its tokenizer has the mask token None"):
+    with pytest.raises(
+        FastpeftError, match="RobertaForMaskedLM fills masks, and its tokenizer has the mask token None"
+    ):
         PromptModel(masked_lm(), unmasked, PROMPT)
 
 

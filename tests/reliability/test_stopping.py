@@ -171,11 +171,11 @@ def _interrupted(train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def test_the_command_line_tells_how_to_go_on(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], dict[str, bytes]]
 ) -> None:
-    from fastpeft.training import run
+    from fastpeft.training import recipe
 
     options = ["--model", str(place / "model"), "--data", str(place / "reviews.csv"), "--max-steps", "9"]
     command = ["train", *options, "--output", str(tmp_path / "a run")]
-    monkeypatch.setattr(run, "train", functools.partial(_interrupted, run.train))
+    monkeypatch.setattr(recipe, "train", functools.partial(_interrupted, recipe.train))
     shown = CliRunner().invoke(app, [*command, "--quiet"])
     monkeypatch.undo()
     assert (shown.exit_code, shown.stdout) == (130, "")

@@ -2,7 +2,7 @@
 
 `make version-test` builds a wheel. For each of `ENVIRONMENTS` it makes a virtual environment, installs the wheel there
 with the versions that are named, and runs the tests on it, away from the sources; two environments compile the sources
-with their own torch instead. What it finds is a row of bench/data/versions.csv, from which docs/results/faults.md has
+with their own torch instead. What it finds is a row of bench/data/versions.csv, from which docs/reliability.md has
 its table. What passed there is not run again unless it is named, so a run that was cut off goes on.
 
 uv (`pip install uv`) makes the environments. It finds or fetches the interpreters; a torch for CPUs only comes from

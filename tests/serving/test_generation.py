@@ -25,9 +25,10 @@ from fastpeft.training.generation import TextGenerator
 from fastpeft.training.loading import load_run
 
 pytest.importorskip("fastapi")
-pytest.importorskip("prometheus_client")
 pytest.importorskip("uvicorn")
+pytest.importorskip("openai")
 
+import openai
 from fastapi.exceptions import RequestValidationError
 
 from fastpeft.serving.app import Limits, create_app
@@ -89,7 +90,7 @@ def said_by(generator: TextGenerator) -> list[str]:
 def request_to(tasks: Tasks, name: str, text: str, max_tokens: int = 8) -> GenerationRequest:
     """A text for a task, as a turn of the user where the task learned conversations."""
     asked = Conversation((("user", text),)) if tasks[name].run.chats else text
-    return tasks.generation_request(name, asked, max_tokens)
+    return tasks.generative(name).request(asked, max_tokens)
 
 
 def answers(tasks: Tasks, name: str, max_tokens: int = 8) -> list[str]:
@@ -110,11 +111,16 @@ def request(model: str, text: str, **options: Any) -> tuple[str, dict[str, Any]]
     return "/v1/chat/completions", {"messages": turns(text), **body}
 
 
-def events(answer: str) -> list[Any]:
-    """The values of a stream, which ends as it must."""
-    *found, end, rest = answer.split("\n\n")
-    assert (end, rest) == ("data: [DONE]", "")
-    return [json.loads(event.removeprefix("data: ")) for event in found]
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[Any]:
+    """OpenAI's own client."""
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def create(client: Any, path: str, body: dict[str, Any]) -> Any:
+    """Ask by OpenAI's client."""
+    return (client.chat.completions if "chat" in path else client.completions).create(**body)
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------
@@ -174,7 +180,7 @@ def test_other_sampling_or_too_long_a_sum_is_another_batch(tasks: Tasks, monkeyp
     assert [len(batch) for batch in tasks._batches(long)] == [1, 1]
     short = [request_to(tasks, "chat", "film", 4) for _ in range(20)]
     assert [len(batch) for batch in tasks._batches(short)] == [16, 4]
-    drawn = tasks.generation_request("chat", Conversation((("user", "film"),)), 4, sampling=(0.7, 0.9))
+    drawn = tasks.generative("chat").request(Conversation((("user", "film"),)), 4, sampling=(0.7, 0.9))
     together: list[list[Any]] = []
     monkeypatch.setattr(tasks, "_generate", lambda batch: together.append(batch) or {})
     tasks.generate([("chat", [short[0], drawn]), ("chat", short[1:2])])
@@ -275,7 +281,7 @@ def test_a_run_with_examples_answers_from_a_backbone_that_has_read_them(place: P
 
 def test_a_task_that_was_removed_is_gone(place: Path) -> None:
     tasks = Tasks({"chat": place / "chat"})
-    generation = tasks.generation_request("chat", Conversation((("user", "film"),)))
+    generation = tasks.generative("chat").request(Conversation((("user", "film"),)))
     assert generation.max_tokens == 38 - len(generation.tokens)
     tasks.remove("chat")
     (answer,) = tasks.generate([("chat", [generation])])
@@ -286,33 +292,30 @@ def test_a_task_that_was_removed_is_gone(place: Path) -> None:
 # -- addresses ---------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_those_of_predict_whole_or_in_parts(server: Server, expected: dict[tuple[str, str], str]) -> None:
+def test_answers_are_those_of_predict_whole_or_in_parts(client: Any, expected: dict[tuple[str, str], str]) -> None:
     for (name, text), said in expected.items():
         path, body = request(name, text)
-        status, whole, _ = server.ask("POST", path, body)
-        assert status == 200, whole
-        (choice,) = whole["choices"]
         chats = "chat" in path
-        assert whole["object"] == ("chat.completion" if chats else "text_completion")
-        assert choice["finish_reason"] in ("stop", "length")
-        whole_text = choice["message"]["content"] if chats else choice["text"]
+        whole = create(client, path, body)
+        (choice,) = whole.choices
+        whole_text = choice.message.content if chats else choice.text
         assert (whole_text if chats else whole_text.strip()) == said  # predict strips both
-        assert whole["model"] == name
-        usage = whole["usage"]
-        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-        status, stream, headers = server.ask(
-            "POST", path, {**body, "stream": True, "stream_options": {"include_usage": True}}
+        assert (whole.model, whole.object) == (name, "chat.completion" if chats else "text_completion")
+        assert choice.finish_reason in ("stop", "length")
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+        *parts, last, counted = create(
+            client, path, {**body, "stream": True, "stream_options": {"include_usage": True}}
         )
-        assert (status, headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
-        *parts, last, counted = events(stream)
-        deltas = [part["choices"][0] for part in parts]
-        assert "".join(part["delta"]["content"] if chats else part["text"] for part in deltas) == whole_text
-        assert (last["choices"][0]["finish_reason"], counted["usage"]) == (choice["finish_reason"], usage)
-        assert len({part["id"] for part in (*parts, last, counted)}) == 1
+        deltas = [part.choices[0] for part in parts]
+        assert "".join(each.delta.content if chats else each.text for each in deltas) == whole_text
+        if chats:
+            assert [each.delta.role for each in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+        assert (last.choices[0].finish_reason, counted.usage) == (choice.finish_reason, whole.usage)
+        assert len({part.id for part in (*parts, last, counted)}) == 1
 
 
-def test_what_a_client_of_openais_sends(server: Server) -> None:
-    body = {
+def test_a_conversation_goes_on_as_openais_client_has_it(client: Any) -> None:
+    body: dict[str, Any] = {
         "model": "chat",
         "messages": [
             {"role": "developer", "content": "film"},
@@ -322,7 +325,6 @@ def test_what_a_client_of_openais_sends(server: Server) -> None:
         "temperature": None,
         "top_p": 0.9,
         "stop": ["plot", "\n"],
-        "stream": False,
         "n": 1,
         "user": "me",
         "frequency_penalty": 0,
@@ -332,20 +334,26 @@ def test_what_a_client_of_openais_sends(server: Server) -> None:
         "response_format": {"type": "text"},
         "tools": None,
     }
-    status, answer, _ = server.ask("POST", "/v1/chat/completions", body)
-    assert status == 200, answer
-    assert answer["usage"]["completion_tokens"] <= 3
-    prompt = answer["usage"]["prompt_tokens"]
-    said = {"role": "assistant", "content": "film", "refusal": None, "tool_calls": None}  # by the client's model_dump
+    first = client.chat.completions.create(**body)
+    assert first.usage.completion_tokens <= 3
+    said = {**first.choices[0].message.model_dump(), "content": "film"}
     told = {"role": "tool", "content": "film", "tool_call_id": "call_1"}
-    longer = {**body, "messages": [*body["messages"], said, told, *turns("film")]}
-    assert server.ask("POST", "/v1/chat/completions", longer)[0] == 200
-    completion = {"model": "e2e", "prompt": "film", "max_tokens": 2, "logprobs": None}
-    assert server.ask("POST", "/v1/completions", completion)[0] == 200
+    longer = client.chat.completions.create(**{**body, "messages": [*body["messages"], said, told, *turns("film")]})
+    assert longer.usage.prompt_tokens > first.usage.prompt_tokens
     system = [{**body["messages"][0], "role": "system"}, body["messages"][1]]
-    assert (
-        server.ask("POST", "/v1/chat/completions", {**body, "messages": system})[1]["usage"]["prompt_tokens"] == prompt
-    )
+    again = client.chat.completions.create(**{**body, "messages": system})
+    assert again.usage.prompt_tokens == first.usage.prompt_tokens
+
+
+def test_openais_client_has_its_own_kinds_of_errors(client: Any) -> None:
+    for model, options, kind in (
+        ("x", {}, openai.NotFoundError),
+        ("chat", {"n": 2}, openai.UnprocessableEntityError),
+        ("chat", {"max_tokens": 99}, openai.BadRequestError),
+    ):
+        with pytest.raises(kind) as error:
+            create(client, *request(model, "film", **options))
+        assert error.value.body["message"]
 
 
 def test_next_to_no_temperature_says_the_most_likely_words(
@@ -356,23 +364,14 @@ def test_next_to_no_temperature_says_the_most_likely_words(
     assert answer["choices"][0]["message"]["content"] == expected["own", ASKED[0]]
 
 
-def test_what_there_is(server: Server, tasks: Tasks) -> None:
-    listed = server.ask("GET", "/v1/models")[1]
-    assert listed["object"] == "list"
-    assert [model["id"] for model in listed["data"]] == [*SHARED, "own"]
-    assert server.ask("GET", "/v1/models/chat")[1] == listed["data"][0]
+def test_what_there_is(server: Server, client: Any) -> None:
+    listed = list(client.models.list())
+    assert [model.id for model in listed] == [*SHARED, "own"]
+    assert client.models.retrieve("chat") == listed[0]
     described = {task["name"]: task for task in server.ask("GET", "/tasks")[1]}
     assert (described["chat"]["reads"], described["chat"]["labels"]) == ("messages", [])
     assert (described["chat"]["max_length"], described["classes"]["max_length"]) == (38, 32)
     assert (described["e2e"]["reads"], described["classes"]["reads"]) == ("prompt", "string")
-    counted = server.ask("GET", "/metrics")[1]
-    assert 'fastpeft_requests_total{status="200",task="own"}' in counted
-
-
-@pytest.mark.parametrize(("queue", "status"), [(1, 200), (0, 503)])
-def test_a_full_queue_of_words_leaves_a_server_that_tells_classes(tasks: Tasks, queue: int, status: int) -> None:
-    with Server(create_app(tasks, limits=Limits(queue=queue, chats=0))) as server:
-        assert server.ask("GET", "/health")[0] == status
 
 
 class Refusal(NamedTuple):
@@ -407,52 +406,43 @@ REFUSED = {
         "the assistant's turn at its end",
         param="messages",
     ),
-    "no messages": Refusal({**CHAT, "messages": []}, "at least 1 item", param="messages"),
+    "no messages": Refusal({**CHAT, "messages": []}, "body.messages: List should have at least 1 item"),
     "an empty message": Refusal({**CHAT, "messages": turns(" ")}, "with nothing in it", param="messages"),
     "a number": Refusal({**CHAT, "messages": [{"role": "user", "content": 1}]}, "body.messages.0.content"),
-    "surrogate": Refusal({**CHAT, "messages": turns("a\ud800")}, "lone surrogate", param="messages"),
+    "surrogate": Refusal(
+        {**CHAT, "messages": turns("a\ud800")}, "body.messages.0.content: Input should be a valid string, unable"
+    ),
     "an image": Refusal(
         {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
-        "body.messages.0.content: it has a part of the type 'image_url', and only text is read.",
+        "body.messages.0.content: only parts of the type text are read.",
     ),
     "too long": Refusal(
         {**CHAT, "messages": turns("film " * 40)},
-        "reads 38 tokens; the messages have 4",
+        "reads 38 tokens; here are 4",
         param="messages",
         code="context_length_exceeded",
     ),
     "too many": Refusal(
-        {**CHAT, "max_tokens": 38}, "38 more are asked for", param="messages", code="context_length_exceeded"
+        {**CHAT, "max_tokens": 38}, "and 38 more for the answer", param="messages", code="context_length_exceeded"
     ),
     "none": Refusal({**CHAT, "max_tokens": 0}, "body.max_tokens"),
     "a number as text": Refusal({**CHAT, "max_tokens": "2"}, "body.max_tokens: Input should be a valid integer"),
     "true": Refusal({**CHAT, "temperature": True}, "body.temperature: Input should be a valid number"),
     "hot": Refusal({**CHAT, "temperature": 3}, "body.temperature"),
-    "five stops": Refusal(
-        {**CHAT, "stop": ["a"] * 5}, "body.stop: Input should be a valid string, or: List should have at most 4 items"
-    ),
+    "five stops": Refusal({**CHAT, "stop": ["a"] * 5}, "body.stop: List should have at most 4 items"),
     "an empty stop": Refusal({**CHAT, "stop": ""}, "body.stop"),
-    "a long stop": Refusal({**CHAT, "stop": "a" * 1_001}, "body.stop: String should have at most 1000"),
-    "two numbers": Refusal({**CHAT, "max_completion_tokens": 1}, "max_completion_tokens differ"),
+    "a long stop": Refusal({**CHAT, "stop": "a" * 1_001}, "body.stop.0: String should have at most 1000"),
     "two answers": Refusal({**CHAT, "n": 2}, "body.n"),
-    "a log probability": Refusal({**CHAT, "logprobs": 0}, "body.logprobs"),
+    "a log probability": Refusal({**CHAT, "logprobs": True}, "body.logprobs"),
     "a penalty": Refusal({**CHAT, "frequency_penalty": 0.5}, "body.frequency_penalty"),
     "another": Refusal({**CHAT, "presence_penalty": -1}, "body.presence_penalty"),
-    "a seed": Refusal({**CHAT, "seed": 1}, "body.seed"),
+    "a seed": Refusal({**CHAT, "seed": 1}, "body.seed: Extra inputs"),
     "a form": Refusal({**CHAT, "response_format": {"type": "json_object"}}, "body.response_format"),
     "tools": Refusal({**CHAT, "tools": []}, "body.tools: Extra inputs"),
-    "half of JSON": Refusal(b'{"model": "chat"', "JSON decode error"),
-    "no JSON": Refusal(b"\xff", "parsing the body"),
+    "half of JSON": Refusal(b'{"model": "chat"', "JSON decode error", status=422),
+    "no JSON": Refusal(b"\xff", "parsing the body", status=400),
     "large": Refusal(b" " * (1 << 21), "more than 1,048,576 bytes", status=413),
 }
-
-
-def test_what_is_no_stream_is_refused(server: Server) -> None:
-    status, answer, _ = server.ask("POST", "/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
-    assert (status, "stream_options are of a stream" in answer["error"]["message"]) == (400, True)
-    status, answer, _ = server.ask("POST", "/v1/chat/completions", {**CHAT, "stream": "yes"})
-    assert (status, "body.stream: Input should be a valid boolean" in answer["error"]["message"]) == (400, True)
-    assert server.ask("POST", "/v1/chat/completions", {**CHAT, "stream_options": None})[0] == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -460,11 +450,11 @@ def test_what_is_refused(server: Server, stream: bool) -> None:
     for name, (body, message, param, status, code) in REFUSED.items():
         body = {**body, "stream": stream} if isinstance(body, dict) else body
         given, answer, _ = server.ask("POST", "/v1/chat/completions", body)
+        if message.startswith("body."):
+            param, status = message.removeprefix("body.").partition(":")[0].partition(".")[0], 422
         assert given == status, (name, answer)
         error = answer["error"]
         assert message in error["message"], name
-        if message.startswith("body."):
-            param = message.removeprefix("body.").partition(":")[0].partition(".")[0]
         assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code), name
     for method, path in (
         ("GET", "/v1/models/x"),
@@ -476,7 +466,7 @@ def test_what_is_refused(server: Server, stream: bool) -> None:
         assert status in (404, 405)
         assert answer["error"]["message"]
     status, answer, _ = server.ask("POST", "/predict", {"task": "chat", "texts": ["film"]})
-    assert (status, "generates text" in answer["detail"]) == (422, True)
+    assert (status, "generates text" in answer["error"]["message"]) == (422, True)
     assert server.ask("POST", *request("chat", "film"))[0] == 200
 
 
@@ -492,7 +482,7 @@ def test_of_many_faults_a_few_are_counted(messages: list[Any], monkeypatch: pyte
     )
     with Server(create_app(Tasks({}))) as server:
         status, answer, _ = server.ask("POST", "/v1/chat/completions", {"model": "chat", "messages": messages})
-    assert (status, "body.messages" in answer["error"]["message"]) == (400, True)
+    assert (status, "body.messages" in answer["error"]["message"]) == (422, True)
     assert max(counted) < 10
 
 
@@ -511,7 +501,7 @@ def test_an_answer_waits_for_no_other_and_fails_with_none(
     status, answer, _ = server.ask("POST", *request("own", "film", stream=stream))
     answered.set()
     assert status == 200, answer
-    end = events(answer)[-1] if stream else answer
+    end = json.loads(answer.split("\n\n")[-3].removeprefix("data: ")) if stream else answer
     assert end["choices"][0]["finish_reason"] in ("stop", "length")
     assert server.ask("POST", *request("own", "film"))[0] == 200
     assert waited[0]

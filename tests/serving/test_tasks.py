@@ -98,7 +98,7 @@ def in_bfloat16(run: Path, folder: Path, **others: Any) -> Path:
 
 def test_it_is_told_that_a_run_computes_in_another_precision(runs: Path, tmp_path: Path) -> None:
     tasks = Tasks({"a": runs / "a", "half": in_bfloat16(runs / "a", tmp_path / "half")})
-    assert described(tasks)[1] == "half: a model of its own (it computes in bfloat16, and other runs do not)"
+    assert described(tasks)[1] == "half: a model of its own (its precision is not that of other runs)"
     (_, [whole]), (_, [half]) = tasks.answer([(name, TEXTS[:1]) for name in ("a", "half")])
     assert not np.array_equal(whole, half), "the same weights, but for the precision"
     np.testing.assert_allclose(whole, half, atol=0.01)
@@ -107,7 +107,7 @@ def test_it_is_told_that_a_run_computes_in_another_precision(runs: Path, tmp_pat
 def test_weights_of_another_dtype_are_not_shared(runs: Path, tmp_path: Path) -> None:
     kept = in_bfloat16(runs / "a", tmp_path / "kept", dtype="bfloat16")
     tasks = Tasks({"half": in_bfloat16(runs / "a", tmp_path / "half"), "kept": kept})
-    assert "it keeps weights in bfloat16, and other runs do not" in described(tasks)[1]
+    assert "its dtype of weights is not that of other runs" in described(tasks)[1]
 
 
 def test_what_differs_from_the_most_alike_run_is_told(runs: Path, tmp_path: Path) -> None:

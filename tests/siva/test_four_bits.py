@@ -77,7 +77,7 @@ def test_starts_as_the_base_and_keeps_its_weight(nested: bool) -> None:
     expected, codes, weight = base(inputs()), base.weight.data.clone(), numbers(base)
     layer = SivaLinear(base, r=4, residual="implicit")
     torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
-    initial = layer._initial("default")
+    initial = layer.initial("default")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(initial, decompose(weight, 4).factors))
     move(layer, size=0.1)
     change = layer._trained("default").product() - initial.product()
@@ -97,9 +97,9 @@ def test_gradients_are_those_of_the_weight_as_numbers(nested: bool) -> None:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         found = layer(x)
-    changes = [change.weight for change in layer._changes("default")]
+    changes = [change.weight for change in layer.changes("default")]
     ours = torch.autograd.grad((found**2).sum(), [x, *changes])
-    change = layer._trained("default").product() - layer._initial("default").product()
+    change = layer._trained("default").product() - layer.initial("default").product()
     expected = nn.functional.linear(same, weight + change, base.bias)
     theirs = torch.autograd.grad((expected**2).sum(), [same, *changes])
     for gradient, other in zip(ours, theirs):

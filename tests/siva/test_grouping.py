@@ -99,13 +99,13 @@ def assert_same(model: nn.Module, run: Check = lambda model, x: model(x)) -> Non
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of layers in every grouped product that is computed."""
     found: list[int] = []
-    compute = grouping.siva_linear_group
+    compute = grouping.siva_products
 
-    def counted(x: Tensor, weights: list[Tensor], *rest: Any) -> Any:
+    def counted(x: Tensor, dtype: torch.dtype, weights: list[Any], *rest: Any) -> Any:
         found.append(len(weights))
-        return compute(x, weights, *rest)
+        return compute(x, dtype, weights, *rest)
 
-    monkeypatch.setattr(grouping, "siva_linear_group", counted)
+    monkeypatch.setattr(grouping, "siva_products", counted)
     return found
 
 
@@ -146,7 +146,7 @@ def test_activations_are_saved_once() -> None:
         if t.untyped_storage().data_ptr() not in own
     }
     rows = 10
-    changed = [change.weight.nbytes for name in ALL for change in getattr(attention, name)._changes("default")]
+    changed = [change.weight.nbytes for name in ALL for change in getattr(attention, name).changes("default")]
     # U and V of three layers of rank 2, their p, and x
     assert sorted(nbytes.values()) == sorted([*changed, 4 * rows * 3 * 2, 4 * rows * 16])
 

@@ -17,7 +17,7 @@ from siva_adapters import CLOSE, RESIDUALS, answers, move, tiny, token_ids, trai
 from torch import nn
 
 import fastpeft
-from fastpeft import FastpeftError, SivaConfig, SivaLinear
+from fastpeft import FastpeftError, SivaConfig
 
 base_state_dicts = pytest.mark.skipif(
     not hasattr(peft, "get_base_model_state_dict"), reason="this PEFT does not give a base model's state dict"
@@ -27,34 +27,6 @@ base_state_dicts = pytest.mark.skipif(
 def adapted(**config: Any) -> peft.PeftModel:
     model = peft.get_peft_model(tiny(), SivaConfig(task_type="SEQ_CLS", **config)).eval()
     return move(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1e-3, 0.1])
-@RESIDUALS
-def test_a_state_dict_of_a_merged_model_comes_back_merged(residual: str, size: float, dtype: torch.dtype) -> None:
-    config = SivaConfig(r=4, task_type="SEQ_CLS", residual=residual)
-    model = move(peft.get_peft_model(tiny().to(dtype), config).eval(), seed=1, size=size)
-    apart = copy.deepcopy(model.state_dict())
-    expected, rounding = answers(model), CLOSE if dtype is torch.float32 else {"rtol": 0.0, "atol": 0.02}
-    model.merge_adapter()
-    state = copy.deepcopy(model.state_dict())
-    model.load_state_dict(state)
-    layer = next(module for module in model.modules() if isinstance(module, SivaLinear))
-    assert layer.merged_adapters == ["default"]
-    torch.testing.assert_close(answers(model), expected, **rounding)
-    model.load_state_dict(apart)
-    assert not layer.merged_adapters
-    torch.testing.assert_close(answers(model), expected, **rounding)
-    with pytest.raises(FastpeftError, match=r"'default' is merged into the weight .* Call unmerge_adapter"):
-        model.load_state_dict(state)
-
-
-def test_a_weight_that_was_rounded_in_between_is_not_taken_for_a_merged_one() -> None:
-    model = move(peft.get_peft_model(tiny(), SivaConfig(task_type="SEQ_CLS")).eval())
-    expected = answers(model.to(torch.bfloat16).float())
-    model.load_state_dict(model.state_dict())
-    torch.testing.assert_close(answers(model), expected, **CLOSE)
 
 
 # -- bad configurations ------------------------------------------------------------------------------------------

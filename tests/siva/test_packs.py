@@ -66,11 +66,11 @@ def merge(layer: SivaLinear) -> None:
 
 
 def load(layer: SivaLinear) -> None:
-    other = layer_of(residual=layer.residual["default"])
+    other = layer_of(residual=layer.adapters["default"].residual)
     with torch.no_grad():
         other.base_layer.weight.mul_(1.5)
     state = {key: value for key, value in other.state_dict().items() if "base_layer" in key}
-    if layer.residual["default"] == "frozen":
+    if layer.adapters["default"].residual == "frozen":
         with torch.no_grad():  # as a checkpoint of the whole layer does
             layer.base_layer.load_state_dict({key.removeprefix("base_layer."): value for key, value in state.items()})
     else:

@@ -187,7 +187,7 @@ def test_gradients_are_those_of_the_dequantised_layer(kind: Any) -> None:
     layer = move(quantised(kind), size=0.1)
     x, copied = inputs().requires_grad_(), inputs().requires_grad_()
     u, s, v = (factor.detach().requires_grad_(factor.requires_grad) for factor in layer._trained("default"))
-    du, dv = (change.weight for change in layer._changes("default"))
+    du, dv = (change.weight for change in layer.changes("default"))
     expected = siva_linear(copied, layer.quantised.dequantise(torch.float32), u, s, v, layer.bias)
     found = layer(x)
     weights = torch.randn(found.shape)
@@ -203,7 +203,7 @@ def test_each_of_several_active_adapters_gets_its_gradients(kind: Any) -> None:
     layer = move(quantised(kind), size=0.1)
     layer.update_layer("second", 4, SivaConfig(residual_dtype=kind))
     layer.set_adapter(["default", "second"])
-    changes = [change.weight for name in layer.active_adapters for change in layer._changes(name)]
+    changes = [change.weight for name in layer.active_adapters for change in layer.changes(name)]
     outputs = layer(inputs()), nn.functional.linear(inputs(), layer.weight, layer.bias)
     weights = torch.randn(outputs[0].shape)
     found, expected = (torch.autograd.grad((output * weights).sum(), changes) for output in outputs)
@@ -255,15 +255,6 @@ def test_merging_gives_a_plain_layer_and_unmerging_the_same_codes(kind: Any) -> 
     assert layer(inputs()).equal(expected)
 
 
-@KINDS
-def test_a_whole_state_dict_fills_a_waiting_layer(kind: Any) -> None:
-    layer = move(quantised(kind), size=0.1)
-    blank = SivaLinear(nn.Linear(32, 48), r=4, residual_dtype=kind, init_weights="saved")
-    blank.load_state_dict(layer.state_dict())
-    assert blank(inputs()).equal(layer(inputs()))
-    assert blank(inputs()).equal(copy.deepcopy(blank)(inputs()))
-
-
 def initial_dtypes(layer: SivaLinear) -> set[torch.dtype]:
     return {tensors["default"].dtype for tensors in (layer.siva_u0, layer.siva_v0)}
 
@@ -302,18 +293,6 @@ def test_a_model_that_accelerate_saved_loads(kind: Any, tmp_path: Path) -> None:
     save(model.state_dict(), tmp_path / "model.safetensors", safe_serialization=True)
     load_model(blank, tmp_path / "model.safetensors")
     assert answers(blank).equal(answers(model))
-
-
-@KINDS
-def test_a_state_dict_of_a_merged_layer_is_refused_by_one_that_is_not(kind: Any) -> None:
-    layer = move(SivaLinear.from_linear(linear(), r=2, residual_dtype=kind))
-    apart = copy.deepcopy(layer)
-    layer.merge()
-    with pytest.raises(FastpeftError, match=r"'default' is merged into the weight .* Call unmerge_adapter"):
-        apart.load_state_dict(layer.state_dict())
-    layer.load_state_dict(apart.state_dict())
-    assert not layer.merged
-    torch.testing.assert_close(layer(inputs()), apart(inputs()), **CLOSE)
 
 
 def test_codes_that_are_loaded_later_have_sums_of_their_own() -> None:

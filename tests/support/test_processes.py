@@ -33,7 +33,7 @@ from fastpeft import LadderConfig, LadderModel, MeZO, MeZOConfig, MeZOTrainer, S
 from fastpeft.data.examples import load_data
 from fastpeft.errors import FastpeftError, LostProcessError
 from fastpeft.support import processes
-from fastpeft.training import run, task
+from fastpeft.training import recipe, task
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
@@ -311,7 +311,7 @@ def train_apart(config: TrainConfig, folder: Path, parts: dict[str, str]) -> Any
     os.chdir(place)
     try:
         with patch.object(task, "load_data", lambda data, **others: load_data(place / "reviews.csv", **others)):
-            return run.train(config, resume=True).metrics
+            return recipe.train(config, resume=True).metrics
     finally:
         os.chdir(before)
 

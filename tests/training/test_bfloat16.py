@@ -22,8 +22,8 @@ from fastpeft.prompts.template import Prompt
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
+from fastpeft.training.notices import tell_of_precision
 from fastpeft.training.prediction import Predictor
-from fastpeft.training.run import _tell_precision
 from fastpeft.training.setup import RunSetup, resolve
 from fastpeft.training.task import Task
 
@@ -101,7 +101,7 @@ def test_that_it_is_slow_is_said(
     slow: bool,
 ) -> None:
     on_a_machine(monkeypatch, has)
-    monkeypatch.setattr("fastpeft.training.run.has_bfloat16", lambda: has)
+    monkeypatch.setattr("fastpeft.training.notices.has_bfloat16", lambda: has)
     train(replace(config, max_steps=1, **changes))
     assert ("no bfloat16 instructions" in caplog.text) is (slow and not has)
 
@@ -115,7 +115,7 @@ def test_a_gpu_that_emulates_it_is_told(
     for bf16, use_cpu in product((True, False), repeat=2):
         caplog.clear()
         given = replace(config, bf16=bf16, settings={"use_cpu": use_cpu})
-        _tell_precision(given, given)
+        tell_of_precision(given, given)
         assert ("emulates them slowly" in caplog.text) is (bf16 and not (has or use_cpu))
 
 

@@ -20,7 +20,7 @@ from fastpeft.mezo import Journal
 from fastpeft.support import files
 from fastpeft.training import outcome
 from fastpeft.training.callbacks import WholeCheckpoints
-from fastpeft.training.run import TrainResult
+from fastpeft.training.recipe import TrainResult
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ from fastpeft.methods.registry import get_method
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run, put
+from fastpeft.training.notices import tell_of_beginnings
 from fastpeft.training.optimizer_in_backward import StepsInBackward
 from fastpeft.training.prediction import predict
 from fastpeft.training.row_order import LengthGroupedOrder
-from fastpeft.training.run import _tell_beginnings
 from fastpeft.training.setup import resolve
 from fastpeft.training.task import data_for
 
@@ -363,7 +363,7 @@ def test_a_model_that_a_beginner_may_not_have_meant_is_said(
     config: TrainConfig, caplog: pytest.LogCaptureFixture, given: Any
 ) -> None:
     caplog.set_level("INFO")
-    _tell_beginnings(replace(config, **given))
+    tell_of_beginnings(replace(config, **given))
     assert ("the model is 'demo', the bundled one" in caplog.text) is (given == {"model": "demo"})
 
 
@@ -379,7 +379,7 @@ def test_gpus_that_a_process_leaves_out_are_said(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     caplog.set_level("INFO")
-    _tell_beginnings(config)
+    tell_of_beginnings(config)
     assert ("torchrun --nproc-per-node=2 takes all" in caplog.text) is told
 
 

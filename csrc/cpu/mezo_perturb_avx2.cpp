@@ -1,6 +1,0 @@
-#if defined(__x86_64__)
-#define FASTPEFT_ISA avx2
-#define FASTPEFT_TARGET __attribute__((target("avx2,f16c")))
-#define FASTPEFT_VECTOR_BYTES 32
-#include "mezo_perturb_tile.h"
-#endif
