@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from bench.harness import DATA, VERSIONS, Row, read_rows
-from fastpeft.comparison.report.figures import Point, Scatter
+from fastpeft.comparison.report.figures import Point, scatter
 from fastpeft.comparison.significance import interval
 from fastpeft.support.files import read_json, write_text
 
@@ -97,8 +97,7 @@ def plot_evidence(file: Path) -> None:
         points.append(
             Point(index, name, cells[0]["metrics"]["peak_memory_mb"], 100 * float(answers.mean()), ends, step)
         )
-    chart = Scatter(points, "peak memory of a training step, MB", "accuracy on SST-2, %", "s a step")
-    write_text(file, chart.svg("Accuracy over peak memory of the methods on MPNet-base", file=True))
+    write_text(file, scatter(points, "peak memory of a training step, MB", "accuracy on SST-2, %"))
 
 
 def _grouped(rows: list[Row], columns: tuple[str, ...]) -> dict[tuple[str, ...], list[Row]]:

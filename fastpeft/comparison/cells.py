@@ -35,7 +35,6 @@ class Cell:
         rates: names of cells that tried learning rates, the recipe's first; it takes the best rate, or the recipe's
             where a paired test does not tell the two apart.
         search: whether it tries a learning rate, on a slice of the training rows.
-        row: key of its row in the paper's tables; None where it is in none.
     """
 
     name: str
@@ -46,7 +45,6 @@ class Cell:
     after: tuple[str, ...] = ()
     rates: tuple[str, ...] = ()
     search: bool = False
-    row: str | None = None
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Cell:
@@ -218,5 +216,5 @@ def _unless_chance(best: Cell, tried: Sequence[Cell]) -> Cell:
         return best
     difference = significance.compare_pair(*scores)
     corrected = difference.p * (len(tried) - 1)
-    seen = significance.verdict(difference.mean, corrected) == significance.SEEN
-    return best if seen else tried[0]
+    beats = difference.mean > 0 and significance.is_significant(difference.mean, corrected)
+    return best if beats else tried[0]

@@ -117,7 +117,7 @@ class CompareConfig:
             raise FastpeftError(
                 "both prompt, for all cells, and prompts, to combine the variants with, are given. Give one of the two."
             )
-        if "init_from" in self.common and any(CHAIN in text for text, _ in self._variants()):
+        if "init_from" in self.common and any(CHAIN in text for text in self._variants()):
             raise FastpeftError("`init_from` is given for all cells and by a variant. Give one of the two.")
         self.cells()
 
@@ -131,10 +131,10 @@ class CompareConfig:
 
     def cells(self) -> list[Cell]:
         """Every cell, variant by variant; what tries learning rates for a variant comes before it."""
-        rows = self._variants()
+        variants = self._variants()
         made: dict[str, Cell] = {}
-        for variant, row in rows:
-            for cell in self._cells_of(variant, row, [variant for variant, _ in rows]):
+        for variant in variants:
+            for cell in self._cells_of(variant, variants):
                 other = made.setdefault(cell.name.casefold(), cell)
                 if other is not cell:
                     raise FastpeftError(
@@ -143,14 +143,14 @@ class CompareConfig:
                     )
         return list(made.values())
 
-    def _variants(self) -> list[tuple[str, str | None]]:
-        """The variants as written, each without a prompt of its own combined with every prompt, and their rows."""
+    def _variants(self) -> list[str]:
+        """The variants as written, each without a prompt of its own combined with every prompt."""
         if self.suite is not None:
             suite = get_suite(self.suite, self.prompts[0] if self.prompts else None)
-            return [*((row.variant, row.key) for row in suite.rows), *((text, None) for text in self.methods)]
-        return [(variant, None) for text in self.methods for variant in with_prompts(text, self.prompts)]
+            return [*(row.variant for row in suite.rows), *self.methods]
+        return [variant for text in self.methods for variant in with_prompts(text, self.prompts)]
 
-    def _cells_of(self, variant: str, row: str | None, variants: Sequence[str]) -> list[Cell]:
+    def _cells_of(self, variant: str, variants: Sequence[str]) -> list[Cell]:
         """The cells of a variant: one for each seed and each rate to try, or the one of `zero-shot`."""
         try:
             method, own, earlier = parse_variant(variant)
@@ -174,7 +174,7 @@ class CompareConfig:
                 return [Cell(name, variant, method, None, self._zero_shot_values(name, own))]
             tried, results = self._trained_cells(variant)
             names = tuple(cell.name for cell in tried)
-            return [*tried, *(dataclasses.replace(cell, rates=names, row=row) for cell in results)]
+            return [*tried, *(dataclasses.replace(cell, rates=names) for cell in results)]
         except FastpeftError as error:
             raise FastpeftError(f"the variant {variant!r} cannot be used: {variant_message(variant, error)}") from None
 
@@ -311,12 +311,7 @@ class Plan:
                     raise FastpeftError("its learning rate was not searched, and is now to be. Give another output.")
                 _check_resumable(cell)
             except FastpeftError as error:
-                raise FastpeftError(
-                    f"the cell {cell.name!r} cannot be run in {str(folder)!r}: "
-                    f"{_of_another_protocol(config, cell, by_name) or error}"
-                ) from None
-        rows = {cell.name: cell.row for cell in earlier.cells}
-        cells = [dataclasses.replace(cell, row=cell.row or rows.get(cell.name)) for cell in cells]
+                raise FastpeftError(f"the cell {cell.name!r} cannot be run in {str(folder)!r}: {error}") from None
         merged = by_name | {cell.name: cell for cell in cells}
         first = next(cell for cell in cells if not cell.search)
         for cell in merged.values():
@@ -416,22 +411,6 @@ def _filled_in(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
 def _check_resumable(cell: Cell) -> None:
     """Raise `FastpeftError` unless a cell may run in its folder, where it may have begun."""
     check_output(cell.folder, cell.values, resume=True, overwrite=False, moved=cell.own_paths(cell.values))
-
-
-def _of_another_protocol(config: CompareConfig, cell: Cell, by_name: Mapping[str, Cell]) -> str:
-    """An error for a cell that was run by another protocol than that of `config`; empty where it was not."""
-    for protocol in (name for name in (None, *PROTOCOLS) if name != config.protocol):
-        cells = dataclasses.replace(config, protocol=protocol).cells()
-        try:
-            other = next(other for other in cells if other.name == cell.name)
-            if any(name not in by_name for name in other.rates):  # no rate was searched for it
-                continue
-            _check_resumable(_filled_in(other, by_name))
-        except (StopIteration, FastpeftError):
-            continue
-        before, now = (f"the protocol {name}" if name else "no protocol" for name in (protocol, config.protocol))
-        return f"it was run by {before}, and is now to be run by {now}. Give another output, or {before} again."
-    return ""
 
 
 def _read(folder: Path) -> Plan:

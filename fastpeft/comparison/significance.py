@@ -10,15 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 LEVEL = 0.05  # of significance; intervals have the level 1 - LEVEL
-LAG_LEVELS = 20
 _ROUNDING = 1e-10  # scores of rows differ by more, or only in how they were rounded
-
-SEEN, REVERSED, UNDECIDED = "seen", "reversed", "undecided"  # reversed: the opposite order is seen
 
 
 @dataclass(frozen=True)
@@ -177,69 +173,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
         >>> holm([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    corrected = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * p_values[index]))
-        corrected[index] = highest
-    return corrected
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty(len(order))
+    factors = np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(factors * np.asarray(p_values, float)[order]))
+    return corrected.tolist()
 
 
-def show_p(p: float) -> str:
-    """A p value as it is written."""
-    return f"{p:.3f}" if p >= 0.0005 else "<0.001"
-
-
-def show_difference(difference: Difference) -> str:
-    """A difference and its interval as they are written."""
-    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
-
-
-def verdict(difference: float, p: float) -> str:
-    """Whether a positive difference is seen, given its p value as `holm` corrects it."""
-    if p >= LEVEL or difference == 0:
-        return UNDECIDED
-    return SEEN if difference > 0 else REVERSED
-
-
-def verdict_of_ranges(first: Sequence[float], second: Sequence[float], margin: float = 0.0) -> str:
-    """Whether `first` is above `second`, both positive: seen where each of its values is above all of the other's.
-
-    A difference below `margin`, a share of the lower value, is undecided.
-    """
-    if min(first) > (1 + margin) * max(second):
-        return SEEN
-    return REVERSED if min(second) > (1 + margin) * max(first) else UNDECIDED
-
-
-def lag(slow: Sequence[tuple[int, float]], fast: Sequence[tuple[int, float]], levels: int = LAG_LEVELS) -> float | None:
-    """How many steps later the rising curve `slow` reaches a level than `fast`: the median over evenly spaced levels.
-
-    Between two points a curve is a straight line; it reaches a level where it first comes up to it.
-
-    Args:
-        slow, fast: points (step, value) in the order of their steps.
-        levels: how many levels.
-
-    Returns:
-        Steps, negative where `slow` is ahead; None where the curves share no levels.
-
-    Example:
-        >>> lag([(0, 0.0), (100, 1.0)], [(0, 0.0), (50, 1.0), (100, 1.0)], levels=4)
-        31.25
-    """
-    low = max(slow[0][1], fast[0][1])
-    high = min(max(value for _, value in slow), max(value for _, value in fast))
-    if high <= low:
-        return None
-    wanted = [low + (high - low) * index / levels for index in range(1, levels + 1)]
-    return float(np.median([_reaches(slow, level) - _reaches(fast, level) for level in wanted]))
-
-
-def _reaches(curve: Sequence[tuple[int, float]], level: float) -> float:
-    """The step at which a curve first comes up to `level`."""
-    if curve[0][1] >= level:
-        return float(curve[0][0])
-    (left, before), (right, after) = next((a, b) for a, b in pairwise(curve) if b[1] >= level)
-    return left + (right - left) * (level - before) / (after - before)
+def is_significant(difference: float, p: float) -> bool:
+    """Whether there is a difference, given its p value as `holm` corrects it."""
+    return difference != 0 and p < LEVEL

@@ -20,7 +20,6 @@ class PaperRow:
     """A row of the paper's tables.
 
     Attributes:
-        key: its name in orderings.
         variant: what runs here.
         title: as written in tables.
         accuracy: in percent; two where the paper's own tables differ.
@@ -28,7 +27,6 @@ class PaperRow:
         memory_mb, samples_per_second: as measured in the paper; None where it has none.
     """
 
-    key: str
     variant: str
     title: str
     accuracy: list[float]
@@ -82,27 +80,13 @@ def get_suite(name: str, prompt: str | None = None) -> Suite:
 
 
 def paper_row(key: str, prompt: str | None = None) -> PaperRow:
-    """The row that orderings call `key`, with `prompt` as in `get_suite`."""
+    """The row called `key`, with `prompt` as in `get_suite`."""
     row = _PAPER["rows"][key]
     variant = row["variant"].replace(_PROMPT, _PAPER["default_prompt"] if prompt is None else prompt)
-    return PaperRow(**{**row, "key": key, "variant": variant})
+    return PaperRow(**{**row, "variant": variant})
 
 
-def prompt_of(key: str, variant: str) -> str | None:
-    """The prompt, as written, with which `variant` was made of the row `key`; None where that has none.
-
-    Example:
-        >>> prompt_of("lst+mezo", "lst:layers_per_block=1:init_from=mezo:prompt=MR:label_words=bad+good")
-        'MR:label_words=bad+good'
-    """
-    template = _PAPER["rows"][key]["variant"]
-    before, *rest = template.split(_PROMPT)
-    if not rest:
-        return None
-    length = (len(variant) - len(template.replace(_PROMPT, ""))) // len(rest)
-    return variant[len(before) :][:length]
-
-
-def orderings(measure: str) -> list[tuple[str, str]]:
-    """Pairs of keys: in the paper the first row is above the second in `measure`; in `memory_mb`, below."""
-    return [(first, second) for first, second in _PAPER["orderings"][measure]]
+def paper_accuracy(variant: str) -> str:
+    """The accuracy of a variant in the paper, in percent; both where its tables have two, and `-` where it has none."""
+    rows = map(paper_row, _PAPER["rows"])
+    return next((" / ".join(f"{value:.2f}" for value in row.accuracy) for row in rows if row.variant == variant), "-")

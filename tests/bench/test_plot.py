@@ -40,4 +40,4 @@ def test_a_candidate_has_one_colour_in_every_panel(tmp_path: Path, monkeypatch: 
 def test_the_evidence_is_drawn(tmp_path: Path) -> None:
     plot.plot_evidence(tmp_path / "drawn.svg")
     drawn = (tmp_path / "drawn.svg").read_text(encoding="utf-8")
-    assert all(f"<title>{name}</title>" in drawn for _, _, name in plot.EVIDENCE)
+    assert all(f">{name}</text>" in drawn for _, _, name in plot.EVIDENCE)

@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,9 +17,9 @@ from compared import ROWS, finish
 
 from fastpeft import CompareConfig
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import document, figures, mistakes
+from fastpeft.comparison.report import document, errors, figures
 from fastpeft.comparison.report import output as report
-from fastpeft.comparison.report.document import Code, Figure, Heading, Items, Matrix, Strong, Table, Text
+from fastpeft.comparison.report.document import Code, Figure, Heading, Items, Strong, Table, Text
 from fastpeft.comparison.report.results import variants
 from fastpeft.support import files
 from fastpeft.training.task import data_for
@@ -76,7 +75,7 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attributes)))
-        if tag not in ("meta", "link", "wbr"):
+        if tag not in ("meta", "link", "img"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -97,66 +96,55 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     outline = Outline(text)
     assert outline.open == []
     addresses = [value or "" for _, given in outline.found for name, value in given.items() if name in ("src", "href")]
-    assert all(address.startswith(("data:,", "#part")) for address in addresses)
+    assert all(address.startswith("data:") for address in addresses)
     tags = [tag for tag, _ in outline.found]
-    assert [tags.count(tag) for tag in ("img", "script", "style", "h1")] == [0, 1, 1, 1]
+    assert [tags.count(tag) for tag in ("img", "script", "style", "h1")] == [3, 1, 1, 1]
     assert not {name for _, given in outline.found for name in given if name == "style" or name.startswith("on")}
     policy = next(given["content"] for _, given in outline.found if "http-equiv" in given)
     assert policy is not None
     assert policy.startswith("default-src 'none'; ")
     for tag in ("script", "style"):
         assert f"{tag}-src '{document._digest(outline.inside[tag])}'" in policy
-    assert outline.inside["script"].count("\n") <= 300
-    parts = re.findall(r"<h2 [^>]*>(.*?)</h2>", text)
-    assert parts[:4] == ["Warnings", "Training curves", "Confusion matrices", "Rows on which variants differ"]
+    parts = re.findall(r"<h2>(.*?)</h2>", text)
+    assert parts[:3] == ["Warnings", "Paired tests", "Training curves"]
+    assert parts[-3:] == ["Where and how", "Confusion matrices", "Rows on which variants differ"]
     charts = {"accuracy-memory.svg", "training-loss.svg", "dev-accuracy.svg"}
     assert {file.name for file in (plan.folder / "figures").iterdir()} == charts
     for chart in charts:
-        drawn = ElementTree.parse(plan.folder / "figures" / chart)
-        assert drawn.getroot().get("aria-label")
+        ElementTree.parse(plan.folder / "figures" / chart)
     markdown = (plan.folder / "report.md").read_text()
     assert set(re.findall(r"\]\(figures/([\w-]+\.svg)\)", markdown)) == charts
-    assert "Confusion" not in markdown
+    assert "Confusion" not in markdown, "which quotes no dev text"
 
 
 def test_texts_are_escaped() -> None:
     bad = '<img src=x onerror="alert(1)">&</script>'
-    chart = figures.Scatter([figures.Point(0, bad, 1.0, 2.0, None, 1.0, [bad])], bad, bad, bad)
-    curves = figures.Curves([figures.Curve(0, bad, [figures.Step(0, 1.0, 0.5, 2.0)], 2)], bad)
-    parts = [
-        Heading(bad),
-        Text(bad),
-        Items([bad]),
-        Code([bad]),
-        Strong(bad),
-        Table([[bad, bad], [bad, bad]], caption=bad),
-    ]
-    parts += [Table([[bad, bad], [bad, bad], [bad, bad]], variants=1), Matrix(0, bad, [bad], [[1]])]
-    parts += [Figure("f", bad, bad, chart), Figure("g", bad, bad, curves)]
+    chart = figures.scatter([figures.Point(0, bad, 1.0, 2.0, None, 1.0)], bad, bad)
+    curves = figures.curves([figures.Curve(0, bad, [figures.Step(0, 1.0, 0.5, 2.0)])], bad)
+    plain = [Heading(bad), Text(bad), Items([bad]), Strong(bad), Table([[bad, bad], [bad, bad]], caption=bad)]
+    parts = [*plain, Code([bad]), Figure("f", bad, bad, chart), Figure("g", bad, bad, curves)]
     outline = Outline(document.page(bad, parts))
-    tags = [tag for tag, _ in outline.found]
-    assert tags.count("img") == 0
-    assert tags.count("script") == 1
-    assert sum(value == bad for _, given in outline.found for value in given.values()) == 5, (
-        "captions and names of charts"
-    )
+    found = [given for tag, given in outline.found if tag == "img"]
+    assert [given["alt"] for given in found] == [bad, bad]
+    assert all((given["src"] or "").startswith("data:image/svg+xml;base64,") for given in found)
+    assert [tag for tag, _ in outline.found].count("script") == 1
     assert outline.inside["figcaption"] == bad * 2
     assert "| a&#124;b |" in document.markdown("t", [Table([["a|b"], ["c"]])])
-    plain = [part for part in parts if not isinstance(part, Code)]
     assert "<img" not in document.markdown(bad, plain)
     for drawn in (chart, curves):
-        ElementTree.fromstring(drawn.svg(bad, file=True))
+        root = ElementTree.fromstring(drawn)
+        assert {element.tag.rpartition("}")[2] for element in root.iter()}.isdisjoint({"img", "script"})
 
 
 # -- charts ------------------------------------------------------------------------------------------------------------
 
 
-def test_marks_differ_in_more_than_colour() -> None:
-    shapes = [(figures.colour(index), figures.mark(index)) for index in range(64)]
-    assert len(set(shapes)) == 64
-    for first, second in combinations(range(8), 2):
-        assert shapes[first][0] != shapes[second][0]
-        assert shapes[first][1] != shapes[second][1]
+def test_marks_differ_in_more_than_colour_and_are_seen() -> None:
+    styles = [figures.style(index) for index in range(64)]
+    assert len({tuple(each.values()) for each in styles}) == 64
+    for name in ("color", "marker"):
+        assert len({each[name] for each in styles[:8]}) == 8
+    assert all(1.05 / (luminance(colour) + 0.05) >= 3 for colour in figures.COLOURS)
 
 
 def luminance(colour: str) -> float:
@@ -165,56 +153,15 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_marks_are_seen_on_both_grounds() -> None:
-    for light, dark in figures.COLOURS:
-        assert 1.05 / (luminance(light) + 0.05) >= 3
-        assert (luminance(dark) + 0.05) / (luminance("#14171a") + 0.05) >= 3
-
-
-@pytest.mark.parametrize("width", [figures.WIDE, figures.NARROW])
-def test_names_stand_beside_their_marks_and_cover_nothing(width: int) -> None:
-    points = [figures.Point(n, f"variant {n}", 100.0 + n % 5, 0.8 + n / 500, None, 1.0 + n) for n in range(21)]
-    drawn = ElementTree.fromstring(figures.Scatter(points, "MB", "accuracy", "s").svg("a chart", width, file=True))
-    space = "{http://www.w3.org/2000/svg}"
-    series = drawn.findall(f"{space}g[@data-variant]")
-    assert sorted(int(part.get("data-variant", "")) for part in series) == list(range(21))
-    names = {part.findtext(f"{space}title"): part.find(f"{space}text") for part in series}
-    boxes = []
-    for name, text in names.items():
-        if text is not None:
-            assert text.text == name
-            left, bottom = float(text.get("x", "")), float(text.get("y", ""))
-            boxes.append((left, bottom - 11, left + 7 * len(name or ""), bottom + 3))
-    assert len(boxes) == 21 if width == figures.WIDE else len(boxes) >= 3
-    for one, other in combinations(boxes, 2):
-        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
-    assert all(left >= 0 and right <= width for left, _, right, _ in boxes)
-    areas = {}
-    for part in series:
-        mark = part.find(f"{space}path[@class='mark']")
-        assert mark is not None
-        (radius,) = re.findall(r"scale\(([\d.]+)\)", mark.get("transform", ""))
-        areas[int(part.get("data-variant", ""))] = float(radius) ** 2
-    assert areas[20] / areas[6] == pytest.approx(3, rel=0.02), "the area is the time"
-
-
-@pytest.mark.parametrize(
-    "values",
-    [[231.0, 232.0], [100.0], [1e-5, 3.0], [0.5, 0.5], [0.0, 625.0], [-3.0, 40_000.0], [0.0, 1e30], [1e-9, 3e-9]],
-)
-def test_axes_have_round_values_where_they_belong(values: list[float]) -> None:
-    for log in (True, False) if min(values) > 0 else (False,):
-        axis = figures._Axis(values, 50, 450, log=log)
-        ticks = axis.ticks(40)
-        assert 1 <= len(ticks) <= 11
-        assert all(50 <= pixel <= 450 for pixel, _ in ticks)
-        for pixel, text in ticks:
-            assert axis(float(text.replace(",", ""))) == pytest.approx(pixel, abs=0.5), (
-                "what is written is where it stands"
-            )
-        if not log:
-            factor, offset = map(float, axis.inverse.split())
-            assert factor * axis(values[0]) + offset == pytest.approx(values[0], rel=1e-6, abs=1e-6 * max(values))
+@pytest.mark.parametrize("values", [[231.0, 232.0], [100.0], [1e-5, 3.0], [0.5, 0.5], [0.0, 625.0]])
+def test_every_variant_is_in_a_chart(values: list[float]) -> None:
+    names = ["$x$ of formula", *(f"siva:rank={n}" for n in range(1, 21))]
+    points = [figures.Point(n, name, values[n % len(values)], 0.8, (0.7, 0.9), 1.0 + n) for n, name in enumerate(names)]
+    steps = [figures.Step(step, value, value, value) for step, value in enumerate(values)]
+    drawn = figures.scatter(points, "MB", "accuracy")
+    assert drawn == figures.scatter(points, "MB", "accuracy"), "the same bytes"
+    for chart in (drawn, figures.curves([figures.Curve(n, name, steps) for n, name in enumerate(names)], "loss")):
+        assert all(f">{name}</text>" in chart for name in names)
 
 
 def test_a_curve_has_the_mean_and_the_range_over_seeds() -> None:
@@ -225,18 +172,19 @@ def test_a_curve_has_the_mean_and_the_range_over_seeds() -> None:
     assert figures.over_seeds([]) == []
 
 
-# -- mistakes ----------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def test_confusion_matrices_are_summed_over_seeds(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, ["siva", "lora"], seeds=2)
-    *_, first, second = mistakes.matrices(variants(plan.results))
-    assert isinstance(first, Matrix)
-    assert isinstance(second, Matrix)
+    *_, first, second = errors.matrices(variants(plan.results))
+    assert isinstance(first, Table)
+    assert isinstance(second, Table)
     kept = [cell.metrics() or {} for cell in plan.results]
-    assert first.counts[0][0] == kept[0]["confusion_matrix"][0][0] + kept[1]["confusion_matrix"][0][0]
-    assert [sum(map(sum, matrix.counts)) for matrix in (first, second)] == [2 * ROWS] * 2
-    assert (first.variant, second.index, first.classes) == ("siva", 1, ["bad", BAD])
+    assert first.rows[0] == ["", "bad", BAD]
+    assert first.rows[1][:2] == ["bad", str(sum(kept[seed]["confusion_matrix"][0][0] for seed in (0, 1)))]
+    assert [sum(int(count) for row in t.rows[1:] for count in row[1:]) for t in (first, second)] == [2 * ROWS] * 2
+    assert (first.caption, second.caption) == ("siva", "lora")
 
 
 def test_of_many_classes_the_most_frequent_mistakes_are_told(tmp_path: Path) -> None:
@@ -250,7 +198,7 @@ def test_of_many_classes_the_most_frequent_mistakes_are_told(tmp_path: Path) -> 
             "per_class": {f"c{n}": SCORES for n in range(12)},
         }
         cell.folder.metrics_file.write_text(json.dumps(metrics))
-    *_, table = mistakes.matrices(variants(plan.results))
+    *_, table = errors.matrices(variants(plan.results))
     assert isinstance(table, Table)
     assert table.rows == [["true label", "prediction", "siva", "lora"], ["c3", "c7", "5", "0"], ["c1", "c0", "1", "1"]]
 
@@ -259,7 +207,7 @@ def test_rows_on_which_variants_differ(tmp_path: Path, caplog: pytest.LogCapture
     caplog.set_level("INFO", "fastpeft")
     plan = plan_of(tmp_path, ["siva", "lora", "head"], seeds=2)
     caplog.clear()
-    *_, text, table = mistakes.disagreements(variants(plan.results))
+    *_, text, table = errors.disagreements(variants(plan.results))
     assert isinstance(text, Text)
     assert isinstance(table, Table)
     assert table.rows[0] == ["row", "text", "label", "siva", "lora", "head"]
@@ -267,7 +215,7 @@ def test_rows_on_which_variants_differ(tmp_path: Path, caplog: pytest.LogCapture
     right = [list((cell.predictions() or {})["predictions"]) for cell in plan.results]
     shares = [tuple(sum(right[2 * v + s][row] == row % 2 for s in (0, 1)) for v in range(3)) for row in range(ROWS)]
     differ = [row for row in range(ROWS) if len(set(shares[row])) > 1]
-    told = f"On {len(differ)} of {ROWS} dev rows some variants predict the true label and others do not. "
+    told = f"On {len(differ)} of {ROWS} dev rows some variants predict the true label and others do not; "
     assert text.text.startswith(told)
     assert len(table.rows) == 1 + min(20, len(differ))
     # the largest differences first, and of these the rows that about half of the variants answer rightly
@@ -283,7 +231,7 @@ def test_rows_on_which_variants_differ(tmp_path: Path, caplog: pytest.LogCapture
     files.write_json(folder.config_file, values)
     for changed in (dev.read_text().replace("dev ", "another "), "text,label\nother,bad\n"):
         dev.write_text(changed)
-        *_, text, table = mistakes.disagreements(variants(plan.results))
+        *_, text, table = errors.disagreements(variants(plan.results))
         assert isinstance(text, Text)
         assert isinstance(table, Table)
         assert "The texts could not be loaded again, or have changed, so only row numbers are shown." in text.text
@@ -293,9 +241,9 @@ def test_rows_on_which_variants_differ(tmp_path: Path, caplog: pytest.LogCapture
 def test_without_answers_no_rows_differ(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, ["siva", "lora"])
     (plan.results[0].folder.path / "predictions.json").unlink()
-    assert list(mistakes.disagreements(variants(plan.results))) == []
+    assert list(errors.disagreements(variants(plan.results))) == []
     shutil.copy(*(cell.folder.path / "predictions.json" for cell in reversed(plan.results)))
-    assert list(mistakes.disagreements(variants(plan.results))) == [], "they answer alike"
+    assert list(errors.disagreements(variants(plan.results))) == [], "they answer alike"
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------
@@ -323,15 +271,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def faults() -> list[str]:
-    """What a page complains of, and addresses that it loads."""
-    return []
-
-
-@pytest.fixture
-def open_page(browser: Any, address: str, faults: list[str]) -> Iterator[Any]:
-    """A function that opens the page; when the test ends, nothing went wrong there."""
-    contexts, known = [], ["data:,"]
+def open_page(browser: Any, address: str) -> Iterator[Any]:
+    """A function that opens the page; when the test ends, nothing went wrong there, and nothing else was loaded."""
+    contexts, faults, known = [], [], []
 
     def opened(width: int = 1280, place: str = address, **options: Any) -> Any:
         context = browser.new_context(viewport={"width": width, "height": 900}, **options)
@@ -348,118 +290,44 @@ def open_page(browser: Any, address: str, faults: list[str]) -> Iterator[Any]:
     yield opened
     for context in contexts:
         context.close()
-    assert [fault for fault in faults if fault not in known and not fault.startswith("blob:file:")] == []
+    assert [fault for fault in faults if fault not in known and not fault.startswith("data:")] == []
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 820, 1280])
+@pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1280, "light")])
 def test_everyone_can_read_it(open_page: Any, width: int, theme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     page = open_page(width, color_scheme=theme)
     found = axe.Axe().run(page).response["violations"]
     assert [(fault["id"], fault["nodes"][0]["html"]) for fault in found] == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no horizontal scroll"
-    small = "[...document.querySelectorAll('.chart')].filter((chart) => chart.getBoundingClientRect().width)"
-    sizes = page.evaluate(f"{small}.map((chart) => 13 * chart.getScreenCTM().a)")
-    assert len(sizes) == 3
-    assert min(sizes) >= 9, "letters of charts stay legible"
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert back == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}[theme]
     assert page.title() == "Comparison of SiVA, LoRA, full fine-tuning and 2 more on data"
+    assert page.evaluate("[...document.images].map((image) => image.naturalWidth > 100)") == [True] * 3
 
 
 @pytest.mark.long
-def test_rows_are_sorted_hidden_and_taken_along(open_page: Any) -> None:
-    page = open_page(permissions=["clipboard-read", "clipboard-write"])
-    rows = page.locator("#results tbody tr")
+def test_rows_are_sorted(open_page: Any) -> None:
+    page = open_page()
+    heads = page.locator("tbody").first.locator("tr > :first-child")
     memory = page.get_by_role("columnheader", name="CUDA allocator peak, MB")
-    for order, first in (("descending", VARIANT), ("ascending", "siva")):
+    for order, first in (("descending", f"{VARIANT}"), ("ascending", "siva")):
         memory.get_by_role("button").click()
         assert memory.get_attribute("aria-sort") == order
-        assert rows.first.locator(".name").inner_text() == first
-    page.get_by_role("columnheader", name="method").get_by_role("button").click()
-    assert [rows.nth(place).locator(".name").inner_text() for place in (0, 1)] == ["bitfit", "full"]
+        assert heads.first.inner_text() == first
+    page.get_by_role("columnheader", name="method").first.get_by_role("button").click()
+    assert "baseline" in heads.first.inner_text()
     assert memory.get_attribute("aria-sort") is None
-    memory.get_by_role("button").click()
-    page.get_by_role("button", name="Hide lora").click()
-    assert page.locator("[data-variant='1']:visible").count() == 0, "its marks, lines and matrix are hidden too"
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Hide siva", "the next row's"
-    assert page.get_by_role("status").inner_text() == "lora is hidden."
-    with page.expect_download() as waiting:
-        page.get_by_role("button", name="Download CSV").click()
-    with Path(waiting.value.path()).open(newline="") as file:
-        saved = list(csv.DictReader(file))
-    assert waiting.value.suggested_filename == "comparison.csv"
-    names = [row["method"] for row in saved]
-    assert names == [*reversed([name for name in NAMES if name != "lora"]), f"baseline: most frequent class ({BAD})"]
-    assert saved[-2]["CUDA allocator peak, MB"] == "102 ± 2"
-    page.get_by_role("button", name="Copy as Markdown").click()
-    page.get_by_text("Copied the rows that are shown.").wait_for()
-    lines = page.evaluate("navigator.clipboard.readText()").splitlines()
-    assert lines[0].startswith("| method | accuracy | F1 |")
-    assert lines[1].startswith("|---|---:|---:|")
-    assert len(lines) == 2 + 20 + 1
-    assert r"\<img src=x" in lines[2]
-    page.get_by_role("button", name="Show all (1 hidden)").click()
-    assert page.locator("[data-variant='1']:visible").count() > 3
-
-
-@pytest.mark.long
-def test_values_are_shown_under_the_pointer_and_at_the_focus(open_page: Any) -> None:
-    page = open_page(reduced_motion="reduce")
-    scatter, loss = page.locator(".chart:visible").nth(0), page.locator(".chart:visible").nth(1)
-    tip = page.locator("#tip")
-    assert not tip.is_visible()
-    scatter.locator("[data-variant='0']").focus()
-    page.keyboard.press("Tab")
-    page.keyboard.press("Shift+Tab")
-    assert tip.inner_text().splitlines()[0] == "siva"
-    assert "accuracy: 0." in tip.inner_text()
-    assert "lit" in (page.locator("#results tbody tr").first.get_attribute("class") or "")
-    page.keyboard.press("Escape")
-    assert not tip.is_visible()
-    loss.scroll_into_view_if_needed()
-    box = loss.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 3, box["y"] + box["height"] * 0.85)
-    name, value = tip.inner_text().splitlines()
-    assert name in NAMES
-    step, shown = re.fullmatch(r"step (\d+): ([\d.]+)", value).groups()  # type: ignore[union-attr]
-    assert float(shown) == pytest.approx(1 / int(step), abs=0.001), "the loss of the stand-ins"
-    page.mouse.move(0, 0)
-    assert not tip.is_visible()
-
-
-@pytest.mark.long
-def test_the_theme_is_chosen_and_kept(open_page: Any) -> None:
-    page = open_page(color_scheme="light")
-    mark = "getComputedStyle(document.querySelector('.chart .c0')).color"
-    light = page.evaluate(mark)
-    page.get_by_role("button", name="Dark theme").click()
-    assert page.evaluate(mark) != light, "charts follow"
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
-    page.reload()
-    assert page.get_by_role("button", name="Light theme").is_visible()
 
 
 @pytest.mark.long
 def test_without_a_script_all_is_there(open_page: Any) -> None:
     page = open_page(java_script_enabled=False)
-    assert page.locator("p.verdict").inner_text().endswith(".")
-    assert page.locator(".chart:visible").count() == 3
-    assert page.locator("#results tbody tr:visible").count() == 21
+    assert page.locator("h1 + p.strong").inner_text().endswith(".")
+    assert page.locator("figure img:visible").count() == 3
+    assert page.locator("tbody").first.locator("tr:visible").count() == 22
     assert page.locator("button").count() == 0
-
-
-@pytest.mark.long
-def test_a_page_over_plain_http_is_copied_too(open_page: Any, address: str) -> None:
-    page = open_page(permissions=["clipboard-read", "clipboard-write"])
-    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
-    page.get_by_role("button", name="Copy as Markdown").click()
-    page.get_by_text("Copied the rows that are shown.").wait_for()
-    other = page.context.new_page()
-    other.goto(address)
-    assert other.evaluate("navigator.clipboard.readText()").startswith("| method | accuracy |")
 
 
 @pytest.mark.long
@@ -470,6 +338,4 @@ def test_a_page_without_a_result(open_page: Any, tmp_path: Path) -> None:
     report.write(plan, whole=True)
     page = open_page(place=(plan.folder / "report.html").as_uri())
     assert page.get_by_text(f"siva-seed0: {BAD}").is_visible()
-    page.get_by_role("button", name="Hide siva").click()
-    assert page.get_by_role("button", name="Show all (1 hidden)").is_visible()
-    assert page.locator(".chart").count() == 0
+    assert page.locator("img").count() == 0

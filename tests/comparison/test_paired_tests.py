@@ -36,8 +36,7 @@ def first_lines(plan: Plan) -> list[str]:
 
 def tables(plan: Plan) -> list[Table]:
     """The table of results, and that of pairs."""
-    found = [part for part in sections.report(plan, pictures=False) if isinstance(part, Table)]
-    return [table for table in found if "estimated, MB" not in table.rows[0]]
+    return [part for part in sections.report(plan, pictures=False) if isinstance(part, Table)]
 
 
 def without(*wrong: int, rows: int = 1000) -> list[int]:
@@ -57,23 +56,21 @@ def test_nothing_is_significant(tmp_path: Path) -> None:
     six = {name: without(index) for index, name in enumerate(("siva", "lora", "head", "bitfit", "full", "lst"))}
     plan = plan_of(tmp_path, six)
     told = (
-        "No significant difference in accuracy among these 6 variants on 1,000 dev rows; siva, lora, head and 3 more "
-        "share the highest, 0.999."
+        "No significant difference among these 6 variants on 1,000 dev rows; siva, lora, head and 3 more share the "
+        "highest accuracy, 0.999."
     )
     assert first_lines(plan) == [told, ONE_SEED]
     report.write(plan, whole=True)
     text, page = ((plan.folder / f"report.{end}").read_text() for end in ("md", "html"))
     assert f"\n\n**{told}**\n\n{ONE_SEED}\n\n6 variants, 1 seed each." in text
-    assert f'</h1>\n</header>\n<p class="verdict">{told}</p>\n<p>{ONE_SEED}</p>' in page
-    assert "Last values: all " in text
-    assert "told apart" not in text
+    assert f'</h1>\n<p class="strong">{told}</p>\n<p>{ONE_SEED}</p>' in page
 
 
 def test_two_variants_are_named(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"siva": without(1), "head": without(2, 3)}, seeds=3)
     assert first_lines(plan) == [
-        "No significant difference in accuracy between siva and head on 1,000 dev rows; siva has the highest, 0.999, "
-        "at 200 MB peak memory."
+        "No significant difference between siva and head on 1,000 dev rows; siva has the highest accuracy, 0.999, at "
+        "200 MB peak memory."
     ]
 
 
@@ -85,14 +82,14 @@ def test_the_best_is_named_with_those_it_is_significantly_above(tmp_path: Path) 
         "above lora (Holm)."
     )
     (_, table) = tables(plan)
-    assert table.rows[0] == ["variants", "significant", "difference, 95 % interval", "p", "p by Holm"]
+    assert table.rows[0] == ["variants", "significant", "difference", "95 % interval", "p", "p by Holm"]
     assert [row[:2] for row in table.rows[1:]] == [
         ["siva above head", "yes"],
         ["lora above head", "no"],
         ["siva above lora", "no"],
     ]
-    assert table.rows[1][2:] == ["+0.010 (+0.004 to +0.016)", "0.002", "0.006"]
-    assert [row[4] for row in table.rows[2:]] == ["0.062", "0.125"]
+    assert table.rows[1][2:] == ["+0.010", "+0.004 to +0.016", "0.002", "0.006"]
+    assert [row[-1] for row in table.rows[2:]] == ["0.062", "0.125"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +102,7 @@ def test_the_best_is_named_with_those_it_is_significantly_above(tmp_path: Path) 
         ),
         (
             {"siva": 190, **{f"lora:rank={rank}": 150 for rank in range(1, 5)}},
-            "siva has ; significantly above all 4 others",
+            "siva has ; significantly above 4 of the other 4",
         ),
         (  # siva is above lora, but not significantly above head, which is wrong on other rows
             {"siva": without(1, rows=20), "head": without(2, 3, rows=20), "lora": [0] * 13 + [1] * 7},
@@ -137,25 +134,11 @@ def test_the_highest_may_be_significantly_above_none(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("rows", "told"),
-    [
-        (30, "On 30 dev rows no difference below 0.23 can be significant."),  # 7 of them: 3 pairs * 2 / 2^7 = 0.047
-        (6, "On 6 dev rows no difference can be significant."),
-    ],
-)
-def test_what_few_rows_cannot_show(tmp_path: Path, rows: int, told: str) -> None:
-    same = {name: without(index, rows=rows) for index, name in enumerate(("siva", "lora", "head"))}
-    assert first_lines(plan_of(tmp_path, same)) == [
-        f"No significant difference in accuracy among these 3 variants on {rows} dev rows; siva, lora and head share "
-        f"the highest, {1 - 1 / rows:.3f}.",
-        f"{ONE_SEED} {told}",
-    ]
-
-
-def test_few_rows_and_several_seeds(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, {"siva": without(1, rows=30), "head": without(2, rows=30)}, seeds=3)
-    assert first_lines(plan)[1:] == ["30 dev rows are few: the test can miss a difference that more rows would show."]
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_few_rows_are_told(tmp_path: Path, seeds: int) -> None:
+    plan = plan_of(tmp_path, {"siva": without(1, rows=30), "head": without(2, rows=30)}, seeds=seeds)
+    few = "30 dev rows are few: the test can miss a difference that more rows would show."
+    assert first_lines(plan)[1:] == [f"{ONE_SEED} {few}" if seeds == 1 else few]
 
 
 def test_two_seeds_are_the_limit_and_not_the_rows(tmp_path: Path) -> None:
@@ -165,22 +148,11 @@ def test_two_seeds_are_the_limit_and_not_the_rows(tmp_path: Path) -> None:
     for cell, wrong in zip(sorted(plan.results, key=lambda cell: cell.variant), (111, 111, 60, 90)):
         finish(cell, without(*range(wrong), rows=150), 200.0, 100.0)
     first, *rest = first_lines(plan)
-    assert first.startswith("No significant difference in accuracy between siva and head on 150 dev rows")
+    assert first.startswith("No significant difference between siva and head on 150 dev rows")
     assert rest == [
         "With two seeds the variation between seeds is poorly known: the test can miss even a large difference. Run "
         "with --seeds 3 or more."
     ]
-
-
-@pytest.mark.parametrize("number", [1, 3, 15, 153])
-def test_the_least_difference_is_that_of_the_test(number: int) -> None:
-    def corrected(rows: int) -> float:
-        right = np.zeros((2, 1, 100), dtype=int)
-        right[0, 0, :rows] = 1
-        return significance.holm([significance.compare_pair(*right).p, *[1.0] * (number - 1)])[0]
-
-    least = paired_tests._least_rows(number)
-    assert corrected(least) < significance.LEVEL <= corrected(least - 1)
 
 
 def test_without_scores_of_rows_nothing_is_tested(tmp_path: Path) -> None:
@@ -198,7 +170,7 @@ def test_without_scores_of_rows_nothing_is_tested(tmp_path: Path) -> None:
 def test_variants_that_could_not_be_tested_are_not_counted(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, dict.fromkeys(("siva", "lora", "head", "full"), 150))
     (plan.results[0].folder.path / "predictions.json").unlink()
-    told = "No significant difference in accuracy among the 3 variants that could be tested on 200 dev rows; "
+    told = "No significant difference among those tested of the 4 variants on 200 dev rows; "
     assert first_lines(plan)[0].startswith(told)
 
 
@@ -231,7 +203,7 @@ def test_a_variant_of_which_a_seed_kept_no_scores_is_not_tested(tmp_path: Path) 
     plan = plan_of(tmp_path, {"siva": 190, "head": 150, "lora": 140}, seeds=2)
     (plan.results[0].folder.path / "predictions.json").unlink()
     compared = results.variants(plan.results)
-    assert [variant.interval() is None for variant in compared] == [True, False, False]
+    assert [variant.interval is None for variant in compared] == [True, False, False]
     assert [str(pair) for pair in paired_tests.all_pairs(compared)] == ["head above lora"]
 
 
@@ -257,7 +229,7 @@ def test_objectives_are_tested_apart(tmp_path: Path) -> None:
     assert first_lines(plan)[0] == (
         "lora has the highest accuracy, 0.950, at 200 MB peak memory; significantly above full (Holm)."
     )
-    text = document.markdown("", paired_tests.report(compared, tested))
+    text = document.markdown("", paired_tests.report(tested))
     assert text.count("## Paired tests") == 1
     assert "Accuracy of every pair of variants, paired by dev row: McNemar's exact test. 'p by Holm'" in text
     assert "Masked-token accuracy of every pair of variants, paired by dev row: a sign test over rows. " in text
@@ -317,18 +289,6 @@ def test_zero_shot_answers_alike_beside_each_seed(tmp_path: Path) -> None:
         "siva above zero-shot:prompt=MR": 2,
     }
     assert ONE_SEED not in " ".join(first_lines(plan)), "where nothing trains no seed changes anything"
-
-
-def test_many_variants_have_a_matrix(tmp_path: Path) -> None:
-    names = [f"siva:rank={rank}" for rank in range(1, 8)]
-    plan = plan_of(tmp_path, {name: 100 if name == names[2] else 180 for name in names})
-    (_, matrix) = tables(plan)
-    assert matrix.rows[0] == ["", "1", "2", "3", "4", "5", "6"]
-    assert [row[0] for row in matrix.rows[1:]] == [f"{number} {name}" for number, name in enumerate(names, 1)]
-    assert matrix.rows[2][1:] == ["1", "", "", "", "", ""]
-    assert matrix.rows[3][1:] == ["lower, p <0.001", "lower, p <0.001", "", "", "", ""]
-    assert matrix.rows[7][1:] == ["1", "1", "higher, p <0.001", "1", "1", "1"]
-    assert "| 3 siva:rank=3 | lower, p <0.001 |" in document.markdown("t", [matrix])
 
 
 # -- warnings ----------------------------------------------------------------------------------------------------------

@@ -276,17 +276,9 @@ def test_suites_are_the_papers_rows(suite: str, rows: int) -> None:
     cells = CompareConfig(output="out", suite=suite, methods=["bitfit"], protocol="quick").cells()
     assert len({cell.variant for cell in cells}) == len(cells) == rows + 1
     assert cells[-1].variant == "bitfit"
-    assert all(cell.row for cell in cells[:-1])
-    assert {cell.row for cell in cells} >= {"full", "lora", "siva", "9-lst"}
+    assert all(suites.paper_accuracy(cell.variant) != "-" for cell in cells[:-1])
+    assert suites.paper_accuracy("bitfit") == "-"
     assert all(cell.values["epochs"] == 1 for cell in cells if cell.method != "mezo")
-    for measure in ("accuracy", "memory_mb", "samples_per_second"):
-        for first, second in suites.orderings(measure):
-            above, below = suites.paper_row(first), suites.paper_row(second)
-            if measure == "accuracy":
-                assert min(above.accuracy) > max(below.accuracy), (first, second)
-            else:
-                sign = -1 if measure == "memory_mb" else 1
-                assert sign * getattr(above, measure) > sign * getattr(below, measure), (first, second)
 
 
 def test_a_suite_takes_another_prompt_and_other_values() -> None:
@@ -297,8 +289,8 @@ def test_a_suite_takes_another_prompt_and_other_values() -> None:
     assert {(cell.values["prompt"], cell.values["label_words"]) for cell in prompted} == {
         ("{text} So <mask>!", "bad,good")
     }
-    chained = next(cell for cell in prompted if cell.row == "9-lst+mezo+prompt")
-    assert chained.after == (next(cell.name for cell in prompted if cell.row == "mezo"),)
+    chained = next(cell for cell in prompted if cell.after and cell.values["window"] == 9)
+    assert chained.after == (next(cell.name for cell in prompted if cell.method == "mezo"),)
     assert chained.values["prompt_head"] == "classifier"
     figure = CompareConfig(output="out", suite="figure5", common={"max_steps": 5, "learning_rate": 0.5}).cells()
     assert {(cell.values["learning_rate"], cell.values["max_steps"], cell.values["epochs"]) for cell in figure} == {
@@ -307,8 +299,9 @@ def test_a_suite_takes_another_prompt_and_other_values() -> None:
 
 
 def test_a_suite_without_its_prompts() -> None:
-    rows = [cell.row for cell in CompareConfig(output="out", suite="table2", prompts=["none"]).cells()]
-    assert rows == ["full", "lora", "lst", "last-3", "siva", "siva-kv", "5-lst", "9-lst"]
+    cells = CompareConfig(output="out", suite="table2", prompts=["none"]).cells()
+    assert len(cells) == 8
+    assert not any(cell.values["prompt"] for cell in cells)
 
 
 def test_a_suite_finds_its_prompts() -> None:
@@ -331,14 +324,12 @@ def test_quick_is_one_epoch_but_for_mezo() -> None:
 
 
 @pytest.mark.parametrize(("before", "now"), [("quick", "full"), ("quick", None), (None, "quick"), (None, "full")])
-def test_another_protocol_is_named_as_the_cause(tmp_path: Path, before: str | None, now: str | None) -> None:
+def test_another_protocol_is_refused(tmp_path: Path, before: str | None, now: str | None) -> None:
     output = str(tmp_path / "out")
     plan = Plan.make(config("siva", output=output, protocol=before), "command")
     plan.save()
     finish(plan.results[0], accuracy=0.5)
-    first, second = (f"the protocol {name}" if name else "no protocol" for name in (before, now))
-    told = f"it was run by {first}, and is now to be run by {second}. Give another output, or {first} again."
-    with pytest.raises(FastpeftError, match=re.escape(told)):
+    with pytest.raises(FastpeftError, match="cell 'siva-seed0' cannot be run in"):
         Plan.make(config("siva", output=output, protocol=now), "command")
     with pytest.raises(FastpeftError, match="rank None -> 2" if now != "full" else "not searched, and is now to be"):
         Plan.make(config("siva", output=output, protocol=now, common={"rank": 2}), "command")

@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 
 from fastpeft.comparison.significance import (
-    REVERSED,
-    SEEN,
-    UNDECIDED,
     compare_pair,
     holm,
     interval,
-    lag,
+    is_significant,
     row_scores,
-    verdict,
-    verdict_of_ranges,
 )
 
 
@@ -76,7 +71,7 @@ def test_equal_answers_are_undecided() -> None:
     same = np.ones((3, 20))
     found = compare_pair(same, same)
     assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
-    assert verdict(found.mean, found.p) == UNDECIDED
+    assert not is_significant(found.mean, 0.0)
 
 
 def test_no_difference_is_seldom_found() -> None:
@@ -108,34 +103,6 @@ def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
-
-
-@pytest.mark.parametrize(
-    ("difference", "p", "expected"),
-    [(0.1, 0.01, SEEN), (-0.1, 0.01, REVERSED), (0.1, 0.05, UNDECIDED), (0.0, 0.0, UNDECIDED)],
-)
-def test_verdicts(difference: float, p: float, expected: str) -> None:
-    assert verdict(difference, p) == expected
-
-
-def test_verdicts_of_ranges() -> None:
-    assert verdict_of_ranges([3, 4], [1, 2]) == SEEN
-    assert verdict_of_ranges([1, 2], [3]) == REVERSED
-    assert verdict_of_ranges([1, 3], [2]) == UNDECIDED
-    assert verdict_of_ranges([179.2], [179.0], 0.02) == UNDECIDED, "less than the margin"
-    assert verdict_of_ranges([179.0], [179.2], 0.02) == UNDECIDED
-    assert verdict_of_ranges([104], [101], 0.02) == SEEN
-    assert verdict_of_ranges([101], [104], 0.02) == REVERSED
-
-
-def test_lag_in_steps() -> None:
-    fast = [(0, 0.5), (10, 0.6), (20, 0.7), (30, 0.8)]
-    assert lag([(step + 40, value) for step, value in fast], fast) == pytest.approx(40)
-    assert lag(fast, [(step + 40, value) for step, value in fast]) == pytest.approx(-40)
-    assert lag([(0, 0.5), (20, 0.6), (40, 0.7), (60, 0.8)], fast, levels=3) == pytest.approx(20)
-    assert lag([(0, 0.5), (30, 0.5)], fast) is None, "never above its start"
-    falls = [(0, 0.5), (10, 0.4), (20, 0.8), (30, 0.6)]
-    assert lag(falls, [(0, 0.5), (10, 0.8)], levels=1) == pytest.approx(10)
 
 
 def test_scores_of_rows_have_the_metric_as_their_mean_and_its_error() -> None:

@@ -6,11 +6,9 @@ import base64
 import hashlib
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from fastpeft.comparison.report import figures
 
 _PAGE = Path(__file__).with_name("page.html")  # beside it page.css and page.js, which each page holds
 FIGURES = "figures"  # the folder beside the report
@@ -56,66 +54,45 @@ class Table:
         rows: the header and the rows.
         numbers: the columns that are aligned on the right.
         caption: what a page calls it.
-        variants: how many rows after the header are variants, in their order. Such a table is the page's main one: its
-            rows have the marks of the charts, and can be sorted and hidden. Rows below them stay at the end.
     """
 
     rows: Sequence[Sequence[str]]
     numbers: range = range(0)
     caption: str = "Table"
-    variants: int = 0
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """The confusion matrix of a variant, for a page alone: a row a label, a column an answer, both in `classes`."""
-
-    index: int
-    variant: str
-    classes: Sequence[str]
-    counts: Sequence[Sequence[int]]
-
-    def shade(self, row: int, column: int) -> int:
-        """The share of a label's rows that have an answer, from 0 to 5."""
-        return round(5 * self.counts[row][column] / max(1, sum(self.counts[row])))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart: the name of its file, a description for readers who cannot see it, and its caption."""
+    """A chart: the name of its file, a description for readers who cannot see it, its caption, and its SVG."""
 
     name: str
     alt: str
     caption: str
-    chart: figures.Scatter | figures.Curves
+    svg: str
 
     @property
     def file(self) -> str:
-        """The name of its file."""
         return f"{self.name}.svg"
 
+    @property
+    def address(self) -> str:
+        """The chart as an address, so that its style and its texts stay apart from the page's."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
 
-@dataclass(frozen=True)
-class PageOnly:
-    """Blocks that Markdown leaves out."""
 
-    blocks: Sequence[Block]
-
+Block = Heading | Text | Strong | Items | Code | Table | Figure
 
 # What Markdown takes for markup inside a line: tags and entities, but not the < of "< 0.001"; emphasis and code, but
 # not the _ of "label_words"; the middle of a link; a backslash before punctuation.
 _MARKUP = re.compile(r"<(?![\d ])|[&>]|[*`]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|\\(?=[!-/:-@\[-`{-~])")
 
-Block = Heading | Text | Strong | Items | Code | Table | Matrix | Figure | PageOnly
-
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
     """The report in Markdown, with links to the pictures in `FIGURES`."""
-    parts = [[f"# {_plain(title)}"], *(_lines(block) for block in blocks if not isinstance(block, PageOnly | Matrix))]
-    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+    return "\n\n".join("\n".join(lines) for lines in ([f"# {_plain(title)}"], *map(_lines, blocks))) + "\n"
 
 
-def _lines(block: Heading | Text | Strong | Items | Code | Table | Figure) -> list[str]:
+def _lines(block: Block) -> list[str]:
     match block:
         case Heading(text):
             return [f"## {_plain(text)}"]
@@ -154,25 +131,16 @@ def page(title: str, blocks: Sequence[Block]) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    style = f"{_PAGE.with_suffix('.css').read_text(encoding='utf-8')}{figures.palette()}\n"
-    script = _PAGE.with_suffix(".js").read_text(encoding="utf-8")
+    style, script = (_PAGE.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_PAGE.read_text(encoding="utf-8"))
-    return template.render(
+    return environment.from_string(_PAGE.read_text(encoding="utf-8")).render(
         title=title,
-        blocks=[(type(block).__name__, block) for block in _flat(blocks)],
+        blocks=[(type(block).__name__, block) for block in blocks],
         style=Markup(style),
         script=Markup(script),
         style_hash=_digest(style),
         script_hash=_digest(script),
-        glyph=lambda index: Markup(figures.glyph(index)),
-        charts=lambda figure: [Markup(figure.chart.svg(figure.alt, width)) for width in (figures.WIDE, figures.NARROW)],
     )
-
-
-def _flat(blocks: Sequence[Block]) -> Iterator[Block]:
-    for block in blocks:
-        yield from _flat(block.blocks) if isinstance(block, PageOnly) else [block]
 
 
 def _digest(text: str) -> str:

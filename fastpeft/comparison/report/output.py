@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import document, method_comparison, paired_tests, results, sections
+from fastpeft.comparison.report import document, errors, method_comparison, paired_tests, results, sections
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.problems import in_order, title_of
 from fastpeft.support import files
@@ -24,22 +23,23 @@ def summary(plan: Plan) -> tuple[list[str], document.Table, list[str]]:
     """The report in short: its opening sentences, its table and the warnings of runs."""
     compared = results.variants(plan.results)
     opening = sections.opening(compared, paired_tests.all_pairs(compared))
-    return opening, results.table(compared), results.warnings(compared)
+    return opening, results.table(compared, plan.suites), results.warnings(compared)
 
 
 def write(plan: Plan, *, whole: bool) -> None:
     """Write `results.csv` and `report.md`, and if `whole` the rest; each file atomically."""
-    _write_results(plan.folder / "results.csv", plan.cells)
-    parts = sections.report(plan, pictures=whole)
+    files.write_csv(plan.folder / "results.csv", *_results(plan.cells))
     title = sections.title(plan)
+    parts = sections.report(plan, pictures=whole)
     if whole:
-        pictures = plan.folder / document.FIGURES
+        pictures, others = (plan.folder / name for name in (document.FIGURES, method_comparison.FOLDER))
         pictures.mkdir(exist_ok=True)
         for part in parts:
             if isinstance(part, document.Figure):
-                files.write_text(pictures / part.file, part.chart.svg(part.alt, file=True))
-        files.write_text(plan.folder / "report.html", document.page(title, parts))
-        others = plan.folder / method_comparison.FOLDER
+                files.write_text(pictures / part.file, part.svg)
+        compared = results.variants(plan.results)
+        for_page_alone = [*errors.matrices(compared), *errors.disagreements(compared)]
+        files.write_text(plan.folder / "report.html", document.page(title, [*parts, *for_page_alone]))
         others.mkdir(exist_ok=True)
         for cell in plan.cells:
             if cell.method != ZERO_SHOT and (metrics := cell.metrics()):
@@ -47,8 +47,8 @@ def write(plan: Plan, *, whole: bool) -> None:
     files.write_text(plan.folder / "report.md", document.markdown(title, parts))
 
 
-def _write_results(file: Path, cells: Iterable[Cell]) -> None:
-    """Write the cells as csv, with the numbers and texts of their `metrics.json`."""
+def _results(cells: Iterable[Cell]) -> tuple[list[dict[str, Any]], Iterable[str]]:
+    """The cells as rows, with the numbers and texts of their `metrics.json`, and the names of all columns."""
     rows = []
     for cell in cells:
         metrics = cell.metrics() or {}
@@ -58,5 +58,4 @@ def _write_results(file: Path, cells: Iterable[Cell]) -> None:
         others = {name: value for name, value in metrics.items() if name not in own}
         plain = {name: value for name, value in others.items() if not isinstance(value, (list, dict))}
         rows.append({**own, **plain, **last})
-    columns = dict.fromkeys(name for row in (max(rows, key=len), *rows) for name in row)
-    files.write_csv(file, rows, columns)
+    return rows, dict.fromkeys(name for row in (max(rows, key=len), *rows) for name in row)

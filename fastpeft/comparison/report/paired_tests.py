@@ -11,11 +11,10 @@ from statistics import mean
 from fastpeft.comparison import significance
 from fastpeft.comparison.report.document import Block, Heading, Table, Text, listed
 from fastpeft.comparison.report.results import Variant, main_metric
-from fastpeft.data.problems import ACCURACY, TITLES
+from fastpeft.data.problems import TITLES
 
 _FEW_ROWS = 200  # below it an accuracy of 0.8 is good to ± 0.055 or worse
 _NAMED = 3  # the most variants that a part of the verdict names
-_LISTED = 15  # the most pairs, of six variants, that have a row each
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Pair:
 
     Attributes:
         first, second: the variants, the first with the higher value or the same.
+        metric: what was tested of both.
         difference: how far the first is above the second.
         p: its p value, corrected for the number of pairs of its metric (Holm).
         seeds: the number of training seeds; 0 where neither was trained.
@@ -31,19 +31,14 @@ class Pair:
 
     first: Variant
     second: Variant
+    metric: str
     difference: significance.Difference
     p: float
     seeds: int
 
     @property
-    def metric(self) -> str:
-        """What was tested of both."""
-        assert self.first.tested is not None  # as they were paired
-        return self.first.tested
-
-    @property
     def significant(self) -> bool:
-        return significance.verdict(self.difference.mean, self.p) != significance.UNDECIDED
+        return significance.is_significant(self.difference.mean, self.p)
 
     def __str__(self) -> str:
         return f"{self.first.name} {'above' if self.difference.mean else 'and'} {self.second.name}"
@@ -63,10 +58,8 @@ def all_pairs(compared: Sequence[Variant]) -> list[Pair]:
                 difference, seeds = tested
                 first, second = (one, other) if difference.mean >= 0 else (other, one)
                 pairs.append((first, second, difference if first is one else -difference, seeds))
-        corrected = significance.holm([difference.p for _, _, difference, _ in pairs])
-        found += [
-            Pair(first, second, difference, p, seeds) for (first, second, difference, seeds), p in zip(pairs, corrected)
-        ]
+        corrected = significance.holm([difference.p for *_, difference, _ in pairs])
+        found += [Pair(one, other, metric, test, p, seeds) for (one, other, test, seeds), p in zip(pairs, corrected)]
     return found
 
 
@@ -81,59 +74,48 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
     compared = [variant for variant in compared if variant.values(metric)]
     scores = {variant.name: mean(variant.values(metric)) for variant in compared}
     best = [name for name, score in scores.items() if math.isclose(score, max(scores.values()))]
-    title = TITLES.get(metric, "")
+    highest = _highest(compared, best, scores, TITLES[metric]) if best else ""
     if not tested:
-        lead = f"{_highest(compared, best, scores, title)}; no" if best else "No"
         return (
-            f"{lead} difference was tested: a paired test needs two finished variants with a score for every dev row, "
-            "and there is none for regression."
+            f"{f'{highest}; no' if best else 'No'} difference was tested: a paired test needs two finished variants "
+            "with a score for every dev row, and there is none for regression."
         )
     names = list(dict.fromkeys(variant.name for pair in tested for variant in (pair.first, pair.second)))
     found = [pair for pair in tested if pair.significant]
     if not found:
-        these = f"between {' and '.join(names)}"
-        if len(names) > 2:
-            these = f"among {'these' if len(names) == len(compared) else 'the'} {len(names)} variants"
-            these += "" if len(names) == len(compared) else " that could be tested"
-        return (
-            f"No significant difference in {title} {these} on {_rows(tested):,} dev rows; "
-            f"{_highest(compared, best, scores)}."
-        )
-    told = [_highest(compared, best, scores, title)]
+        those = "these" if len(names) == len(compared) else "those tested of the"
+        among = f"between {' and '.join(names)}" if len(names) == 2 else f"among {those} {len(compared)} variants"
+        return f"No significant difference {among} on {_rows(tested):,} dev rows; {highest}."
+    told = [highest]
     held = [pair for pair in tested if best[0] in (pair.first.name, pair.second.name)] if len(best) == 1 else []
     above = [pair.second.name for pair in held if pair.significant and pair.first.name == best[0]]
     others = [name for pair in held for name in (pair.first.name, pair.second.name) if name != best[0]]
     rest = [name for name in others if name not in above]
     if above:
-        told += [f"significantly above {_counted(above, held)}"]
-        told += [f"not significantly above {_counted(rest, held)}"] if rest else []
+        told += [f"significantly above {_counted(above, len(held))}"]
+        told += [f"not significantly above {_counted(rest, len(held))}"] if rest else []
     else:
-        told += [f"significantly above none of the other {len(held)} variants"] if held else []
         told += [f"{len(found)} of {len(tested)} pairs of variants differ significantly"]
     return f"{'; '.join(told)} (Holm)."
 
 
-def _highest(compared: Sequence[Variant], best: Sequence[str], scores: Mapping[str, float], title: str = "") -> str:
+def _highest(compared: Sequence[Variant], best: Sequence[str], scores: Mapping[str, float], title: str) -> str:
     """The variants with the highest value, that value, and the memory of a single one."""
     shown = [*best[:_NAMED], *([f"{len(best) - _NAMED} more"] if len(best) > _NAMED else [])]
-    text = f"{listed(shown)} {'has' if len(best) == 1 else 'share'} the highest{f' {title}' if title else ''}, "
-    text += f"{scores[best[0]]:.3f}"
+    text = f"{listed(shown)} {'has' if len(best) == 1 else 'share'} the highest {title}, {scores[best[0]]:.3f}"
     memory = next(variant for variant in compared if variant.name == best[0]).values("peak_memory_mb")
     return f"{text}, at {mean(memory):,.0f} MB peak memory" if memory and len(best) == 1 else text
 
 
-def _counted(names: Sequence[str], held: Sequence[Pair]) -> str:
+def _counted(names: Sequence[str], others: int) -> str:
     """A few names, or how many they are."""
-    if len(names) <= _NAMED:
-        return listed(names)
-    return f"all {len(names)} others" if len(names) == len(held) else f"{len(names)} of the other {len(held)}"
+    return listed(names) if len(names) <= _NAMED else f"{len(names)} of the other {others}"
 
 
 def limits(tested: Sequence[Pair]) -> str:
     """What the tests cannot show because of one or two seeds, or few rows; empty where there are enough of both."""
     told = []
     tested = [pair for pair in tested if pair.metric == tested[0].metric]
-    answers = bool(tested) and tested[0].metric == ACCURACY
     if any(pair.seeds == 1 for pair in tested):
         told.append(
             "With one seed the test accounts only for the choice of dev rows, not for variation between seeds. Run "
@@ -146,12 +128,7 @@ def limits(tested: Sequence[Pair]) -> str:
             "Run with --seeds 3 or more."
         )
     elif tested and (rows := _rows(tested)) < _FEW_ROWS:
-        if answers and all(pair.seeds <= 1 for pair in tested) and not any(pair.significant for pair in tested):
-            least = _least_rows(len(tested)) / rows
-            size = f" below {math.floor(100 * least) / 100:.2f}" if least <= 1 else ""
-            told.append(f"On {rows} dev rows no difference{size} can be significant.")
-        else:
-            told.append(f"{rows} dev rows are few: the test can miss a difference that more rows would show.")
+        told.append(f"{rows} dev rows are few: the test can miss a difference that more rows would show.")
     return " ".join(told)
 
 
@@ -171,62 +148,31 @@ def other_words(compared: Sequence[Variant]) -> str:
     return " ".join(told)
 
 
-def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Block]:
-    """The section on the pairs, those of a metric together: a row each, or a matrix where they are many."""
+def report(tested: Sequence[Pair]) -> Iterator[Block]:
+    """The section on the pairs, those of a metric together, the most significant first."""
     if tested:
         yield Heading("Paired tests")
     for metric in dict.fromkeys(pair.metric for pair in tested):
-        yield from _of_metric(metric, compared, [pair for pair in tested if pair.metric == metric])
+        pairs = sorted((pair for pair in tested if pair.metric == metric), key=lambda pair: pair.p)
+        title, tests = TITLES[metric], listed(list(dict.fromkeys(pair.difference.test for pair in pairs)))
+        yield Text(
+            f"{title[0].upper()}{title[1:]} of every pair of variants, paired by dev row: {tests}. 'p by Holm' is p "
+            f"after Holm's correction for the {len(pairs):,} of them; a difference is significant if it is below "
+            f"{significance.LEVEL:g}. Two variants without a significant difference may still differ: these rows and "
+            "seeds do not show it."
+        )
+        rows = [["variants", "significant", "difference", "95 % interval", "p", "p by Holm"]]
+        for pair in pairs:
+            test = pair.difference
+            ends = f"{test.low:+.3f} to {test.high:+.3f}"
+            told = [f"{test.mean:+.3f}", ends, _show_p(test.p), _show_p(pair.p)]
+            rows.append([str(pair), "yes" if pair.significant else "no", *told])
+        yield Table(rows, range(2, 6), "Paired tests")
 
 
-def _of_metric(metric: str, compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Block]:
-    title = TITLES[metric]
-    tests = listed(list(dict.fromkeys(pair.difference.test for pair in tested)))
-    counted = f"all {len(tested):,} pairs" if len(tested) > 1 else "the one pair"
-    yield Text(
-        f"{title[0].upper()}{title[1:]} of every pair of variants, paired by dev row: {tests}. "
-        f"'p by Holm' is p after Holm's correction for {counted}; a difference is significant if it is "
-        f"below {significance.LEVEL:g}. Two variants without a significant difference may still differ: these rows and "
-        "seeds do not show it."
-    )
-    if len(tested) <= _LISTED:
-        rows = [
-            [
-                str(pair),
-                "yes" if pair.significant else "no",
-                significance.show_difference(pair.difference),
-                significance.show_p(pair.difference.p),
-                significance.show_p(pair.p),
-            ]
-            for pair in sorted(tested, key=lambda pair: pair.p)
-        ]
-        header = ["variants", "significant", "difference, 95 % interval", "p", "p by Holm"]
-        yield Table([header, *rows], range(2, 5), "Paired tests")
-        return
-    yield Text(
-        "Each cell has p after Holm's correction. 'higher' and 'lower' mark significant differences: the row's variant "
-        "is higher or lower than the column's."
-    )
-    cells = {}
-    for pair in tested:
-        first, second, p = pair.first.name, pair.second.name, significance.show_p(pair.p)
-        words = ("higher, p ", "lower, p ") if pair.significant else ("", "")
-        cells[first, second], cells[second, first] = (f"{word}{p if pair.p < 1 else 1}" for word in words)
-    names = [variant.name for variant in compared if any(variant in (pair.first, pair.second) for pair in tested)]
-    matrix = [["", *(f"{number}" for number in range(1, len(names)))]]
-    for number, name in enumerate(names):
-        before = [cells.get((name, other), "-") for other in names[:number]]
-        matrix.append([f"{number + 1} {name}", *before, *[""] * (len(names) - 1 - number)])
-    yield Table(matrix, range(1, len(names)), "Paired tests: p by Holm of every pair")
+def _show_p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 else "<0.001"
 
 
 def _rows(tested: Sequence[Pair]) -> int:
     return len(next(iter(tested[0].first.row_scores.values())))
-
-
-def _least_rows(pairs: int) -> int:
-    """The least number of rows that one variant must answer rightly and the other wrongly for significance.
-
-    By McNemar's exact test p is then 2 / 2^rows, which Holm multiplies by the number of pairs.
-    """
-    return math.floor(1 + math.log2(pairs / significance.LEVEL)) + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,9 +9,10 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from fastpeft.comparison import significance, suites
+from fastpeft.comparison import significance
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report.document import Table
+from fastpeft.comparison.suites import paper_accuracy
 from fastpeft.data.problems import METRICS, get_problem
 from fastpeft.training.results import baseline
 
@@ -63,31 +63,21 @@ class Variant:
     """One variant of a comparison and its results.
 
     Attributes:
-        name: as written; in the paper's tables the title of its row, with its prompt where several variants are of that
-            row. It ends in `MARK` where a warning is not of all variants.
+        name: as written; it ends in `MARK` where a warning is not of all variants.
         cells: one a seed.
-        row: key of its row in the paper's tables; None where it is in none.
-        prompt: as written, for a row that has one.
         runs: `metrics.json` of the finished cells.
         warnings: the warnings of these, each with the seeds that have it.
     """
 
-    def __init__(self, cells: Sequence[Cell], several: bool = False) -> None:
-        first = cells[0]
-        self.cells, self.row = cells, first.row
-        self.prompt = None if self.row is None else suites.prompt_of(self.row, first.variant)
-        self.name = first.variant if self.row is None else suites.paper_row(self.row).title
-        self.name += f" ({self.prompt})" if several and self.prompt else ""
-        self.runs = [metrics for cell in cells if (metrics := cell.metrics())]
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.name, self.cells = cells[0].variant, cells
+        self.runs: list[dict] = []
         self.warnings: dict[str, list[int | None]] = {}
         for cell in cells:
-            for sentence in _warnings(cell):
-                self.warnings.setdefault(sentence, []).append(cell.seed)
-
-    @property
-    def seeds(self) -> str:
-        """How many seeds are finished."""
-        return f"{len(self.runs)}" if len(self.runs) == len(self.cells) else f"{len(self.runs)} of {len(self.cells)}"
+            if metrics := cell.metrics():
+                self.runs.append(metrics)
+                for sentence in (*metrics.get("warnings", ()), *_beside(metrics)):
+                    self.warnings.setdefault(sentence, []).append(cell.seed)
 
     def values(self, key: str) -> list[float]:
         return [metrics[key] for metrics in self.runs if metrics.get(key) is not None]
@@ -117,6 +107,7 @@ class Variant:
         """The class of each dev row `(rows,)`, of a variant whose accuracy is tested."""
         return np.array(next(found["labels"] for cell in self.cells if (found := cell.predictions())))
 
+    @cached_property
     def interval(self) -> tuple[float, float] | None:
         """The interval of its tested metric; None where it has none, or seeds were measured on different rows."""
         scores = list(self.row_scores.values())
@@ -141,13 +132,20 @@ class Variant:
         return significance.compare_pair(first, second), len(seeds) - (None in seeds)
 
 
+def _beside(metrics: dict) -> list[str]:
+    """The warning of a speed that was measured beside other cells."""
+    if (jobs := metrics.get("jobs", 1)) < 2:
+        return []
+    told = f"Up to {jobs} cells ran at once on the machine."
+    return [f"{told} Compare speed and seconds only with cells that ran in the same way."]
+
+
 def variants(cells: Iterable[Cell]) -> list[Variant]:
     """The variants of some cells, in their order."""
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
         grouped.setdefault(cell.variant, []).append(cell)
-    rows = Counter(group[0].row for group in grouped.values())
-    made = [Variant(group, rows[group[0].row] > 1) for group in grouped.values()]
+    made = [Variant(group) for group in grouped.values()]
     of_all = _of_all(made)
     for variant in made:
         variant.name += f" {MARK}" if variant.warnings.keys() - of_all else ""
@@ -174,38 +172,27 @@ def _of_all(compared: Sequence[Variant]) -> set[str]:
     return set.intersection(*whole) if len(whole) > 1 else set()
 
 
-def _warnings(cell: Cell) -> list[str]:
-    """The warnings of a finished run, and of its speed."""
-    metrics = cell.metrics() or {}
-    beside = []
-    if (jobs := metrics.get("jobs", 1)) > 1:
-        beside = [
-            f"Up to {jobs} cells ran at once on the machine. Compare speed and seconds only with cells that ran in the "
-            "same way."
-        ]
-    return [*metrics.get("warnings", ()), *beside]
-
-
-def table(compared: Sequence[Variant]) -> Table:
+def table(compared: Sequence[Variant], suites: Sequence[str] = ()) -> Table:
     """The main table: a row a variant, the columns that any cell has, the main metric first.
 
-    A variant of a row in the paper's tables has its title, and the variant as written in the last column. The last row
-    has the metrics of always answering the most frequent class of the training rows, where these are known.
+    Of `suites` it has the paper's accuracy too. The last row has the metrics of always answering the most frequent
+    class of the training rows, where these are known.
     """
     shown = columns(compared)
-    several = any(len(variant.cells) > 1 for variant in compared)
-    written = any(variant.row for variant in compared)
-    header = ["method", *(column.title for column in shown)]
-    rows = [header + ["seeds"] * several + ["variant"] * written]
-    for variant in compared:
-        row = [variant.name, *(show(variant, column) for column in shown)]
-        rows.append(row + [variant.seeds] * several + [variant.cells[0].variant] * written)
+    header = ["method", *(column.title for column in shown), *["seeds"] * any(len(v.cells) > 1 for v in compared)]
+    theirs = [paper_accuracy(variant.cells[0].variant) for variant in compared]
+    rows = [header + ["accuracy in the paper, %"] * bool(suites)]
+    for variant, accuracy in zip(compared, theirs):
+        finished, seeds = len(variant.runs), len(variant.cells)
+        counted = f"{finished}" if finished == seeds else f"{finished} of {seeds}"
+        row = [variant.name, *(show(variant, column) for column in shown), counted][: len(header)]
+        rows.append(row + [accuracy] * bool(suites))
     always = [found for variant in compared for run in variant.runs if (found := run.get("most_frequent_class"))]
     if always:  # the row to be better than
         row = [column.show([always[0][column.key]] if column.key in always[0] else []) for column in shown]
-        rows.append([f"{baseline(always[0])} ({always[0]['class']})", *row, *["-"] * (several + written)])
-    numbers = range(1, len(header) + several)
-    return Table(rows, numbers, "Results, a row a variant", variants=len(compared))
+        name = f"{baseline(always[0])} ({always[0]['class']})"
+        rows.append([name, *row, *["-"] * (len(rows[0]) - 1 - len(row))])
+    return Table(rows, range(1, len(rows[0])), "Results, a row a variant")
 
 
 def main_metric(compared: Iterable[Variant]) -> Column | None:
@@ -231,6 +218,6 @@ def columns(compared: Iterable[Variant]) -> list[Column]:
 def show(variant: Variant, column: Column) -> str:
     """A variant's value in a column; the tested metric has its interval."""
     values = variant.values(column.key)
-    if column.key == variant.tested and values and (ends := variant.interval()):
+    if column.key == variant.tested and values and (ends := variant.interval):
         return f"{mean(values):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
     return column.show(values)
