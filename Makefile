@@ -2,13 +2,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(CURDIR)/$(VENV)/bin
+BIN := $(VENV)/bin
+HERE := $(subst $() ,%20,$(CURDIR))# as part of an address, where the path may have spaces
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 PIP := $(BIN)/python -m pip install --quiet
 
-export PATH := $(BIN):$(PATH)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 # by variable, not by option: it takes the place of a constraint in the machine's own pip configuration
-export PIP_CONSTRAINT := $(CURDIR)/requirements-dev.lock
+export PIP_CONSTRAINT := file://$(HERE)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo install-dev check test test-rest test-all test-full kill-test endurance-test distributed-test peft-suite version-test docs fuzz audit \
@@ -80,7 +81,7 @@ fuzz: $(VENV)/dev.stamp
 
 # what bandit finds in the sources; docs/security.md says why the kinds that pyproject.toml leaves out are none
 audit: $(VENV)/dev.stamp
-	bandit --quiet --configfile pyproject.toml --recursive fastpeft kernels setup.py
+	bandit --quiet --configfile pyproject.toml --recursive fastpeft setup.py
 
 # into build/docs, offline; tables come from bench/data
 docs: $(VENV)/dev.stamp
@@ -123,10 +124,10 @@ $(VENV)/torch.stamp: requirements-dev.lock
 	$(PIP) setuptools wheel ninja torch
 	touch $@
 
-$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(SOURCES)
-	$(PIP) --no-build-isolation --editable ".[demo]"
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml demo/pyproject.toml setup.py $(SOURCES)
+	$(PIP) --no-build-isolation --editable ./demo --editable ".[demo]"
 	touch $@
 
-$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(SOURCES)
-	$(PIP) --no-build-isolation --editable ".[dev]"
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml demo/pyproject.toml setup.py $(SOURCES)
+	$(PIP) --no-build-isolation --editable ./demo --editable ".[dev]"
 	touch $@

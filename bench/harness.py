@@ -203,9 +203,9 @@ def machine(device: torch.device) -> Row:
 
 @cache
 def source() -> str:
-    """A hash of what is measured: the package's and the kernels' files."""
+    """A hash of what is measured: the files of the package and of its compiled part."""
     root = Path(__file__).parent.parent
-    files = (path for folder in ("fastpeft", "kernels", "csrc") for path in sorted((root / folder).rglob("*")))
+    files = (path for folder in ("fastpeft", "csrc") for path in sorted((root / folder).rglob("*")))
     texts = (path.read_bytes() for path in files if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
     return hashlib.sha256(b"".join(texts)).hexdigest()[:12]
 

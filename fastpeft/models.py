@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from tokenizers import normalizers
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from fastpeft.data.names import DEMO, DEMO_FOLDER
+from fastpeft.data.names import DEMO
 from fastpeft.data.problems import REGRESSION, Problem
 from fastpeft.errors import FastpeftError, NotEnoughMemoryError, first_line, is_out_of_memory
 from fastpeft.support import files
@@ -74,10 +75,17 @@ def resolve_model(model: str) -> str:
     """What `from_pretrained` takes for `model`: a folder or a hub id.
 
     Raises:
-        FastpeftError: it looks like a path where nothing is, or holds a part of a model: an adapter, a side network.
+        FastpeftError: it looks like a path where nothing is, or holds a part of a model: an adapter, a side network;
+            or it is the demo's, which is not installed.
     """
     if model == DEMO:
-        return str(DEMO_FOLDER)
+        found = importlib.util.find_spec("fastpeft_demo")
+        if found is None or not found.submodule_search_locations:
+            raise FastpeftError(
+                "the demo model is not installed; it is the package fastpeft-demo, the folder demo/ of the repository. "
+                "Run pip install fastpeft-demo, or give your own model."
+            )
+        return found.submodule_search_locations[0]
     folder = files.path_of(model)
     if holds_adapter(folder) and not (folder / "config.json").is_file():
         raise FastpeftError(

@@ -487,7 +487,7 @@ def test_the_bundled_model_knows_good_from_bad() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not SST2.is_dir(), reason="the SST-2 folder is not beside this repository")
 def test_zero_shot_figures_of_the_bundled_model() -> None:
-    """What fastpeft/demo/README.md states; a few of 872 sentences may fall the other way on other machines."""
+    """What demo/README.md states; a few of 872 sentences may fall the other way on other machines."""
     from sklearn.metrics import roc_auc_score
 
     with open(SST2 / "dev.tsv", encoding="utf-8", newline="") as file:

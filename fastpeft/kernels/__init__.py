@@ -1,0 +1,1 @@
+"""Triton kernels, named after the operations that they are the fast form of."""
