@@ -29,6 +29,7 @@ check: $(VENV)/dev.stamp
 	ruff check .
 	mypy
 	lint-imports --no-cache
+	abi3audit --strict --assume-minimum-abi3 3.11 fastpeft/_C*.so
 	clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp)
 
 # a worker holds about 1.5 GB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import fastpeft._C
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SITE_PACKAGES = sysconfig.get_path("purelib")
@@ -212,6 +215,18 @@ def test_an_editable_install(source: Path, tmp_path: Path) -> None:
     assert Path(kernels.strip()) == source / "fastpeft" / "kernels"
     # and from the repository's own root
     assert _succeed([python, "-c", USE], source).startswith("cpp")
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_the_compiled_part_calls_what_torch_promises_to_keep() -> None:
+    """Of torch the declarations of its stable ABI, and a few more, of which those of oneDNN may be missing."""
+    headers = Path(torch.__file__).parent / "include" / "torch" / "csrc"
+    stable = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h", "inductor/aoti_torch/generated/c_shim_aten.h")
+    declared = set(re.findall(r"\w+", "".join((headers / each).read_text() for each in stable)))
+    used = _succeed(["nm", "-D", "--undefined-only", fastpeft._C.__file__], ROOT)
+    called = set(re.findall(r" [Uw] ((?:aoti_)?torch_\w+)", used))
+    products = {"addmm_out", "mm_out", "_linear_pointwise", "_linear_pointwise_binary"}
+    assert called - declared == {f"aoti_torch_cpu_{product}" for product in products}
 
 
 @pytest.mark.long

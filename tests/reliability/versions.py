@@ -31,7 +31,7 @@ from bench.harness import DATA, Row, put_row, read_rows
 ROOT = Path(__file__).parents[2]
 FILE = DATA / "versions.csv"
 LOGS = ROOT / "build" / "versions"
-EXTRAS = "demo,integrations,nf4,test"
+EXTRAS = "integrations,nf4,test"
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
 
 
@@ -129,7 +129,7 @@ def install(environment: Environment, wheel: Path, folder: Path, log: Path) -> N
         raise UntestedError(NO_INTERPRETER)
     pip = ["uv", "pip"]
     into = ["--python", folder / "bin" / "python"]
-    wanted = [f"fastpeft[{EXTRAS}] @ {wheel.resolve().as_uri()}", *environment.requirements]
+    wanted = [f"fastpeft[{EXTRAS}] @ {wheel.resolve().as_uri()}", str(ROOT / "demo"), *environment.requirements]
     done = run([*pip, "install", *into, *wanted], log)
     if not done.returncode and environment.compiled:
         here = ["--no-build-isolation", "--no-deps", "--no-cache", build("sdist", folder, log)]
