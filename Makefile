@@ -13,7 +13,7 @@ export PIP_CONSTRAINT := file://$(HERE)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo install-dev check test test-rest test-all test-full kill-test endurance-test distributed-test peft-suite version-test docs fuzz audit \
-	native sanitize sanitize-thread valgrind bench wheel clean
+	native native-aarch64 sanitize sanitize-thread valgrind bench wheel clean
 
 demo: $(VENV)/demo.stamp
 	fastpeft train --method siva --model demo --data demo --epochs 1 --output runs/siva-demo --overwrite
@@ -95,9 +95,15 @@ NATIVE_SOURCES := $(wildcard tests/native/*.cpp csrc/cpu/baseline.cpp csrc/cpu/a
 	csrc/cpu/*_avx512bf16.cpp)
 NATIVE_FLAGS := -std=c++17 -g -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread -Icsrc
 build_native = mkdir -p $(NATIVE) && $(CXX) $(NATIVE_FLAGS) $(1) $(NATIVE_SOURCES) -o $(NATIVE)/$@
-run_native = $(build_native) && $(NATIVE)/$@
+run_native = $(build_native) && $(RUNNER) $(NATIVE)/$@
 
 native:
+	$(call run_native,-O3)
+
+# the same for 64-bit ARM, whose instructions an emulator runs
+native-aarch64: CXX := aarch64-linux-gnu-g++
+native-aarch64: RUNNER := qemu-aarch64 -L /usr/aarch64-linux-gnu
+native-aarch64:
 	$(call run_native,-O3)
 
 sanitize:

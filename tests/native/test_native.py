@@ -27,9 +27,15 @@ def test_a_word_that_clang_does_not_know_is_in_one_header() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not (shutil.which("make") and shutil.which("c++")), reason="needs make and a C++ compiler")
-def test_host_code(tmp_path: Path) -> None:
-    command = ["make", "--silent", "-C", str(ROOT), "native", f"NATIVE={tmp_path}"]
+@pytest.mark.parametrize(
+    ("target", "compiler", "runner"),
+    [("native", "c++", "make"), ("native-aarch64", "aarch64-linux-gnu-g++", "qemu-aarch64")],
+)
+def test_host_code(target: str, compiler: str, runner: str, tmp_path: Path) -> None:
+    for program in ("make", compiler, runner):
+        if not shutil.which(program):
+            pytest.skip(f"needs {program}")
+    command = ["make", "--silent", "-C", str(ROOT), target, f"NATIVE={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "baseline" in done.stdout
