@@ -31,6 +31,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.methods.peft_types import PREFIX
 from fastpeft.methods.registry import METHODS
 from fastpeft.support.adapter_files import holds_adapter
+from fastpeft.support.import_hook import import_when_used
 from fastpeft.support.launcher import is_first
 from fastpeft.training.config import ADVANCED, OUTPUT, TrainConfig
 from fastpeft.training.run_folder import RunFolder, read_config
@@ -502,4 +503,5 @@ def main() -> None:
     """Entry point of the `fastpeft` command."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot encode is escaped, as on standard error
         sys.stdout.reconfigure(errors="backslashreplace")
+    import_when_used("datasets")  # the Trainer's module imports it: 85 MB, and own rows need none of it
     app(prog_name="fastpeft")

@@ -24,6 +24,7 @@ from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.four_bits import keep_form
 from fastpeft.support.hub import model_options, source_options
 from fastpeft.support.model_card import HEADS, HUB_ID
+from fastpeft.support.resident import files_paged_out
 
 logger = logging.getLogger(__name__)
 
@@ -338,14 +339,15 @@ def _load(
     """Model, tokenizer, and which weights the checkpoint lacks."""
     source = resolve_model(model)
     try:
-        loaded, info = auto_class.from_pretrained(
-            source,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
-            output_loading_info=True,
-            **model_options(source),
-            **options,
-        )
+        with files_paged_out():
+            loaded, info = auto_class.from_pretrained(
+                source,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
+                output_loading_info=True,
+                **model_options(source),
+                **options,
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **source_options(source), **tokenizer_options)
     except Exception as error:  # a broken file surfaces as almost any type
         raise _unloadable(model, error) from error

@@ -26,6 +26,7 @@ from fastpeft.siva.quantise import decompose_quantised
 from fastpeft.siva.rows import AdapterRows
 from fastpeft.siva.state import Adapter, State
 from fastpeft.support.fingerprints import fingerprint
+from fastpeft.support.resident import give_back
 
 # the fields of SivaConfig that concern a layer by itself, beside r
 _OF_ONE_LAYER = ("d", "residual", "residual_dtype", "quant_iterations", "svd_niter", "init_weights", "pack_weights")
@@ -257,6 +258,7 @@ class SivaLinear(base.AdaptedLayer):
         """Let another weight take the place of the stored one, which keeps dtype and device."""
         base.check_storable(self.base_layer, self.name)
         self.packs.drop()  # it would notice, but hold the old weight until the next call
+        give_back(self.base_layer.weight.data)
         if isinstance(weight, QuantisedWeight):
             self.quantised = weight
             self.base_layer.weight.data = self.base_layer.weight.data.new_empty(0)

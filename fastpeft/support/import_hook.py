@@ -1,4 +1,4 @@
-"""Runs something when another library is imported, and imports none by itself.
+"""Runs something when another library is imported, or delays an import until it is used. It imports none by itself.
 
 Libraries import one another while they load. So what waits for a module runs when the outermost import has ended: of
 this library's own modules, or of any in the libraries that are waited for.
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import LazyLoader
 from types import ModuleType
 from typing import Any
 
@@ -37,9 +38,7 @@ class _Hook(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname.partition(".")[0] not in self.libraries:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        found = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next((spec for spec in found if spec is not None), None)
+        spec = _found_by_others(self, fullname, path, target)
         if spec is not None and spec.loader is not None:
             self._watch(spec.loader)
         return spec
@@ -73,9 +72,39 @@ class _Hook(MetaPathFinder):
             sys.meta_path.remove(self)
 
 
+class _Delay(MetaPathFinder):
+    """Finds modules as the other finders do, and lets them load when something of them is used."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.names:
+            return None
+        spec = _found_by_others(self, fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
+
+
+def _found_by_others(
+    finder: MetaPathFinder, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+) -> ModuleSpec | None:
+    others = [other for other in sys.meta_path if other is not finder]
+    found = (other.find_spec(fullname, path, target) for other in others)
+    return next((spec for spec in found if spec is not None), None)
+
+
 def when_imported(actions: dict[str, Callable[[], object]]) -> None:
     """Call what `actions` has by the name of a module, once: now if that is imported already, else as soon as it is."""
     hook = _Hook(dict(actions))
     hook.loaded += [name for name in actions if name in sys.modules]
     sys.meta_path.insert(0, hook)
     hook.act()
+
+
+def import_when_used(*names: str) -> None:
+    """Have these modules load when something of them is used, not when another library imports them."""
+    sys.meta_path.insert(0, _Delay(names))

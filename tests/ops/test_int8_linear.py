@@ -139,7 +139,7 @@ def test_a_layer_of_more_features_is_multiplied_otherwise(wrap: Callable[[nn.Lin
     layer, x = nn.Linear(70000, 2, bias=False).requires_grad_(False), torch.ones(3, 70000)
     layer.weight.data.fill_(0.01)
     with torch.no_grad():
-        torch.testing.assert_close(wrap(layer)(x), torch.full((3, 2), 700.0), rtol=1e-4, atol=0)  # sums of 70,000
+        torch.testing.assert_close(wrap(layer)(x), torch.full((3, 2), 700.0), rtol=1e-3, atol=0)  # sums of 70,000
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

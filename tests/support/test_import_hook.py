@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft.support.import_hook import when_imported
+from fastpeft.support.import_hook import import_when_used, when_imported
 
 
 @pytest.fixture
@@ -70,3 +70,18 @@ def test_a_failed_import_is_none() -> None:
         with pytest.raises(ImportError, match="as before"):
             import hooked_broken  # noqa: F401
     assert done == []
+
+
+@pytest.mark.usefixtures("modules")
+def test_an_import_is_delayed_until_something_is_used() -> None:
+    import_when_used("hooked_inner")
+    import hooked_outer  # which uses it
+
+    assert hooked_outer.seen == []
+    for name in ("hooked_inner", "hooked_outer"):
+        del sys.modules[name]
+    import hooked_inner
+
+    assert type(hooked_inner).__name__ == "_LazyModule"
+    assert hooked_inner.done == []
+    assert type(hooked_inner).__name__ == "module"
