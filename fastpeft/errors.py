@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 _OF_MEMORY = re.compile("out of memory|DefaultCPUAllocator|ALLOC_FAILED")  # the last from cuBLAS and cuDNN
 
@@ -70,3 +70,9 @@ def install(extra: str) -> str:
         required = ()
     packages = [each.partition(";")[0].strip() for each in required if f'extra == "{extra}"' in each]
     return f"pip install {shlex.join(packages)}" if packages else f'pip install ".[{extra}]" from a clone'
+
+
+def refuse(conflicts: Mapping[str, object]) -> None:
+    """Raise `FastpeftError` with the first message whose condition holds."""
+    if found := next(filter(conflicts.get, conflicts), None):
+        raise FastpeftError(found)

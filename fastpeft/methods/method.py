@@ -23,13 +23,10 @@ class EarlierRun:
 
     Attributes:
         name: what error messages call its folder.
-        folder: where it lies.
-        method: its method in the registry; of a run by MeZO, the method whose parameters it trained.
-        preparation: what its method was given.
+        method, preparation: its method, by MeZO that whose parameters it trained, and what that was given.
         same_head: whether the head that it trained serves the later run.
-        start: loads what it started from, with the head of the later run.
+        start, pretrained: load what it started from, and the model that both are of, with the head of the later run.
         result: loads the model that it left.
-        pretrained: loads the model that both are of, with the head of the later run.
     """
 
     name: str
@@ -111,11 +108,7 @@ class Method(ABC):
     # -- after training ------------------------------------------------------------------------------------------
 
     def merge(self, model: Any, trained: str) -> Any:
-        """A trained model as a plain one, with what was trained in its own weights. Errors call that `trained`.
-
-        Raises:
-            FastpeftError: it cannot become a part of them.
-        """
+        """A trained model as a plain one, with what was trained in its own weights. Errors call that `trained`."""
         self.check_merges(trained)
         return model
 
@@ -156,7 +149,7 @@ class Method(ABC):
         """Give the prepared model of a later run what `run`, by this method, trained beside its backbone."""
 
     def loading_snippet(self, folder: str, *, chained: bool, **known: Any) -> str:
-        """Python code that loads what a run saved, for its model card; arguments as of `model_card.loading_snippet`."""
+        """Python code that loads what a run saved; arguments as of `model_card.loading_snippet`."""
         return loading_snippet(folder, adapter=False, **known)
 
 

@@ -28,11 +28,7 @@ def types() -> dict[str, Any]:
 
 
 def method_of(name: str, recipe: Recipe) -> AdapterMethod:
-    """The method of a type, with PEFT's own defaults but for the `recipe`.
-
-    Raises:
-        KeyError: there is no such type.
-    """
+    """The method of a type, with PEFT's own defaults but for the `recipe`."""
     config = types()[name.removeprefix(PREFIX)]
     return AdapterMethod(
         name=name,

@@ -60,11 +60,7 @@ def _refuse(folder: Path, fault: str, names: Sequence[str]) -> None:
 
 
 def put_onto(base: Any, folder: Path) -> PeftModel:
-    """The adapter that a run left in `folder`, on its base.
-
-    Raises:
-        FastpeftError: it cannot be read, is damaged, or does not go onto that base.
-    """
+    """The adapter that a run left in `folder`, on its base."""
     check_adapter(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder))
@@ -79,11 +75,7 @@ def put_onto(base: Any, folder: Path) -> PeftModel:
 
 
 def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
-    """The adapter in a local folder on its base model, on the CPU, and their tokenizer, None where neither has one.
-
-    Raises:
-        FastpeftError: the folder or its base model cannot be read, or it holds a prompt instead of weights.
-    """
+    """The adapter in a local folder on its base model, on the CPU, and their tokenizer, None where neither has one."""
     folder = folder.absolute()  # a relative path might name a model of the hub
     config = files.read_json(folder / CONFIG)
     base = config.get("base_model_name_or_path")

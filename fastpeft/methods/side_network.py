@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, refuse
 from fastpeft.methods.method import EarlierRun, Method, name_after
 from fastpeft.methods.preparation import ALL_LINEAR, Preparation
 from fastpeft.support.model_card import loading_snippet
@@ -49,19 +49,19 @@ class SideNetworkMethod(Method):
     def check(self, preparation: Preparation) -> None:
         self._config(preparation)
         given = [name for name in OF_SIVA if getattr(preparation, name) is not None]
-        if given and SIVA_LAYERS not in preparation.settings:
-            raise FastpeftError(
-                f"`{given[0]}` is of SiVA, which trains beside a side network only where {SIVA_LAYERS} says in how "
-                f"many of the last layers. Give {SIVA_LAYERS} too, or leave `{given[0]}` out."
-            )
-        if isinstance(preparation.targets, str) and preparation.targets != ALL_LINEAR:
-            raise FastpeftError(
-                f"`targets` is {preparation.targets!r} beside {SIVA_LAYERS}, which chooses among the layers itself. "
-                f"Give names joined by commas, or {ALL_LINEAR}."
-            )
-        count = preparation.settings.get(EXAMPLES)
-        if count is not None and count < 1:
-            raise FastpeftError(f"{EXAMPLES} is {count}; it must be a whole number from 1. Or leave it out.")
+        count, targets = preparation.settings.get(EXAMPLES), preparation.targets
+        conflicts = {
+            f"`{''.join(given[:1])}` is of SiVA, which trains beside a side network only where {SIVA_LAYERS} says in "
+            f"how many of the last layers. Give {SIVA_LAYERS} too, or leave `{''.join(given[:1])}` out.": (
+                given and SIVA_LAYERS not in preparation.settings
+            ),
+            f"`targets` is {targets!r} beside {SIVA_LAYERS}, which chooses among the layers itself. Give names joined "
+            f"by commas, or {ALL_LINEAR}.": isinstance(targets, str) and targets != ALL_LINEAR,
+            f"{EXAMPLES} is {count}; it must be a whole number from 1. Or leave it out.": (
+                count is not None and count < 1
+            ),
+        }
+        refuse(conflicts)
 
     def examples(self, preparation: Preparation) -> int:
         count: int = preparation.settings.get(EXAMPLES, 0)
@@ -79,11 +79,8 @@ class SideNetworkMethod(Method):
         return LadderConfig(**{**self.fields, **given, **own})
 
     def prepare(self, model: Any, preparation: Preparation) -> Any:
-        """A side network beside the model; of a prompted one, beside the masked language model in it.
-
-        With the setting `siva_layers` SiVA adapts so many of the model's last layers, and trains with it: those
-        that it adapts by default, or `targets`, at its own rank, or `rank`.
-        """
+        """A side network beside the model, of a prompted one beside its language model; and SiVA in the last
+        `siva_layers` layers, where that is given."""
         from fastpeft.ladder import LadderModel
         from fastpeft.prompts.model import around
 

@@ -62,11 +62,7 @@ def settings(config: str) -> dict[str, Any]:
 
 
 def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[str, Any]) -> nn.Module:
-    """Put an adapter onto `model`: its configuration, named `config`, gets `values`, then what `preparation` has.
-
-    Raises:
-        FastpeftError: PEFT cannot, or the rank is above what a layer allows.
-    """
+    """Put an adapter onto `model`: its configuration, named `config`, gets `values`, then what `preparation` has."""
     if preparation.targets is not None:
         values = {**values, "target_modules": _own_names(model, preparation.targets)}
     named = {"target_modules", "target_parameters"} & {*values, *preparation.settings}
@@ -126,10 +122,10 @@ def _projections(layers: Sequence[str]) -> tuple[str, str, str]:
 
 
 def _usual_layers(model: Any, config: str) -> dict[str, Any]:
-    """What an adapter goes onto by default where PEFT does not know the kind of model, told by the names of layers.
+    """What an adapter goes onto by default where PEFT does not know the kind of model; nothing where PEFT knows.
 
     As in PEFT's own tables: query and value, or the matrix that holds them all; for IA3 key, value and the layer that
-    leads out of the feed-forward's inside. Nothing where PEFT knows, or where no layers have names that are known here.
+    leads out of the feed-forward's inside.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in _KNOWN.get(config, {kind}):

@@ -24,7 +24,7 @@ from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import processes
 from fastpeft.support.interrupts import init_worker
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.settings import arguments_of, checkpointing_options
+from fastpeft.training.setup import arguments_of, checkpointing_options
 from fastpeft.training.task import Task
 
 _LOGS = 50  # points of the loss curve
@@ -40,9 +40,6 @@ def training_arguments(task: Task, output: str) -> TrainingArguments:
     """The Trainer's arguments of a task, with checkpoints below `output`.
 
     The batches are those of a step whatever the number of processes that a launcher started, which share each.
-
-    Raises:
-        FastpeftError: the settings go neither together nor with the task.
     """
     config, recipe = task.config, task.setup.recipe
     values = _values(task, output)
@@ -98,45 +95,66 @@ def _values(task: Task, output: str) -> dict[str, Any]:
 
 def _check(arguments: TrainingArguments, task: Task) -> None:
     """Raise almost any exception where arguments cannot do what they say, before anything is written."""
-    title, problem = task.method.title, task.data.problem
+    title, problem, optim = task.method.title, task.data.problem, arguments.optim
     is_beside = isinstance(inside_prompt(task.model), LadderModel)
-    if arguments.gradient_accumulation_steps < 1:
-        raise ValueError("gradient_accumulation_steps must be at least 1.")
+    smooths = arguments.label_smoothing_factor
     # of a side network its own blocks are computed again, whatever the frozen model can do
-    if arguments.gradient_checkpointing and not (is_beside or _supports_checkpointing(task.model)):
-        raise ValueError(f"{title} does not support gradient_checkpointing on this model.")
-    if arguments.use_liger_kernel and not is_liger_kernel_available():
-        raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
-    if arguments.fp16 and arguments.device.type == "cpu":
-        raise ValueError("fp16 is for GPUs, and on a CPU everything would be computed in float32; use `bf16` there.")
-    if arguments.optim_args and arguments.optim in (*ADAMW, *ADAMW_8BIT):
-        raise ValueError(
-            f"optim_args has no effect on {arguments.optim.value}: set adam_beta1, adam_beta2 and adam_epsilon instead."
-        )
-    if arguments.optim_target_modules and not arguments.optim.startswith(_OF_SOME_LAYERS):
-        raise ValueError(
-            f"optim_target_modules has no effect on {arguments.optim.value}, which optimises all trainable parameters."
-        )
-    if arguments.eval_steps and task.config.metric is not None:
-        raise ValueError("with `metric`, dev rows are measured at each checkpoint: use `save_steps`.")
-    for name in ("neftune_noise_alpha", "label_smoothing_factor", "weight_decay", "eval_steps"):
-        if (getattr(arguments, name) or 0) < 0:
-            raise ValueError(f"{name} must be at least 0.")
-    if arguments.neftune_noise_alpha and is_beside:
-        raise ValueError(f"neftune_noise_alpha is for embeddings in training mode, in which {title} has none.")
-    if arguments.label_smoothing_factor:
-        if problem in (REGRESSION, MULTI_LABEL):
-            raise ValueError(f"label_smoothing_factor is for classes, but the data has {problem.labels}.")
-        if task.config.class_weights:
-            raise ValueError("label_smoothing_factor does not go with class_weights.")
-    if task.config.optimizer_in_backward:
-        _check_steps_in_backward(arguments)
+    checkpoints = is_beside or _supports_checkpointing(task.model)
+    conflicts = {
+        "gradient_accumulation_steps must be at least 1.": arguments.gradient_accumulation_steps < 1,
+        f"{title} does not support gradient_checkpointing on this model.": (
+            arguments.gradient_checkpointing and not checkpoints
+        ),
+        "use_liger_kernel needs the package liger-kernel, which is not installed.": (
+            arguments.use_liger_kernel and not is_liger_kernel_available()
+        ),
+        "fp16 is for GPUs, and on a CPU everything would be computed in float32; use `bf16` there.": (
+            arguments.fp16 and arguments.device.type == "cpu"
+        ),
+        f"optim_args has no effect on {optim.value}: set adam_beta1, adam_beta2 and adam_epsilon instead.": (
+            arguments.optim_args and optim in _STEP_IN_BACKWARD
+        ),
+        f"optim_target_modules has no effect on {optim.value}, which optimises all trainable parameters.": (
+            arguments.optim_target_modules and not optim.startswith(_OF_SOME_LAYERS)
+        ),
+        "with `metric`, dev rows are measured at each checkpoint: use `save_steps`.": (
+            arguments.eval_steps and task.config.metric is not None
+        ),
+        **{
+            f"{name} must be at least 0.": (getattr(arguments, name) or 0) < 0
+            for name in ("neftune_noise_alpha", "label_smoothing_factor", "weight_decay", "eval_steps")
+        },
+        f"neftune_noise_alpha is for embeddings in training mode, in which {title} has none.": (
+            arguments.neftune_noise_alpha and is_beside
+        ),
+        f"label_smoothing_factor is for classes, but the data has {problem.labels}.": (
+            smooths and problem in (REGRESSION, MULTI_LABEL)
+        ),
+        "label_smoothing_factor does not go with class_weights.": smooths and task.config.class_weights,
+        **(_conflicts_in_backward(arguments) if task.config.optimizer_in_backward else {}),
+    }
+    if found := next(filter(conflicts.get, conflicts), None):
+        raise ValueError(found)
     stand_in = torch.optim.SGD([torch.zeros(1)], arguments.learning_rate)
     get_scheduler(arguments.lr_scheduler_type, stand_in, 0, 1, arguments.lr_scheduler_kwargs)
     if arguments.gradient_checkpointing:
         _, options = checkpointing_options(arguments)
         checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
     DataLoader(task.dev_rows, arguments.eval_batch_size, **loader_options(arguments))  # type: ignore[arg-type]
+
+
+def _conflicts_in_backward(arguments: TrainingArguments) -> dict[str, bool]:
+    """What does not go with an optimizer that steps in backward, and whether it is given."""
+    needed = {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "fp16": False}
+    goes_with = f"optimizer_in_backward goes with optim={' or '.join(_STEP_IN_BACKWARD)}"
+    return {
+        f"{goes_with}, not {arguments.optim.value}.": arguments.optim not in _STEP_IN_BACKWARD,
+        **{
+            f"{name}={getattr(arguments, name)} needs all gradients at once, which optimizer_in_backward never has; "
+            f"it must be {off}.": getattr(arguments, name) != off
+            for name, off in needed.items()
+        },
+    }
 
 
 def _divide(arguments: TrainingArguments, config: TrainConfig) -> None:
@@ -160,11 +178,7 @@ def _divide(arguments: TrainingArguments, config: TrainConfig) -> None:
 
 @contextmanager
 def refusing(task: Task) -> Iterator[None]:
-    """Blame the settings for what the Trainer, or a part of it, raises in the block.
-
-    Raises:
-        FastpeftError: with what was raised in words; one that is raised in the block stays as it is.
-    """
+    """Blame the settings for what the Trainer, or a part of it, raises in the block."""
     try:
         yield
     except FastpeftError:
@@ -187,11 +201,7 @@ def evaluated_tokens(task: Task) -> int | None:
 
 @contextmanager
 def noticing_lack_of_memory(task: Task) -> Iterator[None]:
-    """Let a lack of memory be one error, which says what would need less of it.
-
-    Raises:
-        NotEnoughMemoryError: memory is not enough for what the block does.
-    """
+    """Let a lack of memory be one error, which says what would need less of it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -215,19 +225,6 @@ def noticing_lack_of_memory(task: Task) -> Iterator[None]:
             f"with rows of up to {longest} tokens ({reason}). Give {advice}; --dry-run with that tells what a step "
             "would take."
         ) from error
-
-
-def _check_steps_in_backward(arguments: TrainingArguments) -> None:
-    """Raise `ValueError` where an optimizer that steps in backward does not go with the rest."""
-    if arguments.optim not in _STEP_IN_BACKWARD:
-        raise ValueError(
-            f"optimizer_in_backward goes with optim={' or '.join(_STEP_IN_BACKWARD)}, not {arguments.optim.value}."
-        )
-    for name, off in ("max_grad_norm", 0), ("gradient_accumulation_steps", 1), ("fp16", False):
-        if (value := getattr(arguments, name)) != off:
-            raise ValueError(
-                f"{name}={value} needs all gradients at once, which optimizer_in_backward never has; it must be {off}."
-            )
 
 
 def _supports_checkpointing(model: Any) -> bool:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hin
 from fastpeft.data.names import DEMO, LOSS
 from fastpeft.data.problems import OBJECTIVES, PROBLEMS, TITLES
 from fastpeft.errors import FastpeftError, did_you_mean
-from fastpeft.methods.method import Method
 from fastpeft.methods.peft_types import PREFIX
 from fastpeft.methods.registry import METHODS, get_method, unknown
 from fastpeft.methods.side_network import SIVA_LAYERS
@@ -63,13 +62,12 @@ def _advice(known: Option, value: Any) -> str:
 
 
 class Option(NamedTuple):
-    """What is said of a field of `TrainConfig` on the command line, in errors and in the reference.
+    """A field of `TrainConfig` as the command line, errors and the reference tell it.
 
     Attributes:
-        name: of the field.
         kind: the type of its values beside None.
-        default: the value where none is given; `MISSING` where one must be given.
-        help: what the field does, in a sentence in which names of fields stand in backticks.
+        default: `MISSING` where a value must be given.
+        help: a sentence in which names of fields stand in backticks.
         unset: what None stands for.
         least, most: the range of a whole number.
         choices: the texts that are allowed. Empty: any text.
@@ -77,7 +75,7 @@ class Option(NamedTuple):
         folder: whether the value is the name of a folder.
         panel: the heading under which help has it.
         letter: its short name on the command line.
-        common: whether most people need it; help has the others if it is asked for all.
+        common: whether short help has it too.
     """
 
     name: str
@@ -136,43 +134,14 @@ def option(panel: str, help: str, default: Any = None, **others: Any) -> Any:
     return field(default=default, metadata={"panel": panel, "help": help, **others})
 
 
+def _refuse(config: Any, name: str, reason: str) -> NoReturn:
+    raise FastpeftError(f"`{name}` is {getattr(config, name)!r}, but {reason}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """All that decides a run; `run.json` holds it.
+class DataConfig:
+    """Rows, and the tokens that they become."""
 
-    Raises:
-        FastpeftError: a value is of another type or out of its range.
-
-    Example:
-        >>> TrainConfig(output="runs/lora", method="lora", epochs=2).batch_size
-        16
-    """
-
-    output: str = option(
-        OUTPUT,
-        "Folder of the run; on the command line runs/METHOD-DATA is the default",
-        MISSING,
-        metavar="DIR",
-        letter="o",
-        common=True,
-    )
-    method: str = option(
-        METHOD,
-        "How the model is trained; peft:TYPE is any type of adapter of PEFT",
-        "siva",
-        choices=METHODS,
-        common=True,
-    )
-    model: str = option(
-        MODEL, "demo, a folder or a hub id", unset="demo, or the model of `init_from`", letter="m", common=True
-    )
-    init_from: str | None = option(
-        MODEL,
-        "Folder of a finished run to start from: a whole model; an adapter, which is merged into its base model; or a "
-        "side network, which only a method with the same side network can continue",
-        metavar="RUN",
-        folder=True,
-    )
     data: str = option(
         DATA,
         "demo; a csv, tsv, jsonl or parquet file; a folder with train.* and optionally dev.*, or one saved by the "
@@ -197,28 +166,20 @@ class TrainConfig:
         unset="found from the data",
         metavar="KIND",
     )
-    targets: str | None = option(
-        METHOD,
-        "Layers to adapt: names joined by commas, all-linear or a regular expression; query, key and value mean these "
-        "projections on any model",
-        unset="the method's",
-        metavar="LAYERS",
+    text_column: str | None = option(
+        DATA, "Column of texts, or two joined by a comma for pairs", unset="found by name", common=True
     )
-    rank: int | None = option(METHOD, "Rank of the adapter", least=1, unset="the method's")
-    window: int | None = option(METHOD, "Backbone features that each block of k-lst reads, odd", least=1, unset="9")
-    reduction: int | None = option(
-        METHOD, "How many times narrower than the backbone a side network is", least=1, unset="8"
+    label_column: str | None = option(
+        DATA,
+        "Column of classes, numbers, tags or labels; or several of 0 and 1 joined by commas, one for each label",
+        unset="found by name",
+        common=True,
     )
-    epochs: float | None = option(TRAINING, "Passes over the training rows", unset="the method's recipe", common=True)
-    max_steps: int | None = option(TRAINING, "Optimizer steps, in place of `epochs`", least=1)
-    batch_size: int = option(
-        TRAINING, "Rows per step, over all processes of a launcher such as torchrun", 16, least=1, common=True
-    )
-    learning_rate: float | None = option(
-        TRAINING, "Learning rate at the peak of the schedule", unset="the method's recipe", metavar="RATE", common=True
-    )
-    head_learning_rate: float | None = option(
-        TRAINING, "Learning rate of a new head at the peak of the schedule", unset="the method's recipe", metavar="RATE"
+    split_seed: int = option(
+        DATA,
+        "Random seed of the split into training and dev rows, where the data has no dev rows",
+        0,
+        most=_HIGHEST_SEED,
     )
     max_length: int | None = option(
         DATA,
@@ -226,33 +187,21 @@ class TrainConfig:
         least=2,
         unset="128, or 512 with the objective causal, but never more than the model's limit",
     )
-    packing: bool = option(
-        TRAINING,
-        "With the objective causal, pack short texts into rows of `max_length` tokens; no text attends to another",
-        False,
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that a run starts from, and the prompt that texts are put into."""
+
+    model: str = option(
+        MODEL, "demo, a folder or a hub id", unset="demo, or the model of `init_from`", letter="m", common=True
     )
-    seed: int = option(TRAINING, "Random seed of the new head, the order of rows and dropout", 0, most=_HIGHEST_SEED)
-    split_seed: int = option(
-        DATA,
-        "Random seed of the split into training and dev rows, where the data has no dev rows",
-        0,
-        most=_HIGHEST_SEED,
-    )
-    save_steps: int | None = option(OUTPUT, "Save a checkpoint every N steps", least=1, unset="none")
-    metric: str | None = option(
-        OUTPUT,
-        "Keep the checkpoint with the best value of this metric on the dev rows, such as accuracy, f1 (of the "
-        "second of two classes, else the mean over classes), pearson or loss",
-        unset="the weights after the last step",
-    )
-    patience: int | None = option(
-        OUTPUT, "Early stopping: end after N checkpoints in a row without a better `metric`", least=1, unset="never"
-    )
-    report_to: str | None = option(
-        OUTPUT,
-        "Also log to this service or library; TensorBoard's files are in the folder logs of the run",
-        choices=REPORTERS,
-        unset="none",
+    init_from: str | None = option(
+        MODEL,
+        "Folder of a finished run to start from: a whole model; an adapter, which is merged into its base model; or a "
+        "side network, which only a method with the same side network can continue",
+        metavar="RUN",
+        folder=True,
     )
     prompt: str | None = option(
         MODEL,
@@ -278,13 +227,6 @@ class TrainConfig:
     found_prompt: dict[str, Any] | None = field(
         default=None, metadata={"help": "What was found for the prompt auto. It is not searched for again"}
     )
-    cache_features: str | None = option(
-        ADVANCED,
-        "Folder in which to cache the features of the frozen backbone; every run with k-lst or lst reuses them",
-        metavar="DIR",
-        folder=True,
-        unset="computed in every epoch",
-    )
     dtype: str | None = option(
         TRAINING,
         "Keep the model's frozen weights in this dtype. bfloat16 takes half the memory of float32 and computes by "
@@ -293,31 +235,89 @@ class TrainConfig:
         unset="float32, whatever the files hold",
         metavar="DTYPE",
     )
-    bf16: bool | None = option(
-        TRAINING,
-        "Compute in bfloat16 by autocast; weights that train stay in float32",
-        unset="on when computing on a CPU with bfloat16 instructions, except by MeZO; else off",
-    )
     pack_weights: bool = option(
         TRAINING,
         "Keep copies of frozen weights, which costs memory and saves time: on a CPU in a packed layout (two where "
         "gradients pass through), on a GPU in autocast's dtype",
         True,
     )
-    optimizer_in_backward: bool = option(
-        ADVANCED,
-        "Update each parameter during the backward pass and free its gradient at once; gradients are not clipped",
-        False,
-    )
-    deterministic: bool = option(ADVANCED, "Use deterministic kernels only", False)
-    text_column: str | None = option(
-        DATA, "Column of texts, or two joined by a comma for pairs", unset="found by name", common=True
-    )
-    label_column: str | None = option(
-        DATA,
-        "Column of classes, numbers, tags or labels; or several of 0 and 1 joined by commas, one for each label",
-        unset="found by name",
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the model's frozen weights are kept in bfloat16."""
+        return self.dtype == "bfloat16"
+
+    @property
+    def awaits_prompt(self) -> bool:
+        """Whether a prompt is to be found and is not found yet."""
+        return is_auto(self.prompt) and self.found_prompt is None
+
+    def parse_prompt(self) -> Prompt | None:
+        """The prompt, with its words as written; None where there is none, or none yet, see `awaits_prompt`."""
+        if self.prompt is not None:
+            written = parse_prompt(self.prompt, self.label_words, self.prompt_head or HEADS[0])
+            return written if self.found_prompt is None else Prompt.from_values(self.found_prompt)
+        for name in ("label_words", "prompt_head"):
+            if getattr(self, name) is not None:
+                _refuse(self, name, f"there is no prompt. Give one, or leave `{name}` out.")
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The method, and what its own configuration is given: by options that methods share, else by `settings`."""
+
+    method: str = option(
+        METHOD,
+        "How the model is trained; peft:TYPE is any type of adapter of PEFT",
+        "siva",
+        choices=METHODS,
         common=True,
+    )
+    targets: str | None = option(
+        METHOD,
+        "Layers to adapt: names joined by commas, all-linear or a regular expression; query, key and value mean these "
+        "projections on any model",
+        unset="the method's",
+        metavar="LAYERS",
+    )
+    rank: int | None = option(METHOD, "Rank of the adapter", least=1, unset="the method's")
+    window: int | None = option(METHOD, "Backbone features that each block of k-lst reads, odd", least=1, unset="9")
+    reduction: int | None = option(
+        METHOD, "How many times narrower than the backbone a side network is", least=1, unset="8"
+    )
+    cache_features: str | None = option(
+        ADVANCED,
+        "Folder in which to cache the features of the frozen backbone; every run with k-lst or lst reuses them",
+        metavar="DIR",
+        folder=True,
+        unset="computed in every epoch",
+    )
+    settings: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Further fields of the method's configuration or of transformers.TrainingArguments"},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Steps, rates and precision."""
+
+    epochs: float | None = option(TRAINING, "Passes over the training rows", unset="the method's recipe", common=True)
+    max_steps: int | None = option(TRAINING, "Optimizer steps, in place of `epochs`", least=1)
+    batch_size: int = option(
+        TRAINING, "Rows per step, over all processes of a launcher such as torchrun", 16, least=1, common=True
+    )
+    learning_rate: float | None = option(
+        TRAINING, "Learning rate at the peak of the schedule", unset="the method's recipe", metavar="RATE", common=True
+    )
+    head_learning_rate: float | None = option(
+        TRAINING, "Learning rate of a new head at the peak of the schedule", unset="the method's recipe", metavar="RATE"
+    )
+    packing: bool = option(
+        TRAINING,
+        "With the objective causal, pack short texts into rows of `max_length` tokens; no text attends to another",
+        False,
     )
     class_weights: str | None = option(
         TRAINING,
@@ -327,15 +327,66 @@ class TrainConfig:
         unset="each row counts the same",
         metavar="HOW",
     )
-    settings: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Further fields of the method's configuration or of transformers.TrainingArguments"},
+    seed: int = option(TRAINING, "Random seed of the new head, the order of rows and dropout", 0, most=_HIGHEST_SEED)
+    bf16: bool | None = option(
+        TRAINING,
+        "Compute in bfloat16 by autocast; weights that train stay in float32",
+        unset="on when computing on a CPU with bfloat16 instructions, except by MeZO; else off",
     )
+    optimizer_in_backward: bool = option(
+        ADVANCED,
+        "Update each parameter during the backward pass and free its gradient at once; gradients are not clipped",
+        False,
+    )
+    deterministic: bool = option(ADVANCED, "Use deterministic kernels only", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """The folder of a run, and the checkpoints in it."""
+
+    output: str = option(
+        OUTPUT,
+        "Folder of the run; on the command line runs/METHOD-DATA is the default",
+        MISSING,
+        metavar="DIR",
+        letter="o",
+        common=True,
+    )
+    save_steps: int | None = option(OUTPUT, "Save a checkpoint every N steps", least=1, unset="none")
+    metric: str | None = option(
+        OUTPUT,
+        "Keep the checkpoint with the best value of this metric on the dev rows, such as accuracy, f1 (of the "
+        "second of two classes, else the mean over classes), pearson or loss",
+        unset="the weights after the last step",
+    )
+    patience: int | None = option(
+        OUTPUT, "Early stopping: end after N checkpoints in a row without a better `metric`", least=1, unset="never"
+    )
+    report_to: str | None = option(
+        OUTPUT,
+        "Also log to this service or library; TensorBoard's files are in the folder logs of the run",
+        choices=REPORTERS,
+        unset="none",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(OutputConfig, TrainingConfig, MethodConfig, ModelConfig, DataConfig):
+    """All that decides a run, of five parts under flat names; `run.json` holds it.
+
+    Raises:
+        FastpeftError: a value is of another type or out of its range.
+
+    Example:
+        >>> TrainConfig(output="runs/lora", method="lora", epochs=2).batch_size
+        16
+    """
 
     def __post_init__(self) -> None:
         for objective, problem in OBJECTIVES.items():
             if self.problem_type == problem.name:
-                self._refuse("problem_type", f"this has no labels. Give `objective` {objective} instead.")
+                _refuse(self, "problem_type", f"this has no labels. Give `objective` {objective} instead.")
         self._check_each()
         if self.model is None:
             model = DEMO if self.init_from is None else earlier_run(self.init_from).config()["model"]
@@ -358,40 +409,42 @@ class TrainConfig:
 
     def _check_together(self) -> None:
         """Raise `FastpeftError` where values do not go together."""
-        method = get_method(self.method, self.settings)
-        if self.cache_features is not None and (reason := self._why_not_cached(method)):
-            self._refuse("cache_features", reason)
-        if self.in_bfloat16 and (reason := self.why_not_in_bfloat16):
-            self._refuse("dtype", reason)
-        for name in FOR_LABELS:
-            if self.objective is not None and getattr(self, name) is not None:
-                self._refuse(
-                    name, f"the objective {self.objective!r} learns from texts without labels. Remove one of the two."
-                )
-        if self.packing and self.objective != "causal":
-            self._refuse("packing", "only texts of the objective causal can be packed. Remove `packing`.")
-        if self.packing and method.frozen_features:
-            self._refuse(
-                "packing", "a side network cannot tell packed texts apart. Remove `packing`, or choose siva or lora."
-            )
-        if self.metric is not None and self.metric not in (LOSS, *TITLES):
-            close = did_you_mean(self.metric, (LOSS, *TITLES))
-            self._refuse(
-                "metric", f"nothing of that name is measured. Choose one of {', '.join((*TITLES, LOSS))}.{close}"
-            )
+        measured = (*TITLES, LOSS)
+        given = [name for name in FOR_LABELS if getattr(self, name) is not None] if self.objective is not None else []
+        without_labels = f"the objective {self.objective!r} learns from texts without labels. Remove one of the two."
+        conflicts: list[tuple[str, str]] = [(name, without_labels) for name in given]
+        if self.cache_features is not None:
+            conflicts.append(("cache_features", self._why_not_cached()))
+        if self.in_bfloat16:
+            conflicts.append(("dtype", self.why_not_in_bfloat16))
+        if self.packing:
+            conflicts.append(("packing", self._why_not_packed()))
+        if self.metric is not None and self.metric not in measured:
+            close = did_you_mean(self.metric, measured)
+            allowed = f"Choose one of {', '.join(measured)}.{close}"
+            conflicts.append(("metric", f"nothing of that name is measured. {allowed}"))
         if self.metric is not None and self.save_steps is None:
-            self._refuse(
-                "metric", "there are no checkpoints to choose from. Say by `save_steps` how often to save one."
+            conflicts.append(
+                ("metric", "there are no checkpoints to choose from. Say by `save_steps` how often to save one.")
             )
         if self.patience is not None and self.metric is None:
-            self._refuse("patience", "there is no metric to watch. Name one, or leave `patience` out.")
+            conflicts.append(("patience", "there is no metric to watch. Name one, or leave `patience` out."))
+        for name, reason in conflicts:
+            if reason:
+                _refuse(self, name, reason)
         self.parse_prompt()
 
-    def _refuse(self, name: str, reason: str) -> NoReturn:
-        raise FastpeftError(f"`{name}` is {getattr(self, name)!r}, but {reason}")
+    def _why_not_packed(self) -> str:
+        """Why texts cannot be packed; empty where they can."""
+        if self.objective != "causal":
+            return "only texts of the objective causal can be packed. Remove `packing`."
+        if get_method(self.method, self.settings).frozen_features:
+            return "a side network cannot tell packed texts apart. Remove `packing`, or choose siva or lora."
+        return ""
 
-    def _why_not_cached(self, method: Method) -> str:
+    def _why_not_cached(self) -> str:
         """Why there are no features to cache; empty where there are."""
+        method = get_method(self.method, self.settings)
         if not method.frozen_features:
             return (
                 f"the method {self.method!r} has no frozen features: its layers change as it trains, or gradients pass "
@@ -419,30 +472,6 @@ class TrainConfig:
         if self.bf16 is False or self.settings.get("fp16"):
             return "it takes `bf16`, which is off, or has fp16 in its place. Turn it on, or leave `dtype` out."
         return ""
-
-    @property
-    def in_bfloat16(self) -> bool:
-        """Whether the model's frozen weights are kept in bfloat16."""
-        return self.dtype == "bfloat16"
-
-    @property
-    def awaits_prompt(self) -> bool:
-        """Whether a prompt is to be found and is not found yet."""
-        return is_auto(self.prompt) and self.found_prompt is None
-
-    def parse_prompt(self) -> Prompt | None:
-        """The prompt, with its words as written; None where there is none, or none yet, see `awaits_prompt`.
-
-        Raises:
-            FastpeftError: template, words or head cannot be used.
-        """
-        if self.prompt is not None:
-            written = parse_prompt(self.prompt, self.label_words, self.prompt_head or HEADS[0])
-            return written if self.found_prompt is None else Prompt.from_values(self.found_prompt)
-        for name in ("label_words", "prompt_head"):
-            if getattr(self, name) is not None:
-                self._refuse(name, f"there is no prompt. Give one, or leave `{name}` out.")
-        return None
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:

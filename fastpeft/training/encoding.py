@@ -29,14 +29,7 @@ _CHUNK = 1_000  # texts that are encoded at one time: a tokenizer keeps far more
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes texts rows of tokens.
-
-    Attributes:
-        tokenizer: the model's.
-        max_length: where texts are cut, in tokens.
-        prompt: what texts are put into; None for the texts alone.
-        problem: what the labels are.
-    """
+    """Makes texts rows of tokens, put into `prompt` where there is one and cut at `max_length` tokens."""
 
     tokenizer: Any
     max_length: int
@@ -48,9 +41,6 @@ class Encoder:
 
         Of masked words and tags, rows without a word that has a token are left out: their loss would be the mean of
         nothing. Next words are encoded by `next_words.encode_counted`.
-
-        Raises:
-            FastpeftError: no row has a word that could be hidden or has a tag, or a token to learn.
         """
         if self.prompt is None and self.problem is NEXT_WORDS:
             return next_words.encode_counted(self.tokenizer, examples.texts, self.max_length)

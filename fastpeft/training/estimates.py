@@ -48,7 +48,7 @@ from fastpeft.training.memory import (
 )
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run_folder import RunFolder
-from fastpeft.training.settings import checkpointing_options
+from fastpeft.training.setup import checkpointing_options
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import CURVE_ROWS, trainer_class
 
@@ -66,7 +66,7 @@ class Estimate:
         memory_mb: peak of a training step on the longest batch, in MB (2^20 bytes); None where it cannot be told.
         start_seconds: to load and to measure the dev rows; None where nothing was timed.
         row_seconds: of training, a row; None likewise.
-        error: why nothing more can be told; names of options may stand in backticks, as in a `FastpeftError`.
+        error: why nothing more can be told.
     """
 
     memory_mb: float | None = None
@@ -75,7 +75,7 @@ class Estimate:
     error: str | None = None
 
     def seconds(self, rows: float) -> float | None:
-        """Seconds of a run over so many rows, counted in every epoch; None where nothing was timed."""
+        """Seconds of a run over `rows` rows, those of every epoch counted; None where nothing was timed."""
         if self.start_seconds is None or self.row_seconds is None:
             return None
         return self.start_seconds + self.row_seconds * rows
@@ -98,7 +98,7 @@ class TrainPlan:
     Attributes:
         trainable_parameters, parameters: numbers of values.
         steps: optimizer steps.
-        rows: trained on in all of them, those of every epoch counted.
+        rows: trained on in all of them.
         train_rows, dev_rows: rows of data.
         longest_row: tokens of the longest training row.
         recipe: rates, schedule and length, by name.
@@ -121,7 +121,7 @@ class TrainPlan:
 
     @property
     def peak_memory_mb(self) -> float | None:
-        """Simulated peak of a step on the longest batch, in MB (2^20 bytes); None where it cannot be told."""
+        """The estimate's `memory_mb`."""
         return self.estimate.memory_mb
 
 
@@ -169,13 +169,10 @@ def estimate(config: TrainConfig, budget_mb: float | None = None) -> Estimate:
     A run that starts from another is taken as started from the model, which has the same shapes: the other may not
     have run yet.
     """
-    begin = time.perf_counter()
     try:
-        task = Task.load(dataclasses.replace(config, init_from=None))
-        arguments = training_arguments(task, config.output)
+        return plan(dataclasses.replace(config, init_from=None), timed=True, budget_mb=budget_mb).estimate
     except FastpeftError as error:
         return Estimate(error=error.args[0])
-    return _estimate(task, arguments, begin, budget_mb)
 
 
 def process_seconds() -> float:
@@ -188,10 +185,7 @@ def process_seconds() -> float:
 
 
 def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb: float | None) -> Estimate:
-    """What a run on `task` would take; trains the model a few steps.
-
-    `begin` is when loading began, by `time.perf_counter`.
-    """
+    """What a run on `task`, loaded since `begin`, would take; trains the model a few steps."""
     memory = simulated_peak_mb(task, arguments, _longest(task))
     if budget_mb is not None and (memory is None or memory > budget_mb):
         return Estimate(memory)
@@ -233,11 +227,7 @@ def _measured_between(task: Task, arguments: TrainingArguments) -> int:
 
 
 def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> float | None:
-    """Simulated peak of one step on a batch of `tokens` tokens a row, or a process's part of that, in MB.
-
-    None where it cannot be told. As the Trainer does before its first step, this lets a model compute its activations
-    again where `arguments` say so.
-    """
+    """Simulated peak of one step on a process's part of a batch of `tokens` tokens a row, in MB; None: unknown."""
     model, config = task.model, task.config
     optimizer = None
     if not task.method.zeroth_order:
@@ -248,7 +238,10 @@ def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> 
     measured = _batch(task, *_most_measured(task, arguments)) if _packs_by_rows(model) else None
     try:
         if arguments.gradient_checkpointing:
-            _checkpoint_activations(model, arguments)
+            own, options = checkpointing_options(arguments)
+            # the older transformers have the second name alone
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable(options or None, **own)
         autocast_dtype = torch.bfloat16 if config.bf16 else None
         step = simulate_training_step(
             model, batch, optimizer, autocast_dtype, config.optimizer_in_backward, measured=measured
@@ -305,14 +298,6 @@ def _optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> Optimize
         together = arguments.device.type == "cuda"  # as torch steps there
         return partial(torch.optim.SGD, weight_decay=arguments.weight_decay, foreach=together)
     return None
-
-
-def _checkpoint_activations(model: Any, arguments: TrainingArguments) -> None:
-    """Let a model compute its activations again in backward, as the Trainer does."""
-    own, options = checkpointing_options(arguments)
-    # the older transformers have the second name alone
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(options or None, **own)
 
 
 def _longest(task: Task) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fastpeft.data import result_warnings
-from fastpeft.data.batches import EVALUATED
 from fastpeft.data.examples import Examples, TextData, load_data, load_rows, texts_in_words
 from fastpeft.data.masking import Masker
 from fastpeft.data.names import LOSS, UNLABELLED
-from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, NEXT_WORDS, Problem, describe, most_frequent
+from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, NEXT_WORDS, describe, most_frequent
 from fastpeft.errors import FastpeftError
 from fastpeft.models import load_for_next_words
 from fastpeft.prompts.model import load_prompted
@@ -25,7 +24,7 @@ from fastpeft.prompts.template import Prompt
 from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH_CAUSAL, Encoder
+from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH_CAUSAL
 from fastpeft.training.generation import TextGenerator, measure_generations
 from fastpeft.training.loading import FinishedRun, load_run, put
 from fastpeft.training.prediction import outputs_of
@@ -46,16 +45,13 @@ def evaluate(
     """Metrics and loss of a finished run on its own dev rows, or on the rows of `data`, and `dev_rows`, their number.
 
     For a causal language model also what `measure_generations` gives, where rows have prompts. Beside these it has what
-    `metrics.json` has of classes, see `fastpeft.data.problems.describe`, and `warnings`, which are logged too: what
-    makes the figures doubtful, as rows that the run was trained on.
+    `metrics.json` has of classes, and `warnings`, which are logged too: of rows that the run was trained on, say.
 
     Args:
         folder: folder of the run.
         data: other data: all rows of a file, or the dev part of anything else.
-        text_column, label_column: columns of `data`; without it none. None: those that the run was trained with, else
-            found by their names.
-        max_new_tokens: the most tokens that a run on next words generates from a prompt, see `TextGenerator`; 0
-            lets it generate nothing.
+        text_column, label_column: columns of `data`. None: those that the run was trained with, else found by name.
+        max_new_tokens: the most that a run on next words generates from a prompt, see `TextGenerator`; 0: nothing.
 
     Raises:
         FastpeftError: the run or the data cannot be loaded, the data has a class that the run does not know, or the
@@ -94,7 +90,7 @@ def evaluate(
             warnings = result_warnings.of_changed_rows(config.data)
         frequent = most_frequent(own.train.labels, own.problem)
     _check_form(run, folder, dev, data)
-    return _evaluate(run, dev, trained_on, frequent, max_new_tokens, warnings)
+    return _measure(run, dev, frequent, trained_on, max_new_tokens, warnings).metrics
 
 
 def _own_data(run: FinishedRun, folder: str | Path) -> TextData:
@@ -123,70 +119,25 @@ def _check_form(run: FinishedRun, folder: str | Path, dev: Examples, data: str |
 def evaluate_causal_lm(
     model: str, data: str | Path, *, text_column: str | None = None, max_new_tokens: int | None = None
 ) -> dict[str, Any]:
-    """What `evaluate` gives of a run on next words, of a decoder with no training.
-
-    Args:
-        model: `"demo"`, a folder or a hub id.
-        data: all rows of a file, or the dev part of anything else.
-        text_column, max_new_tokens: as for `evaluate`.
-
-    Raises:
-        FastpeftError: model or data cannot be loaded.
-    """
+    """What `evaluate` gives of a run on next words, of a decoder (`"demo"`, a folder or a hub id) with no training."""
     dev = load_rows(data, [], NEXT_WORDS, text_column=text_column)
     report("loading the model")
-    classifier = load_for_next_words(model)
-    put(classifier.model.eval(), best_device())
+    loaded = load_for_next_words(model)
+    put(loaded.model.eval(), best_device())
     untrained = FinishedRun(
-        classifier,
+        loaded,
         TrainConfig(output=model, method="full", model=model, objective="causal"),
         NEXT_WORDS,
         labels=[],
         is_pair=dev.is_pair,
         chats=dev.are_conversations,
-        max_length=min(DEFAULT_MAX_LENGTH_CAUSAL, classifier.max_length),
+        max_length=min(DEFAULT_MAX_LENGTH_CAUSAL, loaded.max_length),
     )
-    return _evaluate(untrained, dev, set(), None, max_new_tokens)
-
-
-def _evaluate(
-    run: FinishedRun,
-    dev: Examples,
-    trained_on: Set[str],
-    frequent: Sequence[int] | None,
-    max_new_tokens: int | None,
-    warnings: Sequence[str] = (),
-) -> dict[str, Any]:
-    """What `evaluate` gives; its warnings begin with `warnings`."""
-    generates = run.problem is NEXT_WORDS and max_new_tokens != 0
-    generator = TextGenerator(run, max_new_tokens) if generates else None  # refuses before anything is measured
-    rows, cut = run.encoder.encode_counted(dev)
-    run.encoder.warn_of_texts(dev, rows)
-    cut_texts = result_warnings.of_cut_texts(cut, len(dev), len(dev) - len(rows), run.max_length)
-    if run.problem is MASKED_WORDS:
-        rows = Masker(run.loaded.tokenizer).fixed(rows)
-    join = _padded if run.problem.per_token else np.stack
-    outputs, labels = join(outputs_of(run, rows)), join([np.array(row["labels"]) for row in rows])
-    measured, of_figures = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent)
-    if generator is not None:
-        measured |= measure_generations(generator, dev.texts)
-    warnings = [*warnings, *of_figures, *cut_texts]
-    result_warnings.tell(warnings)
-    return {**measured, "dev_rows": len(rows), "warnings": warnings}
-
-
-def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of tokens as one array, in which the shorter ones are filled up as transformers does."""
-    tokens = [torch.from_numpy(row) for row in rows]
-    return pad_sequence(tokens, batch_first=True, padding_value=UNLABELLED).numpy()
+    return _measure(untrained, dev, None, max_new_tokens=max_new_tokens).metrics
 
 
 def evaluate_zero_shot(
-    model: str,
-    prompt: Prompt,
-    data: str | Path | TextData,
-    *,
-    calibrate: bool = False,
+    model: str, prompt: Prompt, data: str | Path | TextData, *, calibrate: bool = False
 ) -> dict[str, Any]:
     """Metrics and loss of a language model by a prompt, with no training, on the dev rows of `data`.
 
@@ -217,19 +168,7 @@ def load_classes(
 def zero_shot_prompt(
     prompt: str, label_words: str | None, model: str, texts: TextData, *, calibrate: bool
 ) -> tuple[Prompt, dict[str, Any] | None]:
-    """The prompt for `evaluate_zero_shot` that is written on a command line; `auto` is found on training rows.
-
-    Args:
-        prompt, label_words: as `parse_prompt` takes them, but not `none`, which callers refuse.
-        model, calibrate: as `evaluate_zero_shot` takes them.
-        texts: where `auto` is found.
-
-    Returns:
-        The prompt; and what was found for `auto`, as `FoundPrompt.values` gives it, else None.
-
-    Raises:
-        FastpeftError: the prompt cannot be used; or one cannot be found, see `find_prompt`.
-    """
+    """The prompt that is written on a command line, and for `auto` what was found on training rows of `texts`."""
     parsed = parse_prompt(prompt, label_words)  # refuses words beside auto
     if not is_auto(prompt):
         assert parsed is not None
@@ -242,39 +181,70 @@ def answer_zero_shot(
     model: str, prompt: Prompt, texts: TextData, *, calibrate: bool
 ) -> tuple[dict[str, Any], list[int]]:
     """What `evaluate_zero_shot` gives, and the class that is answered to each dev row."""
-    dev, problem = texts.dev, texts.problem
-    check_texts(prompt, dev)
+    check_texts(prompt, texts.dev)
     prompt = prompt.for_labels(texts.labels)
-    classifier = load_prompted(model, prompt)
-    prompted = classifier.model.eval()
-    put(prompted, best_device())
+    loaded = load_prompted(model, prompt)
+    put(loaded.model.eval(), best_device())
     if calibrate:
-        prompted.calibrate()
-    limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
-    encoder = Encoder(classifier.tokenizer, limit, prompt, problem)
-    rows, cut = encoder.encode_counted(dev)
-    encoder.warn_of_texts(dev, rows)
-    outputs = prompted.logits_of(rows, *EVALUATED).cpu().numpy()
-    labels, frequent = np.array(dev.labels), most_frequent(texts.train.labels, problem)
-    measured, of_figures = _measure(problem, dev, set(), outputs, labels, texts.labels, frequent)
-    warnings = [*of_figures, *result_warnings.of_cut_texts(cut, len(dev), 0, limit)]
-    result_warnings.tell(warnings)
-    return {**measured, "dev_rows": len(dev), "warnings": warnings}, outputs.argmax(-1).tolist()
+        loaded.model.calibrate()
+    untrained = FinishedRun(
+        loaded,
+        TrainConfig(output=model, method="full", model=model),
+        texts.problem,
+        texts.labels,
+        is_pair=texts.dev.is_pair,
+        chats=False,
+        max_length=min(DEFAULT_MAX_LENGTH, loaded.max_length),
+        prompt=prompt,
+    )
+    found = _measure(untrained, texts.dev, most_frequent(texts.train.labels, texts.problem))
+    return found.metrics, found.outputs.argmax(-1).tolist()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What `evaluate` gives, and the model's outputs."""
+
+    metrics: dict[str, Any]
+    outputs: np.ndarray
 
 
 def _measure(
-    problem: Problem,
+    run: FinishedRun,
     dev: Examples,
-    trained_on: Set[str],
-    outputs: np.ndarray,
-    labels: np.ndarray,
-    names: Sequence[str],
     frequent: Sequence[int] | None,
-) -> tuple[dict[str, Any], list[str]]:
-    """The metrics of a problem, the loss and what there is of classes; and warnings."""
-    scores = problem.score(outputs, labels, names)
+    trained_on: Set[str] = frozenset(),
+    max_new_tokens: int | None = None,
+    warnings: Sequence[str] = (),
+) -> _Measured:
+    """Measure a run, or a model as one that did not train, on rows, of which `frequent` is the most frequent class."""
+    problem = run.problem
+    generates = problem is NEXT_WORDS and max_new_tokens != 0
+    generator = TextGenerator(run, max_new_tokens) if generates else None  # refuses before anything is measured
+    rows, cut = run.encoder.encode_counted(dev)
+    run.encoder.warn_of_texts(dev, rows)
+    if problem is MASKED_WORDS:
+        rows = Masker(run.loaded.tokenizer).fixed(rows)
+    join = _padded if problem.per_token else np.stack
+    outputs, labels = join(outputs_of(run, rows)), join([np.array(row["labels"]) for row in rows])
+    scores = problem.score(outputs, labels, run.labels)
     if LOSS not in scores:
         assert problem.loss is not None  # which is so where the score has it
         scores[LOSS] = problem.loss(outputs, labels)
-    warnings = [*dev.warnings, *result_warnings.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)]
-    return {**scores, **describe(problem, outputs, labels, names, frequent)}, warnings
+    measured = {**scores, **describe(problem, outputs, labels, run.labels, frequent)}
+    if generator is not None:
+        measured |= measure_generations(generator, dev.texts)
+    told = [
+        *warnings,
+        *dev.warnings,
+        *result_warnings.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, run.labels),
+        *result_warnings.of_cut_texts(cut, len(dev), len(dev) - len(rows), run.max_length),
+    ]
+    result_warnings.tell(told)
+    return _Measured({**measured, "dev_rows": len(rows), "warnings": told}, outputs)
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of tokens as one array, in which the shorter ones are filled up as transformers does."""
+    tokens = [torch.from_numpy(row) for row in rows]
+    return pad_sequence(tokens, batch_first=True, padding_value=UNLABELLED).numpy()

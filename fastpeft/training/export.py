@@ -14,7 +14,7 @@ from transformers import DataCollatorWithPadding
 
 from fastpeft.data.examples import Examples
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, refuse
 from fastpeft.ladder import LadderModel
 from fastpeft.methods.registry import METHODS
 from fastpeft.methods.saved_adapters import load_adapter
@@ -67,11 +67,15 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         >>> export("runs/siva-demo", "model")  # doctest: +SKIP
         >>> AutoModelForSequenceClassification.from_pretrained("model")  # doctest: +SKIP
     """
-    if to not in FORMS:
-        raise FastpeftError(f"a run is exported to {to!r}; allowed are {', '.join(FORMS)}. Choose one of these.")
     output = files.path_of(output)
-    if os.path.lexists(output):
-        raise FastpeftError(f"the output {str(output)!r} exists and is left alone. Give the name of a new folder.")
+    refuse(
+        {
+            f"a run is exported to {to!r}; allowed are {', '.join(FORMS)}. Choose one of these.": to not in FORMS,
+            f"the output {str(output)!r} exists and is left alone. Give the name of a new folder.": (
+                os.path.lexists(output)
+            ),
+        }
+    )
     source = RunFolder(folder)
     load = _load_adapter if holds_adapter(source.path) and not source.started else _load_run
     model, tokenizer, prompt, card, batches = load(source, output, to, step)
@@ -110,13 +114,13 @@ class _Loaded(NamedTuple):
 
 def _load_adapter(source: RunFolder, output: Path, to: str, step: int | None) -> _Loaded:
     """A saved adapter on its base model."""
-    if step is not None:
-        raise FastpeftError(f"step is {step}, but {str(source.path)!r} holds an adapter alone. Leave it out.")
-    if to == "onnx":
-        raise FastpeftError(
+    refuse(
+        {
+            f"step is {step}, but {str(source.path)!r} holds an adapter alone. Leave it out.": step is not None,
             f"{str(source.path)!r} holds an adapter alone, and only a run is exported to onnx. Export it to merged, or "
-            "call write_onnx of fastpeft.training.onnx_model on its model."
-        )
+            "call write_onnx of fastpeft.training.onnx_model on its model.": to == "onnx",
+        }
+    )
     model, tokenizer = load_adapter(source.path)
     return _Loaded(model, tokenizer, None, _card_of_adapter(model, output, to, tokenizer is not None))
 
@@ -249,13 +253,15 @@ def _replay(folder: RunFolder, setup: RunSetup, step: int) -> FinishedRun:
         )
     journal = Journal.open(folder.journal)
     first = journal.header["first_step"]
-    if first != 0:
-        raise FastpeftError(
+    refuse(
+        {
             f"the journal of the run in {str(folder.path)!r} begins after step {first}, and the weights it began with "
-            "are not kept. Leave step out."
-        )
-    if not 0 <= step <= journal.steps:
-        raise FastpeftError(f"step is {step}; the run in {str(folder.path)!r} made {journal.steps}. Give 0 to that.")
+            "are not kept. Leave step out.": first != 0,
+            f"step is {step}; the run in {str(folder.path)!r} made {journal.steps}. Give 0 to that.": (
+                not 0 <= step <= journal.steps
+            ),
+        }
+    )
     check_places(folder)
     check_start(folder)
     start = draw_start(setup)

@@ -68,8 +68,6 @@ def keeps_tokens(model: Any) -> bool:
 def depends_on_padding(model: Any) -> bool:
     """Whether padding before a text changes how a decoder goes on: RWKV reads it, those of BART's kind count it.
 
-    Such a one is given each text alone. (RWKV's cache is also wrong in a batch without padding, in transformers 5.24.)
-
     Three passes tell: over a text alone, after padding, and after the same tokens as a part of it. Each has two rows:
     in transformers 5.0 Mamba-2, LFM2 and others heed the mask only where there are several.
     """
@@ -121,12 +119,7 @@ class TextGenerator:
         return opening(tokenizer) if self.run.chats else "", tokenizer.eos_token or ""
 
     def encode(self, text: Any) -> EncodedText:
-        """A text as tokens: a string, or a conversation as a list of turns, of which a string is one of the user.
-
-        Raises:
-            EmptyTextError: it is empty.
-            FastpeftError: it is not what the run reads, or longer than the model reads.
-        """
+        """A text as tokens: a string, or a conversation as a list of turns, of which a string is one of the user."""
         given = self._as_prompt(text)
         tokens = prompt_tokens(self.run.loaded.tokenizer, given)
         if not tokens:

@@ -29,11 +29,7 @@ def check_output(
 
 
 def earlier_run(folder: str) -> RunFolder:
-    """The finished run in `folder`, for another to start from.
-
-    Raises:
-        FastpeftError: there is none.
-    """
+    """The finished run in `folder`, for another to start from."""
     run = RunFolder(folder)
     try:
         run.check_finished()

@@ -36,13 +36,8 @@ class FinishedRun:
     """A run's model, with what the run's folder says of it.
 
     Attributes:
-        loaded: model and tokenizer.
-        config: how the run was started.
-        problem: what it learned.
         labels: names of the model's outputs: its classes or tags, or what its number is.
-        is_pair: whether it reads two texts a row.
-        chats: whether it learned conversations.
-        max_length: where texts are cut, in tokens.
+        is_pair, chats: whether it reads two texts a row, and whether it learned conversations.
         prompt: what texts are put into; None for the texts alone.
         columns: those of texts and of labels that it learned from; None where that is not known.
     """
@@ -119,11 +114,7 @@ def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
 
 
 def put(model: torch.nn.Module, device: str | torch.device) -> None:
-    """Put a model on a device.
-
-    Raises:
-        NotEnoughMemoryError: the device has too little memory for it.
-    """
+    """Put a model on a device."""
     try:
         model.to(device)
     except RuntimeError as error:
@@ -159,13 +150,9 @@ def assemble_in_float32(folder: RunFolder) -> FinishedRun:
 
 
 def load_start(setup: RunSetup) -> LoadedModel:
-    """Load the model that a run goes on from, before its method has prepared it.
+    """Load a run's model before its method has prepared it: `model`, with the weights of the run that it starts from.
 
-    That is its `model`, with the weights of the run that it starts from, as the method of that run leaves them. The
-    head is that run's where it is of the same kind and for the same classes.
-
-    Raises:
-        FastpeftError: the model or the earlier run cannot be loaded, or the two do not go together.
+    The head is that run's where it is of the same kind and for the same classes.
     """
     config = setup.config
     if config.init_from is None:
@@ -182,11 +169,7 @@ def load_start(setup: RunSetup) -> LoadedModel:
 
 
 def new_head(start: LoadedModel, setup: RunSetup) -> tuple[str, ...]:
-    """The modules of a head that a run draws at random for its labels; none where it goes on with one.
-
-    Raises:
-        FastpeftError: none is, and the configuration has a rate for it.
-    """
+    """The modules of a head that a run draws at random for its labels; none where it goes on with one."""
     goes_on = setup.config.init_from is not None and _earlier(setup)[1].same_head
     found = () if goes_on else start.new_head
     if setup.config.head_learning_rate is not None and not found:
@@ -199,11 +182,7 @@ def new_head(start: LoadedModel, setup: RunSetup) -> tuple[str, ...]:
 
 
 def continue_earlier(model: Any, setup: RunSetup) -> None:
-    """Give a prepared model what the run that it starts from trained beside its backbone, as a side network.
-
-    Raises:
-        FastpeftError: the side networks differ in shape.
-    """
+    """Give a prepared model what the run that it starts from trained beside its backbone, as a side network."""
     if setup.config.init_from is None:
         return
     earlier, run = _earlier(setup)
@@ -241,10 +220,7 @@ def _earlier(setup: RunSetup) -> tuple[RunSetup, EarlierRun]:
 
 
 def _load_model(model: str, setup: RunSetup) -> LoadedModel:
-    """Load `model` in the dtype of a run, and its head in float32, since that trains.
-
-    The head is one of its own, that of masked or next words, or the label words of a prompt.
-    """
+    """Load `model` in the dtype of a run, and in float32 its head, which trains."""
     head, dtype = setup.head, torch.bfloat16 if setup.config.in_bfloat16 else torch.float32
     if head.problem is MASKED_WORDS:
         loaded = load_for_masked_words(model, dtype)

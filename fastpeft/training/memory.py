@@ -1,9 +1,8 @@
 """Peak memory, measured and simulated, in bytes of live tensors.
 
-`simulate_training_step` answers "how much would this step need" for any model without its memory and without its
-computing: the step runs on fake tensors, which have shapes and dtypes but no data, under a tracker of live storages.
-What a GPU would run fused is counted fused, on every device: attention keeps no T x T probabilities, dropout keeps one
-byte per element, AdamW makes no temporaries.
+A simulated step runs on fake tensors, which have shapes and dtypes but no data, under a tracker of live storages. A
+GPU's fused forms are counted on every device: attention keeps no T x T probabilities, dropout keeps one byte per
+element, AdamW makes no temporaries.
 """
 
 from __future__ import annotations
@@ -37,12 +36,8 @@ OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of live tensor storages, real or fake: `current` now and `peak` since the last `reset_peak`.
 
-    A storage counts once however many views it has, from the first op that returns it until its last reference goes.
-    Storages made before the tracker count once they are given to `add` (or an op returns a view of them). What an op
-    allocates inside itself is not seen.
-
-    Args:
-        estimate_inside: add an estimate of that, for the ops of `_inside`, to the peak.
+    A storage counts once however many views it has, from the first op that returns it (or from `add`) until its last
+    reference goes. What an op allocates inside itself is not seen, but with `estimate_inside` estimated.
 
     Example:
         >>> with MemoryTracker() as tracker:
@@ -104,7 +99,7 @@ def _inside(op: str, args: Any) -> int:
 
 
 class _FusedForms(TorchFunctionMode):
-    """Runs attention and dropout as the fused ops of a GPU, whose saved tensors are the ones to count.
+    """Runs attention and dropout as a GPU's fused ops.
 
     A single random number is the highest, so that what a module leaves out by chance is there.
     """
@@ -164,22 +159,15 @@ class MemoryEstimate:
 
     Attributes:
         weights: all parameters and buffers, trained or not, each storage once.
-        gradients: gradients of the trained parameters; 0 where the optimizer steps in backward, and those that wait for
-            it count as activations.
+        gradients: of the trained parameters; 0 where the optimizer steps in backward: they then count as activations.
         optimizer: the optimizer's state.
         peak: the most that is live at one time, from the forward pass to the optimizer's step.
-        weight_dtype: dtypes of the frozen parameters, joined by `+` ("" where all are trained).
-        trained_dtype: dtypes of the trained parameters.
-        activation_dtype: what activations are computed in: autocast's dtype, or that of the weights.
     """
 
     weights: int
     gradients: int
     optimizer: int
     peak: int
-    weight_dtype: str
-    trained_dtype: str
-    activation_dtype: str
 
     @property
     def activations(self) -> int:
@@ -193,10 +181,7 @@ def fused_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
 
 
 class BlockwiseAdamW(torch.optim.Optimizer):
-    """8-bit AdamW as bitsandbytes keeps it, for `simulate_training_step`; it does not train.
-
-    `in_float` are the indices of parameters whose state stays in float32.
-    """
+    """The state of bitsandbytes' 8-bit AdamW, in float32 for parameters at the indices `in_float`; trains nothing."""
 
     _BLOCK, _LEAST = 256, 4096  # values that share a scale; values of the smallest tensor in 8 bits
 
@@ -217,11 +202,7 @@ class BlockwiseAdamW(torch.optim.Optimizer):
 
 
 def embeddings_in_float(model: nn.Module) -> list[int]:
-    """Which of the trained parameters of `model` belong to embeddings, whose state `transformers.Trainer` keeps whole.
-
-    Returns:
-        Indices, as `BlockwiseAdamW` takes them.
-    """
+    """Indices of the trained parameters that belong to embeddings, whose state `transformers.Trainer` keeps whole."""
     embedded = {weight for layer in model.modules() if isinstance(layer, nn.Embedding) for weight in layer.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [index for index, parameter in enumerate(trained) if parameter in embedded]
@@ -242,27 +223,20 @@ def simulate_training_step(
         model: any module whose `model(**batch)` returns a scalar loss, or an output with a `.loss`, in training mode.
             Its weights are neither read nor changed.
         batch: the keyword arguments of the forward pass; tensors give shapes and dtypes.
-        optimizer_factory: makes the optimizer from the list of trained parameters, by default fused AdamW. None: the
-            step is forward passes alone, in evaluation mode and without a graph, as MeZO's.
+        optimizer_factory: makes the optimizer of the trained parameters. None: forward passes alone, as MeZO's.
         autocast_dtype: run forward and loss under autocast in this dtype, by the rules of the weights' device.
         optimizer_in_backward: whether the optimizer steps in backward, as `StepsInBackward` lets it.
-        estimate_inside: whether to add what the library's own ops and bitsandbytes' products make inside themselves, as
-            on a GPU: a chunk of the loss, a weight of few bits as numbers. `MemoryTracker` sees none of it in a step
-            that runs.
-        measured: the keyword arguments of a forward pass in evaluation mode that comes before the step. Its own peak
-            does not count, but what it leaves does: packs of frozen weights, which fewer rows may not ask for.
-
-    Returns:
-        The estimate, as a `MemoryEstimate`.
+        estimate_inside: add what the library's own ops and bitsandbytes' products make inside themselves on a GPU.
+        measured: the keyword arguments of a forward pass in evaluation mode before the step, whose own peak does not
+            count, but what it leaves does: packs of frozen weights, which fewer rows may not ask for.
 
     Raises:
         FastpeftError: nothing in the model is trained, or its output holds no loss.
 
     Notes:
-        Counts tensors at the bytes they ask for; an allocator's rounding and a library's workspaces come on top.
-        Gradients are taken as freed between steps, as `zero_grad` does. What is checkpointed (`torch.utils.checkpoint`)
-        is computed again in backward, and counted there. An attention mask is taken to mask something.
-        The noise that MeZO's reference makes, at most 2^20 values at a time, is not counted.
+        Counts tensors at the bytes they ask for; an allocator's rounding, a library's workspaces and the noise that
+        MeZO's reference makes come on top. Gradients are taken as freed between steps. An attention mask is taken to
+        mask something.
 
     Example:
         >>> class Model(nn.Linear):
@@ -282,7 +256,6 @@ def simulate_training_step(
         raise FastpeftError(
             "The model to simulate has no trained parameter; a training step needs one with requires_grad=True."
         )
-    frozen = [tensor for tensor in state.values() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad]
     device = trained[0].device.type
     modes = [(module, module.training) for module in model.modules()]
     model.train(optimizer_factory is not None)
@@ -314,15 +287,7 @@ def simulate_training_step(
         _put_back(model, real)
         for module, training in modes:
             module.training = training
-    return MemoryEstimate(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer_state,
-        peak=tracker.peak,
-        weight_dtype=_dtypes(frozen),
-        trained_dtype=_dtypes(trained),
-        activation_dtype=_dtypes(frozen or trained) if autocast_dtype is None else _name(autocast_dtype),
-    )
+    return MemoryEstimate(weights, gradients, optimizer_state, tracker.peak)
 
 
 def _make_optimizer(
@@ -354,8 +319,7 @@ class _Pass(nn.Module):
 
 
 def _run_backward(loss: Tensor) -> None:
-    """`loss.backward()` in which the modes of torch functions stay: what is computed again is fused as it was."""
-    # where a tensor is given, the mode that sees the call is left for the time that it takes
+    """`loss.backward()` in which the modes of torch functions stay: where a tensor is given, they are left."""
     torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss))
 
 
@@ -391,16 +355,8 @@ def _put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 held[key] = tensor  # type: ignore[assignment]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dtypes(tensors: Iterable[Tensor]) -> str:
-    return "+".join(sorted({_name(tensor.dtype) for tensor in tensors}))
-
-
 def peak_rss_mb() -> float | None:
-    """Peak resident memory of this process since its start, in MB (2^20 bytes); None where the system does not say."""
+    """Peak resident memory of this process, in MB (2^20 bytes); None where the system does not say."""
     try:
         import resource  # absent on Windows
     except ImportError:

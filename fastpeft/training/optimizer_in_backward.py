@@ -15,15 +15,13 @@ BUCKET = 16 * 2**20  # bytes
 class StepsInBackward:
     """Lets an optimizer step during backward, as soon as gradients of a bucket's size are there, and frees them.
 
-    What is left at the end, less than a bucket, is for the step that follows backward as ever. An optimizer that treats
-    each parameter by itself, as AdamW, gives the same bits as without; nothing that needs all gradients at once goes
-    with it: no clipping by the norm of all, no accumulation over batches, no scaling of the loss.
+    What is left at the end is for the step that follows backward as ever. An optimizer that treats each parameter by
+    itself, as AdamW, gives the same bits as without; nothing that needs all gradients at once goes with it.
 
     Args:
         optimizer: it skips parameters without a gradient, as PyTorch's and bitsandbytes' do.
         check: called with the gradients of a bucket before they are used; it may raise.
-        bucket: bytes of gradients that are waited for. A few large steps take much less time than one for each
-            parameter.
+        bucket: bytes of gradients that are waited for: a few large steps take much less time than many small ones.
 
     Raises:
         FastpeftError: in backward, where a gradient comes a second time before the optimizer's own step.

@@ -49,13 +49,9 @@ Points = list[tuple[int, float]]  # steps and values
 
 @dataclass(frozen=True)
 class Beginning:
-    """What is known of a run before it trains.
+    """What is known of a run before it trains: the scores of its dev rows, and their loss that training lowers.
 
-    Attributes:
-        scores: what its dev rows measured.
-        lowered: the loss of these rows that training lowers.
-        trained_on: digests of the texts that it trains on, and of those that what it starts from was trained on.
-        command: how it was started.
+    `trained_on` are digests of the texts that it, and what it starts from, trains on; `command` is how it was started.
     """
 
     scores: Mapping[str, float]
@@ -66,13 +62,11 @@ class Beginning:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What was measured after training.
+    """What dev rows measured after training.
 
     Attributes:
         chosen: the step whose weights were kept as the best; None: the last weights are.
-        scores: of the dev rows.
-        outputs, labels: of the dev rows.
-        points: by name, what dev rows measured before, during and after training.
+        points: by name, what they measured before, during and after training.
     """
 
     chosen: int | None
@@ -153,7 +147,7 @@ def _metrics(trainer: RunTrainer, task: Task, before: Beginning, after: _Measure
         **_memory(trainer, task),
         "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},
         "learning_rate": trainer.args.learning_rate,
-        "head_learning_rate": trainer.head_learning_rate,
+        "head_learning_rate": task.head_learning_rate,
         "compute_dtype": compute_dtype(trainer.args),
         "seed": config.seed,
         "device": device_name(trainer.args.device),

@@ -18,7 +18,7 @@ from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION
 from fastpeft.data.token_rows import TokenRow
 from fastpeft.data.values import refuse_empty
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, refuse
 from fastpeft.ops.fused_head import making_no_logits
 from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
@@ -44,35 +44,29 @@ class Predictor:
     """
 
     def __init__(self, folder: str | Path, device: str | None = None, max_length: int | None = None) -> None:
-        self.run = load_run(folder, device)
+        self.run = run = load_run(folder, device)
+        refuse(
+            {
+                f"the run in {str(folder)!r} is of a causal language model and predicts no classes. Let it generate "
+                f"text: fastpeft predict {folder}.": run.problem is NEXT_WORDS,
+                f"the run in {str(folder)!r} is of a masked language model and predicts no classes. Train a run from "
+                f"it on labelled texts: --init-from {folder}.": run.problem is MASKED_WORDS,
+                f"`max_length` is {max_length!r}; it must be a whole number. Give one, or None.": (
+                    max_length is not None and type(max_length) is not int
+                ),
+            }
+        )
         if max_length is not None:
-            if type(max_length) is not int:
-                raise FastpeftError(f"`max_length` is {max_length!r}; it must be a whole number. Give one, or None.")
-            special = self.run.loaded.tokenizer.num_special_tokens_to_add(self.run.is_pair)
+            special = run.loaded.tokenizer.num_special_tokens_to_add(run.is_pair)
             if max_length <= special:
                 raise FastpeftError(
                     f"`max_length` is {max_length}, but the run in {str(folder)!r} reads {special} special tokens "
                     f"around each text. Give {special + 1} or more."
                 )
-            self.run = replace(self.run, max_length=min(max_length, self.run.max_length))
-        if self.run.problem is NEXT_WORDS:
-            raise FastpeftError(
-                f"the run in {str(folder)!r} is of a causal language model and predicts no classes. Let it generate "
-                f"text: fastpeft predict {folder}."
-            )
-        if self.run.problem is MASKED_WORDS:
-            raise FastpeftError(
-                f"the run in {str(folder)!r} is of a masked language model and predicts no classes. Train a run from "
-                f"it on labelled texts: --init-from {folder}."
-            )
+            self.run = replace(run, max_length=min(max_length, run.max_length))
 
     def encode(self, text: Any) -> EncodedText:
-        """A text, as `predict` takes one, as tokens.
-
-        Raises:
-            EmptyTextError: it is empty, or one of a pair is.
-            FastpeftError: it is not what the run reads.
-        """
+        """A text, as `predict` takes one, as tokens."""
         run = self.run
         given = _as_input(text, run)
         # what the text would be labelled with; where words have tags, the labels show which tokens to read
@@ -95,11 +89,7 @@ class Predictor:
         return self.scores_of(encoded, outputs_of(self.run, [row for _, row in encoded]))
 
     def scores_of(self, encoded: Sequence[EncodedText], outputs: list[np.ndarray]) -> list[np.ndarray]:
-        """What `scores` gives, of the model's outputs for each text: `(outputs,)`, or `(T, outputs)` of its tokens.
-
-        Raises:
-            FastpeftError: an output is not finite.
-        """
+        """What `scores` gives, of the model's outputs for each text: `(outputs,)`, or `(T, outputs)` of its tokens."""
         problem = self.run.problem
         _check_finite(outputs, self.run)
         if problem.per_token:

@@ -251,11 +251,7 @@ class Predictions:
 
     @cached_property
     def columns(self) -> dict[str, type]:
-        """The names and types of what `records` gives: what is made, then the other columns of the file.
-
-        Raises:
-            FastpeftError: a column of texts has the name of one that is made.
-        """
+        """The names and types of what `records` gives: what is made, then the other columns of the file."""
         others: dict[str, list[Any]] = {}
         for row in self._records.values():
             for name, other in self._others(row).items():

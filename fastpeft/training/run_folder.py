@@ -28,12 +28,12 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, refuse
 from fastpeft.support import files
 from fastpeft.version import __version__
 
@@ -56,36 +56,25 @@ _KEPT_CHECKPOINTS = 2
 _STATE = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # of a checkpoint, beside weights and the Trainer's own
 
 # What a run writes, in the order of its deletion: a half-deleted run is no finished one, and still looks like a run.
-_WRITTEN = (
-    "metrics.json",
-    ".staging",
-    "checkpoints",
-    "last-good",
-    JOURNAL,
-    "adapter_config.json",
-    "adapter_model*.safetensors*",
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors*",
-    "adapter",
-    LOGS,
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.*",
-    "prompt.json",
-    "merges.txt",
-    "s*piece*.model",
-    "README.md",
-    "curves.png",
-    CURVES,
-    PREDICTIONS,
-    ROW_SCORES,
-    CHOICES,
-    TRAINED_ON,
-    "run.json",
-)
+_WRITTEN = """
+    metrics.json .staging checkpoints last-good mezo.journal
+    adapter_config.json adapter_model*.safetensors* config.json generation_config.json model*.safetensors* adapter logs
+    tokenizer* special_tokens_map.json added_tokens.json chat_template.jinja vocab.* merges.txt s*piece*.model
+    prompt.json README.md curves.png curves.json predictions.json row_scores.json choices.json trained_on.txt
+    run.json
+"""
+
+
+_MAY_BE: dict[str, Callable[[Any], bool]] = {  # values of `metrics.json`
+    "labels": lambda labels: isinstance(labels, list) and all(isinstance(label, str) for label in labels),
+    "problem_type": lambda name: isinstance(name, str),
+    "pairs": lambda pairs: isinstance(pairs, bool),
+    "columns": lambda names: (
+        names is None or (isinstance(names, list) and [*map(type, names)] in ([str, str], [str, type(None)]))
+    ),
+    "max_length": lambda length: type(length) is int and length > 0,
+    "most_frequent_class": lambda found: isinstance(found, dict) and isinstance(found.get("class"), str),
+}
 
 
 class _Metrics(dict[str, Any]):
@@ -94,28 +83,15 @@ class _Metrics(dict[str, Any]):
     def __init__(self, file: Path) -> None:
         super().__init__(files.read_json(file))
         self.file = file
-        fits = {
-            "labels": lambda labels: isinstance(labels, list) and all(isinstance(label, str) for label in labels),
-            "problem_type": lambda name: isinstance(name, str),
-            "pairs": lambda pairs: isinstance(pairs, bool),
-            "columns": lambda names: (
-                names is None or (isinstance(names, list) and list(map(type, names)) in ([str, str], [str, type(None)]))
-            ),
-            "max_length": lambda length: type(length) is int and length > 0,
-            "most_frequent_class": lambda found: isinstance(found, dict) and isinstance(found.get("class"), str),
-        }
-        for name, fit in fits.items():
-            if name in self and not fit(self[name]):
-                raise FastpeftError(
-                    f"{file} is damaged: {name} is {self[name]!r}, which no run writes. Restore the file, or train "
-                    "anew with --overwrite."
-                )
+        for name, fits in _MAY_BE.items():
+            if name in self and not fits(self[name]):
+                raise self._damaged(f"is damaged: {name} is {self[name]!r}, which no run writes")
+
+    def _damaged(self, how: str) -> FastpeftError:
+        return FastpeftError(f"{self.file} {how}. Restore the file, or train anew with --overwrite.")
 
     def __missing__(self, name: str) -> Any:
-        raise FastpeftError(
-            f"{self.file} does not hold {name!r}, which every finished run has. Restore the file, or train anew with "
-            "--overwrite."
-        )
+        raise self._damaged(f"does not hold {name!r}, which every finished run has")
 
 
 class RunFolder:
@@ -157,11 +133,7 @@ class RunFolder:
         return {name: config[name] for name in _FOUND if config.get(name) is not None}
 
     def choices(self) -> dict[str, Any]:
-        """What `choices.json` holds, of `fastpeft.ops.dispatch`; nothing where nothing was timed.
-
-        Raises:
-            FastpeftError: it is damaged.
-        """
+        """What `choices.json` holds, of `fastpeft.ops.dispatch`; nothing where nothing was timed."""
         if not (self.path / CHOICES).is_file():
             return {}
         try:
@@ -177,11 +149,7 @@ class RunFolder:
             files.write_json(self.path / CHOICES, dict(choices))
 
     def metrics(self) -> dict[str, Any]:
-        """What `metrics.json` holds.
-
-        Raises:
-            FastpeftError: the folder holds no finished run.
-        """
+        """What `metrics.json` holds; refuses a folder without a finished run."""
         if not self.started:
             raise FastpeftError(
                 f"{str(self.path)!r} is not the folder of a run. Give the --output of a `fastpeft train`."
@@ -198,13 +166,7 @@ class RunFolder:
         self.metrics()
 
     def trained_on(self) -> set[str]:
-        """Digests, as `fastpeft.data.splitting.digest` makes them, of the texts that the result was trained on.
-
-        Empty where the file is missing.
-
-        Raises:
-            FastpeftError: the file holds anything else.
-        """
+        """Digests of the texts that the result was trained on; none where the file is missing."""
         file = self.path / TRAINED_ON
         if not file.is_file():
             return set()
@@ -224,20 +186,21 @@ class RunFolder:
             raise FastpeftError("resume and overwrite exclude each other: the one keeps what the other deletes.")
         if not (resume and self.finished):
             self._check_place()
-        if self.path.exists() and not self.path.is_dir():
-            raise FastpeftError(f"the output {str(self.path)!r} is a file. Give the name of a new or empty folder.")
-        if not self.path.exists() or files.is_empty(self.path):
-            return
-        if not (resume or overwrite):
-            raise FastpeftError(
+        is_file, holds = (
+            self.path.exists() and not self.path.is_dir(),
+            self.path.is_dir() and not files.is_empty(self.path),
+        )
+        refuse(
+            {
+                f"the output {str(self.path)!r} is a file. Give the name of a new or empty folder.": is_file,
                 f"the output folder {str(self.path)!r} is not empty. Give another one, or --resume to go on with the "
-                "run in it, or --overwrite to replace that run."
-            )
-        if not self.started:
-            raise FastpeftError(
+                "run in it, or --overwrite to replace that run.": holds and not (resume or overwrite),
                 f"the output folder {str(self.path)!r} is not empty and not of a run of fastpeft, so it is left alone. "
-                "Give another one."
-            )
+                "Give another one.": holds and not self.started,
+            }
+        )
+        if not holds:
+            return
         if resume:
             self._check_unchanged(config, moved)
             if self.journal.exists():
@@ -313,11 +276,7 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep every other run out of the folder, which is made if need be, while inside it.
-
-        Raises:
-            FastpeftError: another run writes there, or the folder cannot be written.
-        """
+        """Keep every other run out of the folder, which is made if need be, while inside it."""
         with files.saving_into(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = files.lock(
@@ -343,11 +302,7 @@ class RunFolder:
     ) -> None:
         """Make the folder, while it is held, ready for writing: without `overwrite` what a resumed run needs stays.
 
-        Args:
-            config: what the run was given.
-            rows: the `TextData.fingerprint` of its rows.
-            overwrite: whether to delete the run that is there.
-            recipe: rates, schedule and length as used, given or not, for people to read; None where nothing trains.
+        `rows` is the `TextData.fingerprint` of its rows, and `recipe` rates and schedule as used, for people to read.
         """
         notes: dict[str, Any] = {_VERSION_KEY: __version__, ROWS_KEY: rows}
         if (weights := model_fingerprint(config["model"])) is not None:
@@ -359,7 +314,7 @@ class RunFolder:
         with files.saving_into(self.path):
             files.clear_unfinished(self.path)
             if overwrite:
-                for pattern in _WRITTEN:
+                for pattern in _WRITTEN.split():
                     for child in self.path.glob(pattern):
                         _delete(child)
             files.write_json(self.config_file, {**notes, **config})

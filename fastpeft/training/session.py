@@ -1,4 +1,4 @@
-"""A run while it is under way: how it computes, what holds its folder, where it goes on, and what stops it."""
+"""A run under way: how it computes, what holds its folder, where it goes on, what stops it, what a person is told."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import logging
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, set_seed
 
-from fastpeft.data.names import LOSS
+from fastpeft.data import result_warnings
+from fastpeft.data.examples import labels_in_words
+from fastpeft.data.names import DEMO, LOSS
 from fastpeft.errors import (
     FastpeftError,
     LostProcessError,
@@ -24,18 +26,22 @@ from fastpeft.errors import (
     is_out_of_memory,
 )
 from fastpeft.mezo.journal import Journal
+from fastpeft.models import is_stored_in_bfloat16
 from fastpeft.ops import dispatch
+from fastpeft.ops.backends import warn_if_not_compiled
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
 from fastpeft.support.interrupts import noting_stops
-from fastpeft.support.launcher import is_first
+from fastpeft.support.launcher import is_first, jobs, launched
 from fastpeft.support.nonfinite import is_finite
 from fastpeft.support.processes import Ranks, noticing_lost_processes
+from fastpeft.support.processor import has_bfloat16
 from fastpeft.training.arguments import noticing_lack_of_memory, recipe_used, refusing, shortness, training_arguments
-from fastpeft.training.config import TrainConfig
+from fastpeft.training.config import TrainConfig, check_config
 from fastpeft.training.lineage import check_output, earlier_run
-from fastpeft.training.outcome import Beginning, save_model
+from fastpeft.training.outcome import Beginning, of_classes, save_model
 from fastpeft.training.run_folder import JOURNAL, RunFolder, check_whole, model_fingerprint
+from fastpeft.training.setup import training_device
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer, trainer_class
 
@@ -44,16 +50,31 @@ logger = logging.getLogger(__name__)
 _NOTICE = "interrupted: the run ends after this step, with a checkpoint; a second Ctrl-C ends it at once"
 
 
-def as_begun(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """The configuration of a run to resume, with what it found out when it began; tells where it has to begin again."""
+def begun(
+    config: TrainConfig, callbacks: Sequence[TrainerCallback], *, resume: bool, overwrite: bool
+) -> tuple[RunFolder, TrainConfig]:
+    """The folder of a run, which may write there, and its configuration; one to resume has what it found out before."""
+    check_config(config)
+    if isinstance(callbacks, TrainerCallback | type):
+        raise FastpeftError("callbacks is one callback. Give a list of them.")
+    folder = RunFolder(config.output)
+    check_output(folder, config.values(), resume=resume, overwrite=overwrite)
+    if not resume:
+        return folder, config
     if not folder.started:
         logger.info("there is no run in %s to resume; it starts from the beginning", folder.path)
-        return config
-    missing = {name: value for name, value in folder.found().items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **missing)
-    if folder.newest_checkpoint() is None and not folder.journal.exists():
+        return folder, config
+    if not (folder.finished or folder.newest_checkpoint() or folder.journal.exists()):
         logger.info("the run in %s has no checkpoint yet; it starts from the beginning", folder.path)
-    return config
+    missing = {name: value for name, value in folder.found().items() if getattr(config, name) is None}
+    return folder, dataclasses.replace(config, **missing)
+
+
+def found_finished(folder: RunFolder) -> dict[str, Any]:
+    """The metrics of a run that was finished before."""
+    logger.info("the run in %s is finished; nothing to do", folder.path)
+    folder.clear_lock()
+    return folder.metrics()
 
 
 @contextmanager
@@ -75,6 +96,8 @@ def made_trainer(
 ) -> RunTrainer | None:
     """The Trainer of a run, which has written nothing yet; None where the run to resume is finished."""
     config = task.config
+    if resume and folder.started:
+        folder.check_rows(task.data.fingerprint)
     if config.cache_features is not None:
         inside_prompt(task.model).cache_features(config.cache_features)
     with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
@@ -196,7 +219,7 @@ def _keep_last_good(trainer: RunTrainer, task: Task) -> str:
         return f"The weights before that step were no longer finite. {saved}"
     staged, target = folder.staging / "last-good", folder.path / "last-good"
     kept = "The weights before that step"
-    if trainer.steps_in_backward:
+    if task.config.optimizer_in_backward:
         kept = "The weights, of which those with the first gradients may have made that step,"
     if trainer.ranks.is_first:
         with folder.saving("the weights before that step"):
@@ -204,3 +227,59 @@ def _keep_last_good(trainer: RunTrainer, task: Task) -> str:
             files.discard(target, folder.staging)
             files.publish(staged, target)
     return f"{kept} are in {target}. {saved}"
+
+
+# -- what a person is told --------------------------------------------------------------------------------------------
+
+
+def tell_of_task(task: Task, given: TrainConfig) -> None:
+    """Tell while there is time to stop what the run learns, and what will make its figures doubtful."""
+    tell_of_precision(given, task.config)
+    if task.data.problem.has_classes:
+        logger.info("%s", labels_in_words(task.data))
+    if is_first():
+        tell_of_beginnings(task.config)
+        for warning in (*result_warnings.seen_rows(task.data.dev.texts, task.trained_on), *of_classes(task)):
+            logger.warning("%s", warning)
+
+
+def tell_of_dtype(config: TrainConfig) -> None:
+    """Tell of a model that will take twice its file's memory, before it is loaded."""
+    if config.dtype is None and not config.why_not_in_bfloat16 and is_stored_in_bfloat16(config.model):
+        logger.info(
+            "the model is stored in bfloat16 and loaded in float32; --dtype bfloat16 (in Python dtype='bfloat16') "
+            "keeps its weights as they are, in half the memory"
+        )
+
+
+def tell_of_precision(given: TrainConfig, resolved: TrainConfig) -> None:
+    """Tell what is computed in bfloat16 though nobody asked for it, or though it is slow here."""
+    if given.bf16 is None and resolved.bf16 and not given.in_bfloat16:
+        logger.info("computing in bfloat16, which this CPU supports; --no-bf16 (in Python bf16=False) turns it off")
+    in_bfloat16 = resolved.bf16 or resolved.settings.get("backbone_dtype") == "bfloat16"
+    device = training_device(resolved.settings)
+    if in_bfloat16 and device == "cpu" and not has_bfloat16():
+        logger.warning(
+            "this CPU has no bfloat16 instructions: frozen layers compute in float32, and trained layers take several "
+            "times as long as in float32"
+        )
+    if in_bfloat16 and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        logger.warning(
+            "this GPU has no bfloat16 instructions and emulates them slowly: float32 is faster (leave out --bf16, "
+            "--dtype and backbone_dtype), and float16 where the method takes it (--set fp16=true)"
+        )
+
+
+def tell_of_beginnings(config: TrainConfig) -> None:
+    """Tell of a model that nobody may have meant, and of an installation without the compiled operations."""
+    if config.model == DEMO and config.data != DEMO:
+        logger.info("the model is %r, the bundled one, which is small and for trying out; --model names another", DEMO)
+    if (gpus := torch.cuda.device_count()) > 1 and launched() == jobs() == 1:
+        logger.info("a process trains on one of the %d GPUs; torchrun --nproc-per-node=%d takes all", gpus, gpus)
+    warn_if_not_compiled()
+
+
+def tell_of_warnings(metrics: Mapping[str, Any]) -> None:
+    """Tell what makes the figures of a result doubtful."""
+    if is_first():
+        result_warnings.tell(metrics["warnings"])

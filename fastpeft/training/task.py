@@ -27,7 +27,7 @@ from fastpeft.models import LoadedModel
 from fastpeft.ops.frozen_linear import set_packing
 from fastpeft.ops.fused_head import fuse_any_head
 from fastpeft.support.stages import report
-from fastpeft.training.config import TrainConfig
+from fastpeft.training.config import DataConfig, TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH_CAUSAL, Encoder
 from fastpeft.training.loading import continue_earlier, earlier_context, load_start, new_head
 from fastpeft.training.prompt_search import search_prompt
@@ -42,13 +42,10 @@ class Task:
     """What a run works on.
 
     Attributes:
-        setup: what its configuration came to.
         model: the module to train, with what trains requiring gradients.
         new_head: names of the modules of a head that begins at random; a method may have put them into others.
-        tokenizer: the model's tokenizer.
-        data: texts and labels.
         train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, they are hidden in the
-            dev rows and not yet in the others; with `packing` those to train on are joined.
+            dev rows alone; with `packing` those to train on are joined.
         max_length: where texts were cut, in tokens.
         warnings: about these texts; the result has them too.
     """
@@ -77,11 +74,7 @@ class Task:
 
     @classmethod
     def load(cls, config: TrainConfig) -> Task:
-        """Load all that `config` names.
-
-        Raises:
-            FastpeftError: something named is missing, broken or does not fit the rest.
-        """
+        """Load all that `config` names."""
         check_reporter(config)
         plan = resolve(config)
         report("reading data")
@@ -186,12 +179,8 @@ def _take_examples(rows: TokenRows, count: int, seed: int) -> tuple[list[int], T
     return tokens, TokenRows(rows[row] for row in sorted(left))
 
 
-def data_for(config: TrainConfig) -> TextData:
-    """The rows of a run with `config`.
-
-    Raises:
-        FastpeftError: as `load_data`.
-    """
+def data_for(config: DataConfig) -> TextData:
+    """The rows of a run with `config`."""
     return load_data(
         config.data,
         problem_type=config.problem_type if config.objective is None else OBJECTIVES[config.objective].name,
@@ -208,11 +197,7 @@ def draw_start(setup: RunSetup) -> LoadedModel:
 
 
 def prepare(start: LoadedModel, setup: RunSetup) -> Any:
-    """The module that a run trains, made of what `draw_start` loaded, as it is before the first step.
-
-    Raises:
-        FastpeftError: the method finds nothing to train, as biases where there are none.
-    """
+    """The module that a run trains, made of what `draw_start` loaded, as it is before the first step."""
     preparation = dataclasses.replace(setup.preparation, head=start.head, trains_head=start.trains_head)
     model = setup.method.prepare(start.model, preparation)
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -61,19 +61,13 @@ class RunTrainer(Trainer):
     Of several processes each has its part of every batch; the first writes.
 
     Attributes:
-        folder: where it all ends up.
+        task, folder: what it works on, and where it all ends up.
         ranks: the processes that train together.
         samples_seen: rows trained on since the start of this process, by all of them.
         longest_seen: tokens of the longest batch among them.
-        evaluated_tokens: the most that a process evaluates together, with their padding; None where rows alone count.
-        chosen_by: the metric by which the best checkpoint is kept, None where none is.
-        new_head, head_learning_rate: modules that begin at random, and their rate, as of a `Task`.
-        starts_from_a_run: whether an earlier run trained the model, and its head.
         custom_loss: what training lowers in place of the model's own loss, None where it lowers that.
-        clock: seconds spent in steps.
-        cuda_peak: most memory allocated in a step, on a CUDA device.
-        stop: once asked, the run ends after its step, with a checkpoint, unless that step is the last.
-        stopping: what then ends it, and says whether it did.
+        clock, cuda_peak: seconds spent in steps, and most memory allocated in one on a CUDA device.
+        stop, stopping: once the first is asked, the other ends the run after its step, with a checkpoint.
     """
 
     def __init__(
@@ -91,20 +85,16 @@ class RunTrainer(Trainer):
         self.folder = folder
         self.ranks = Ranks()
         self.stopping = Stopping(self.stop, self.ranks)
-        self.steps_in_backward = task.config.optimizer_in_backward
+        self.task = task
         self.problem, self.labels = task.data.problem, task.data.labels
-        self.evaluated_tokens = evaluated_tokens(task)
-        self.chosen_by = task.config.metric
-        self.new_head, self.head_learning_rate = task.new_head, task.head_learning_rate
-        self.starts_from_a_run = task.config.init_from is not None
         self.custom_loss = training_loss(task.data) if task.config.class_weights else None
         curve_rows: Sequence[TokenRow] = task.dev_rows
         measuring: list[TrainerCallback] = [MeasuredCheckpoints()]
-        if self.chosen_by is None:
+        if task.config.metric is None:
             curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), CURVE_ROWS))
             measuring = [CurvePoints(len(curve_rows))]
         elif task.config.patience is not None:
-            measuring.append(Patience(self.chosen_by, task.config.patience))
+            measuring.append(Patience(task.config.metric, task.config.patience))
         self.reports = Reports(self.clock, self.problem.primary, task.method.zeroth_order)
         multiple = 8 if arguments.device.type == "cuda" else None  # the tile of matrix units
         super().__init__(
@@ -120,7 +110,7 @@ class RunTrainer(Trainer):
                 EpochOfOrder(self.order, task.setup.steps_per_epoch(len(lengths))),
                 *measuring,
                 KeptChoices(folder),
-                WholeCheckpoints(folder, self.chosen_by, self.ranks),
+                WholeCheckpoints(folder, task.config.metric, self.ranks),
                 self.stopping,
                 self.clock,
                 self.cuda_peak,
@@ -187,7 +177,7 @@ class RunTrainer(Trainer):
 
     def _eval_batches(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
         """What a DataLoader of `rows`, which are in the order of their lengths, is told of its batches."""
-        size, tokens, ranks = self.args.eval_batch_size, self.evaluated_tokens, self.ranks.size
+        size, tokens, ranks = self.args.eval_batch_size, evaluated_tokens(self.task), self.ranks.size
         if ranks == 1:
             return {"batch_sampler": list(by_length(rows, size, tokens))}
         longest = max(len(row["input_ids"]) for row in rows)  # accelerate divides batches of one size only
@@ -235,7 +225,8 @@ class RunTrainer(Trainer):
 
     @property
     def _lower_rate(self) -> str:
-        of_head = "" if self.head_learning_rate is None else f", {self.head_learning_rate:g} for the new head"
+        rate = self.task.head_learning_rate
+        of_head = "" if rate is None else f", {rate:g} for the new head"
         return f"Lower the learning rate (its peak is {self.args.learning_rate:g}{of_head})"
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -265,7 +256,7 @@ class RunTrainer(Trainer):
         def again() -> None:
             own = self.accelerator.unwrap_model(model)  # which exchanges nothing with other processes
             for each in self._of_step:
-                if self.steps_in_backward:
+                if self.task.config.optimizer_in_backward:
                     with torch.no_grad():  # a backward pass would step
                         self.compute_loss(own, self._prepare_inputs(each))
                 else:
@@ -312,7 +303,9 @@ class RunTrainer(Trainer):
         else:
             labels = inputs.pop("labels")
             found = self.custom_loss(model(**inputs).logits, labels)
-        if self.steps_in_backward and torch.is_grad_enabled():  # what training_step looks at comes too late for it
+        if (
+            self.task.config.optimizer_in_backward and torch.is_grad_enabled()
+        ):  # what training_step looks at comes too late for it
             self._check_finite([], found[0] if isinstance(found, tuple) else found)
         return found
 
@@ -328,13 +321,14 @@ class RunTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.head_learning_rate is not None:
+        rate = self.task.head_learning_rate
+        if is_new and rate is not None:
             named = [(f".{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
-            head = {id(p) for name, p in named if any(f".{module}." in name for module in self.new_head)}
-            optimizer.param_groups[:] = _with_rate(optimizer.param_groups, head, self.head_learning_rate)
+            head = {id(p) for name, p in named if any(f".{module}." in name for module in self.task.new_head)}
+            optimizer.param_groups[:] = _with_rate(optimizer.param_groups, head, rate)
             if not head <= {id(p) for group in optimizer.param_groups for p in group["params"]}:  # one for each layer
                 logger.warning("%s has one learning rate for all, also for the new head", self.args.optim.value)
-        if is_new and self.steps_in_backward:
+        if is_new and self.task.config.optimizer_in_backward:
             StepsInBackward(optimizer, self._check_finite)
         return optimizer
 
@@ -362,7 +356,7 @@ class MeZORunTrainer(RunTrainer, MeZOTrainer):
     """
 
     def warnings_of_head(self) -> list[str]:
-        return [] if self.starts_from_a_run else MeZOTrainer.warnings_of_head(self)
+        return [] if self.task.config.init_from is not None else MeZOTrainer.warnings_of_head(self)
 
     def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         return MeZOTrainer.training_step(self, model, inputs, *args, **kwargs)

@@ -20,7 +20,7 @@ from fastpeft.ladder.side_blocks import GatedFusion, SideBlock, WindowFusion
 from fastpeft.methods.registry import get_method
 from fastpeft.training.config import parse_value
 from fastpeft.training.memory import MemoryTracker
-from fastpeft.training.settings import sort_settings
+from fastpeft.training.setup import sort_settings
 
 
 def place(side: SideNetwork, block: int) -> int:

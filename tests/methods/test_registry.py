@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from samples import reviews, save_tiny_model, write_csv
+from samples import save_tiny_model
 
-from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft import FastpeftError, TrainConfig
 from fastpeft.comparison.variants import parse_variant
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.recipes import Recipe
 from fastpeft.methods.registry import METHODS, get_method
 from fastpeft.models import LoadedModel, load_classifier
-from fastpeft.training.evaluation import evaluate
 
 LABELS = ("no", "yes", "perhaps")
 
@@ -195,20 +193,6 @@ def test_every_method_is_described() -> None:
         assert isinstance(method.settings(), dict)
     with pytest.raises(FastpeftError, match="'sivva'; allowed are siva, k-lst, lst, full"):
         get_method("sivva")
-
-
-@pytest.mark.parametrize("name", ["vera", "oft", "hra"])
-def test_any_type_of_peft_is_a_method(checkpoint: Path, tmp_path: Path, name: str) -> None:
-    data = str(write_csv(tmp_path / "reviews.csv", reviews(60)))
-    given: dict[str, Any] = {"model": str(checkpoint), "data": data, "max_steps": 2, "learning_rate": 1e-2}
-    settings = {"projection_prng_key": 3} if name == "vera" else {}
-    config = TrainConfig(
-        output=str(tmp_path / "run"), method=f"peft:{name}", targets="query,value", settings=settings, **given
-    )
-    result = train(config)
-    assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"], abs=1e-4)
-    saved = json.loads((result.folder / "adapter_config.json").read_text())
-    assert (saved["peft_type"], sorted(saved["target_modules"])) == (name.upper(), ["query", "value"])  # of a set
 
 
 def test_types_of_peft_that_no_run_can_train_are_none() -> None:

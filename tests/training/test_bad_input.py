@@ -34,11 +34,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_csv(place / "no-class.csv", [("a", "yes"), ("b", "")])
     write_csv(place / "measures.csv", [("a", "0.25"), ("b", "0.5")])
     write_csv(place / "identities.csv", [(f"text {i}", f"id{i}") for i in range(50)])
-    write_csv(place / "many-columns.csv", [("a", "b", "yes"), ("c", "d", "no")], ("left", "right", "label"))
     write_csv(place / "twice.csv", [("a", "b", "yes"), ("c", "d", "no")], ("text", "text", "label"))
-    write_csv(place / "header.csv", [])
     write_csv(place / "new-class.csv", [("a", "negative"), ("b", "neutral")])
-    (place / "empty.csv").write_text("")
     (place / "no-text.json").write_text('{"output": "new", "data": 5}')
     (place / "no-settings.json").write_text('{"settings": null}')
     (place / "ragged.csv").write_text("text,label\na,yes\nb,no,perhaps\n")
@@ -50,7 +47,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "half.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "\\ud800", "label": 0}\n')
     (place / "deep.jsonl").write_text("[" * 100_000)
     write_csv(place / "vast-number.csv", [("a", "1" * 400), ("b", "2")])
-    (place / "broken.jsonl").write_text('{"text": "a", "label": 1}\n{"text": \n')
     (place / "array.jsonl").write_text('[\n {"text": "a", "label": 1}\n]\n')
     write_csv(place / "texts.csv", [("a",), ("b",)], ("text",))
     (place / "list.jsonl").write_text("[1, 2]\n")
@@ -90,7 +86,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         content = file.read_bytes()
         (place / "cut-run" / file.name).write_bytes(content[:500] if file.suffix == ".safetensors" else content)
     (place / "broken.json").write_text("{")
-    (place / "unknown.json").write_text(json.dumps({"output": "out", "methd": "lora"}))
     (place / "wrong-type.json").write_text(json.dumps({"output": "out", "batch_size": "many"}))
     (place / "blank.txt").write_text("\n \n")
     (place / "good.xlsx").write_text("x")
@@ -143,10 +138,7 @@ PROMPT = ("--prompt", "{text} the film is <mask>", *WORDS)
 CASES = [
     # methods and models
     (["--method", "sivva"], ["'sivva'", "siva, k-lst, lst, full"]),
-    (["--method", "SiVA"], ["--method is 'SiVA'", "Did you mean siva?"]),
-    (["--method", "k-lst", "--window", "4"], ["window_size=4", "odd"]),
     (["--method", "k-lst", "--window", "17"], ["window_size=17", "at most 15"]),
-    (["--method", "k-lst", "--window", "0"], ["--window is 0", "from 1"]),
     (["--method", "k-lst", "--reduction", "3"], ["reduction_factor=3 does not divide", "1, 2, 4, 8, 16"]),
     (["--method", "k-lst", "--set", "window_size=3"], ["window_size cannot be set", "use --window"]),
     (["--method", "k-lst", "--set", "fusion=gated"], ["fusion='gated'", "window_size=1"]),
@@ -164,10 +156,7 @@ CASES = [
     ([*PROMPT, "--set", "trainable_token_indices=[5]"], ["the weight of these tokens and a bias", "PEFT would leave"]),
     (["--method", "lst", "--window", "3"], ["'lst' takes no --window", "reduction"]),
     (["--window", "3"], ["'lora' takes no --window", "targets, rank"]),
-    (["--method", "full", "--reduction", "2"], ["'full' takes no --reduction", "nothing of its own"]),
-    (["--cache-features", "kept"], ["--cache-features is 'kept'", "'lora' has no frozen features", "k-lst, lst"]),
     (["--method", "lst", "--cache-features", "good.csv"], ["cannot keep features in", "good.csv"]),
-    (["--method", "lst", "--cache-features", ""], ["--cache-features is ''"]),
     (["--method", "lst", "--cache-features", "kept", "--objective", "mlm"], ["other words in every epoch"]),
     (
         ["--method", "lst", "--cache-features", "kept", "--set", "siva_layers=1"],
@@ -181,19 +170,15 @@ CASES = [
     (["--model", "good.csv"], ["'good.csv'", "config.json"]),
     (["--model", "not-a-model"], ["'not-a-model'"]),
     (["--model", "cut-model"], ["'cut-model'"]),
-    (["--model", ""], ["--model is ''"]),
     (["--model", "run"], ["'run' holds an adapter", "merge_and_unload"]),
     (["--model", "side"], ["'side' holds a side network", "--init-from"]),
     (["--model", "side", *PROMPT], ["'side' holds a side network", "--init-from"]),
     (["--model", "other-shape"], ["word_embeddings.weight has another shape than config.json"]),
     (["--model", "too-few-layers"], ["roberta.encoder.layer.2.", "is missing"]),
     # data
-    (["--data", "nowhere.csv"], ["'nowhere.csv'", "csv, tsv, jsonl, parquet"]),
     (["--data", "data.xlsx"], ["data.xlsx", "csv, tsv, jsonl, parquet"]),
     (["--data", "no-train"], ["'no-train'", "train.*"]),
     (["--data", "two-trains"], ["train.csv, train.tsv"]),
-    (["--data", "empty.csv"], ["empty.csv is empty"]),
-    (["--data", "header.csv"], ["header.csv is empty"]),
     (["--data", "ragged.csv"], ["row 2 of ragged.csv", "3 fields"]),
     (["--data", "quote.csv"], ["quote.csv is broken at line"]),
     (["--data", "nul.csv"], ["nul.csv is broken", "NUL"]),
@@ -205,7 +190,6 @@ CASES = [
     (["--data", "vast-number.csv", "--problem-type", "regression"], ["must be a number for regression"]),
     (["--data", "latin.csv"], ["latin.csv is not UTF-8"]),
     (["--data", "twice.csv"], ["names a column twice"]),
-    (["--data", "broken.jsonl"], ["line 2 of broken.jsonl"]),
     (["--data", "array.jsonl"], ["line 1 of array.jsonl is not JSON", "Write one object a line."]),
     (["--data", "texts.csv"], ["texts.csv has no column beside 'text'", "--objective causal"]),
     (["--data", "list.jsonl"], ["line 1 of list.jsonl"]),
@@ -224,14 +208,8 @@ CASES = [
     (["--data", "some/where"], ["cannot load the data set 'some/where'", "nyu-mll/glue:sst2"]),
     (["--data", "broken-set"], ["cannot load the data set 'broken-set'"]),
     (["--text-column", "text,stars"], ["no column 'stars'", "text, label"]),
-    (["--text-column", "text,text"], ["--text-column is 'text,text'", "two different ones"]),
     (["--data", "pairs-and-texts"], ["pairs of texts to train on and one text a row to measure on"]),
     # problems
-    (["--problem-type", "causal"], ["--problem-type is 'causal'", "classification, regression, tags, multi-label"]),
-    (
-        ["--problem-type", "ranking"],
-        ["--problem-type is 'ranking'", "must be one of classification, regression, tags, multi-label"],
-    ),
     (["--problem-type", "regression"], ["row 1 of good.csv has 'negative'", "must be a number"]),
     (["--problem-type", "tags"], ["row 1 of good.csv", "must be a list of words", "jsonl and parquet"]),
     (["--data", "short-tags.jsonl"], ["row 2 of short-tags.jsonl has a list of 1", "each of the 2 words"]),
@@ -239,37 +217,25 @@ CASES = [
     (["--data", "spans.jsonl"], ["row 1 of spans.jsonl has [[0, 1, 'X']] in column 'label'", "a list of its words"]),
     (["--data", "no-tag.jsonl"], ["row 1 of no-tag.jsonl has None as the tag of word 2 in column 'ner_tags'"]),
     # the best checkpoint
-    (["--patience", "2"], ["--patience is 2", "no metric", "leave --patience out"]),
     (["--metric", "loss", "--save-steps", "2", "--patience", "0"], ["--patience is 0"]),
-    (["--metric", "accuracy"], ["--metric is 'accuracy'", "no checkpoints", "--save-steps"]),
-    (["--metric", "meteor", "--save-steps", "1"], ["--metric is 'meteor'", "accuracy, f1"]),
     (["--metric", "pearson", "--save-steps", "1"], ["'pearson' is not measured", "accuracy, f1, matthews, loss"]),
     (["--metric", "f1", "--save-steps", "1", "--data", "measures.csv"], ["'f1' is not measured in regression"]),
     (["--data", "identities.csv"], ["50 different classes in 50 rows"]),
     (["--data", "dev-class"], ["'neutral'", "negative, positive"]),
-    (["--data", "many-columns.csv"], ["left, right, label", "--text-column"]),
-    (["--text-column", "review"], ["no column 'review'", "text, label"]),
-    (["--label-column", "stars"], ["no column 'stars'", "text, label"]),
     (["--text-column", "label", "--label-column", "label"], ["cannot be both"]),
     # adapters
-    (["--rank", "0"], ["--rank is 0", "from 1"]),
     (["--rank", "17"], ["rank 17", "from 1 to 16"]),
-    (["--method", "siva", "--targets", "query", "--rank", "17"], ["17", "16"]),
     (["--method", "siva", "--set", "d=17"], ["17", "16"]),
     (["--method", "siva", "--set", "residual=odd"], ["'odd'", "'frozen'", "'implicit'"]),
     (["--method", "siva", "--set", "residual_dtype=int3"], ["'int3'", "'int8'", "'nf4'"]),
     (["--method", "siva", "--set", "quant_iterations=-1"], ["-1", "from 0"]),
-    (["--method", "siva", "--set", "svd_niter=-1"], ["-1", "from 0"]),
     (["--targets", "nothing"], ["nothing", "query"]),
     (["--method", "siva", "--targets", "nothing"], ["nothing", "query"]),
     (["--targets", "(query"], ["'(query'", "regular expression"]),
-    (["--method", "full", "--rank", "4"], ["'full'", "no --rank"]),
     (["--method", "head", "--targets", "query"], ["'head'", "no --targets"]),
     # runs to start from
     (["--init-from", "nowhere"], ["run to start from", "'nowhere' is not the folder of a run"]),
-    (["--init-from", "foreign"], ["run to start from", "'foreign' is not the folder of a run"]),
     (["--init-from", "unfinished"], ["run to start from", "'unfinished' is not finished"]),
-    (["--init-from", ""], ["--init-from is ''"]),
     (["--init-from", "whole", "--model", "demo"], ["the model is 'demo'", "'whole' trained", "Leave the model out"]),
     (["--init-from", "side"], ["'side' trained a side network", "'lora' has nothing to start from", "k-lst"]),
     (["--init-from", "side", "--method", "mezo"], ["'mezo' has nothing to start from", "--set over=k-lst"]),
@@ -306,7 +272,6 @@ CASES = [
     ([*PROMPT, "--model", "classifier"], ["'classifier' has no masked-word head", "--prompt-head classifier"]),
     (["--prompt", "<mask>: {text}", *WORDS, "--model", "causal"], ["{text} after <mask>", "Put the texts before it"]),
     ([*PROMPT, "--model", "cut-model"], ["cannot load the model 'cut-model'"]),
-    ([*WORDS], ["--label-words is 'awful,lovely', but there is no prompt"]),
     (["--prompt-head", "classifier"], ["--prompt-head is 'classifier', but there is no prompt"]),
     # MeZO
     (["--method", "mezo", "--set", "over=mezo"], ["over is 'mezo'", "siva, k-lst, lst, full"]),
@@ -319,7 +284,6 @@ CASES = [
     (["--method", "mezo", "--set", "epz=1"], ["'epz'", "eps", "fields of MeZOConfig"]),
     (["--method", "mezo", "--set", "fp16=true"], ["fp16=True", "MeZO makes none"]),
     (["--method", "mezo", "--set", "journal=false"], ["unknown setting 'journal'"]),
-    (["--method", "mezo", "--set", "save_weights=false"], ["unknown setting 'save_weights'"]),
     (["--method", "mezo", "--set", "estimator=adam"], ["estimator is 'adam'", "spsa, fzoo"]),
     (
         ["--method", "mezo", "--learning-rate", "1e-6", "--set", "estimator=fzoo"],
@@ -335,62 +299,30 @@ CASES = [
     (["--set", "optim_args=lr=3"], ["optim_args has no effect on adamw_torch_fused", "adam_beta1"]),
     (["--set", 'optim_target_modules=["query"]'], ["optim_target_modules has no effect on adamw_torch_fused"]),
     # numbers
-    (["--epochs", "-1"], ["--epochs is -1", "above 0"]),
-    (["--epochs", "nan"], ["--epochs is nan"]),
-    (["--epochs", "many"], ["--epochs", "number"]),
-    (["--max-steps", "0"], ["--max-steps is 0", "from 1"]),
-    (["--batch-size", "0"], ["--batch-size is 0", "from 1"]),
-    (["--learning-rate", "0"], ["--learning-rate is 0", "above 0"]),
     (["--learning-rate", "inf"], ["--learning-rate is inf"]),
     (["--max-length", "1"], ["--max-length is 1", "from 2"]),
-    (["--max-length", "500"], ["--max-length 500", "38 tokens"]),
-    (["--seed", "-1"], ["--seed is -1"]),
-    (["--save-steps", "0"], ["--save-steps is 0"]),
     # settings
-    (["--set", "lora_alpha"], ["'lora_alpha'", "key=value"]),
-    (["--set", "lora_alfa=3"], ["'lora_alfa'", "lora_alpha"]),
     (["--set", "seed=3"], ["seed cannot be set", "use --seed"]),
-    (["--set", "r=3"], ["r cannot be set", "use --rank"]),
     (["--set", "target_modules=query"], ["target_modules cannot be set", "use --targets"]),
     (["--set", "rank_pattern=3"], ["rank_pattern is 3", "dict"]),
-    (["--set", "rank_pattern=query:2"], ["rank_pattern is 'query:2'", "dict"]),
     (["--set", "exclude_modules=["], ["exclude_modules", "'['"]),
     (["--set", "init_lora_weights=magic"], ["init_lora_weights", "magic"]),
     (["--method", "siva", "--set", "d=abc"], ["d is 'abc'", "int"]),
-    (["--method", "siva", "--set", "layers_to_transform=x"], ["layers_to_transform is 'x'", "int"]),
     (["--set", "gradient_accumulation_steps=0"], ["gradient_accumulation_steps must be at least 1"]),
-    (["--set", "gradient_accumulation_steps=1.5"], ["gradient_accumulation_steps is 1.5", "int"]),
     (["--set", "dataloader_num_workers=-1"], ["'dataloader_num_workers': -1"]),
     (["--set", "per_device_eval_batch_size=0"], ["'per_device_eval_batch_size': 0"]),
     (["--set", "report_to=wandb"], ["report_to cannot be set", "use --report-to"]),
-    (["--set", "load_best_model_at_end=true"], ["unknown setting 'load_best_model_at_end'"]),
-    (["--set", "eval_strategy=epoch"], ["unknown setting 'eval_strategy'"]),
-    (["--set", "eval_on_start=true"], ["unknown setting 'eval_on_start'"]),
     (["--set", 'label_names=["foo"]'], ["unknown setting 'label_names'"]),
-    (["--set", "resume_from_checkpoint=foo"], ["unknown setting 'resume_from_checkpoint'"]),
     (["--set", "label_smoothing_factor=0.1", "--data", "measures.csv"], ["is for classes", "the data has numbers"]),
-    (["--set", "metric_for_best_model=loss"], ["metric_for_best_model cannot be set", "use --metric"]),
-    (["--set", "greater_is_better=true"], ["unknown setting 'greater_is_better'"]),
-    (["--set", "dataloader_drop_last=true"], ["unknown setting 'dataloader_drop_last'"]),
-    (["--set", "train_sampling_strategy=random"], ["unknown setting 'train_sampling_strategy'"]),
-    (
-        ["--set", "prediction_loss_only=true"],
-        ["unknown setting 'prediction_loss_only'", "fields of TrainingArguments"],
-    ),
     (["--set", "push_to_hub=true"], ["unknown setting 'push_to_hub'"]),
     (["--set", "adam_beta1=3"], ["'adam_beta1': 3"]),
     (["--set", "bias=odd"], ["bias", "odd"]),
-    (["--set", "data_seed=1"], ["unknown setting 'data_seed'"]),
     (["--set", "warmup_steps=few"], ["warmup_steps", "'few'"]),
     (["--set", "lr_scheduler_type=zigzag"], ["zigzag"]),
     (["--set", 'lr_scheduler_kwargs={"power": 2}'], ["lr_scheduler_kwargs", "power"]),
     (["--set", "use_liger_kernel=true"], ["needs the package liger-kernel"]),
-    (["--set", "parallelism_config=1"], ["unknown setting 'parallelism_config'"]),
-    (["--set", "fsdp=full_shard"], ["unknown setting 'fsdp'"]),
     (["--set", "rank_pattern=" + "[" * 9999], ["rank_pattern", "dict"]),
     # folders and configurations
-    (["--output", "run"], ["'run' is not empty", "--overwrite"]),
-    (["--output", "foreign"], ["'foreign' is not empty"]),
     (["--output", "foreign", "--overwrite"], ["'foreign' is not empty", "left alone"]),
     (["--output", "foreign", "--resume"], ["'foreign' is not empty", "left alone"]),
     (["--output", "run", "--overwrite", "--resume"], ["exclude each other"]),
@@ -399,14 +331,9 @@ CASES = [
     (["--output", "unfinished", "--resume", "--batch-size", "5"], ["batch_size 16 -> 5"]),
     (["--output", "good.csv"], ["'good.csv' is a file"]),
     (["--output", "good.csv/run"], ["good.csv/run"]),
-    (["--config", "nowhere.json"], ["nowhere.json"]),
     (["--config", "broken.json"], ["broken.json is not a JSON file"]),
-    (["--config", "unknown.json"], ["'methd'", "method"]),
     (["--config", "wrong-type.json", "--method", "lora"], ["--batch-size is 'many'"]),
-    (["--colour"], ["--colour"]),
     # the other commands
-    (["eval", "nowhere"], ["'nowhere' is not the folder of a run"]),
-    (["eval", "foreign"], ["'foreign' is not the folder of a run"]),
     (["eval", "unfinished"], ["'unfinished' is not finished", "--resume"]),
     (["eval", "cut-run"], ["adapter in 'cut-run'"]),
     (["eval", "siva-of-another"], ["another"]),
@@ -415,7 +342,6 @@ CASES = [
     (["eval", "run", "--data", "train-only"], ["'train-only' has no dev.*", "train.csv"]),
     (["eval", "run", "--data", "new-class.csv"], ["'neutral'", "negative, positive"]),
     (["eval", "run", "--data", "nowhere.csv"], ["'nowhere.csv'"]),
-    (["eval"], ["DIR", "--model"]),
     (["eval", "run", *PROMPT], ["DIR", "--model"]),
     (["eval", "--model", "model", "--data", "good.csv"], ["--prompt is missing", "sst2", "auto"]),
     (["eval", "--model", "model", "--data", "good.csv", "--objective", "mlm"], ["'mlm'", "eval allows only causal"]),
@@ -434,14 +360,10 @@ CASES = [
     (["predict", "pair-run", "a text"], ["two texts, as a pair or separated by a tab; got 'a text'"]),
     (["predict", "tag-run", "the " * 50], ["of the 50 words that begin with 'the the the', only 36 fit into the 38"]),
     (["predict", "run", "a \udcff film"], ["one text; got 'a \\udcff film'", "UTF-8"]),  # as a byte that is none comes
-    (["predict", "run"], ["nothing to classify"]),
-    (["predict", "empty-metrics", "a text"], ["does not hold 'labels'"]),
-    (["predict", "run", "--file", "nowhere.txt"], ["nowhere.txt"]),
     (["predict", "run", "--file", "blank.txt"], ["blank.txt holds no text"]),
     (["predict", "run", "--file", "train-only"], ["train-only is a folder. Give a file", "parquet"]),
     (["predict", "run", "--file", "good.xlsx"], ["good.xlsx is of the kind 'xlsx'", "csv, tsv, jsonl, parquet, txt"]),
     (["predict", "run", "--file", "-", "--format", "parquet"], ["standard input is of the kind 'parquet'"]),
-    (["predict", "run", "a text", "--format", "csv"], ["--format is 'csv', but there is no --file"]),
     (["predict", "run", "a text", "--text-column", "text"], ["--text-column is 'text', but there is no file"]),
     (["predict", "run", "--file", "good.csv", "--text-column", "body"], ["good.csv has no column 'body'"]),
     (["predict", "run", "--file", "two-columns.csv"], ["cannot tell which column of two-columns.csv", "--text-column"]),
@@ -451,23 +373,14 @@ CASES = [
         ["predict", "run", "--file", "taken.csv", "--text-column", "class", "--output", "x.csv"],
         ["texts 'class' of taken.csv has the name of a"],
     ),
-    (
-        ["predict", "run", "a text", "--output", "new.txt"],
-        ["'new.txt' must end in one of .csv, .tsv, .jsonl, .parquet"],
-    ),
     (["predict", "run", "a text", "--output", "good.csv"], ["'good.csv' exists", "--overwrite"]),
     (["predict", "run", "a text", "--output", "nowhere/new.csv"], ["'nowhere/new.csv'", "Make it first"]),
-    (["predict", "unfinished", "a text"], ["not finished"]),
     (["export"], ["RUN"]),
     (["export", "run"], ["OUT"]),
-    (["export", "nowhere", "new"], ["'nowhere' is not the folder of a run"]),
-    (["export", "unfinished", "new"], ["'unfinished' is not finished"]),
-    (["export", "empty-metrics", "new"], ["does not hold 'labels'"]),
     (["export", "cut-run", "new"], ["adapter in 'cut-run'"]),
     (["export", "run", "whole"], ["'whole' exists", "new folder"]),
     (["export", "run", "good.csv"], ["'good.csv' exists"]),
     (["export", "run", "good.csv/new"], ["cannot write to 'good.csv/new'"]),
-    (["export", "--to", "gguf", "run", "new"], ["'gguf'", "merged, lora, onnx"]),
     (["export", "side", "new"], ["'side' trained a side network (k-LST)", "own folder"]),
     (["export", "--to", "lora", "side", "new"], ["'side' trained a side network"]),
     (["export", "--to", "lora", "whole", "new"], ["'whole' trained a whole model", "to merged"]),
@@ -492,7 +405,6 @@ CASES = [
     (["--set", "eval_steps=2", "--metric", "loss", "--save-steps", "2"], ["measured at each checkpoint: use"]),
     (["eval", "~nobody-of-this-name"], ["cannot be a path"]),
     (["predict", "run", "a", "--output", f"{'o' * 300}.csv"], ["cannot be a path (File name too long)"]),
-    (["dance"], ["dance"]),
 ]
 
 

@@ -22,8 +22,8 @@ from fastpeft.prompts.template import Prompt
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
-from fastpeft.training.notices import tell_of_precision
 from fastpeft.training.prediction import Predictor
+from fastpeft.training.session import tell_of_precision
 from fastpeft.training.setup import RunSetup, resolve
 from fastpeft.training.task import Task
 
@@ -101,7 +101,7 @@ def test_that_it_is_slow_is_said(
     slow: bool,
 ) -> None:
     on_a_machine(monkeypatch, has)
-    monkeypatch.setattr("fastpeft.training.notices.has_bfloat16", lambda: has)
+    monkeypatch.setattr("fastpeft.training.session.has_bfloat16", lambda: has)
     train(replace(config, max_steps=1, **changes))
     assert ("no bfloat16 instructions" in caplog.text) is (slow and not has)
 

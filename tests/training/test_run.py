@@ -12,22 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from samples import SMALL, Interrupt, eleven_steps, reviews, save_tiny_model, tree, weights_of, write_csv
+from samples import Interrupt, eleven_steps, reviews, save_tiny_model, tree, weights_of, write_csv
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 from transformers.models.roberta.modeling_roberta import RobertaPreTrainedModel
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.data.examples import load_data
 from fastpeft.errors import NotEnoughMemoryError
-from fastpeft.methods.registry import get_method
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
-from fastpeft.training.loading import load_run, put
-from fastpeft.training.notices import tell_of_beginnings
+from fastpeft.training.loading import put
 from fastpeft.training.optimizer_in_backward import StepsInBackward
 from fastpeft.training.prediction import predict
 from fastpeft.training.row_order import LengthGroupedOrder
-from fastpeft.training.setup import resolve
+from fastpeft.training.session import tell_of_beginnings
 from fastpeft.training.task import data_for
 
 
@@ -126,43 +124,6 @@ def test_a_lack_of_memory_is_not_laid_to_what_is_loaded(
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", run_out(error))
     with pytest.raises(NotEnoughMemoryError, match=r"to load the model .* choose a smaller model"):
         predict(folder, ["a dull plot"])
-
-
-@pytest.mark.long(but="head")
-@pytest.mark.parametrize("method", SMALL)
-def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, method: str) -> None:
-    config = replace(config, method=method, epochs=2, learning_rate=3e-2)
-    result = train(config)
-    metrics = json.loads((result.folder / "metrics.json").read_text())
-    assert metrics == result.metrics
-    assert {"accuracy", "f1", "samples_per_second", "peak_memory_mb", "trainable_parameters", "seed", "command"} <= set(
-        metrics
-    )
-    assert metrics["versions"].keys() >= {"torch", "transformers", "peft", "fastpeft"}
-    assert metrics["steps"] == 2 * math.ceil(81 / 8)
-    assert (metrics["train_rows"], metrics["dev_rows"]) == (81, 9)
-    assert metrics["peak_memory_mb"] > 0 < metrics["samples_per_second"]
-    names = {path.name for path in result.folder.iterdir()}
-    assert {"README.md", "run.json", "curves.png", "tokenizer.json", "tokenizer_config.json"} <= names
-    assert ("adapter_config.json" in names) is (get_method(method).library == "peft")
-    assert TrainConfig.from_file(result.folder / "run.json") == resolve(config).config
-    assert evaluate(result.folder)["accuracy"] == metrics["accuracy"]
-
-
-@pytest.mark.long(but="mezo")
-@pytest.mark.parametrize("method", SMALL)
-def test_the_card_loads_the_model(config: TrainConfig, method: str) -> None:
-    folder = train(replace(config, method=method, max_steps=2)).folder
-    card = (folder / "README.md").read_text()
-    assert "reviews.csv" in card
-    assert "negative, positive" in card
-    names: dict[str, Any] = {}
-    exec(card.split("```python\n")[1].split("```")[0], names)
-    model, run = names["model"].eval(), load_run(folder)
-    inputs = names["tokenizer"]("a lovely film", return_tensors="pt")
-    # to the order of additions: a finished run is loaded with packed weights, the card's model without
-    torch.testing.assert_close(model(**inputs).logits, run.loaded.model(**inputs).logits, rtol=1e-5, atol=1e-6)
-    assert model.config.id2label == {0: "negative", 1: "positive"}
 
 
 def test_rows_are_held_out_as_the_configuration_says(config: TrainConfig) -> None:

@@ -21,8 +21,7 @@ from fastpeft.methods.registry import get_method
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.training.arguments import training_arguments
 from fastpeft.training.evaluation import evaluate
-from fastpeft.training.settings import sort_settings
-from fastpeft.training.setup import resolve
+from fastpeft.training.setup import resolve, sort_settings
 from fastpeft.training.task import Task
 
 
@@ -101,7 +100,7 @@ def test_what_a_later_release_adds_is_refused(monkeypatch: pytest.MonkeyPatch) -
     class Later(TrainingArguments):
         learning_wave: float = 0.0
 
-    monkeypatch.setattr("fastpeft.training.settings.arguments_of", lambda method: Later)
+    monkeypatch.setattr("fastpeft.training.setup.arguments_of", lambda method: Later)
     assert sort_settings(get_method("lora"), {"optim": "sgd"}) == ({}, {"optim": "sgd"})
     with pytest.raises(
         FastpeftError, match=r"unknown setting 'learning_wave'; .* fields of Later, as lr_scheduler_type"
