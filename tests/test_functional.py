@@ -16,7 +16,7 @@ from fastpeft import FastpeftError, functional
 from fastpeft.functional import mezo_perturb, mezo_perturb_, siva_linear, siva_linear_group, siva_linear_mixed
 from fastpeft.ops import reference
 from fastpeft.ops.quantise import QuantisedWeight
-from fastpeft.ops.siva_linear import Scales, SivaLinear
+from fastpeft.ops.siva_linear import siva_products
 
 few = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -264,7 +264,7 @@ def test_a_second_derivative_is_refused(op: str) -> None:
         out = siva_linear_mixed(x, weight, [u], [s], [v], [2])
     elif op == "a quantised layer":
         rest = QuantisedWeight(weight, "int8")
-        (out,) = SivaLinear.apply([Scales(rest.scales, None)], (), None, x, rest.codes, u, s, v, None)
+        (out,) = siva_products(x, x.dtype, [rest.frozen], [u], [s], [v], [None])
     else:
         out = functional.window_attention(x.view(1, 1, 2, 6), x.view(1, 1, 2, 6), x[:1])
     with pytest.raises(FastpeftError, match=r"no second derivative.*create_graph"):

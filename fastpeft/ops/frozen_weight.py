@@ -7,20 +7,17 @@ A product is `h = x W^T + b`, backward `dx = dh W` and the gradient of the bias;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpeft.errors import FastpeftError
-from fastpeft.ops.define import asks_for_gradients, check_first_derivative, is_transformed
-from fastpeft.ops.dtypes import autocast_dtype, compute_dtype, factors_dtype
+from fastpeft.ops.define import asks_for_gradients, check_first_derivative
+from fastpeft.ops.dtypes import autocast_dtype, compute_dtype
 from fastpeft.ops.packing import Packs, num_rows, packed_linear
 from fastpeft.ops.products import as_matrix, multiplies_in_float32, product, times
-from fastpeft.ops.quantised_linear import Nested, dequantise, unnested
-from fastpeft.ops.siva_linear import Scales, SivaLinear, products_of, siva_linear_reference
+from fastpeft.ops.quantised_linear import Scales, dequantise, unnested
 
 
 class Dense(NamedTuple):
@@ -100,10 +97,6 @@ class Coded(NamedTuple):
 FrozenWeight = Dense | Coded
 
 
-def coded(codes: Tensor, scales: Tensor, nested: Nested | None, shape: torch.Size) -> Coded:
-    return Coded(codes, Scales(scales, nested), shape)
-
-
 def _differentiable(weight: Any, x: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
     h: Tensor
     if asks_for_gradients(x, bias):
@@ -130,47 +123,3 @@ class _FrozenProduct(torch.autograd.Function):
         need_dx, _, need_dbias, _, _ = ctx.needs_input_grad
         dx = ctx.kind(stored, *ctx.rest).transposed_product(dh) if need_dx else None
         return dx, None, as_matrix(dh).sum(0) if need_dbias else None, None, None
-
-
-def siva_products(
-    x: Tensor,
-    dtype: torch.dtype,
-    weights: Sequence[FrozenWeight],
-    us: Sequence[Tensor],
-    ss: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-) -> Sequence[Tensor]:
-    """`siva_linear_group` of layers that were checked when they were made, with weights in any form.
-
-    Args:
-        x, us, ss, vs, biases: as `siva_linear_group` takes them.
-        dtype: in which all is computed but the factors, which may be in float32.
-        weights: one a layer.
-
-    Raises:
-        FastpeftError: x does not fit the weights, or a weight requires a gradient by now.
-    """
-    first = weights[0]
-    if not (x.dim() and x.shape[-1] == first.shape[1] and x.is_floating_point() and x.device == first.stored.device):
-        raise FastpeftError(
-            f"a layer of SiVA takes a floating x (*, {first.shape[1]}) on the device of its weight, here "
-            f"{first.stored.device}; got {x.dtype} {tuple(x.shape)} on {x.device}."
-        )
-    of_factors = factors_dtype(dtype, x.device)
-    if x.dtype is not dtype:
-        x = x.to(dtype)
-    if us[0].dtype is not of_factors or vs[0].dtype is not of_factors or ss[0].dtype is not of_factors:
-        us, ss, vs = ([each.to(of_factors) for each in factors] for factors in (us, ss, vs))
-    biases = [b if b is None or b.dtype is dtype else b.to(dtype) for b in biases]
-    stored, forms = [weight.stored for weight in weights], [weight.form for weight in weights]
-    if any(weight.requires_grad for weight in stored):
-        raise FastpeftError("the weight of a layer of SiVA is frozen by definition; call requires_grad_(False) on it.")
-    if is_transformed():  # which does not take our autograd formula
-        dense = [weight.dense(dtype) for weight in weights]
-        hs, _ = siva_linear_reference(x, dense, [None] * len(dense), [*us], [*ss], [*vs], biases)
-    elif torch.is_grad_enabled() and not torch.compiler.is_exporting():  # a graph to export has the op
-        hs = SivaLinear.apply(forms, (), None, x, *stored, *us, *ss, *vs, *biases)
-    else:
-        hs, _ = torch.ops.fastpeft.siva_linear.default(x, *products_of(stored, forms, x), us, ss, vs, biases)
-    return hs

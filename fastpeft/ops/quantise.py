@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError, install
 from fastpeft.ops.define import asks_for_gradients, is_transformed
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
-from fastpeft.ops.frozen_weight import Coded, coded
+from fastpeft.ops.frozen_weight import Coded
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import quantise_rows, samples, version_of
-from fastpeft.ops.quantised_linear import BLOCK, COARSE, Nested
+from fastpeft.ops.quantised_linear import BLOCK, COARSE, Nested, Scales
 
 Format = Literal["int8", "nf4", "nf4-double"]
 
@@ -118,7 +118,7 @@ class QuantisedWeight(nn.Module):
     @property
     def frozen(self) -> Coded:
         """The weight as products take it."""
-        return coded(self.codes, self.scales, self.nested, self.shape)
+        return Coded(self.codes, Scales(self.scales, self.nested), self.shape)
 
     def can_multiply(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether `multiply` is there for x: a product in int8 that asks for no gradient."""

@@ -9,6 +9,8 @@ columns, at a time, so that they stay in cache: in float32 4 MB of a weight with
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +21,13 @@ BLOCK = 64  # values of nf4 that share a scale
 COARSE = 256  # scales that share a scale of their own
 
 Nested = tuple[Tensor, Tensor, Tensor]  # of scales in 8 bits: their scales, what each code stands for, their mean
+
+
+class Scales(NamedTuple):
+    """What the codes of a quantised weight are multiplied by, as they are stored."""
+
+    values: Tensor
+    nested: Nested | None
 
 
 def unnested(scales: Tensor, nested: Nested | None) -> Tensor:

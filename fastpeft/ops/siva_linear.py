@@ -15,7 +15,7 @@ backward one of its transpose. A weight with scales is quantised (`fastpeft.ops.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from torch import Tensor
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.define import check_first_derivative, define, is_transformed
 from fastpeft.ops.dtypes import check_kinds, compute_dtype, factors_dtype
+from fastpeft.ops.frozen_weight import Dense, FrozenWeight
 from fastpeft.ops.packing import Packs, operand
-from fastpeft.ops.quantised_linear import Nested, unnested
+from fastpeft.ops.quantised_linear import Scales, unnested
 from fastpeft.ops.siva_forms import (
     check_order,
     p_shape,
@@ -33,16 +34,6 @@ from fastpeft.ops.siva_forms import (
     siva_linear_backward_reference,
     siva_linear_reference,
 )
-
-
-class Scales(NamedTuple):
-    """What the codes of a quantised weight are multiplied by, as they are stored."""
-
-    values: Tensor
-    nested: Nested | None
-
-
-Frozen = Packs | Scales | None  # of a weight, beside it
 
 
 def siva_linear(
@@ -76,7 +67,7 @@ def siva_linear(
 
     Raises:
         FastpeftError: shapes do not fit, an operand is no floating number or on another device, or `weight` or `s`
-            requires a gradient.
+            requires a gradient where gradients are recorded.
 
     Notes:
         Saved for backward: weight, u, s and v; x only if v needs a gradient; `p = x V^T` `(*, r)` only if u does.
@@ -88,23 +79,7 @@ def siva_linear(
         >>> siva_linear(x, w, u, s, v).shape
         torch.Size([3, 5])
     """
-    _check_siva_linear(x, weight, u, s, v, bias)
-    dtype = compute_dtype(x, weight)
-    of_factors = factors_dtype(dtype, x.device)
-    if x.dtype is not dtype:
-        x = x.to(dtype)
-    if bias is not None and bias.dtype is not dtype:
-        bias = bias.to(dtype)
-    if not (u.dtype is s.dtype is v.dtype is of_factors):
-        u, s, v = _cast(of_factors, u, s, v)
-    h: Tensor
-    if is_transformed():  # which does not take our autograd formula
-        (h,), _ = siva_linear_reference(x, [weight.to(dtype)], [None], [u], [s], [v], [bias])
-    elif torch.is_grad_enabled() and not torch.compiler.is_exporting():  # a graph to export has the op
-        (h,) = SivaLinear.apply((packs,), (), None, x, weight, u, s, v, bias)
-    else:
-        weight = operand(weight, packs, x)
-        (h,), _ = torch.ops.fastpeft.siva_linear.default(x, [weight], [None], [u], [s], [v], [bias])
+    (h,) = siva_linear_group(x, [weight], [u], [s], [v], [bias], [packs])
     return h
 
 
@@ -157,17 +132,8 @@ def siva_linear_group(
         )
     for weight, u, s, v, bias in zip(weights, us, ss, vs, biases, strict=True):
         _check_siva_linear(x, weight, u, s, v, bias)
-    if is_transformed():
-        return tuple(siva_linear(x, *each) for each in zip(*operands, strict=True))
-    dtype = compute_dtype(x, weights[0])
-    x, *biases = _cast(dtype, x, *biases)
-    us, ss, vs = (_cast(factors_dtype(dtype, x.device), *each) for each in (us, ss, vs))
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-        hs: tuple[Tensor, ...] = SivaLinear.apply(packs, (), None, x, *weights, *us, *ss, *vs, *biases)
-        return hs
-    frozen = products_of(weights, packs, x)
-    found, _ = torch.ops.fastpeft.siva_linear.default(x, *frozen, us, ss, vs, biases)
-    return tuple(found)
+    frozen = [Dense(weight, each) for weight, each in zip(weights, packs, strict=True)]
+    return tuple(siva_products(x, compute_dtype(x, weights[0]), frozen, us, ss, vs, biases))
 
 
 def siva_linear_mixed(
@@ -223,16 +189,8 @@ def siva_linear_mixed(
         )
     for u, s, v in zip(*factors, strict=True):
         _check_siva_linear(x, weight, u, s, v, bias)
-    dtype = compute_dtype(x, weight)
-    x, bias = _cast(dtype, x, bias)
-    cast = _cast(factors_dtype(dtype, x.device), *us, *ss, *vs)
-    h: Tensor
-    (h,) = SivaLinear.apply((packs,), list(sizes), order, x, weight, *cast, bias)
+    (h,) = siva_products(x, compute_dtype(x, weight), [Dense(weight, packs)], us, ss, vs, [bias], list(sizes), order)
     return h
-
-
-def _cast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
-    return [t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors]
 
 
 def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> None:
@@ -246,11 +204,6 @@ def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tenso
             f"{tuple(v.shape)}, bias {None if bias is None else tuple(bias.shape)}."
         )
     check_kinds("siva_linear", x.device, "x weight u s v bias", x, weight, u, s, v, bias)
-    if weight.requires_grad or s.requires_grad:
-        raise FastpeftError(
-            "siva_linear: weight and s are frozen by definition but "
-            f"{'weight' if weight.requires_grad else 's'} requires a gradient; call requires_grad_(False) on it."
-        )
 
 
 def _shapes(
@@ -316,50 +269,112 @@ define(
 )
 
 
-def products_of(
-    weights: Sequence[Tensor], frozen: Sequence[Frozen], x: Tensor, transposed: bool = False
+def siva_products(
+    x: Tensor,
+    dtype: torch.dtype,
+    weights: Sequence[FrozenWeight],
+    us: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    sizes: Sequence[int] = (),
+    order: Tensor | None = None,
+) -> Sequence[Tensor]:
+    """`siva_linear_group`, or with `sizes` `siva_linear_mixed`, of factors that were checked when they were made.
+
+    Args:
+        x, us, ss, vs, biases, sizes, order: as those functions take them.
+        dtype: in which all is computed but the factors, which may be in float32.
+        weights: one a layer, in any form.
+
+    Raises:
+        FastpeftError: x does not fit the weights, or a gradient is asked for of what is frozen.
+    """
+    device, v = x.device, vs[0]
+    if x.shape[-1:] != v.shape[1:] or device != v.device:
+        raise FastpeftError(
+            f"a layer of SiVA takes x (*, {v.shape[1]}) on the device of its weight, here {v.device}; got "
+            f"{tuple(x.shape)} on {device}."
+        )
+    if x.dtype is not dtype:
+        check_kinds("siva_linear", device, "x", x)
+        x = x.to(dtype)
+    of_factors = factors_dtype(dtype, device)
+    us, ss, vs = _cast(of_factors, us), _cast(of_factors, ss), _cast(of_factors, vs)
+    biases = _cast(dtype, biases)
+    if is_transformed():  # which does not take our autograd formula
+        dense = [weight.dense(dtype) for weight in weights]
+        hs, _ = siva_linear_reference(x, dense, [None] * len(dense), [*us], [*ss], [*vs], [*biases], sizes, order)
+        return hs
+    stored, forms = [weight.stored for weight in weights], [weight.form for weight in weights]
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():  # a graph to export has the op
+        found: tuple[Tensor, ...] = SivaLinear.apply(forms, sizes, order, x, *stored, *us, *ss, *vs, *biases)
+        return found
+    hs, _ = _forward(x, *_products_of(stored, forms, x), us, ss, vs, biases, sizes, order)
+    return hs
+
+
+def _cast(dtype: torch.dtype, tensors: Sequence[Any]) -> Sequence[Any]:
+    for tensor in tensors:
+        if not (tensor is None or tensor.dtype is dtype):
+            return [t if t is None else t.to(dtype) for t in tensors]
+    return tensors
+
+
+def _products_of(
+    weights: Sequence[Tensor], forms: Sequence[Packs | Scales | None], x: Tensor, transposed: bool = False
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """What the op takes of frozen weights beside x, or beside dh in backward: each weight, and its scales or None."""
-    factors: list[Tensor] = []
-    scales: list[Tensor | None] = []
-    for weight, each in zip(weights, frozen, strict=True):
-        if isinstance(each, Scales):
-            factors.append(weight)
-            scales.append(unnested(*each))
-        else:
-            factors.append(operand(weight, each, x, transposed))
-            scales.append(None)
-    return factors, scales
+    coded = [type(form) is Scales for form in forms]
+    factors = [
+        weight if is_coded else operand(weight, form, x, transposed)  # type: ignore[arg-type]
+        for weight, form, is_coded in zip(weights, forms, coded)
+    ]
+    return factors, [unnested(*form) if is_coded else None for form, is_coded in zip(forms, coded)]  # type: ignore[misc]
+
+
+def _forward(x: Tensor, *operands: Any) -> tuple[list[Tensor], Tensor]:
+    try:
+        found: tuple[list[Tensor], Tensor] = torch.ops.fastpeft.siva_linear.default(x, *operands)
+    except RuntimeError:
+        check_order(x, operands[-1])  # what the compiled module raises is no FastpeftError
+        raise
+    return found
 
 
 class SivaLinear(torch.autograd.Function):
-    """The autograd formula: `apply(frozen, sizes, order, x, *weights, *us, *ss, *vs, *biases)`.
+    """The autograd formula: `apply(forms, sizes, order, x, *weights, *us, *ss, *vs, *biases)`.
 
-    `frozen` has for each weight its packs, or None, or its `Scales`: the weight is codes then. Codes are saved for
-    backward as weights are; scales, which nothing changes, are held. Not one of `register_autograd`, which takes twice
-    as long. Weights have any dtype and get no gradient, and s gets none; the functions refuse those that require one.
+    A form is what `FrozenWeight` has beside the stored tensor. Codes are saved for backward as weights are; scales,
+    which nothing changes, are held. Not one of `register_autograd`, which takes twice as long.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, frozen: Sequence[Frozen], sizes: Sequence[int], order: Tensor | None, x: Tensor, *operands: Any
+        ctx: Any,
+        forms: Sequence[Packs | Scales | None],
+        sizes: Sequence[int],
+        order: Tensor | None,
+        x: Tensor,
+        *operands: Any,
     ) -> tuple[Tensor, ...]:
-        layers = len(frozen)
+        layers, needs = len(forms), ctx.needs_input_grad
         weights, us, ss, vs, biases = _split(operands, layers, len(sizes))
-        factors, scales = products_of(weights, frozen, x)
-        try:
-            hs, p = torch.ops.fastpeft.siva_linear.default(x, factors, scales, us, ss, vs, biases, sizes, order)
-        except RuntimeError:
-            check_order(x, order)  # what the compiled module raises is no FastpeftError
-            raise
-        _, need_du, _, need_dv, _ = _split(ctx.needs_input_grad[4:], layers, len(sizes))
-        ctx.frozen, ctx.sizes = frozen, sizes
+        of_s = 4 + layers + len(us)
+        if True in needs[4 : 4 + layers] or True in needs[of_s : of_s + len(ss)]:
+            raise FastpeftError(
+                "siva_linear: a weight or an s requires a gradient, but both are frozen by definition; call "
+                "requires_grad_(False) on them."
+            )
+        factors, scales = _products_of(weights, forms, x)
+        hs, p = _forward(x, factors, scales, us, ss, vs, biases, sizes, order)
+        ctx.forms, ctx.sizes = forms, sizes
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            x if True in need_dv else None,
-            p if True in need_du else None,
+            x if True in needs[of_s + len(ss) : len(needs) - layers] else None,
+            p if True in needs[4 + layers : of_s] else None,
             order,
-            *(weight if each.is_mkldnn else each for weight, each in zip(weights, factors, strict=True)),
+            *[weight if factor.is_mkldnn else factor for weight, factor in zip(weights, factors)],
             *operands[layers:-layers],
         )
         return tuple(hs)
@@ -372,46 +387,41 @@ class SivaLinear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         sizes, layers = ctx.sizes, len(dhs)
         x, p, order, *saved = ctx.saved_tensors
-        of_layers = [dhs, ctx.frozen, *_split(saved, layers, len(sizes))[:-1]]
+        adapters = len(sizes) or layers
+        of_layers = [dhs, ctx.forms, *_split(saved, layers, len(sizes))[:-1]]
         of_layers += _split(ctx.needs_input_grad[4:], layers, len(sizes))
         if len(used) < layers:
             if p is not None:
                 parts = p.split([len(s) for s in of_layers[4]])
                 p = torch.cat([parts[i] for i in used])
             of_layers = [[each[i] for i in used] for each in of_layers]
-        given, frozen, weights, us, ss, vs, _, need_du, _, need_dv, need_dbias = of_layers
-        need_dx = ctx.needs_input_grad[3]
+        given, forms, weights, us, ss, vs, _, need_du, _, need_dv, need_dbias = of_layers
+        need_dx, needs_dv = ctx.needs_input_grad[3], True in need_dv
         scales: list[Tensor | None] = [None] * len(weights)
         if need_dx:
-            weights, scales = products_of(weights, frozen, given[0], transposed=True)
+            weights, scales = _products_of(weights, forms, given[0], transposed=True)
         empty = given[0].new_empty(0)
+        x, p = (empty if saved is None else saved for saved in (x, p))
+        needs = need_dx, need_du, needs_dv, need_dbias
         dx, dus, dv, dbiases = torch.ops.fastpeft.siva_linear_backward.default(
-            given,
-            empty if x is None else x,
-            weights,
-            scales,
-            us,
-            ss,
-            vs,
-            empty if p is None else p,
-            need_dx,
-            need_du,
-            True in need_dv,
-            need_dbias,
-            sizes,
-            order,
+            given, x, weights, scales, us, ss, vs, p, *needs, sizes, order
         )
-        dvs = dv.split([len(v) for v in vs]) if True in need_dv else [dv] * len(vs)
-        gradients: list[list[Tensor | None]]
-        gradients = [[None] * len(each) for each in _split(ctx.needs_input_grad[4:], layers, len(sizes))]
-        for place, values, needs in ((1, dus, need_du), (3, dvs, need_dv), (4, dbiases, need_dbias)):
-            for i, value, need in zip(range(len(values)) if sizes else used, values, needs, strict=True):
-                gradients[place][i] = value if need else None
-        return None, None, None, dx if need_dx else None, *(one for each in gradients for one in each)
+        dvs = dv.split([len(v) for v in vs]) if needs_dv else [dv] * len(vs)
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        gradients[3] = dx if need_dx else None
+        places = range(adapters) if sizes else used
+        for first, values, wanted in ((layers, dus, need_du), (layers + 2 * adapters, dvs, need_dv)):
+            for i, value, need in zip(places, values, wanted, strict=True):
+                gradients[4 + first + i] = value if need else None
+        for i, value, need in zip(used, dbiases, need_dbias, strict=True):
+            gradients[i - layers] = value if need else None
+        return tuple(gradients)
 
 
-def _split(values: Sequence[Any], layers: int, adapters: int) -> list[Sequence[Any]]:
+def _split(values: Sequence[Any], layers: int, adapters: int) -> tuple[Sequence[Any], ...]:
     """Weights, us, ss, vs and biases, from one after the other."""
+    if layers == 1 and adapters < 2:
+        return values[:1], values[1:2], values[2:3], values[3:4], values[4:]
     factors = adapters or layers
-    ends = layers, layers + factors, layers + 2 * factors, layers + 3 * factors, len(values)
-    return [values[start:end] for start, end in zip((0, *ends), ends, strict=False)]
+    a, b, c, d = (layers + i * factors for i in range(4))
+    return values[:a], values[a:b], values[b:c], values[c:d], values[d:]

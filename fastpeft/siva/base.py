@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.frozen_linear import Packed
-from fastpeft.ops.frozen_weight import Coded, FrozenWeight, coded
-from fastpeft.ops.quantised_linear import BLOCK
+from fastpeft.ops.frozen_weight import Coded, FrozenWeight
+from fastpeft.ops.quantised_linear import BLOCK, Scales
 from fastpeft.siva.decompose import Factors
 from fastpeft.support.fingerprints import fingerprint
 from fastpeft.support.four_bits import keep_form
@@ -152,7 +152,7 @@ def weight_in_4_bits(layer: Any) -> Coded:
     """The weight of a `Linear4bit` as products take it."""
     state = layer.weight.quant_state
     nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else None
-    return coded(layer.weight.data.view(torch.uint8), state.absmax, nested, torch.Size(shape_of(layer)))
+    return Coded(layer.weight.data.view(torch.uint8), Scales(state.absmax, nested), torch.Size(shape_of(layer)))
 
 
 def shape_of(layer: Any) -> tuple[int, int]:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.ops.dtypes import autocast_dtype
-from fastpeft.ops.frozen_weight import Dense, FrozenWeight, siva_products
+from fastpeft.ops.frozen_weight import Dense, FrozenWeight
+from fastpeft.ops.siva_linear import siva_products
 from fastpeft.siva.base import AdaptedLayer
 from fastpeft.siva.decompose import Factors
 

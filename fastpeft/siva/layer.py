@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
-from fastpeft.functional import siva_linear_mixed
 from fastpeft.ops.dtypes import HALVES, autocast_dtype, compute_dtype, keeping_dtypes
-from fastpeft.ops.frozen_weight import Dense, FrozenWeight, siva_products
+from fastpeft.ops.frozen_weight import Dense, FrozenWeight
 from fastpeft.ops.packing import Packs
 from fastpeft.ops.quantise import Format, QuantisedWeight
+from fastpeft.ops.siva_linear import siva_products
 from fastpeft.siva import base, grouping, loading
 from fastpeft.siva.change import Change, Start, changed, scales
 from fastpeft.siva.config import Residual, SivaConfig, check_name, check_residual
@@ -149,25 +149,29 @@ class SivaLinear(base.AdaptedLayer):
         factors = self.acting()  # first: an adapter that is filled only now may bring a quantised residual
         if factors is None:
             return cast(Tensor, self._modules["base_layer"](x, *args, **kwargs))  # type: ignore[misc]
-        return self._product(x, factors)
-
-    def _product(self, x: Tensor, factors: Factors) -> Tensor:
-        """`x W^T + ((x v^T) * s) u^T + b` with the frozen weight W as it is stored."""
-        base_layer: Any = self._modules["base_layer"]
         u, s, v = factors
-        (h,) = siva_products(x, self.compute_dtype(x), [self.frozen], [u], [s], [v], [base_layer.bias])
+        return self._product(x, [u], [s], [v])
+
+    def _product(
+        self,
+        x: Tensor,
+        us: Sequence[Tensor],
+        ss: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        sizes: Sequence[int] = (),
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """`x W^T + ((x v^T) * s) u^T + b` with the frozen weight W as it is stored."""
+        bias: Any = self._modules["base_layer"].bias  # type: ignore[union-attr]
+        (h,) = siva_products(x, self.compute_dtype(x), [self.frozen], us, ss, vs, [bias], sizes, order)
         return h.to(x.dtype) if self.in_4_bits and not autocast_dtype(x.device) else h
 
     def _mixed(self, x: Tensor, rows: AdapterRows) -> Tensor:
         """Compute each row of x by its adapter, or by the pretrained weight if this layer has no such adapter."""
         factors = [self._low_rank([name] if name in self.adapters else []) or self._blank(0) for name in rows.sizes]
-        frozen = self.frozen
-        if not isinstance(frozen, Dense):  # one adapter after another: each product dequantises the weight
-            return rows.each(x, [partial(self._product, factors=each) for each in factors])
         us, ss, vs = zip(*factors, strict=True)
         order = None if rows.order is None else rows.order.to(x.device)
-        bias, sizes = self.base_layer.bias, list(rows.sizes.values())
-        return siva_linear_mixed(x, frozen.stored, us, ss, vs, sizes, order, bias, self.packs)
+        return self._product(x, us, ss, vs, list(rows.sizes.values()), order)
 
     @property
     def frozen(self) -> FrozenWeight:

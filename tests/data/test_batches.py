@@ -65,9 +65,10 @@ def test_where_memory_is_not_enough_batches_are_halved(most: int, caplog: pytest
     ]
 
 
-def test_several_processes_share_batches_of_one_size() -> None:
+def test_several_processes_share_batches_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which accelerate divides; of others it would leave rows out."""
-    trainer: Any = SimpleNamespace(args=SimpleNamespace(eval_batch_size=66), evaluated_tokens=64 * 128)
+    monkeypatch.setattr("fastpeft.training.trainer.evaluated_tokens", lambda task: 64 * 128)
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(eval_batch_size=66), task=None)
     trainer.ranks = SimpleNamespace(size=3)
     for longest, size in (128, 66), (512, 48), (9000, 3):
         assert RunTrainer._eval_batches(trainer, rows(3, longest)) == {"batch_size": size}

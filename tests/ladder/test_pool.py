@@ -18,7 +18,7 @@ from torch import nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder import side_stack as stack
-from fastpeft.ops.packing import multiplies_in
+from fastpeft.ops.packing import is_faster_packed, multiplies_in
 
 # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -337,7 +337,7 @@ def test_a_model_that_would_quantise_the_pools_base_is_refused() -> None:
     pool.add("a", LadderConfig(**SMALL))
 
 
-@pytest.mark.skipif(not multiplies_in(torch.bfloat16), reason="no packs in bfloat16")
+@pytest.mark.skipif(not is_faster_packed(64, torch.bfloat16), reason="no packs in bfloat16")
 def test_members_come_after_packs_have_taken_the_place_of_weights() -> None:
     config = LadderConfig(backbone_dtype="bfloat16", **SMALL)
     first, other = (LadderModel(tiny(), config).eval() for _ in range(2))

@@ -17,7 +17,7 @@ from fastpeft.ops import aten
 from fastpeft.ops import packing as packing_module
 from fastpeft.ops.frozen_linear import pack_layer
 from fastpeft.ops.frozen_weight import Dense
-from fastpeft.ops.packing import Packs, can_pack, dense, operand, pack, packed_linear, quantise_rows
+from fastpeft.ops.packing import Packs, can_pack, dense, is_faster_packed, operand, pack, packed_linear, quantise_rows
 
 packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 
@@ -62,7 +62,7 @@ def test_outputs_may_be_changed_in_place(function: str, dtype: torch.dtype) -> N
         "frozen_linear": lambda: Dense(weight, packs).product(x, bias),
     }
     h = calls[function]()
-    assert packs.nbytes > 0
+    assert packs.nbytes > 0 or not is_faster_packed(15, dtype)
     h += 1
     h.sum().backward()
     assert x.grad is not None

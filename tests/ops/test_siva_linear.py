@@ -184,11 +184,11 @@ def test_shapes_that_do_not_fit_are_refused(change: int, shape: tuple[int, ...])
         siva_linear(*tensors)
 
 
-@pytest.mark.parametrize(("index", "name"), [(1, "weight"), (3, "s")])
-def test_a_gradient_for_a_frozen_operand_is_refused(index: int, name: str) -> None:
+@pytest.mark.parametrize("index", [1, 3], ids=["weight", "s"])
+def test_a_gradient_for_a_frozen_operand_is_refused(index: int) -> None:
     tensors = operands((3,), 6, 5, 2)
     tensors[index].requires_grad_()
-    with pytest.raises(fastpeft.FastpeftError, match=f"{name} requires a gradient"):
+    with pytest.raises(fastpeft.FastpeftError, match="weight or an s requires a gradient"):
         siva_linear(*tensors)
 
 
