@@ -51,59 +51,45 @@ _OPTIONAL = ("token_type_ids", "logits_to_keep", "cache_position", "output_route
 class Backbone:
     """A model taken apart into layers and head. It holds references and changes nothing.
 
-    The head of a module that is not a transformers model is what comes after its last layer in `modules()`. A model of
-    `AutoModel` has none: its pooler is frozen too.
+    A model of `AutoModel` has no head: its pooler is frozen too.
 
     Args:
-        model: a transformers model, another module, or PEFT's wrapper of one.
-        feature_modules: names of the layers. None finds the layers of a transformers model.
-        feature_sizes: widths of the features; see the property of that name.
+        model: a transformers model, or PEFT's wrapper of one.
+        feature_modules: names of the layers. None finds them.
 
     Attributes:
         core: the model without PEFT's wrapper.
         class_name: what the core's class is called, for messages.
-        plain: whether the core is not a transformers model.
-        headless: whether the core is a transformers model without a head, which answers with hidden states.
-        body: a transformers model without its head; for another module, the whole module.
+        headless: whether the core has no head, and answers with hidden states.
+        body: the core without its head.
         context: tokens that stand in front of every text, a `fastpeft.ladder.context.Context`; None for none.
         layers: the L modules whose outputs are the features `B_1 .. B_L`. The first layer's input is `B_0`.
-        rows_first: whether a pass has shown that features are not `(T, B, d)`. In a later one there may be as many
-            tokens as rows by chance, where a module makes several rows of one, as of the channels of a series.
 
     Raises:
         FastpeftError: the head cannot be told from the body, the layers are not found, or the model reads or makes what
             is not of the form `(B, T)`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        feature_modules: Sequence[str] | None = None,
-        feature_sizes: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, feature_modules: Sequence[str] | None = None) -> None:
         core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.plain = not isinstance(core, PreTrainedModel)
-        if self.plain and (feature_modules is None or not isinstance(core, nn.Module)):
+        if not isinstance(core, PreTrainedModel):
             raise FastpeftError(
                 f"the base is a {type(core).__name__}; give a transformers model, such as one of "
-                "AutoModelForSequenceClassification, or another nn.Module with its layers named in feature_modules."
+                "AutoModelForSequenceClassification. A module of your own becomes one as a subclass of PreTrainedModel."
             )
         self.model = model
         self.core = core
         self.class_name = type(core).__name__
-        self.body: nn.Module = core if self.plain else _body_of(core)
-        self.headless = self.body is core and not self.plain
+        self.body: nn.Module = _body_of(core)
+        self.headless = self.body is core
         if self.headless and not _has_one_stack(core):
             raise FastpeftError(
                 f"{type(core).__name__} has no head separate from its body. {_model_with_a_head(core.config)}"
             )
-        if not self.plain:
-            _check_reads_rows(core)
+        _check_reads_rows(core)
         self.context: Any = None
-        self.rows_first = False
         self.hooks: Any = None  # of `fastpeft.ladder.passes`
         self.probed: Any = None  # a `fastpeft.ladder.probe.Probe`
-        self._given_sizes = feature_sizes
         self.tuple_size: int | None = None  # length of the tuple that a layer returns, 0 for a tensor; None: unknown
         self.layers = self._find_layers() if feature_modules is None else self._named_layers(feature_modules)
 
@@ -159,33 +145,11 @@ class Backbone:
                 first, left = number, left - inside
         return 0 if left else first
 
-    @functools.cached_property
-    def feature_sizes(self) -> list[int]:
-        """Widths of `B_0 .. B_L`: given, from the configuration, or from the first and last matrix of each layer.
-
-        Raises:
-            FastpeftError: the number of given widths is wrong, or the first layer holds no matrix.
-        """
-        count, given = len(self.layers) + 1, self._given_sizes
-        if given is not None:
-            if len(given) != count:
-                raise FastpeftError(
-                    f"feature_sizes names {len(given)} widths of {count} features: the input of the first layer and "
-                    "the output of each layer. Give one width for each, or None."
-                )
-            return list(given)
-        if not self.plain and hasattr(self.text_config, "hidden_size"):
-            return count * [self.text_config.hidden_size]
-        matrices = [[p.shape for p in layer.parameters() if p.ndim > 1] for layer in self.layers]
-        if not matrices[0]:
-            raise FastpeftError(
-                f"the widths of the features are not found: the first of feature_modules, a "
-                f"{type(self.layers[0]).__name__}, holds no matrix. Give them in feature_sizes."
-            )
-        sizes = [matrices[0][0][1]]
-        for shapes in matrices:
-            sizes.append(shapes[-1][0] if shapes else sizes[-1])
-        return sizes
+    @property
+    def hidden_size(self) -> int:
+        """The width d of all features, from the configuration, or else from the first matrix of the layers."""
+        named: int | None = getattr(self.text_config, "hidden_size", None)
+        return named or next(each.shape[-1] for each in self.layers[0].parameters() if each.ndim > 1)
 
     @property
     def encodes_and_decodes(self) -> bool:
@@ -197,7 +161,7 @@ class Backbone:
     @property
     def encoder(self) -> nn.Module | None:
         """The encoder of a model that has a decoder too, if the layers are the encoder's; else None."""
-        if self.plain or not self.encodes_and_decodes:
+        if not self.encodes_and_decodes:
             return None
         encoder: nn.Module = self.core.get_encoder()
         return encoder if self.layers[0] in set(encoder.modules()) else None
@@ -209,7 +173,7 @@ class Backbone:
     @property
     def input_name(self) -> str:
         """The name of the input in `LadderModel.forward`."""
-        name: str = "inputs" if self.plain else self.core.main_input_name
+        name: str = self.core.main_input_name
         return name
 
     @property
@@ -225,19 +189,16 @@ class Backbone:
     def text_config(self) -> Any:
         """The configuration of what reads or writes text, which is only a part where a model sees or hears too.
 
-        Of an encoder-decoder it is the whole one, since both stacks have to do with text; None where there is none.
+        Of an encoder-decoder it is the whole one, since both stacks have to do with text.
         """
-        config: Any = getattr(self.core, "config", None)
-        text = not self.plain and (self.input_name == "input_ids" or self.core.can_generate())
+        config: Any = self.core.config
+        text = self.input_name == "input_ids" or self.core.can_generate()
         return config.get_text_config() if text and not getattr(config, "is_encoder_decoder", False) else config
 
     @property
     def frozen(self) -> list[nn.Module]:
         """The modules that are not part of the head: they stay in evaluation mode, and their parameters are frozen."""
         modules = list(self.body.modules())
-        if self.plain:
-            places = {id(module): place for place, module in enumerate(modules)}
-            return modules[: 1 + max(places[id(module)] for module in self.layers[-1].modules())]
         if self.headless:
             return modules
         # a pooler is inside the body, but runs after the layers and belongs to the head
@@ -248,7 +209,7 @@ class Backbone:
     @property
     def decoder(self) -> nn.Linear | None:
         """The layer of the head that scores the words of the vocabulary, if there is one."""
-        decoder = None if self.plain else self.core.get_output_embeddings()
+        decoder = self.core.get_output_embeddings()
         words = getattr(self.text_config, "vocab_size", None)
         return decoder if isinstance(decoder, nn.Linear) and decoder.out_features == words else None
 
@@ -284,14 +245,6 @@ class Backbone:
             for name, parameter in self._after_layers().items()
             if id(parameter) in own or (parameter.ndim == 2 and [*parameter.shape].count(words) == 1)
         }
-
-    def may_have_an_earlier_head(self) -> bool:
-        """Whether a module that is not a transformers model has no head after its layers, but perhaps before them."""
-        if not self.plain or self.head_parameters():
-            return False
-        in_layers = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
-        others = (module for module in self.body.modules() if not isinstance(module, nn.Embedding))
-        return any(id(each) not in in_layers for module in others for each in module.parameters(recurse=False))
 
     def _after_layers(self) -> dict[str, nn.Parameter]:
         frozen = {id(parameter) for module in self.frozen for parameter in module.parameters(recurse=False)}
@@ -384,8 +337,7 @@ def _check_reads_rows(core: PreTrainedModel) -> None:
     if input_name not in ("input_ids", "pixel_values"):
         raise FastpeftError(
             f"the base, a {kind}, reads {input_name}; beside a side network a transformers model reads input_ids or "
-            "pixel_values. Put it into an nn.Module of your own that takes this one input and returns logits, and "
-            "name its layers in feature_modules."
+            "pixel_values. Load a model of text or of images."
         )
     if kind in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
         raise FastpeftError(
@@ -425,10 +377,7 @@ def _model_with_a_head(config: Any) -> str:
     if named := [classes[type(config)].__name__ for classes in heads if type(config) in classes]:
         return f"Load the model with {' or '.join(named)}."
     if getattr(config, "is_encoder_decoder", False):
-        return (
-            f"Transformers has no classifier of the kind {config.model_type}: put its encoder and a head into an "
-            "nn.Module of your own, and name the encoder's layers in feature_modules."
-        )
+        return f"Transformers has no classifier of the kind {config.model_type}. Load a model of another architecture."
     if hasattr(config, "text_config") and hasattr(config, "vision_config"):
         return "It has a stack for texts and one for images: load the model of one of them."
     if hasattr(config, "text_config") and hasattr(config, "audio_config"):

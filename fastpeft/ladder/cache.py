@@ -94,7 +94,6 @@ class FeatureCache:
         self.hits = self.misses = 0
         self._backbone = backbone
         self._root = path_of(folder).absolute()
-        self._widths = backbone.feature_sizes
         self._stamp: list[Any] = []
         self._refused: dict[bytes, int] | None = {}  # rows that did not fit: their bytes; None after the warning
         self._broken = False
@@ -153,13 +152,14 @@ class FeatureCache:
     def _unpack(self, rows: _CacheRows, records: Mapping[bytes, Record]) -> list[Tensor]:
         """The features of a batch from its rows' records."""
         device = self._backbone.device
-        shape = (*rows.ids.shape, sum(self._widths))
+        width = self._backbone.hidden_size
+        shape = (*rows.ids.shape, width * (len(self._backbone.layers) + 1))
         values = torch.zeros(shape, dtype=torch.bfloat16, pin_memory=device.type == "cuda")
         places = _bytes(values)
         for row, (key, (start, end)) in enumerate(zip(rows.keys, rows.spans)):
             places[row, start:end].reshape(-1)[:] = records[key]  # a view
         values = values.to(device, non_blocking=True).to(self._backbone.core.dtype)
-        return list(values.split(self._widths, dim=-1))
+        return list(values.split(width, dim=-1))
 
     def _find_store(self) -> None:
         """Read and write the store for the backbone as it is now: its weights or active adapters may have changed."""

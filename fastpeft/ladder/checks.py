@@ -52,16 +52,6 @@ def check_head(backbone: Backbone, head: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def warn_of_earlier_head(backbone: Backbone) -> None:
-    """Warn where the head of a module may be made before its layers, so that it does not train."""
-    if backbone.may_have_an_earlier_head():
-        logger.warning(
-            "no parameter of the %s comes after its layers in base.modules(), so the side network trains alone: a "
-            "head that is made before the layers stays as it is. Make it after them if it is new",
-            backbone.class_name,
-        )
-
-
 def warn_of_shared_head(model: nn.Module, head: Collection[nn.Parameter]) -> None:
     """Warn where the head is that of another side network that still exists. A copy of the base has its own head."""
     if any(_MODELS[parameter]() is not None for parameter in head if parameter in _MODELS):

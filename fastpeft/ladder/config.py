@@ -31,7 +31,6 @@ SHAPE = (
     "share_projections",
     "output_mix",
     "feature_modules",
-    "feature_sizes",
     "causal",
     "context",
 )
@@ -69,13 +68,9 @@ class LadderConfig(PretrainedConfig):
             backbone's and, in units of its size, the side network's, which starts at zero: the model starts as its
             base. None is `"add"` beside a head that predicts words, such as a decoder's, and False beside any other.
         feature_modules: names of the backbone's layers in the model, in the order in which they run, or of the one
-            `ModuleList` or `Sequential` that holds them. None finds them in a transformers model; any other module
-            needs them.
-        feature_sizes: widths of the L + 1 features, the first of which is the input of the first layer. None takes the
-            width in the model's configuration, or else those of the layers' matrices.
+            `ModuleList` or `Sequential` that holds them. None finds them.
         causal: whether tokens see only those before them. None does as the backbone does, found by a pass over four
-            tokens. False is refused for a model that predicts next tokens. A module that is not a transformers model
-            and answers for each token, `(B, T, classes)` or `(B, T)`, needs it.
+            tokens. False is refused for a model that predicts next tokens.
         context: token ids that a decoder reads once, in front of every text, such as those of a few examples; see
             `fastpeft.ladder.context`. The side network reads the text alone. None is none.
         train_adapters: whether the active adapter of a base that PEFT wraps trains with the side network, through the
@@ -116,7 +111,6 @@ class LadderConfig(PretrainedConfig):
         share_projections: bool = False,
         output_mix: OutputMix | None = None,
         feature_modules: Sequence[str] | str | None = None,
-        feature_sizes: Sequence[int] | None = None,
         causal: bool | None = None,
         context: Sequence[int] | None = None,
         train_adapters: bool = False,
@@ -141,7 +135,6 @@ class LadderConfig(PretrainedConfig):
         self.share_projections = share_projections
         self.output_mix = output_mix
         self.feature_modules = [feature_modules] if isinstance(feature_modules, str) else _copied(feature_modules)
-        self.feature_sizes = _copied(feature_sizes)
         self.causal = causal
         self.context = _copied(context)
         self.train_adapters = train_adapters
@@ -192,9 +185,7 @@ class LadderConfig(PretrainedConfig):
         if not (self.residual in (None, STATE) or isinstance(self.residual, bool)):
             raise FastpeftError(f"residual={self.residual!r}; allowed are {STATE!r}, True and False, or None.")
         check_format("backbone_dtype", self.backbone_dtype, "bfloat16")
-        sizes, tokens, names = self.feature_sizes, self.context, self.feature_modules
-        if sizes is not None and not (_is_list_of(int, sizes) and min(sizes) > 0):
-            raise FastpeftError(f"feature_sizes={sizes!r}; give a list of whole numbers from 1, or None.")
+        tokens, names = self.context, self.feature_modules
         if tokens is not None and not _is_list_of(int, tokens):
             raise FastpeftError(f"context={tokens!r}; give a list of token ids, at least one, or None.")
         if names is not None and not _is_list_of(str, names):

@@ -32,9 +32,8 @@ def fingerprints(
 
     What FSDP shards is left out too. Of the layers between them, and of the layer that scores words where that is not
     the embedding, some entries of every weight stand for all, or each load would read the whole model. They tell that a
-    weight was trained or had an adapter merged into it, and not that a few of its entries were changed. A module that
-    is not a transformers model has one fingerprint, of all its frozen parameters and buffers. A backbone that was
-    converted to another dtype has the fingerprints of its weights before that.
+    weight was trained or had an adapter merged into it, and not that a few of its entries were changed. A backbone that
+    was converted to another dtype has the fingerprints of its weights before that.
 
     Args:
         backbone: the model.
@@ -45,11 +44,6 @@ def fingerprints(
     if before is not None:
         return dict(before)
     changing = {id(parameter) for parameter in trained}
-    if backbone.plain:
-        kept = [tensor for tensor in frozen_tensors(backbone) if tensor.is_floating_point()]
-        kept = [tensor for tensor in kept if id(tensor) not in changing]
-        whole = kept and not any(map(is_held_by_fsdp, backbone.frozen))
-        return {"layers": fingerprint(_joined(kept))} if whole and not (skip_trained and changing) else {}
     words, embedded = backbone.decoder, getattr(backbone.input_embeddings, "weight", None)
     parts: dict[str, Iterable[nn.Module]] = {
         "embedding": filter(None, [backbone.input_embeddings]),

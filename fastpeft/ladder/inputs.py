@@ -28,14 +28,11 @@ class LadderInputs:
     """The inputs of one pass of a `LadderModel`, in the order of its `forward`; None is not given.
 
     Args:
-        input_ids: `(B, T)`, or `inputs_embeds` `(B, T, d)`. A vision model takes `pixel_values`; a module that is not a
-            transformers model takes `inputs`, its one argument.
-        attention_mask: `(B, T)`, 1 for tokens and 0 for padding; beside `inputs` only the side network reads it.
+        input_ids: `(B, T)`, or `inputs_embeds` `(B, T, d)`. A vision model takes `pixel_values`.
+        attention_mask: `(B, T)`, 1 for tokens and 0 for padding.
         token_type_ids, position_ids: `(B, T)`; token types are dropped if the base knows none.
-        labels, start_positions, end_positions: as the base takes them. A module that is not a transformers model takes
-            integer classes (cross-entropy), or numbers in the shape of the logits (mean squared error, or binary
-            cross-entropy where the configuration's `problem_type` is `multi_label_classification`). The loss that
-            balances a mixture's experts is left out, unless an adapter in the backbone trains.
+        labels, start_positions, end_positions: as the base takes them. The loss that balances a mixture's experts is
+            left out, unless an adapter in the backbone trains.
         output_hidden_states: whether to return the side states `theta_0 .. theta_N`, each `(B, T, D)`, as
             `hidden_states`.
         return_dict: False for a tuple.
@@ -53,7 +50,6 @@ class LadderInputs:
     position_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
     pixel_values: Tensor | None = None
-    inputs: Tensor | None = None
     labels: Tensor | None = None
     start_positions: Tensor | None = None
     end_positions: Tensor | None = None
@@ -80,18 +76,16 @@ class LadderInputs:
         """Token ids or their embeddings."""
         return self.input_ids if self.input_ids is not None else self.inputs_embeds
 
-    def read_by(self, backbone: Backbone) -> Tensor | None:
+    @property
+    def read(self) -> Tensor | None:
         """What the backbone computes features of."""
-        text = self.text
-        return self.inputs if backbone.plain else text if text is not None else self.pixel_values
+        return self.text if self.text is not None else self.pixel_values
 
     def for_base(self, backbone: Backbone, cache: Any = None, router_logits: bool | None = False) -> dict[str, Any]:
         """The arguments of the base, which reads and extends `cache`.
 
         Router logits are for a loss that balances experts: frozen ones learn nothing of it, skipped ones have none.
         """
-        if backbone.plain:
-            return {"inputs": self.inputs}
         own = {name: getattr(self, name) for name in _OF_BASE}
         asked = {"output_hidden_states": False, "output_router_logits": router_logits}
         kept = {CACHE: cache, "use_cache": None if cache is None else True}
@@ -105,11 +99,10 @@ class LadderInputs:
             past: the number of cached tokens.
             joined: whether texts may be joined in a row.
         """
-        kind, read, text = backbone.class_name, self.read_by(backbone), self.text
+        kind, read, text = backbone.class_name, self.read, self.text
         if read is None:
-            names = "inputs" if backbone.plain else "input_ids, inputs_embeds or pixel_values"
-            raise FastpeftError(f"LadderModel beside a {kind} got no {names}. Give it.")
-        if not backbone.plain and read.dim() < 2:
+            raise FastpeftError(f"LadderModel beside a {kind} got neither input_ids, inputs_embeds nor pixel_values.")
+        if read.dim() < 2:
             raise FastpeftError(
                 f"LadderModel beside a {kind} got a tensor of shape {tuple(read.shape)}; it takes a batch, whose first "
                 "dimension is rows. Of one row give row[None]."
@@ -118,21 +111,15 @@ class LadderInputs:
             check_mask(self.attention_mask, (text.shape[0], past + text.shape[1]))
             if not joined:
                 check_positions(self.position_ids, self.attention_mask)
-        if torch.compiler.is_compiling():
-            return
-        takes = ("inputs", "attention_mask", "labels") if backbone.plain else [n for n in _NAMES if n != "inputs"]
-        given = {name: getattr(self, name) for name in _NAMES}
-        unread = [name for name, value in given.items() if isinstance(value, Tensor) and name not in takes]
-        if self.others:
+        if self.others and not torch.compiler.is_compiling():
             kind_of_base: Any = type(backbone.core)
-            known = _signature(kind_of_base, backbone.plain).parameters
-            unread += [name for name, value in self.others.items() if value is not None and name not in known]
-        if unread:
-            raise FastpeftError(f"LadderModel beside a {kind} got {', '.join(unread)}, which it does not take.")
+            known = _signature(kind_of_base).parameters
+            if unread := [name for name, value in self.others.items() if value is not None and name not in known]:
+                raise FastpeftError(f"LadderModel beside a {kind} got {', '.join(unread)}, which it does not take.")
 
 
 _NAMES = tuple(each.name for each in fields(LadderInputs))[:-1]
-_OWN = ("inputs", "output_hidden_states", "return_dict", "past_key_values", "use_cache", "cache")
+_OWN = ("output_hidden_states", "return_dict", "past_key_values", "use_cache", "cache")
 _OF_BASE = tuple(name for name in _NAMES if name not in _OWN)
 _SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
 _FIELDS = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in _NAMES]
@@ -181,12 +168,6 @@ def tokens_of(given: Mapping[str, Any]) -> torch.Size | None:
     return None if source is None else source.shape[:2]
 
 
-def rows_of(given: Mapping[str, Any]) -> int | None:
-    """How many rows a module that is not a transformers model is given; None for other inputs."""
-    inputs = given.get("inputs")
-    return len(inputs) if isinstance(inputs, Tensor) and inputs.ndim > 0 else None
-
-
 class WithInputsOfBase:
     """A `forward` whose signature has the fields of `LadderInputs` and, asked of a model, the inputs of its base too.
 
@@ -204,11 +185,11 @@ class WithInputsOfBase:
             return functools.partial(self._function, model)
         # a method, since accelerate makes others of the function in it
         kind: Any = type(model.backbone.core)
-        return MethodType(_with_signature(self._function, kind, model.backbone.plain), model)
+        return MethodType(_with_signature(self._function, kind), model)
 
 
 @functools.cache
-def _with_signature(function: Callable[..., Any], kind: Any, plain: bool) -> Callable[..., Any]:
+def _with_signature(function: Callable[..., Any], kind: Any) -> Callable[..., Any]:
     """`function`, not bound, with the signature that `_signature` makes for it."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -216,15 +197,15 @@ def _with_signature(function: Callable[..., Any], kind: Any, plain: bool) -> Cal
 
     forward: Any = functools.update_wrapper(call, function)
     del forward.__wrapped__  # by which accelerate would go on to the function itself
-    forward.__signature__ = inspect.Signature([_SELF, *_signature(kind, plain).parameters.values()])
+    forward.__signature__ = inspect.Signature([_SELF, *_signature(kind).parameters.values()])
     found: Callable[..., Any] = forward
     return found
 
 
 @functools.cache
-def _signature(kind: Any, plain: bool) -> inspect.Signature:
+def _signature(kind: Any) -> inspect.Signature:
     """The fields of `LadderInputs`, and what else the forward of a class takes."""
-    of_base = [] if plain else list(inspect.signature(kind.forward).parameters.values())[1:]
+    of_base = list(inspect.signature(kind.forward).parameters.values())[1:]
     others = [
         inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=None)
         for each in of_base

@@ -23,25 +23,16 @@ from fastpeft.ladder.checks import (
     check_head,
     check_in_place,
     check_whole,
-    warn_of_earlier_head,
     warn_of_shared_head,
 )
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
-from fastpeft.ladder.conversion import convert, converted_to, pack
+from fastpeft.ladder.conversion import convert, pack
 from fastpeft.ladder.fingerprints import check_fingerprints
 from fastpeft.ladder.generation import LadderCache, cache_of_pass, prepare_pass, with_cache, with_own_cache
 from fastpeft.ladder.inputs import OTHER_CACHES, LadderInputs, WithInputsOfBase
-from fastpeft.ladder.loss import with_loss
-from fastpeft.ladder.passes import Known, LadderPass, compile_layers, hooks_of
-from fastpeft.ladder.probe import (
-    check_answers,
-    check_causal,
-    check_generates,
-    decide_defaults,
-    probe,
-    warn_of_other_ways,
-)
+from fastpeft.ladder.passes import Known, LadderPass, hooks_of
+from fastpeft.ladder.probe import check_answers, check_generates, decide_defaults, probe
 from fastpeft.ladder.saving import SavedModel, agree_on_problem, describe_base
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import run_of
@@ -71,10 +62,6 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     The backbone may take fewer bits: load the base in a smaller dtype, set `config.backbone_dtype` (which loading
     repeats), or quantise all but the head by bitsandbytes or torchao.
 
-    The base may be any module if `feature_modules` names its layers in the order in which they run. Its head is what
-    comes after the last layer in `base.modules()`. It is called with one argument, `inputs`, and returns logits. It
-    cannot be loaded by name: pass it as `from_pretrained(..., base=module)`.
-
     With `train_adapters`, an adapter that PEFT put into the base trains too, through the features of its layers. It is
     saved with the side network, and once more in the folder `adapter`, as PEFT saves and reads it. Its own dropout
     acts in training.
@@ -82,7 +69,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     Beside a decoder it generates text, see `generate`.
 
     Args:
-        base: a transformers model, another module, or PEFT's wrapper of one. It is not copied: its backbone is frozen,
+        base: a transformers model, or PEFT's wrapper of one. It is not copied: its backbone is frozen,
             and all side networks that are made with it have its head in common.
         config: the configuration of the side network; it is copied.
 
@@ -101,17 +88,12 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     Example:
         >>> base = AutoModelForSequenceClassification.from_pretrained("roberta-large")  # doctest: +SKIP
         >>> model = fastpeft.LadderModel(base, fastpeft.LadderConfig(window_size=9))  # doctest: +SKIP
-        >>> layers = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 3))
-        >>> config = LadderConfig(window_size=3, reduction_factor=4, feature_modules=["0", "2"])
-        >>> LadderModel(layers, config)(inputs=torch.randn(5, 8)).logits.shape
-        torch.Size([5, 3])
     """
 
     base_model_prefix = "base"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True  # of the side blocks
     _generates = False  # until the base is known
-    _has_answered = False
     _warned_of_thawed = False
     _warned_of_inputs = False
 
@@ -119,19 +101,17 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         warn_if_not_compiled()
         check_in_place(base)
         config = copy.deepcopy(config)
-        backbone = Backbone(base, config.feature_modules, config.feature_sizes)
+        backbone = Backbone(base, config.feature_modules)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}
         keep_form(base, passes_gradients=bool(adapters))
         self._decided = decide_defaults(config, backbone)
-        is_new = not config.base_fingerprints  # else its base was looked at when the side network was made
-        if is_new:
+        if not config.base_fingerprints:  # else its base was looked at when the side network was made
             check_whole(base)
             check_answers(backbone)
-            warn_of_earlier_head(backbone)
         else:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())
         activation = config.base_activation = config.base_activation or activation_of(backbone.text_config)
-        side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), activation, bool(config.causal))
+        side = SideNetwork(config, backbone.hidden_size, len(backbone.layers), activation, bool(config.causal))
         head = backbone.head_parameters()
         check_head(backbone, head)
         if config.context is not None:
@@ -146,7 +126,6 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         self.side_run: type[SideRun] = SideRun  # the class of a pass of the side network
         self.feature_cache: FeatureCache | None = None
         self._known: Known = None  # while `knowing` is entered
-        self._looks_for_other_ways = is_new  # by which a module's answer passes the side network
         self._follow_base()
         self._freeze_but(head, adapters)
         self.post_init()
@@ -225,33 +204,14 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         decoder: nn.Module = self.backbone.core.get_decoder()
         return decoder
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the base's vocabulary, as transformers does; the new token embeddings are frozen like the others.
-
-        A saved side network does not hold them: save the base too.
-
-        Raises:
-            FastpeftError: `backbone_dtype` has converted the base, which can no longer be saved as it was.
-        """
-        core = self.backbone.core
-        if (dtype := converted_to(core)) and new_num_tokens not in (None, core.get_input_embeddings().num_embeddings):
-            raise FastpeftError(
-                f"resize_token_embeddings({new_num_tokens}), but backbone_dtype={dtype!r} has converted the base, so "
-                "that no base with the new words could be saved. Resize and save the base first, and make the "
-                "LadderModel of it then."
-            )
-        resized: nn.Module = core.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        for module in (resized, self.backbone.decoder):
-            if module is not None:
-                module.requires_grad_(False)
-        fuse_any_head(self.base)
-        describe_base(self.config, self.backbone)
-        self.config.base_fingerprints = {}  # those of a loaded side network are of the old vocabulary
-        return resized
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused: no file of a side network holds the new words, and they would stay as they are drawn."""
+        raise FastpeftError(
+            "resize_token_embeddings on a LadderModel: the base is frozen and not saved. Resize and save the base "
+            "first, and make the LadderModel of it then."
+        )
 
     def get_input_embeddings(self) -> nn.Module:
-        if self.backbone.plain:
-            raise NotImplementedError(f"a {self.backbone.class_name} names no input embeddings")
         embeddings: nn.Module = self.backbone.core.get_input_embeddings()
         return embeddings
 
@@ -291,8 +251,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
                 `attention_mask` and `labels`; and other inputs that the base's forward names.
 
         Raises:
-            FastpeftError: the features do not have the shape of the input, the base was copied or replaced, it is not a
-                transformers model and answers for each token while the configuration's `causal` is None, texts are
+            FastpeftError: the features do not have the shape of the input, the base was copied or replaced, texts are
                 joined in a row, the base does not take an input, or a cache is asked for that it cannot have.
         """
         given, backbone = LadderInputs.of(*args, **kwargs), self.backbone
@@ -308,17 +267,15 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         self._share_padding()
         if given.output_hidden_states is None:
             given.output_hidden_states = self.config.output_hidden_states
-        outputs, run, read = self.run_base(given, cache, **loss)
+        outputs, run = self.run_base(given, cache, **loss)
         self._take_problem()
-        outputs = self._with_loss(outputs, given, read) if backbone.plain else with_own_cache(outputs, cache)
+        outputs = with_own_cache(outputs, cache)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)
         as_dict = self.config.return_dict if given.return_dict is None else given.return_dict
         return outputs if as_dict else outputs.to_tuple()
 
-    def run_base(
-        self, given: LadderInputs, cache: LadderCache | None = None, **options: Any
-    ) -> tuple[Any, SideRun, tuple[int, int] | None]:
+    def run_base(self, given: LadderInputs, cache: LadderCache | None = None, **options: Any) -> tuple[Any, SideRun]:
         """A pass of the base with the side network's output in place of its encoder's.
 
         Args:
@@ -327,7 +284,7 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
             options: other arguments of the base.
 
         Returns:
-            What the base returned; the pass of the side network; B and T of the features, where it read them.
+            What the base returned, and the pass of the side network.
         """
         backbone = self.backbone
         arguments = given.for_base(backbone, cache, router_logits=None if self.adapters else False)
@@ -337,15 +294,14 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
         alone = cache is None and given.pixel_values is None and all(each is None for each in given.others.values())
         if known is None and alone and self.feature_cache is not None:
             known = self.feature_cache.features(arguments)
-        called = arguments if backbone.plain else backbone.after_context(arguments)
-        this = LadderPass(backbone, run, arguments, self.gradients_from)
-        with this.around_base(known):
-            outputs = self.base(given.inputs) if backbone.plain else self.base(**called, **options, return_dict=True)
-        return outputs, run, this.read
+        called = backbone.after_context(arguments)
+        with LadderPass(backbone, run, arguments, self.gradients_from).around_base(known):
+            outputs = self.base(**called, **options, return_dict=True)
+        return outputs, run
 
     def _warn_of_no_gradient(self, given: LadderInputs) -> None:
         """Warn once where what asks for a gradient, such as a soft prompt, is read, and none comes to it."""
-        read = given.read_by(self.backbone)
+        read = given.read
         if read is None or not read.requires_grad or self._warned_of_inputs or self.gradients_from == 0:
             return
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -359,28 +315,14 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     def _share_padding(self) -> None:
         """Tell the base's head, which reads its own configuration, the padding that trainers have put into ours."""
         padding = getattr(self.config, "pad_token_id", None)
-        if self.backbone.plain or padding is None:
-            return
-        if getattr(self.backbone.text_config, "pad_token_id", None) != padding:
+        if padding is not None and getattr(self.backbone.text_config, "pad_token_id", None) != padding:
             self.backbone.text_config.pad_token_id = padding
 
     def _take_problem(self) -> None:
         """Note which problem the base's head saw in its first labels: pipelines read it in our configuration."""
-        problem = None if self.backbone.plain else getattr(self.backbone.core.config, "problem_type", None)
+        problem = getattr(self.backbone.core.config, "problem_type", None)
         if problem not in (None, self.config.problem_type):
             self.config.problem_type = problem
-
-    def _with_loss(self, outputs: Any, given: LadderInputs, read: tuple[int, int] | None) -> Any:
-        """What a base that is not a transformers model answers, with its loss; `read` are B and T of its features."""
-        compiling = torch.compiler.is_compiling()
-        if self._looks_for_other_ways and not compiling:
-            self._looks_for_other_ways = not warn_of_other_ways(self.backbone, given.inputs)
-        # of the first pass: a later batch may have as many tokens as there are classes
-        first = not (self._has_answered or compiling)
-        check_causal(self.config.causal, self.base, outputs, read if first else None)
-        if first:
-            self._has_answered = True
-        return with_loss(outputs, given.labels, self.config.problem_type)
 
     def _new_side_run(self, given: LadderInputs, cache: LadderCache | None) -> SideRun:
         """A new pass of the side network, with what it drops drawn from torch's random state."""
@@ -463,16 +405,6 @@ class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.backbone.core._expand_inputs_for_generation(*args, **kwargs)
-
-    def compile_backbone(self, **options: Any) -> None:
-        """Compile each layer of the backbone, by `torch.compile` with these options, at its first call.
-
-        The result is the same to rounding.
-
-        Example:
-            >>> model.compile_backbone(mode="max-autotune-no-cudagraphs")  # doctest: +SKIP
-        """
-        compile_layers(self.backbone, options)
 
     @overload
     def cache_features(self, folder: None, max_bytes: int | None = ...) -> None: ...

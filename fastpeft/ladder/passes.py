@@ -23,21 +23,17 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.inputs import check_mask, rows_of, tokens_of
+from fastpeft.ladder.inputs import check_mask, tokens_of
 from fastpeft.ladder.side import SideRun
 from fastpeft.ops.dtypes import HALVES, autocast_dtype
 
 Known: TypeAlias = Sequence[Tensor] | Tensor | None  # the features `B_0 .. B_L`, or the output, each `(B, T, d)`
 
-_ADVICE_FOR_TEXT = (
-    "Load the base with attn_implementation='sdpa', which keeps padding, without virtual tokens, and name in "
-    "feature_modules only layers of the backbone's width. A model that pads rows itself takes those of a data collator "
-    "with pad_to_multiple_of its number. One that puts the patches of an image beside a text takes the text alone: "
-    "leave pixel_values out."
-)
 _ADVICE = (
-    "Name in feature_modules layers between which the number of tokens stays the same (H W for (B, C, H, W)), and give "
-    "the widths that were not found in feature_sizes."
+    "Load the base with attn_implementation='sdpa', which keeps padding, without virtual tokens, and name in "
+    "feature_modules only layers of one width and number of tokens. A model that pads rows itself takes those of a "
+    "data collator with pad_to_multiple_of its number. One that puts the patches of an image beside a text takes the "
+    "text alone: leave pixel_values out."
 )
 
 _STARTING = threading.Lock()
@@ -98,11 +94,9 @@ def listen(
     feed: Callable[[int, Tensor], None],
     replace: Callable[[Tensor], Tensor] = lambda feature: feature,
     tokens: tuple[int, ...] | None = None,
-    rows: int | None = None,
 ) -> Iterator[None]:
     """While the block runs, hand each feature to `feed`, and let `replace` change the output of the last layer.
 
-    Both see features as `(B, T, d)`: a `(B, d)` is one token, and a `(B, d, H, W)` of a convolution is H W tokens.
     A pooler, which comes after the layers, trains in float32: after layers in half precision it runs under autocast.
 
     Args:
@@ -110,7 +104,6 @@ def listen(
         feed: called as `feed(layer, feature)`, layer 0 to L.
         replace: called with `B_L` after `feed`; its result goes on to the head.
         tokens: B and T of all features; None takes them from the first feature.
-        rows: B, where it tells features `(T, B, d)`; None does not look.
 
     Raises:
         FastpeftError: in the block, if a feature has another shape.
@@ -121,19 +114,18 @@ def listen(
     def read(layer: int, feature: Any) -> Tensor:
         nonlocal tokens
         ran.add(layer)
-        found = _as_tokens(feature, layer)
-        if feature.ndim == 3 and rows is not None and not backbone.rows_first:
-            _check_rows_first(backbone, layer, feature, rows)
-        tokens = found.shape[:2] if tokens is None else tokens
-        expected = (*tokens, backbone.feature_sizes[layer])
-        if found.shape != expected:
-            seen = f", read from {tuple(feature.shape)} as (B, C, H, W)" if feature.ndim == 4 else ""
+        is_feature = isinstance(feature, Tensor) and feature.is_floating_point()
+        if tokens is None and is_feature:
+            tokens = feature.shape[:2]
+        expected = (*(tokens or ("B", "T")), backbone.hidden_size)
+        if not is_feature or feature.shape != expected:
+            found = f"{feature.dtype} {tuple(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
             raise FastpeftError(
-                f"the feature of layer {layer} has the shape {tuple(found.shape)}{seen}; it must be (B, T, d), here "
-                f"{expected}. {_ADVICE_FOR_TEXT if backbone.input_name == 'input_ids' else _ADVICE}"
+                f"the feature of layer {layer} is {found.removeprefix('torch.')}; it must be floating-point (B, T, d), "
+                f"here {expected}. {_ADVICE}"
             )
-        feed(layer, found)
-        return found
+        feed(layer, feature)
+        return feature
 
     def before(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         read(0, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
@@ -144,7 +136,7 @@ def listen(
         found = read(index, feature)
         if index < len(backbone.layers):
             return None
-        replaced = _from_tokens(replace(found), feature.shape)
+        replaced = replace(found)
         if (autocast := autocast_of(replaced)) is not None:
             after_layers.enter_context(autocast)
         return (replaced, *output[1:]) if several else replaced
@@ -182,18 +174,6 @@ def _only_pass(backbone: Backbone) -> Iterator[None]:
         _RUNNING.discard(first)
 
 
-def _check_rows_first(backbone: Backbone, layer: int, feature: Tensor, rows: int) -> None:
-    """Raise `FastpeftError` if a feature is `(T, B, d)`; once a shape shows that none is, no more are looked at."""
-    if feature.shape[0] != rows == feature.shape[1]:
-        raise FastpeftError(
-            f"the feature of layer {layer} has the shape {tuple(feature.shape)} in a pass over {rows} rows: it is "
-            "(T, B, d), and a side network reads (B, T, d): it would mix the rows up. Make layers that take rows "
-            "first, as those of torch do with batch_first=True."
-        )
-    if feature.shape[1] != rows and not torch.compiler.is_compiling():
-        backbone.rows_first = True
-
-
 @contextlib.contextmanager
 def skip_layers(backbone: Backbone, output: Tensor, given: Mapping[str, Any]) -> Iterator[None]:
     """While the block runs, the layers compute nothing and the output of the last one is `output`, `(B, T, d)`.
@@ -208,14 +188,8 @@ def skip_layers(backbone: Backbone, output: Tensor, given: Mapping[str, Any]) ->
         given: the inputs that `output` was made of.
 
     Raises:
-        FastpeftError: the model is not a transformers model, so what runs between its layers is not known; or in the
-            block, its head gives the layers other inputs.
+        FastpeftError: in the block, its head gives the layers other inputs.
     """
-    if backbone.plain:
-        raise FastpeftError(
-            f"only a transformers model can run without its layers; the base is a {backbone.class_name}. "
-            "Give it a LadderModel of its own, without a cache."
-        )
 
     def skipped(index: int, computed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if backbone.tuple_size is None:
@@ -271,7 +245,7 @@ def run_body(
         try:
             backbone.body(**inputs)
         except ValueError as error:
-            if isinstance(error, FastpeftError) or backbone.plain or not backbone.encodes_and_decodes:
+            if isinstance(error, FastpeftError) or not backbone.encodes_and_decodes:
                 raise
             raise FastpeftError(
                 f"the head of the {backbone.class_name} makes the tokens of its decoder, whose layers the "
@@ -304,14 +278,10 @@ class LadderPass:
         arguments: what the base is called with.
         gradients_from: the first layer through which gradients flow, L + 1 for none: an adapter in it trains. The
             layers before it run without gradients.
-
-    Attributes:
-        read: B and T of the features, once the side network reads them.
     """
 
     def __init__(self, backbone: Backbone, run: SideRun, arguments: Mapping[str, Any], gradients_from: int) -> None:
         self.backbone, self.arguments = backbone, arguments
-        self.read: tuple[int, int] | None = None
         self._run, self._gradients_from = run, gradients_from
         self._gradients = torch.is_grad_enabled()
         self._device = run.side.up.weight.device  # perhaps not that of the backbone
@@ -333,7 +303,7 @@ class LadderPass:
         """What the layers do in the pass of the base."""
         given = self.arguments
         if known is None:
-            return listen(self.backbone, self._feed, self._output, tokens_of(given), rows_of(given))
+            return listen(self.backbone, self._feed, self._output, tokens_of(given))
         if isinstance(known, Tensor):
             self._begin_head(known)
             return skip_layers(self.backbone, known, given)
@@ -344,8 +314,7 @@ class LadderPass:
     def _feed(self, layer: int, feature: Tensor) -> None:
         """Let the side network read `B_layer`."""
         if layer == 0:
-            batch, tokens = self.read = feature.shape[0], feature.shape[1]
-            check_mask(self._run.mask, (batch, self._run.past + tokens))
+            check_mask(self._run.mask, (feature.shape[0], self._run.past + feature.shape[1]))
         if not self._gradients:
             self._give(layer, feature)
             return
@@ -357,8 +326,6 @@ class LadderPass:
             torch.set_grad_enabled(self._gradients)
 
     def _give(self, layer: int, feature: Tensor) -> None:
-        if self.backbone.plain:
-            feature = feature.clone()  # an activation in place may follow
         self._run.feed(layer, feature.to(self._device))
 
     def _output(self, last_feature: Tensor) -> Tensor:
@@ -371,33 +338,6 @@ class LadderPass:
         torch.set_grad_enabled(self._gradients)
         if (autocast := autocast_of(hidden)) is not None:
             self._head.enter_context(autocast)
-
-
-# -- layers ------------------------------------------------------------------------------------------------------
-
-
-def compile_layers(backbone: Backbone, options: Mapping[str, Any]) -> None:
-    """Compile each layer, with options of `torch.compile`. Hooks on a layer stay outside of what is compiled."""
-    for layer in backbone.layers:
-        layer.forward = _CompiledForward(layer, options)
-
-
-class _CompiledForward:
-    """The forward of a layer, compiled at its first call. A copy of the model compiles again, for its own layer."""
-
-    def __init__(self, layer: nn.Module, options: Mapping[str, Any]) -> None:
-        own = vars(layer).get("forward")
-        self._forward: Any = own._forward if isinstance(own, _CompiledForward) else layer.forward
-        self._options = options
-        self._compiled: Any = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._compiled is None:
-            self._compiled = torch.compile(self._forward, **self._options)
-        return self._compiled(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_compiled": None}
 
 
 def autocast_of(feature: Tensor) -> contextlib.AbstractContextManager[Any] | None:
@@ -417,32 +357,3 @@ def _did_not_run(backbone: Backbone, idle: list[int]) -> str:
         "feature_modules layers that run in every pass, in their order: single modules of model.named_modules(), or "
         "a list that the model runs one module after the other."
     )
-
-
-def _as_tokens(feature: Any, layer: int) -> Tensor:
-    """A feature as `(B, T, d)`; see `listen`."""
-    if isinstance(feature, Tensor) and feature.is_nested:
-        raise FastpeftError(
-            f"the feature of layer {layer} is a nested tensor, whose rows have no padding; a side network reads "
-            "(B, T, d). Make torch's nn.TransformerEncoder with enable_nested_tensor=False, or set its "
-            "use_nested_tensor to False."
-        )
-    if isinstance(feature, Tensor) and feature.is_floating_point():
-        if feature.ndim == 2:
-            return feature[:, None]
-        if feature.ndim == 3:
-            return feature
-        if feature.ndim == 4:
-            return feature.flatten(2).mT
-    found = f"{feature.dtype} {tuple(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
-    raise FastpeftError(
-        f"the feature of layer {layer} is {found.removeprefix('torch.')}; allowed are floating-point (B, T, d), (B, d) "
-        "and (B, C, H, W). Name in feature_modules layers whose input and output have one of these shapes."
-    )
-
-
-def _from_tokens(tokens: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_as_tokens`, for a feature that had `shape`."""
-    if len(shape) == 2:
-        return tokens[:, 0]
-    return tokens if len(shape) == 3 else tokens.mT.reshape(shape)

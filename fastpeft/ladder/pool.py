@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,6 @@ from fastpeft.ladder.generation import with_cache
 from fastpeft.ladder.passes import Known, features_of, run_body
 from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache, check_mode, check_shared_head
 from fastpeft.ladder.pool_members import Admission, Members, leave_backbone, share_backbone
-from fastpeft.ladder.pool_training import (
-    LABELS,
-    Batch,
-    MemberTrainer,
-    RandomStream,
-    StepLock,
-    Stepping,
-    Stop,
-    join,
-    source_of,
-    steps_of,
-)
 from fastpeft.ladder.probe import check_generates, decide_causal
 from fastpeft.ladder.side import SideRun
 from fastpeft.ops.quantise import check_format
@@ -40,7 +28,10 @@ from fastpeft.prompts.model import inside_prompt
 from fastpeft.support.eval_mode import in_eval_mode
 from fastpeft.support.four_bits import keep_form
 
+LABELS = ("labels", "start_positions", "end_positions")
 _MASKS = "mask_positions"  # an input of members with a prompt only
+
+Batch: TypeAlias = Mapping[str, Tensor]
 
 
 class LadderPool:
@@ -48,8 +39,8 @@ class LadderPool:
 
     Requests for different tasks share a batch: the backbone makes one pass over all rows, side networks of one shape
     are computed as one, and each row gets the answer of its task's head. Several side networks can train from one pass
-    too. Beside a decoder they generate text, see `generate`. Each member is an ordinary `LadderModel`, or a
-    `PromptModel` around one, on the pool's backbone.
+    too, see `outputs`. Beside a decoder they generate text, see `generate`. Each member is an ordinary `LadderModel`,
+    or a `PromptModel` around one, on the pool's backbone.
 
     Args:
         base: a transformers model of text with a head, or PEFT's wrapper of one. It is not copied; its backbone is
@@ -61,8 +52,7 @@ class LadderPool:
 
     Notes:
         Threads may call, add and remove at the same time: one pass runs at a time, and a call answers with the tasks
-        that were there at its start. Calls may also come while members train by `fit`: they run between the steps. Do
-        not add or remove members while one trains. A member that is called by itself does not wait: no other call may
+        that were there at its start. A member that is called by itself does not wait: no other call may
         run meanwhile. A base has one pool. Side networks of one shape share memory: optimizers and
         `load_state_dict` may change weights (not with `assign=True`: remove the member and add it again), but remove a
         member before you move it to another device, dtype or process.
@@ -103,9 +93,9 @@ class LadderPool:
         self.backbone.body.eval()
         self._members = Members({}, [])
         self._changing = threading.Lock()
-        # one at a time: a pass listens to the backbone's layers, a call changes modes, and fit exchanges random states
-        self._passing = threading.RLock()
-        self._step_lock = StepLock(self._passing)
+        self._passing = (
+            threading.RLock()
+        )  # one at a time: a pass listens to the backbone's layers, a call changes modes
         self._admission = Admission(self.backbone, dtype, feature_modules, self._passing)
 
     @property
@@ -119,9 +109,6 @@ class LadderPool:
 
     def __contains__(self, name: object) -> bool:
         return name in self._members.models
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tasks)
 
     # -- members -------------------------------------------------------------------------------------------------
 
@@ -229,8 +216,7 @@ class LadderPool:
         """Generate text for rows of different tasks, beside a decoder, as each task's `LadderModel.generate` does.
 
         Each new token takes one pass of the backbone over all rows, and one of each task's side network over its own.
-        Rows of a task that follow each other save copies. Calls run between two tokens, and members come and
-        go; steps of `fit` wait until the answer has ended.
+        Rows of a task that follow each other save copies. Calls run between two tokens, and members come and go.
 
         Args:
             batch: as a call takes it. Pad prompts on the left.
@@ -262,8 +248,7 @@ class LadderPool:
         if CACHE not in options:
             raise FastpeftError("use_cache=False: a pool generates with a cache only. Leave it out.")
         check_cache(options[CACHE], tasks)
-        with self._step_lock.answer():
-            return decoder.generate(**batch, **options)
+        return decoder.generate(**batch, **options)
 
     def _encode(self, members: Members, batch: Batch, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """The output of each task's side network for its rows, `(rows of the task, T, d)` in the backbone's dtype."""
@@ -296,90 +281,34 @@ class LadderPool:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def outputs(self, batch: Batch | Mapping[str, Batch], tasks: Iterable[str] | None = None) -> Iterator[Any]:
+    def outputs(self, batch: Batch, tasks: Iterable[str] | None = None) -> Iterator[Any]:
         """The output of each member for a batch, from one pass of the backbone: for training loops of your own.
 
         Members run one after the other as the iterator advances, each as its model alone would. So only one graph is
         alive if the loop calls `backward` on each loss.
 
         Args:
-            batch: one batch with labels for all members, or `{task: batch}`.
-            tasks: which members; by default all, or those that `batch` names.
+            batch: with labels, for all members.
+            tasks: which members; by default all.
 
         Yields:
             `(task, output)`, where the output has `loss` and `logits` with their graph.
 
         Raises:
-            FastpeftError: a task is not in the pool, or a batch has unknown entries.
+            FastpeftError: a task is not in the pool, or the batch has unknown entries.
         """
         members = self._members
-        given: Any = batch
-        by_task = bool(batch) and all(isinstance(value, Mapping) for value in batch.values())
-        names = list(tasks if tasks is not None else batch if by_task else members.models)
-        chosen = {name: members[name] for name in names}
-        passed = self._features({name: given[name] if by_task else given for name in names})
+        chosen = {name: members[name] for name in (members.models if tasks is None else tasks)}
+        batch = self._check_batch(batch)
+        body = self.backbone.body
+        with self._passing, torch.no_grad(), in_eval_mode(body.modules() if body.training else ()):
+            features = None if self.feature_cache is None else self.feature_cache.features(batch)
+            if features is None:
+                features = features_of(self.backbone, batch)
         for name, member in chosen.items():
-            yield name, self._train_pass(member, *passed[name])
-
-    def fit(
-        self,
-        data: Iterable[Batch] | Mapping[str, Iterable[Batch]],
-        optimizers: Mapping[str, Stepping],
-        *,
-        epochs: int = 1,
-        seed: int | Mapping[str, int] = 0,
-        max_grad_norm: float | None = None,
-        stop: Stop | None = None,
-    ) -> dict[str, list[float]]:
-        """Train members together, each with its own optimizer, schedule and stop, by one backbone pass a step.
-
-        Args:
-            data: batches with labels, such as a DataLoader, that all members see (a search for a learning rate or a
-                seed); or `{task: batches}` (many tasks), where a member ends with its batches.
-            optimizers: for each member that trains its optimizer, or a pair of optimizer and scheduler. The scheduler
-                steps once a step; a `ReduceLROnPlateau` gets the step's loss.
-            epochs: number of passes through `data`, which may be an iterator for one epoch only.
-            seed: of the random numbers in training (dropout), for all members or by task; 0 for a task not named.
-            max_grad_norm: where to clip each member's gradient norm; None does not clip.
-            stop: called as `stop(task, step, loss)` after each step, from 1; True ends that member's training.
-
-        Returns:
-            The loss of each step, by task.
-
-        Raises:
-            FastpeftError: as by `outputs`, or a loss is not finite: then that member makes no step.
-
-        Notes:
-            On batches for all, a member trains as its model alone in a loop after `torch.manual_seed(seed)`, to the
-            bit; on batches of its own to rounding, since the backbone gets all batches padded to one length. Several
-            processes exchange no gradients: each trains members of its own. With `layer_drop` they wait for each other
-            at every step, so all must make equally many.
-        """
-        members = self._members
-        if isinstance(seed, Mapping) and (extra := seed.keys() - optimizers.keys()):
-            raise FastpeftError(f"there is a seed for {', '.join(sorted(extra))}, but no optimizer. Leave it out.")
-        trainers = {}
-        for name, stepping in optimizers.items():
-            own_seed = seed.get(name, 0) if isinstance(seed, Mapping) else seed
-            stream = RandomStream(own_seed, self.backbone.core.device)
-            trainers[name] = MemberTrainer(name, members[name], stepping, stream, max_grad_norm)
-        stopped: set[str] = set()
-        try:
-            with self._passing:
-                for trainer in trainers.values():
-                    trainer.model.train()
-            for batches in steps_of(data, tuple(trainers), epochs, stopped):
-                for name, passed in self._features(batches).items():
-                    trainer = trainers[name]
-                    with self._step_lock.step():  # no call runs during a step or draws from its stream
-                        trainer.step(partial(self._train_pass, trainer.model, *passed))
-                    if stop is not None and stop(name, len(trainer.losses), trainer.losses[-1]):
-                        stopped.add(name)
-        finally:
-            with self._passing:
-                for trainer in trainers.values():
-                    trainer.model.eval()
-        return {name: trainer.losses for name, trainer in trainers.items()}
+            with self._passing:  # a call would change its mode, and the model may stand on the pool's base itself
+                output = _run(member, batch, features)
+            yield name, output
 
     @overload
     def cache_features(self, folder: None, max_bytes: int | None = ...) -> None: ...
@@ -390,32 +319,13 @@ class LadderPool:
     def cache_features(
         self, folder: str | os.PathLike[str] | None, max_bytes: int | None = None
     ) -> FeatureCache | None:
-        """From now on `fit` and `outputs` read features from a folder, and run the backbone only on new rows.
+        """From now on `outputs` reads features from a folder, and runs the backbone only on new rows.
 
         It is the folder of `LadderModel.cache_features`, with the same arguments, result and errors. A `LadderModel`
         with this backbone shares its rows. Calls of the pool do not use the cache.
         """
         self.feature_cache = None if folder is None else FeatureCache(self.backbone, folder, max_bytes)
         return self.feature_cache
-
-    def _features(self, batches: Mapping[str, Batch]) -> dict[str, tuple[list[Tensor], Batch]]:
-        """For each batch its features `B_0 .. B_L` and its inputs, from the cache or one pass over all batches."""
-        if not batches:
-            return {}
-        distinct = {id(batch): self._check_batch(batch) for batch in batches.values()}
-        joined, places = join(distinct, getattr(self.backbone.core.config, "pad_token_id", None) or 0)
-        body = self.backbone.body
-        with self._passing, torch.no_grad(), in_eval_mode(body.modules() if body.training else ()):
-            features = None if self.feature_cache is None else self.feature_cache.features(joined)
-            if features is None:
-                features = features_of(self.backbone, joined)
-        passed = {key: ([feature[places[key]] for feature in features], batch) for key, batch in distinct.items()}
-        return {name: passed[id(batch)] for name, batch in batches.items()}
-
-    def _train_pass(self, member: Any, features: Sequence[Tensor], batch: Batch) -> Any:
-        """The output of a member in training, on the features of its batch."""
-        with self._passing:  # a call would change its mode, and the model may stand on the pool's base itself
-            return _run(member, batch, features)
 
     # -- batches -------------------------------------------------------------------------------------------------
 
@@ -454,6 +364,11 @@ class LadderPool:
                 )
             batch[name] = given.expand(shape)
         return {name: value.to(self.backbone.core.device) for name, value in batch.items()}
+
+
+def source_of(batch: Batch) -> Tensor:
+    """The input whose shape gives the rows and tokens of a batch."""
+    return batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
 
 
 def _run(member: Any, batch: Batch, known: Known) -> Any:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import GenerationMixin
@@ -74,10 +73,10 @@ def probe(backbone: Backbone, *, by_pass: bool = False) -> Probe:
     """
     found: Probe | None = backbone.probed
     if found is None:
-        generates = not backbone.plain and bool(backbone.core.can_generate())
+        generates = bool(backbone.core.can_generate())
         masked = backbone.class_name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
         predicts = generates and not backbone.encodes_and_decodes and not masked
-        found = Probe(predicts, not backbone.plain and _keeps_keys(backbone))
+        found = Probe(predicts, _keeps_keys(backbone))
     if by_pass and not found.passed:
         found = _after_pass(backbone, found)
     backbone.probed = found
@@ -128,7 +127,7 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
             fails and `given` is None; or layers do not run in it; or it is the decoder of an encoder-decoder.
     """
     kind, predicts = backbone.class_name, probe(backbone).predicts
-    of_both = not backbone.plain and backbone.encodes_and_decodes and backbone.core.can_generate()
+    of_both = backbone.encodes_and_decodes and backbone.core.can_generate()
     if of_both and backbone.encoder is None:
         raise FastpeftError(
             f"the side network would read the decoder of the {kind}, which reads other tokens than its encoder: the "
@@ -160,26 +159,6 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
     return True
 
 
-def check_causal(causal: bool | None, base: nn.Module, logits: Any, read: tuple[int, int] | None) -> None:
-    """Raise `FastpeftError` if a module answers for each token and `causal` is unknown: it may predict next tokens.
-
-    Args:
-        causal: the configuration's.
-        base: the module.
-        logits: what it returned.
-        read: B and T of its features, where answers may be `(B, T)`, as forecasts are, or `(B T, classes)`.
-    """
-    if causal is not None or not isinstance(logits, Tensor):
-        return
-    rows, tokens = read or (0, 0)
-    for_each = tokens > 1 and (logits.shape == read or logits.shape[:1] == (rows * tokens,))
-    if logits.ndim == 3 or for_each:
-        raise FastpeftError(
-            f"the base, a {type(base).__name__}, returned logits {tuple(logits.shape)}. Give LadderConfig(causal=True) "
-            "if it predicts next tokens, causal=False if its tokens may see later ones."
-        )
-
-
 def check_answers(backbone: Backbone) -> None:
     """Raise `FastpeftError` if a base's answer depends on its input in other ways than by its last layer's output.
 
@@ -191,30 +170,6 @@ def check_answers(backbone: Backbone) -> None:
             "network by. Name in feature_modules whole layers, each of which reads the output of the one before, or "
             "load a model of another architecture."
         )
-
-
-def warn_of_other_ways(backbone: Backbone, inputs: Any) -> bool:
-    """Warn if a module's answer depends on `inputs` in other ways than by its last layer's output; see `check_answers`.
-
-    It is no error: a module may be meant so, as one that gives a series its mean again.
-
-    Returns:
-        False where the inputs are of one row, which cannot tell: ask again.
-    """
-    several = dist.is_available() and dist.is_initialized()  # which have rows of their own, and as many passes
-    if several or not isinstance(inputs, Tensor) or inputs.ndim == 0 or not _has_values(backbone.core):
-        return True
-    if len(inputs) < 2 or inputs[0].equal(inputs[-1]):
-        return False
-    with contextlib.suppress(Exception):  # of two rows some modules make others
-        if _passes_by(backbone, {"inputs": inputs[[0, -1]]}, []):
-            logger.warning(
-                "%s, which the side network replaces: what else it reads passes the side network by, as it does where "
-                "a head adds up all layers (use_weighted_layer_sum) or a network has skips. Unless that is meant, name "
-                "other layers in feature_modules, or let the head read the last one alone",
-                _not_alone(backbone),
-            )
-    return True
 
 
 def _keeps_keys(backbone: Backbone) -> bool:
@@ -236,7 +191,7 @@ def _after_pass(backbone: Backbone, found: Probe) -> Probe:
     features: list[Tensor] = []
     passed_by, failure, causal = False, "", None
     if _has_values(core):
-        whole = not backbone.plain and (of_images or not backbone.encodes_and_decodes)  # a decoder reads the text again
+        whole = of_images or not backbone.encodes_and_decodes  # a decoder reads the text again
         for given in _tiny_inputs(backbone, of_images) if whole else ():
             try:
                 passed_by = _passes_by(backbone, given, features if given.keys() == {"input_ids"} else [])
@@ -259,11 +214,11 @@ def _after_pass(backbone: Backbone, found: Probe) -> Probe:
     return replace(found, passed=True, causal=causal, passed_by=passed_by, failure=failure)
 
 
-def _declares_causal(backbone: Backbone) -> bool | None:
+def _declares_causal(backbone: Backbone) -> bool:
     """What the configuration and the layers declare."""
     if any(getattr(module, "is_causal", False) for layer in backbone.layers for module in layer.modules()):
         return True
-    return None if backbone.plain else bool(getattr(backbone.core.config, "is_decoder", False))
+    return bool(getattr(backbone.core.config, "is_decoder", False))
 
 
 def _is_causal(features: list[Tensor]) -> bool | None:
@@ -338,20 +293,15 @@ def _answers_differ(backbone: Backbone, given: Mapping[str, Tensor], features: l
 
     def replaced(feature: Tensor) -> Tensor:
         nonlocal reads
-        if backbone.plain and len(feature) != rows:
-            raise ValueError("the rows of a feature are not those of the inputs")
         parts = feature.chunk(rows)  # each perhaps several rows, as of the patches of an image
         reads = len(given) == 1 or not parts[0].equal(parts[-1])
         return torch.cat([parts[0]] * rows)
 
     with _leaving_no_trace(backbone), listen(backbone, lambda _, each: features.append(each), replaced):
-        if backbone.plain:
-            outputs = {"logits": core(given["inputs"])}
-        else:
-            arguments: dict[str, Any] = backbone.arguments(given)
-            if "interpolate_pos_encoding" in parameters_of(core):
-                arguments["interpolate_pos_encoding"] = True  # for images of any size
-            outputs = core(**arguments, return_dict=True)
+        arguments: dict[str, Any] = backbone.arguments(given)
+        if "interpolate_pos_encoding" in parameters_of(core):
+            arguments["interpolate_pos_encoding"] = True  # for images of any size
+        outputs = core(**arguments, return_dict=True)
     # (B, ...), such as classes and boxes; else the first, but for a loss, by which routers balance their experts
     tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.ndim}
     answers = [value for name, value in tensors.items() if "logits" in name or name.startswith("pred")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import os
 import reprlib
 from collections.abc import Mapping, Sequence, Set
@@ -15,7 +14,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -27,8 +26,6 @@ from fastpeft.support.adapter_files import PREFIX, check_adapter
 from fastpeft.support.hub import HUB_ARGUMENTS, model_options
 from fastpeft.support.model_card import model_card, write_card
 from fastpeft.support.safe_paths import check_named_files
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, in PEFT's format
 # fields of a base's configuration that other libraries read from a model's, as sentence-transformers and `generate` do
@@ -62,7 +59,6 @@ class SavedModel(PreTrainedModel):
             )
         describe_base(self.config, self.backbone)
         if not self.config.base_fingerprints:
-            warn_of_new_words(self.config, self.backbone)
             self.config.base_fingerprints = fingerprints(self.backbone, self.adapters.values(), skip_trained=True)
         if kwargs.get("is_main_process", True):
             write_card_of(self.config, Path(save_directory))
@@ -238,17 +234,17 @@ def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
 
 
 def agree_on_problem(config: LadderConfig, backbone: Backbone) -> None:
-    """Give a transformers base, whose head computes the loss, the `problem_type` that is asked for.
+    """Give the base, whose head computes the loss, the `problem_type` that is asked for.
 
     Raises:
         FastpeftError: it has another, or there is none of that name.
     """
-    own = None if backbone.plain else getattr(backbone.core.config, "problem_type", None)
+    own = getattr(backbone.core.config, "problem_type", None)
     if config.problem_type not in (None, own, *_PROBLEMS):  # transformers takes any, and computes no loss for others
         raise FastpeftError(
             f"problem_type={config.problem_type!r}; allowed are {', '.join(map(repr, _PROBLEMS))}, and None."
         )
-    if backbone.plain or config.problem_type is None:
+    if config.problem_type is None:
         return
     if own not in (None, config.problem_type):
         raise FastpeftError(
@@ -265,8 +261,6 @@ def describe_base(config: LadderConfig, backbone: Backbone) -> None:
     """
     core, text = backbone.core, backbone.text_config
     config.base_class = type(core).__name__
-    if backbone.plain:
-        return
     sizes = {name: getattr(text, name) for name in _SIZES if hasattr(text, name)}
     task = task_fields(core.config)
     labels = task.get("id2label", {})
@@ -276,29 +270,6 @@ def describe_base(config: LadderConfig, backbone: Backbone) -> None:
         setattr(config, name, value)
     config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path
     config.base_revision = getattr(core.config, "_commit_hash", None) or config.base_revision
-
-
-def warn_of_new_words(config: LadderConfig, backbone: Backbone) -> None:
-    """Warn where the base has another number of words than the model by whose name it is loaded again."""
-    name, own = config.base_model_name_or_path, getattr(backbone.text_config, "vocab_size", None)
-    if backbone.plain or name is None or own is None:
-        return
-    try:
-        saved = AutoConfig.from_pretrained(
-            name, revision=config.base_revision or "main", trust_remote_code=False, local_files_only=True
-        )
-    except Exception:  # it is not at hand, or of a kind that transformers does not know
-        return
-    before = getattr(saved.get_text_config(), "vocab_size", own)
-    if before != own:
-        logger.warning(
-            "the base knows %d words and %s, by whose name it is loaded again, %d. The new ones are in no file of a "
-            "side network, so save the base too: model.base.save_pretrained(FOLDER). Load it from there, and give it "
-            "to LadderModel.from_pretrained(..., base=...)",
-            own,
-            name,
-            before,
-        )
 
 
 def task_fields(config: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class SideNetwork(nn.Module):
 
     Args:
         config: the configuration of the side network.
-        hidden_size: d, or the widths of the L + 1 features if they differ; D is a fraction of the widest.
+        hidden_size: d, of which D is a fraction.
         num_layers: L.
         activation: name of the feed-forward activation in transformers.
         causal: whether tokens see only those before them.
@@ -53,8 +53,7 @@ class SideNetwork(nn.Module):
         completes: of a layer, the blocks of which it is the last to be read.
 
     Raises:
-        FastpeftError: the widths do not divide, the backbone has fewer layers than `layers_per_block`, or projections
-            are to be shared by features of different widths.
+        FastpeftError: the widths do not divide, or the backbone has fewer layers than `layers_per_block`.
 
     Example:
         >>> side = SideNetwork(LadderConfig(window_size=3), hidden_size=64, num_layers=2)
@@ -65,7 +64,7 @@ class SideNetwork(nn.Module):
     def __init__(
         self,
         config: LadderConfig,
-        hidden_size: int | Sequence[int],
+        hidden_size: int,
         num_layers: int,
         activation: str = "gelu",
         causal: bool = False,
@@ -75,14 +74,8 @@ class SideNetwork(nn.Module):
         self.gradient_checkpointing = False  # transformers sets it, and the function that does it
         self._gradient_checkpointing_func: Any = None
         self.num_layers, self.activation, self.causal = num_layers, activation, causal
-        self.feature_sizes = (num_layers + 1) * [hidden_size] if isinstance(hidden_size, int) else list(hidden_size)
-        if config.share_projections and len(set(self.feature_sizes)) > 1:
-            raise FastpeftError(
-                f"share_projections=True with features of the widths {', '.join(map(str, self.feature_sizes))}: one "
-                "matrix reads one width. Leave it out, or name in feature_modules layers of one width."
-            )
-        widest = max(self.feature_sizes)
-        self.width = _divide("reduction_factor", config.reduction_factor, "the backbone's width", widest)
+        self.hidden_size = hidden_size
+        self.width = _divide("reduction_factor", config.reduction_factor, "the backbone's width", hidden_size)
         heads = max(each for each in range(1, max(1, self.width // _HEAD_WIDTH) + 1) if self.width % each == 0)
         step = config.step(num_layers)
         if step > num_layers:
@@ -92,7 +85,7 @@ class SideNetwork(nn.Module):
         self.places = range(num_layers, 0, -step)[::-1]
         windows = self._place_windows(config.window_size)
         gated = config.fusion == "gated"  # a gate has no position vectors, so its projection keeps a bias
-        self.down = nn.Linear(self.feature_sizes[0], self.width)
+        self.down = nn.Linear(hidden_size, self.width)
         self._make_projections(step, bias=gated)
         self.blocks = nn.ModuleList(
             SideBlock(
@@ -104,7 +97,7 @@ class SideNetwork(nn.Module):
             )
             for block in windows
         )
-        self.up = nn.Linear(self.width, self.feature_sizes[-1])
+        self.up = nn.Linear(self.width, hidden_size)
         if config.output_mix == "add":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
@@ -119,11 +112,10 @@ class SideNetwork(nn.Module):
         self.shared_projection: nn.Linear | None = None
         self.projections = nn.ModuleDict()
         if self.config.share_projections:
-            self.shared_projection = nn.Linear(self.feature_sizes[0], len(slots) * self.width, bias=bias)
+            self.shared_projection = nn.Linear(self.hidden_size, len(slots) * self.width, bias=bias)
             return
         for layer, readers in sorted(self.readers.items()):
-            rows = len(readers) * self.width
-            self.projections[str(layer)] = nn.Linear(self.feature_sizes[layer], rows, bias=bias)
+            self.projections[str(layer)] = nn.Linear(self.hidden_size, len(readers) * self.width, bias=bias)
 
     def _place_windows(self, window_size: int) -> dict[int, list[int]]:
         """Find `readers` and `completes`, and for each block its slots inside the backbone."""

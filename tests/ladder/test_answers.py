@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
 from backbones import IDS, SPECIAL, TINY, moved, tiny, vit
-from torch import Tensor, nn
+from torch import nn
 
-from fastpeft import FastpeftError, LadderModel
+from fastpeft import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.probe import check_answers
 
@@ -119,41 +117,3 @@ def test_a_head_that_reads_beside_layers_of_several_rows_an_image_is_refused() -
     named = {"feature_modules": "mobilevit.encoder.layer.4.transformer.layer"}
     with pytest.raises(FastpeftError, match=r"comes not from the output of mobilevit\.encoder\.layer\.4\.\S+ alone"):
         moved(base.eval(), **named)
-
-
-class Sums(nn.Module):
-    """A head that reads the sum of these layers, as that of wav2vec2 with use_weighted_layer_sum does."""
-
-    def __init__(self, *read: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
-        self.head = nn.Linear(8, 3)
-        self.read, self.rows = read, []
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.rows.append(len(inputs))
-        states = [inputs]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return self.head(sum(states[layer] for layer in self.read))
-
-
-def test_a_module_whose_answer_passes_the_side_network_by_is_told_of_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """By a pass over two rows, at the first that there are; a loaded side network was told of when it was made."""
-    model, inputs = moved(Sums(0, 1, 2, 3), feature_modules="layers"), torch.randn(5, 8)
-    model(inputs=inputs[:1])
-    assert "alone" not in caplog.text
-    model.train()(inputs=inputs)
-    assert "the answer of the Sums comes not from the output of layers.2 alone" in caplog.text
-    assert "passes the side network by" in caplog.text
-    assert model.base.head.training
-    caplog.clear()
-    model(inputs=inputs)
-    assert model.base.rows == [1, 5, 2, 2, 5]  # the second pass of two rows, equal ones, shows that nothing is random
-    model.save_pretrained(tmp_path)
-    LadderModel.from_pretrained(tmp_path, base=Sums(0, 1, 2, 3))(inputs=inputs)
-    moved(Sums(3), feature_modules="layers")(inputs=inputs)
-    assert "alone" not in caplog.text

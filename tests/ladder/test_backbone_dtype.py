@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -122,21 +121,6 @@ def test_codes_are_multiplied_as_they_are_where_no_gradient_is_asked_for() -> No
         assert layer(x).equal(half)
     assert half.dtype == torch.bfloat16
     assert relative(half, expected) < 0.02
-
-
-@FORMATS
-def test_a_module_whose_layers_are_linear_or_read_the_weights_of_theirs(kind: Any) -> None:
-    torch.manual_seed(0)
-    linear = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 3))
-    encoder = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 3))
-    for base, names, width in ((linear, ["0", "2"], 8), (encoder, ["0"], 16)):
-        config = LadderConfig(window_size=1, reduction_factor=4, feature_modules=names, backbone_dtype=kind)
-        sizes = {} if base is linear else {"feature_sizes": [16, 16]}
-        config = LadderConfig(**{**config.to_diff_dict(), **sizes, "causal": False})
-        model = LadderModel(base, config).train()
-        model(inputs=torch.randn(5, 4, width), labels=torch.zeros(5, 4, dtype=torch.long)).loss.backward()
-        assert type(base[-1]) is nn.Linear
-        assert any(isinstance(module, QuantisedLinear) for module in base.modules())
 
 
 @pytest.mark.long(but="nf4")
@@ -289,9 +273,6 @@ def test_a_base_that_does_not_fit_is_refused_and_left_as_it_is() -> None:
     with pytest.raises(FastpeftError, match="quantised already"):
         ladder(quantised, backbone_dtype="bfloat16")
     assert quantised.roberta.embeddings.word_embeddings.weight.dtype == torch.float32
-    norms = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
-    with pytest.raises(FastpeftError, match=r"has none\. Use backbone_dtype='bfloat16'"):
-        LadderModel(norms, LadderConfig(feature_modules=["0"], feature_sizes=[8, 8], backbone_dtype="int8"))
 
 
 # -- a base that came quantised ----------------------------------------------------------------------------------
@@ -363,74 +344,3 @@ def test_a_base_quantised_by_torchao_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------
-
-
-class Counting:
-    """A backend of `torch.compile` that runs what it is given and counts it."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: Any, _: Any) -> Any:
-        self.graphs += 1
-        return graph.forward
-
-
-@pytest.mark.long(but="None")
-@pytest.mark.parametrize("kind", [None, "bfloat16", "int8", NF4])
-def test_a_compiled_backbone_is_the_same(kind: Any) -> None:
-    model = ladder(tiny(num_hidden_layers=12), backbone_dtype=kind).eval()
-    before, expected = copy.deepcopy(model.base.state_dict()), logits(model)
-    torch._dynamo.reset()
-    backend = Counting()
-    model.compile_backbone(backend=backend, fullgraph=True)
-    torch.testing.assert_close(logits(model), expected)
-    assert 1 <= backend.graphs <= 12
-    count = backend.graphs
-    logits(model)
-    assert backend.graphs == count, "hooks of a new pass compile nothing anew"
-    train_a_little(model)
-    frozen = {name for name in before if f"base.{name}" not in model._trained}
-    assert all(model.base.state_dict()[name].equal(before[name]) for name in frozen)
-
-
-def test_copies_of_a_compiled_model_run_their_own_layers(tmp_path: Path) -> None:
-    model = ladder().eval()
-    expected = logits(model)
-    model.compile_backbone(backend="eager")
-    logits(model)
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    model.backbone.layers[0].output.dense.weight.data.zero_()
-    assert not logits(model).equal(expected)
-    for each in copies:
-        assert logits(each).equal(expected)
-    model.compile_backbone(backend="aot_eager")
-    assert not logits(model).equal(expected)
-    copies[0].save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(LadderModel.from_pretrained(tmp_path, base=tiny())), expected)
-
-
-def test_a_compiled_model_can_be_simulated_cached_and_in_a_pool(tmp_path: Path) -> None:
-    model, plain = ladder(), ladder()
-    model.compile_backbone(backend="eager")
-    assert simulate_training_step(model, BATCH) == simulate_training_step(plain, BATCH)
-    expected = logits(plain.eval())
-    model.eval().cache_features(tmp_path)
-    for _ in range(2):
-        torch.testing.assert_close(logits(model), expected)
-    model.cache_features(None)
-    base = tiny()
-    ladder(base).compile_backbone(backend="eager")
-    pool = LadderPool(base)
-    pool.add("new", LadderConfig(**SMALL))
-    torch.testing.assert_close(answers(pool, 3 * ["new"]), logits(pool["new"]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, "int8"])
-def test_a_backbone_compiled_by_inductor_is_the_same_to_rounding(kind: Any) -> None:
-    model = ladder(backbone_dtype=kind).eval()
-    expected = logits(model)
-    torch._dynamo.reset()
-    model.compile_backbone()
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)

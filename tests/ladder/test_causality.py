@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft import FastpeftError, LadderModel, LadderPool
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.probe import decide_causal
 
 IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -213,66 +212,6 @@ def test_of_an_encoder_with_a_decoder_of_words_the_former_is_read() -> None:
     assert changed.tolist() == 4 * [False] + [True]
 
 
-class Decoder(nn.Module):
-    """A model of next tokens, written by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(64, 16)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(3))
-        self.head = nn.Linear(16, 64)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
-        for block in self.blocks:
-            x = block(x, src_mask=mask)
-        logits: Tensor = self.head(x)
-        return logits
-
-
-def test_a_module_that_answers_for_each_token_must_be_told_of() -> None:
-    untold = ladder(Decoder(), feature_modules="blocks")
-    for labels in (None, IDS):
-        with pytest.raises(FastpeftError, match=r"a Decoder, returned logits \(2, 7, 64\).*causal=True.*causal=False"):
-            untold(inputs=IDS, labels=labels)
-    assert_no_later_token_is_seen(moved(Decoder(), feature_modules="blocks", causal=True))
-    assert changes(moved(Decoder(), feature_modules="blocks", causal=False))[0] > 1e-3
-
-
-class Forecast(Decoder):
-    """One number for each token."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids)[..., 0]
-
-
-class Flat(Decoder):
-    """The tokens of all rows one after another."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids).flatten(0, 1)
-
-
-@pytest.mark.parametrize(("kind", "shape"), [(Forecast, r"\(2, 7\)"), (Flat, r"\(14, 64\)")])
-def test_answers_for_each_token_in_two_dimensions_must_be_told_of_too(kind: type[Decoder], shape: str) -> None:
-    untold = ladder(kind(), feature_modules="blocks")
-    with pytest.raises(FastpeftError, match=rf"returned logits {shape}\. Give LadderConfig\(causal=True\)"):
-        untold(inputs=IDS)
-    assert ladder(kind(), feature_modules="blocks", causal=True)(inputs=IDS).logits.isfinite().all()
-
-
-def test_a_later_batch_with_a_token_for_each_class_is_no_answer_for_each() -> None:
-    class Classes(Decoder):
-        def forward(self, ids: Tensor) -> Tensor:
-            return super().forward(ids)[:, -1, :5]
-
-    model = ladder(Classes(), feature_modules="blocks")
-    for tokens in (7, 5):
-        assert model(inputs=IDS[:, :tokens]).logits.shape == (2, 5)
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_to_find_out_leaves_no_trace(training: bool) -> None:
     base = causal_model("gpt2").train(training)
@@ -310,9 +249,10 @@ def test_big_bird_keeps_its_sparse_attention() -> None:
     assert base.bert.attention_type == "block_sparse"
 
 
-def test_to_find_out_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_find_out_compiles_nothing() -> None:
     backbone = Backbone(causal_model("gpt2"))
-    compile_layers(backbone, {"backend": lambda graph, _: pytest.fail("compiled")})
+    for layer in backbone.layers:
+        layer.compile(backend=lambda graph, _: pytest.fail("compiled"))
     assert decide_causal(backbone, None) is True
 
 

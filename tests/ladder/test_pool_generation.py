@@ -142,33 +142,6 @@ def test_others_come_and_go_between_two_tokens() -> None:
     assert said[0].equal(alone)
 
 
-def test_what_is_said_meanwhile_does_not_change_what_is_learned() -> None:
-    """Sampling and a step of training draw from one random state of the process."""
-
-    def losses(speaks: bool) -> list[float]:
-        pool = pool_beside(causal_model("llama"))
-        pool.remove("lst")
-        far(pool.add("learns", LadderConfig(**SMALL, layer_drop=0.5)), 7)
-        optimizer = torch.optim.SGD([p for p in pool["learns"].parameters() if p.requires_grad], lr=1e-3)
-        over = threading.Event()
-
-        def speak() -> None:
-            while not over.is_set():
-                pool.generate(PROMPTS, ["other"] * 5, **{**GREEDY, "do_sample": True, "max_new_tokens": 3})
-
-        thread = threading.Thread(target=speak, daemon=True)
-        if speaks:
-            thread.start()
-        try:
-            return pool.fit([{"input_ids": WORDS, "labels": WORDS}] * 12, {"learns": optimizer})["learns"]
-        finally:
-            over.set()
-            if speaks:
-                thread.join(60)
-
-    assert losses(speaks=True) == losses(speaks=False)
-
-
 def test_prompts_may_be_embeddings() -> None:
     pool = pool_beside(causal_model("llama"))
     embedded = {"inputs_embeds": pool.base.get_input_embeddings()(WORDS), "attention_mask": MASK}

@@ -282,16 +282,6 @@ def test_blocks_are_dropped_as_often_as_asked() -> None:
     assert len(set(map(frozenset, runs))) == 2**LAYERS  # each by itself
 
 
-def test_features_of_unequal_widths() -> None:
-    sizes = [6, 16, 10, 12]
-    side = SideNetwork(LadderConfig(reduction_factor=2, window_size=3), sizes, LAYERS)
-    layers = [torch.randn(2, 5, size) for size in sizes]
-    assert side.width == 8
-    assert side(layers).shape == (2, 5, 12)
-    with pytest.raises(FastpeftError, match="share_projections=True with features of the widths 6, 16, 10, 12"):
-        SideNetwork(LadderConfig(reduction_factor=2, share_projections=True), sizes, LAYERS)
-
-
 def test_every_parameter_trains() -> None:
     for config in (
         {"window_size": 9, "residual": True, "share_projections": True},
@@ -337,7 +327,6 @@ def test_options_are_saved_and_loaded(tmp_path: Path) -> None:
         "layer_drop": 0.1,
         "share_projections": True,
         "output_mix": "add",
-        "feature_sizes": [16, 16, 16, 16],
     }
     LadderConfig(**options).save_pretrained(tmp_path)
     loaded = LadderConfig.from_pretrained(tmp_path)
@@ -383,8 +372,6 @@ def test_features_out_of_order_are_refused(kind: type[SideRun]) -> None:
         ({"causal": "yes"}, "causal='yes'; allowed are True and False, or None"),
         ({"feature_modules": []}, r"feature_modules=\[\]; give a list with the names"),
         ({"feature_modules": 3}, "feature_modules=3; give a list with the names"),
-        ({"feature_sizes": 16}, "feature_sizes=16; give a list of whole numbers"),
-        ({"feature_sizes": [16, 0]}, r"feature_sizes=\[16, 0\]; give a list of whole numbers"),
     ],
 )
 def test_bad_configurations_are_refused(config: dict[str, object], message: str) -> None:

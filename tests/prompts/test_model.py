@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainers import quiet
 from transformers import AutoModelForMaskedLM, Trainer
 
-from fastpeft import FastpeftError, LadderConfig, LadderModel, Prompt, PromptCollator, PromptModel, SivaConfig
+from fastpeft import FastpeftError, Prompt, PromptCollator, PromptModel, SivaConfig
 from fastpeft.models import resolve_model
 from fastpeft.prompts.named import get_prompt
 from fastpeft.training.memory import simulate_training_step
@@ -166,12 +166,8 @@ def test_gradients_are_those_of_the_full_logits() -> None:
         torch.testing.assert_close(found[name], parameter.grad, **CLOSE)
 
 
-def beside_a_ladder(model: Any) -> LadderModel:
-    return LadderModel(model, LadderConfig(window_size=1, reduction_factor=4))
-
-
 @pytest.mark.parametrize("kind", ["Roberta", "Bert"])
-@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: Beside(model), adapter_inside, beside_a_ladder])
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: Beside(model), adapter_inside])
 def test_the_vocabulary_grows(kind: str, wrap: Any) -> None:
     model = PromptModel(wrap(masked_lm(kind)), tokenizer_of(kind), PROMPT).eval()
     words, trains = model.config.vocab_size, model.get_input_embeddings().weight.requires_grad
