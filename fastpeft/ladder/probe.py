@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import CACHE, Backbone, parameters_of
 from fastpeft.ladder.config import STATE, LadderConfig, Residual
+from fastpeft.ladder.inputs import tokens_of
 from fastpeft.ladder.passes import IdleLayersError, features_of, listen
 from fastpeft.support.eval_mode import in_eval_mode
 
@@ -297,7 +298,8 @@ def _answers_differ(backbone: Backbone, given: Mapping[str, Tensor], features: l
         reads = len(given) == 1 or not parts[0].equal(parts[-1])
         return torch.cat([parts[0]] * rows)
 
-    with _leaving_no_trace(backbone), listen(backbone, lambda _, each: features.append(each), replaced):
+    tokens = tokens_of(given) if len(given) == 1 else None  # beside an image a text may grow
+    with _leaving_no_trace(backbone), listen(backbone, lambda _, each: features.append(each), replaced, tokens):
         arguments: dict[str, Any] = backbone.arguments(given)
         if "interpolate_pos_encoding" in parameters_of(core):
             arguments["interpolate_pos_encoding"] = True  # for images of any size
