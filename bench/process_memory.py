@@ -62,10 +62,11 @@ class Peaks:
 
 
 def run_ours(peaks: Peaks, model: str, data: str, case: dict[str, Any], output: str) -> None:
-    """As `fastpeft train` does, which delays an import of the Trainer's."""
-    from fastpeft.support.import_hook import import_when_used
+    """As `fastpeft train` does, which delays one import of its libraries and hides another."""
+    from fastpeft.support.import_hook import import_when_used, import_without
 
     import_when_used("datasets")
+    import_without("sklearn.utils.fixes", "pandas")
     from fastpeft.support import stages
     from fastpeft.training.config import TrainConfig
     from fastpeft.training.recipe import train

@@ -126,3 +126,13 @@ def llama_memory() -> str:
     heads = [f"{model}, checkpointed" if again == "yes" else model for model, again in both]
     body = ([name, *(_peak(found, *each, "1", "2048") for each in both)] for name, found in cases)
     return table(["peak memory, MB", *heads], body)
+
+
+def process_parts() -> str:
+    """The resident peak of each part of a training process, the mean over runs."""
+    parts = ("import", "load", "step", "save", "peak")
+    found: dict[str, list[Row]] = {}
+    for row in rows("process_memory.csv"):
+        found.setdefault(row["case"], []).append(row)
+    body = ([name, *(whole(mean(float(row[part]) for row in runs)) for part in parts)] for name, runs in found.items())
+    return table(["MB", *parts], body)

@@ -36,6 +36,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "e2e": accuracy_tables.speaking,
     "memory": memory_tables.memory,
     "processes": memory_tables.processes,
+    "process-parts": memory_tables.process_parts,
     "llama-memory": memory_tables.llama_memory,
     "siva-speed": speed_tables.siva_speed,
     "ladder-speed": speed_tables.ladder_speed,

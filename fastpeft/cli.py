@@ -31,7 +31,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.methods.peft_types import PREFIX
 from fastpeft.methods.registry import METHODS
 from fastpeft.support.adapter_files import holds_adapter
-from fastpeft.support.import_hook import import_when_used
+from fastpeft.support.import_hook import import_when_used, import_without
 from fastpeft.support.launcher import is_first
 from fastpeft.training.config import ADVANCED, OUTPUT, TrainConfig
 from fastpeft.training.run_folder import RunFolder, read_config
@@ -504,4 +504,5 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot encode is escaped, as on standard error
         sys.stdout.reconfigure(errors="backslashreplace")
     import_when_used("datasets")  # the Trainer's module imports it: 85 MB, and own rows need none of it
+    import_without("sklearn.utils.fixes", "pandas")  # 62 MB, for tables of pandas that nobody gives it
     app(prog_name="fastpeft")

@@ -1,4 +1,4 @@
-"""Runs something when another library is imported, or delays an import until it is used. It imports none by itself.
+"""Runs something when another library is imported, delays an import, or hides one. It imports none by itself.
 
 Libraries import one another while they load. So what waits for a module runs when the outermost import has ended: of
 this library's own modules, or of any in the libraries that are waited for.
@@ -89,6 +89,33 @@ class _Delay(MetaPathFinder):
         return spec
 
 
+class _Hide(MetaPathFinder):
+    """Finds a module as the other finders do, and lets it load as if an optional one were not installed."""
+
+    def __init__(self, name: str, hidden: str) -> None:
+        self.name, self.hidden = name, hidden
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name or self.hidden in sys.modules:
+            return None
+        spec = _found_by_others(self, fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            load = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                sys.modules[self.hidden] = None  # type: ignore[assignment]  # an import of it raises ImportError
+                try:
+                    load(module)
+                finally:
+                    del sys.modules[self.hidden]
+
+            loader.exec_module = exec_module
+        return spec
+
+
 def _found_by_others(
     finder: MetaPathFinder, fullname: str, path: Sequence[str] | None, target: ModuleType | None
 ) -> ModuleSpec | None:
@@ -108,3 +135,8 @@ def when_imported(actions: dict[str, Callable[[], object]]) -> None:
 def import_when_used(*names: str) -> None:
     """Have these modules load when something of them is used, not when another library imports them."""
     sys.meta_path.insert(0, _Delay(names))
+
+
+def import_without(name: str, hidden: str) -> None:
+    """Have a module load as if `hidden`, which it imports where it can, were not installed; others may import that."""
+    sys.meta_path.insert(0, _Hide(name, hidden))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft.support.import_hook import import_when_used, when_imported
+from fastpeft.support.import_hook import import_when_used, import_without, when_imported
 
 
 @pytest.fixture
@@ -85,3 +85,17 @@ def test_an_import_is_delayed_until_something_is_used() -> None:
     assert type(hooked_inner).__name__ == "_LazyModule"
     assert hooked_inner.done == []
     assert type(hooked_inner).__name__ == "module"
+
+
+def test_an_optional_import_of_one_module_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optional = "try:\n    import hooked_optional as found\nexcept ImportError:\n    found = None\n"
+    for name, text in {"hooked_optional": "", "hooked_light": optional, "hooked_other": optional}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    import_without("hooked_light", "hooked_optional")
+    import hooked_light  # type: ignore[import-not-found]
+    import hooked_other  # type: ignore[import-not-found]
+
+    assert hooked_light.found is None
+    assert hooked_other.found.__name__ == "hooked_optional"
