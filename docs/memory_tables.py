@@ -136,3 +136,12 @@ def process_parts() -> str:
         found.setdefault(row["case"], []).append(row)
     body = ([name, *(whole(mean(float(row[part]) for row in runs)) for part in parts)] for name, runs in found.items())
     return table(["MB", *parts], body)
+
+
+def tenants() -> str:
+    """What a task takes of a server, and how fast many tasks are answered."""
+    body = (
+        [row["kind"], row["mb_a_task"], row["tasks_a_gb"], row["ratio"]]
+        for row in sorted(rows("tenants.csv"), key=lambda row: float(row["mb_a_task"]))
+    )
+    return table(["", "MB a task", "tasks a GB", "64 tasks"], body)

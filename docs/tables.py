@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_tables.memory,
     "processes": memory_tables.processes,
     "process-parts": memory_tables.process_parts,
+    "tenants": memory_tables.tenants,
     "llama-memory": memory_tables.llama_memory,
     "siva-speed": speed_tables.siva_speed,
     "ladder-speed": speed_tables.ladder_speed,

@@ -53,9 +53,7 @@ class LadderPool:
     Notes:
         Threads may call, add and remove at the same time: one pass runs at a time, and a call answers with the tasks
         that were there at its start. A member that is called by itself does not wait: no other call may
-        run meanwhile. A base has one pool. Side networks of one shape share memory: optimizers and
-        `load_state_dict` may change weights (not with `assign=True`: remove the member and add it again), but remove a
-        member before you move it to another device, dtype or process.
+        run meanwhile. A base has one pool. Remove a member before you move it to another device, dtype or process.
 
     Example:
         >>> pool = fastpeft.LadderPool(base)  # doctest: +SKIP
@@ -147,7 +145,7 @@ class LadderPool:
                 share_backbone(inside_prompt(member), self.backbone)
             inside_prompt(member).backbone.context = self.backbone.context
             member.eval()
-            self._members = self._members.changed({**self._members.models, name: member}, member)
+            self._members = Members.of({**self._members.models, name: member})
         return member
 
     def _check_free(self, name: str) -> None:
@@ -166,9 +164,7 @@ class LadderPool:
         with self._changing:
             member = self._members[name]
             left = {task: model for task, model in self._members.models.items() if task != name}
-            self._members = self._members.changed(left, member)
-            for parameter in inside_prompt(member).side.parameters():
-                parameter.data = parameter.data.clone()  # it was a slice of a stack
+            self._members = Members.of(left)
             leave_backbone(inside_prompt(member), self.backbone)
         return member
 

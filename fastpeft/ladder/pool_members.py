@@ -43,24 +43,14 @@ class Members:
             raise FastpeftError(f"the pool has no task {name!r}; its tasks are {there}. Add it first.")
         return self.models[name]
 
-    def changed(self, models: Mapping[str, Any], member: Any) -> Members:
-        """Members with `models`; `member` was added or removed, so only the stack of its shape is made again."""
-        own = inside_prompt(member).side
-        shape = shape_of(own)
-        stacks = []
-        for names, stack in self.stacks:
-            # its own may have another shape by now
-            stack.retired = shape_of(stack.sides[0]) == shape or any(side is own for side in stack.sides)
-            if not stack.retired:
-                stacks.append((names, stack))
-        there = {name for names, _ in stacks for name in names}
-        left: dict[Hashable, dict[str, SideNetwork]] = {}
+    @classmethod
+    def of(cls, models: Mapping[str, Any]) -> Members:
+        """Members, those of one shape in one stack."""
+        alike: dict[Hashable, dict[str, SideNetwork]] = {}
         for name, model in models.items():
-            if name not in there:
-                side = inside_prompt(model).side
-                left.setdefault(shape_of(side), {})[name] = side
-        stacks += [(tuple(alike), SideStack(list(alike.values()))) for alike in left.values()]
-        return Members(models, stacks)
+            side = inside_prompt(model).side
+            alike.setdefault(shape_of(side), {})[name] = side
+        return cls(models, [(tuple(sides), SideStack(list(sides.values()))) for sides in alike.values()])
 
     def batches(self, rows: Mapping[str, Sequence[int]]) -> Iterator[tuple[list[str], SideStack, list[int]]]:
         """Groups of tasks to compute together, each with its stack and the places of its tasks in it.
@@ -213,17 +203,27 @@ def share_backbone(model: LadderModel, backbone: Backbone) -> None:
         for theirs, ours in zip(scores.parameters(), own_scores.parameters()):
             if _equal(theirs, ours):
                 replaced[id(theirs)] = ours
-    _replace_parameters(model.base, replaced)
+    _replace_parameters(model.base, replaced, backbone.model)
 
 
-def _replace_parameters(base: nn.Module, replaced: Mapping[int, nn.Parameter]) -> None:
-    """Give a base other parameters, by the ids of its own, in all modules: a decoder may be tied to embeddings."""
+def _replace_parameters(base: nn.Module, replaced: Mapping[int, nn.Parameter], packed: nn.Module | None = None) -> None:
+    """Give a base other parameters, by the ids of its own, in all modules: a decoder may be tied to embeddings.
+
+    What `packed` has packed of them is shared too.
+    """
+    there = {} if packed is None else {id(each.weight): packs for each in packed.modules() if (packs := _packs(each))}
     for module in base.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in replaced:
                 setattr(module, key, replaced[id(parameter)])
-                if isinstance(packs := getattr(module, "packs", None), Packs):
-                    packs.drop()  # they hold the parameter that was there, too
+                if key == "weight" and (own := _packs(module)):
+                    new = Packs(own.enabled)  # what was there is of the parameter that was there
+                    module.__dict__["packs"] = there.get(id(module.weight), new) if own.enabled else new
+
+
+def _packs(module: nn.Module) -> Packs | None:
+    packs = module.__dict__.get("packs")
+    return packs if isinstance(packs, Packs) else None
 
 
 def leave_backbone(model: LadderModel, backbone: Backbone) -> None:

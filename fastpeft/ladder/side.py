@@ -101,7 +101,6 @@ class SideNetwork(nn.Module):
         if config.output_mix == "add":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
-        self.register_state_dict_post_hook(_detach_from_stack)
 
     def _make_projections(self, step: int, bias: bool) -> None:
         """Make `projections`, or `shared_projection` in their place."""
@@ -335,13 +334,6 @@ def _to_add(visible: Tensor, like: Tensor) -> Tensor:
     """
     dtype = torch.float32 if attends_in_float32(like) else like.dtype
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
-
-
-def _detach_from_stack(side: SideNetwork, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Copy weights that are slices of a pool's: `torch.save` would write those of all networks of the stack."""
-    for key, value in state.items():
-        if key.startswith(prefix) and type(value) is Tensor and value.untyped_storage().nbytes() > value.nbytes:
-            state[key] = value.clone()
 
 
 def _divide(name: str, divisor: int, what: str, width: int) -> int:

@@ -1,8 +1,9 @@
-"""Weights that are equal in several served models, held once."""
+"""Weights that are equal in several served models, and tokenizers, held once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastpeft.ops.packing import Packs, samples
 
+_PLACES = {"name_or_path", "tokenizer_file", "vocab_file", "merges_file"}  # where a tokenizer was read
 _PLAIN = (Tensor, nn.Parameter)  # what bitsandbytes and torchao store is more than its entries
 
 
@@ -34,6 +36,16 @@ def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> int:
         if _packs_its_weight(module):
             module.packs = packs.get(_packed(module), module.packs)
     return sum(shared.values())
+
+
+def content_of(tokenizer: Any) -> str:
+    """What equal tokenizers that were not used yet have in common, and no others."""
+    made_of = getattr(tokenizer, "backend_tokenizer", None)
+    if made_of is None:  # of Python: it has no text of its own
+        return str(id(tokenizer))
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name not in _PLACES}
+    whole = type(tokenizer), made_of.to_str(), tokenizer.chat_template, sorted(map(repr, settings.items()))
+    return sha256(repr(whole).encode()).hexdigest()
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

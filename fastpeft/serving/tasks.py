@@ -1,6 +1,7 @@
 """The runs that a server answers for.
 
-Side networks on equal backbones share one, and one batch over their tasks. Other models share equal weights.
+Side networks on equal backbones share one, and adapters of SiVA on equal bases; one batch goes over their tasks. Other
+models share equal weights.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastpeft.data.batches import compute_by_length
 from fastpeft.data.conversations import USER, Conversation
@@ -27,8 +30,10 @@ from fastpeft.errors import FastpeftError, NotEnoughMemoryError, is_out_of_memor
 from fastpeft.ladder import LadderModel, LadderPool
 from fastpeft.prompts.model import PromptCollator, inside_prompt
 from fastpeft.serving.generation import GenerationRequest, generate_batch
-from fastpeft.serving.shared_weights import share_weights
+from fastpeft.serving.shared_weights import content_of, share_weights
+from fastpeft.serving.siva_pool import SivaPool, is_siva
 from fastpeft.support.files import path_of
+from fastpeft.support.resident import keep_in_file
 from fastpeft.support.stages import report
 from fastpeft.training.generation import depends_on_padding, eos_token_ids, generates_text, keeps_tokens
 from fastpeft.training.loading import EncodedText, FinishedRun, load_run
@@ -59,12 +64,12 @@ class Shared:
     """A backbone that several runs share.
 
     Attributes:
-        pool: their side networks, by `Task.member`.
+        pool: their side networks or their adapters, by `Task.member`.
         tokenizer: of the first of them.
         common: what they have in common beside the backbone, by its name, see `_common`.
     """
 
-    pool: LadderPool
+    pool: LadderPool | SivaPool
     tokenizer: Any
     common: dict[str, Any]
 
@@ -75,7 +80,7 @@ class Shared:
             encoded = [{"mask_positions": 0, **row} for row in encoded]
         batch = PromptCollator(self.tokenizer)(encoded)
         masks = batch["attention_mask"].bool()
-        with torch.autocast(self.pool.backbone.core.device.type, torch.bfloat16, enabled=self.common["precision"]):
+        with rows[0][0].run.autocast():
             answers = self.pool(batch, [task.member for task, _ in rows])
         found = []
         for (task, text), answer, mask in zip(rows, answers, masks):
@@ -127,6 +132,7 @@ class Task:
         generate: Callable[..., Any] = lambda batch, **options: model.generate(**batch, **uncached, **options)  # noqa: E731
         if self.shared is not None:
             requests = sorted(requests, key=lambda request: request.task.member)  # rows of a task follow each other
+            assert isinstance(self.shared.pool, LadderPool)  # see `_placed`
             generate = partial(self.shared.pool.generate, tasks=[request.task.member for request in requests])
         with torch.inference_mode(), self.run.autocast():
             generate_batch(generate, tokenizer, model.device, requests)
@@ -223,6 +229,7 @@ class Tasks:
         self._loading: set[str] = set()
         self._changing = threading.RLock()
         self._numbers = itertools.count()
+        self._tokenizers: WeakValueDictionary[str, Any] = WeakValueDictionary()  # by what they are made of
         for name, folder in runs.items():
             report(f"loading {name}")
             self.add(name, folder)
@@ -264,6 +271,10 @@ class Tasks:
                 run = replace(run, max_length=min(run.loaded.max_length, self._max_length or run.loaded.max_length))
             else:
                 run = predictor.run
+            tokenizer = self._tokenizers.setdefault(content_of(run.loaded.tokenizer), run.loaded.tokenizer)
+            run = replace(run, loaded=replace(run.loaded, tokenizer=tokenizer))
+            if predictor is not None:
+                predictor.run = run
             # asked before it shares a backbone, whose answers to others the passes would disturb
             alone = predictor is None and depends_on_padding(run.loaded.model)
             with self._changing:
@@ -284,35 +295,47 @@ class Tasks:
 
     def _placed(self, name: str, run: FinishedRun, predictor: Predictor | None) -> Task:
         """The run on a backbone that is here already, where there is one that it can share."""
-        ladder = inside_prompt(run.loaded.model)
-        if not isinstance(ladder, LadderModel):
-            ladder.requires_grad_(False)  # what trained in one run is frozen in another, and both only answer
-            models = [inside_prompt(task.run.loaded.model) for task in self]
-            # not with a side network's, whose packs replace weights
-            held = share_weights(ladder, [each for each in models if not isinstance(each, LadderModel)])
-            return Task(name, run, predictor, None, f"{run.config.method} has no side network", held=held)
-        if predictor is None and not keeps_tokens(ladder):
-            return Task(name, run, predictor, None, f"beside a {ladder.backbone.class_name} no earlier tokens are kept")
-        reason, member, common = "", f"{name} {next(self._numbers)}", _common(run)
-        here = {id(task.shared): task.shared for task in self if task.shared is not None}
-        for shared in here.values():
+        model = inside_prompt(run.loaded.model)
+        alone = Task(name, run, predictor, None)
+        if isinstance(model, LadderModel):
+            if predictor is None and not keeps_tokens(model):
+                why = f"beside a {model.backbone.class_name} no earlier tokens are kept"
+                return replace(alone, reason=why)
+            return self._pooled(alone, LadderPool, partial(_pool_of, model, generates=predictor is None))
+        model.requires_grad_(False)  # what trained in one run is frozen in another, and both only answer
+        task = replace(alone, reason=f"{run.config.method} has no side network")
+        if predictor is not None and is_siva(model):
+            task = self._pooled(alone, SivaPool, partial(SivaPool, model))
+            if task.shared is not None and task.run.loaded.model is not model:
+                return task
+        models = [inside_prompt(other.run.loaded.model) for other in self]
+        # not with a side network's, whose packs replace weights
+        held = share_weights(model, [each for each in models if not isinstance(each, LadderModel)])
+        return replace(task, held=held)
+
+    def _pooled(self, alone: Task, kind: type, new: Callable[[], LadderPool | SivaPool]) -> Task:
+        """The run in the first pool of a kind that takes it, or in a new one; alone, if it can be in none."""
+        run, reason, member = alone.run, "", f"{alone.name} {next(self._numbers)}"
+        common = _common(run)
+        for shared in {id(task.shared): task.shared for task in self}.values():
+            if shared is None or not isinstance(shared.pool, kind):
+                continue
             if unlike := [what for what, value in common.items() if shared.common[what] != value]:
                 reason = reason or f"its {unlike[0]} is not that of other runs"
                 continue
             try:
                 shared.pool.add(member, run.loaded.model)
-                return Task(name, run, predictor, shared, member=member)
             except FastpeftError as error:  # it names what differs; of one that is alike no more is told
                 reason = str(error).partition(". ")[0]
+            else:
+                keep_in_file(_own_tensors(shared.pool, member))
+                return replace(_on(alone, shared.pool), shared=shared, member=member)
         try:
-            config = ladder.config
-            pool = LadderPool(ladder.base, config.feature_modules, config.backbone_dtype, config.context)
+            pool = new()
             pool.add(member, run.loaded.model)
         except FastpeftError as error:  # as of an adapter that trained inside the backbone
-            return Task(name, run, predictor, None, str(error).partition(". ")[0])
-        if predictor is None:  # the pool generates by its base's
-            pool.backbone.core.generation_config = run.loaded.model.generation_config
-        return Task(name, run, predictor, Shared(pool, run.loaded.tokenizer, common), reason, member)
+            return replace(alone, reason=str(error).partition(". ")[0])
+        return replace(alone, shared=Shared(pool, run.loaded.tokenizer, common), reason=reason, member=member)
 
     def remove(self, name: str) -> None:
         """Forget a run."""
@@ -454,6 +477,32 @@ class Tasks:
             if id(request) not in failed:
                 failed |= self._generate([request])
         return failed
+
+
+def _pool_of(ladder: LadderModel, generates: bool) -> LadderPool:
+    """A pool on the backbone of a side network, which is no member yet."""
+    config = ladder.config
+    pool = LadderPool(ladder.base, config.feature_modules, config.backbone_dtype, config.context)
+    if generates:  # by its base's
+        pool.backbone.core.generation_config = ladder.generation_config
+    return pool
+
+
+def _own_tensors(pool: LadderPool | SivaPool, member: str) -> Iterable[Tensor]:
+    """What a member of a pool has of its own."""
+    if isinstance(pool, SivaPool):
+        return pool.own_tensors(member)
+    shared = {id(parameter) for parameter in pool.backbone.model.parameters()}
+    return [parameter for parameter in pool[member].parameters() if id(parameter) not in shared]
+
+
+def _on(task: Task, pool: LadderPool | SivaPool) -> Task:
+    """A task whose model is the pool's from now on: of its own it gave the adapter."""
+    if not isinstance(pool, SivaPool):
+        return task
+    predictor = _predictor(task)
+    predictor.run = replace(task.run, loaded=replace(task.run.loaded, model=pool.model))
+    return replace(task, run=predictor.run)
 
 
 def _predictor(task: Task) -> Predictor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -385,6 +386,31 @@ class SivaLinear(base.AdaptedLayer):
             if other.state:
                 found = name
         return found
+
+    def can_adopt(self, other: SivaLinear, theirs: str) -> bool:
+        """Whether the adapter `theirs` of a layer that stores the same weight could act in this one."""
+        adapter, source = other.adapters[theirs], self.source
+        if source is None:
+            return adapter.residual == "implicit"
+        same = adapter.decomposition == self.adapters[source].decomposition
+        return same and all(map(torch.equal, other.initial(theirs), self.initial(source)))
+
+    def adopt(self, adapter_name: str, other: SivaLinear, theirs: str) -> None:
+        """Take over an adapter that this layer `can_adopt`. Its changes are shared; so are, where W_r is stored, the
+        initial factors of all adapters."""
+        adapter, source = other.adapters[theirs], self.source
+        self.adapters[adapter_name] = replace(adapter)
+        holder, name = (other, theirs) if source is None else (self, source)
+        for mine, held in (
+            (self.siva_s, holder.siva_s),
+            (self.siva_u0, holder.siva_u0),
+            (self.siva_v0, holder.siva_v0),
+        ):
+            mine[adapter_name] = held[name]
+        self.siva_du[adapter_name], self.siva_dv[adapter_name] = other.changes(theirs)
+        if theirs in other.siva_residual:
+            self.siva_residual[adapter_name] = self.base_layer.weight.data
+        self.enter(adapter_name, adapter.state)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; with the last one, restore the pretrained weight."""

@@ -24,7 +24,7 @@ from fastpeft.siva.config import SivaConfig, check_name, is_all_linear
 from fastpeft.siva.heads import head_names, let_heads_train, warn_of_statistics
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
-from fastpeft.siva.rows import BASE, AdapterRows, acting
+from fastpeft.siva.rows import BASE, AdapterRows, acting, outside_adapters
 from fastpeft.siva.state import State
 from fastpeft.siva.targets import (
     check_not_held_aside,
@@ -220,7 +220,7 @@ class SivaModel(BaseTuner):
 
     def _siva_layers(self) -> Iterator[SivaLinear]:
         """The adapted layers. The name is private since PEFT looks up any public name in the wrapped model."""
-        return (module for module in self.model.modules() if isinstance(module, SivaLinear))
+        return (module for _, module in outside_adapters(self.model) if isinstance(module, SivaLinear))
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -64,10 +65,34 @@ class AdapterRows:
         )
 
     def each(self, x: Tensor, functions: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
-        """The results of `functions`, one for each adapter on its rows of x, in the order of x."""
+        """The results of `functions`, one for each adapter on its rows of x, in the order of x.
+
+        Results of fewer outputs than others, as of a head for fewer classes, end in -inf.
+        """
         parts = (x if self.order is None else x[self.order]).split(list(self.sizes.values()))
-        found = torch.cat([function(part) for function, part in zip(functions, parts, strict=True)])
+        results = [function(part) for function, part in zip(functions, parts, strict=True)]
+        outputs = {result.shape[-1] for result in results if result.dim() > 1}
+        if len(outputs) > 1:
+            most = max(outputs)
+            results = [F.pad(result, (0, most - result.shape[-1]), value=-torch.inf) for result in results]
+        found = torch.cat(results)
         return found if self.order is None else found[self.order.argsort()]
+
+
+def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`, but for what is in adapted layers and in modules saved whole: hundreds of adapters."""
+    seen, waiting = set[nn.Module](), [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if not isinstance(module, (AdaptedLayer, AuxiliaryTrainingWrapper)):
+            prefix = f"{name}." if name else ""
+            waiting += [
+                (f"{prefix}{own}", child) for own, child in reversed(module._modules.items()) if child is not None
+            ]
 
 
 @contextmanager
@@ -80,7 +105,7 @@ def acting(model: nn.Module, rows: AdapterRows) -> Iterator[None]:
         FastpeftError: other rows act meanwhile, which would stay.
     """
     changes: list[tuple[nn.Module, str, Any]] = []
-    for name, module in model.named_modules():
+    for name, module in outside_adapters(model):
         if isinstance(module, AdaptedLayer):
             changes.append((module, "rows", rows))
         elif isinstance(module, AuxiliaryTrainingWrapper):

@@ -73,19 +73,18 @@ def test_a_run_that_packs_nothing_gets_no_packs() -> None:
     assert [model[0].packs for model in (first, second)] == packs
 
 
-def test_a_further_adapter_holds_little_and_answers_to_the_same_bits(runs: Path, tmp_path: Path) -> None:
+def test_a_model_holds_what_others_hold_and_answers_to_the_same_bits(runs: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    shutil.copytree(runs / "pairs", other)
-    texts = [[text, "a dull film"] for text in TEXTS]
-    tasks = Tasks({"number": runs / "number", "pairs": runs / "pairs", "a": runs / "a", "other": other})
-    number, pairs, beside, again = tasks
+    shutil.copytree(runs / "number", other)
+    tasks = Tasks({"a": runs / "a", "number": runs / "number", "pairs": runs / "pairs", "other": other})
+    beside, number, pairs, again = tasks
     size = sum(each.nbytes for each in again.run.loaded.model.state_dict().values())
-    assert number.held == beside.held == 0, "the first, and a side network"
+    assert beside.held == number.held == 0, "a side network, and the first of the others"
     assert 0.3 * size < pairs.held < again.held, "with a head alone it shares what it does not adapt"
     assert again.held > 0.9 * size, "all but what was made when it was loaded"
-    assert described(tasks)[3] == "other: a model of its own (siva has no side network); 0 MB of its weights are shared"
+    assert described(tasks)[3] == "other: a model of its own (head has no side network); 0 MB of its weights are shared"
     predictor = Predictor(other)
-    expected = predictor.scores([predictor.encode(text) for text in texts])
-    tasks.remove("pairs")
-    ((_, found),) = tasks.answer([("other", texts)])
+    expected = predictor.scores([predictor.encode(text) for text in TEXTS])
+    tasks.remove("number")
+    ((_, found),) = tasks.answer([("other", TEXTS)])
     np.testing.assert_array_equal(found, expected)

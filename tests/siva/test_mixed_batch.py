@@ -189,6 +189,21 @@ def test_a_mixed_batch_equals_a_batch_for_each_adapter(residual: str, names: lis
     assert all(layer.rows is None for layer in model.base_model._siva_layers())
 
 
+def test_heads_of_other_numbers_of_classes_end_in_what_no_class_has() -> None:
+    model = classifier("frozen")
+    head = model.base_model.model.classifier.modules_to_save["second"].out_proj
+    more = len(head.weight) + 2
+    model.base_model.model.classifier.modules_to_save["second"].out_proj = nn.Linear(head.in_features, more)
+    with torch.no_grad():
+        found = model(token_ids(7), adapter_names=NAMES).logits
+        for name in sorted(set(NAMES)):
+            rows = [row for row, own in enumerate(NAMES) if own == name]
+            alone = model(token_ids(7)[rows], adapter_names=[name] * len(rows)).logits
+            assert alone.shape[1] == (more if name == "second" else more - 2)
+            torch.testing.assert_close(found[rows][:, : alone.shape[1]], alone, **CLOSE)
+            assert (found[rows][:, alone.shape[1] :] == -torch.inf).all()
+
+
 def gradients(model: peft.PeftModel, logits: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     logits.square().sum().backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fastpeft.support.resident import files_paged_out, give_back
+from fastpeft.support.resident import files_paged_out, give_back, keep_in_file
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the pages of other systems are left alone")
 MB = 2**20
@@ -62,3 +64,32 @@ def test_pages_are_given_back_while_a_model_is_read(mapped: torch.Tensor) -> Non
         while file_pages() > before - 24 * MB and time.monotonic() < deadline:
             time.sleep(0.01)
     _expect_gone(before, mapped)
+
+
+def test_tensors_in_a_file_have_their_values_and_take_no_memory_of_the_process() -> None:
+    def anonymous() -> int:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+    layer = torch.nn.Linear(2048, 4096).requires_grad_(False)
+    odd, empty, turned = torch.arange(7, dtype=torch.int16), torch.empty(0), torch.arange(6.0).view(2, 3).t()
+    expected = [each.clone() for each in (layer.weight, layer.bias, odd, turned)]
+    layer(torch.zeros(1, 2048))
+    before = anonymous()
+    keep_in_file([layer.weight, layer.bias, layer.weight, odd, empty, turned])
+    assert anonymous() < before - 24 * MB
+    assert all(map(torch.equal, (layer.weight, layer.bias, odd, turned), expected))
+    assert isinstance(layer.weight, torch.nn.Parameter)
+    keep_in_file([])
+
+
+def test_tensors_stay_where_there_is_no_room_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    tensor = torch.arange(4.0)
+    place = tensor.data_ptr()
+    keep_in_file([tensor])
+    assert tensor.data_ptr() == place
+    assert torch.equal(tensor, torch.arange(4.0))
