@@ -14,7 +14,7 @@ from peft import get_peft_model
 from fastpeft import SivaConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.ops import backends
-from fastpeft.ops.define import OPS
+from fastpeft.ops.define import NAMESPACE, OPS
 
 
 def available(name: str) -> str:
@@ -35,6 +35,14 @@ def test_every_op_has_a_choice_for_every_device() -> None:
         (op, device) for op in OPS for device in ("cpu", "cuda")
     }
     assert all(choice.reason for choice in backends.choices())
+
+
+@pytest.mark.parametrize("device", ["MPS", "XPU", "HPU"])
+def test_other_devices_run_the_reference(device: str) -> None:
+    for op in OPS:
+        name = f"{NAMESPACE}::{op}"
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, device), op
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, device), "else the reference is not reached"
 
 
 def test_the_first_that_is_available_is_taken() -> None:
