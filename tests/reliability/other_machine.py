@@ -5,21 +5,23 @@ Libraries are loaded before, since they have chosen for this machine what of the
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import signal
 import sys
 from typing import Any
 
-MODULES = "fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"
-CALLS = (
-    (
-        os,
-        "fork getuid geteuid getpgid killpg posix_fallocate posix_fadvise sched_getaffinity sched_setaffinity statvfs",
-    ),
-    (os, "sysconf uname"),
-    (signal, "SIGALRM SIGCHLD SIGHUP SIGKILL SIGQUIT SIGUSR1 SIGUSR2 pthread_sigmask setitimer sigwaitinfo"),
+LIBRARIES = (
+    "accelerate.utils datasets matplotlib.font_manager peft rich.progress safetensors.torch sklearn.metrics "
+    "transformers.trainer typer"
 )
+MODULES = "fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"
+CALLS = {
+    os: "fork getuid geteuid getpgid killpg posix_fadvise posix_fallocate sched_getaffinity sched_setaffinity statvfs "
+    "sysconf uname",
+    signal: "SIGALRM SIGCHLD SIGHUP SIGKILL SIGQUIT SIGUSR1 SIGUSR2 pthread_sigmask setitimer sigwaitinfo",
+}
 FOLDERS = "/proc/", "/sys/", "/dev/shm"
 
 
@@ -28,7 +30,7 @@ def hide() -> None:
     for name in MODULES:
         __import__(name)
         sys.modules[name] = None  # type: ignore[assignment]  # its import fails
-    for module, names in CALLS:
+    for module, names in CALLS.items():
         for name in names.split():
             delattr(module, name)
     sys.addaudithook(_refuse)
@@ -41,8 +43,8 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 if __name__ == "__main__":
-    import typer  # noqa: F401
-
+    for library in LIBRARIES.split():
+        importlib.import_module(library)
     hide()
     from fastpeft.cli import main
 
