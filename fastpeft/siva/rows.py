@@ -81,7 +81,8 @@ class AdapterRows:
 
 def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`model.named_modules()`, but for what is in adapted layers and in modules saved whole: hundreds of adapters."""
-    seen, waiting = set[nn.Module](), [("", model)]
+    seen: set[nn.Module] = set()  # torch.compile cannot trace `set[nn.Module]()`
+    waiting = [("", model)]
     while waiting:
         name, module = waiting.pop()
         if module in seen:
